@@ -1,0 +1,40 @@
+"""RWKV in JAX and Flax: table of contents.
+
+Importing this module imports nothing else, not even jax; a name is loaded when it is first used.
+
+Dimension key, used in every array name of the project (`x_BTD` is [batch, time, width]):
+
+    B batch    T time    L layers    D model width    H heads    K channels of a head
+    F hidden width of channel mixing or of the MLP    V vocabulary    S cache slots    C chunk    M chunks
+"""
+
+import importlib
+
+_CONTENTS = {
+    "build": "models",  # a model by name: build("rwkv4", vocab_size=256, num_layers=6, dim=512)
+    "stack": "models",  # parameters of one layer each -> stacked [L, ...]
+    "unstack": "models",  # and back
+    "load": "interop",  # (model, params) from any file or folder that holds them
+    "save": "interop",  # and back
+    "generate": "generate",  # tokens or text that continue a prompt
+    "stream": "generate",  # the same in pieces, as they come
+    "log_likelihoods": "evaluate",  # nats of each token given those before it
+}
+_MODULES = (
+    "checkpoint", "corpora", "data", "evaluate", "generate", "hardware", "interop",
+    "metrics", "models", "ops", "optim", "parallel", "tokenizers", "train",
+)  # fmt: skip
+
+__all__ = ["build", "generate", "load", "log_likelihoods", "save", "stack", "stream", "unstack"]
+
+
+def __getattr__(name):
+    if name in _CONTENTS:
+        return getattr(importlib.import_module(f"rwkv_jax.{_CONTENTS[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"rwkv_jax.{name}")
+    raise AttributeError(f"module 'rwkv_jax' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*_CONTENTS, *_MODULES])

@@ -1,0 +1,96 @@
+"""What the blocks of every version are built from."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# The released models' norm. linen's defaults (epsilon 1e-6, fast variance) give other numbers on their weights.
+LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+Linear = partial(nn.Dense, use_bias=False)
+
+
+def orthogonal(scale: float = 1.0):
+    """Orthogonal kernel [in, out] with gain scale * sqrt(max(1, out / in)) (RWKV-LM, `generate_init_weight`)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        gain = scale * max(1.0, shape[1] / shape[0]) ** 0.5
+        return nn.initializers.orthogonal(gain)(key, shape, dtype)
+
+    return init
+
+
+def embedding_init(scheme: str, scale: float | None):
+    """The three released embedding initialisers. They differ in the scale that LN0 gives the residual stream,
+    as its epsilon 1e-5 outweighs the variance of such small entries:
+
+    "v4"      orthogonal, entries of standard deviation 1e-4 (RWKV-LM, RWKV-v4): 0.032 after LN0
+    "v4neo"   uniform in +-lr_init, 6e-4 for the 169M model (RWKV-LM, RWKV-v4neo): 0.109 after LN0
+    "v5"      uniform in +-1e-4 (RWKV-LM, RWKV-v5; the paper's text): 0.018 after LN0
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        if scheme == "v4":
+            return nn.initializers.orthogonal((scale or 1e-4) * max(shape) ** 0.5)(key, shape, dtype)
+        bound = scale or {"v4neo": 6e-4, "v5": 1e-4}[scheme]
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def batch_sharded(x_BTD):
+    """Pin the residual stream to batch sharding. Nothing happens unless the strategy maps "batch" to a mesh axis
+    (`parallel.fsdp`); there, without it, XLA gathers the batch instead of the weights."""
+    return nn.with_logical_constraint(x_BTD, ("batch", None, None))
+
+
+def token_shift(x_BTD, last_BD, reset_BT=None, valid_BT=None):
+    """Activations of the previous token (Eqs. 11-15), and those of the last one to carry into the next call.
+
+    The token before the first is `last_BD`, or zero when that is None or a document starts (`reset_BT`); padding
+    (`valid_BT` False) is passed over. The carried value is float32 beside activations of any dtype.
+    """
+    B, T, D = x_BTD.shape
+    first_B1D = jnp.zeros((B, 1, D), x_BTD.dtype) if last_BD is None else last_BD[:, None].astype(x_BTD.dtype)
+    line_BTD = jnp.concatenate([first_B1D, x_BTD], axis=1)  # entry t is what precedes token t if all are valid
+    if valid_BT is None:
+        previous_BTD, last_BD = line_BTD[:, :T], line_BTD[:, T]
+    else:
+        newest_BT = lax.cummax(jnp.where(valid_BT, jnp.arange(1, T + 1)[None], 0), axis=1)
+        newest_BT = jnp.pad(newest_BT, ((0, 0), (1, 0)))  # index into the line of the newest valid token before t
+        found_BTD = jnp.take_along_axis(line_BTD, newest_BT[..., None], axis=1)
+        previous_BTD, last_BD = found_BTD[:, :T], found_BTD[:, T]
+    if reset_BT is not None:
+        previous_BTD = jnp.where(reset_BT[..., None], 0, previous_BTD)
+    return previous_BTD, last_BD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+
+
+def lerp(x_BTD, previous_BTD, mix_D):
+    """mix * x_t + (1 - mix) * x_{t-1}."""
+    mix_D = mix_D[None, None].astype(x_BTD.dtype)
+    return x_BTD * mix_D + previous_BTD * (1 - mix_D)
+
+
+def depth_ratios(layer, num_layers: int):
+    """(l / (L - 1), 1 - l / L): from 0 to 1 and from 1 towards 0 over the depth; one layer counts as the first."""
+    return layer / max(num_layers - 1, 1), 1 - layer / num_layers
+
+
+def mix_ramp(dim: int, power):
+    """(i / D)^power, the released shape of `time_mix_*` over the channels."""
+    return (jnp.arange(dim) / dim) ** power
+
+
+def vector(module: nn.Module, name: str, value, dtype):
+    """A per-channel parameter whose initial value is a formula rather than a draw."""
+    return module.param(name, lambda _: value.astype(dtype))
+
+
+def dropout(module: nn.Module, x, rate: float):
+    """Dropout where the caller passed a "dropout" key to `apply`, and only there."""
+    if rate == 0 or not module.has_rng("dropout"):
+        return x
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)

@@ -1,0 +1,229 @@
+"""The language model around the blocks: embedding, LN0, layers, final norm, untied head.
+
+One signature serves training, prefill and decoding, for RWKV, the transformer and hybrids:
+
+    logits_BTV, state = model.apply({"params": params}, tokens_BT, state, reset_BT=None, valid_BT=None)
+"""
+
+import difflib
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rwkv_jax.models import rwkv4, transformer
+from rwkv_jax.models.layers import LayerNorm, Linear, dropout, embedding_init, orthogonal
+
+# Sizes of the released models (Table 2): layers and width. Their vocabulary is GPT-NeoX-20B's.
+SIZES = {
+    "169m": (12, 768),
+    "430m": (24, 1024),
+    "1b5": (24, 2048),
+    "3b": (32, 2560),
+    "7b": (32, 4096),
+    "14b": (40, 5120),
+}
+NEOX_VOCAB = 50277
+MODELS = {"rwkv4": ("rwkv4",), "transformer": ("attention",)}
+CHOICES = {
+    "embedding_init": ("v4", "v4neo", "v5"),
+    "matmul_precision": (None, "default", "high", "highest"),
+}
+
+
+def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
+    """A model by name, "rwkv4" or "transformer", with the fields of `LM`; `size` is one of the released sizes.
+
+    `build("rwkv4", layers=("rwkv4", "attention"), ...)` is a hybrid of alternating layers.
+    """
+    _one_of("model name", name, MODELS)
+    defaults = {"layers": MODELS[name]}
+    if size is not None:
+        _one_of("size", size, SIZES)
+        defaults |= {"vocab_size": NEOX_VOCAB, "num_layers": SIZES[size][0], "dim": SIZES[size][1]}
+    chosen = defaults | overrides
+    names = [f.name for f in fields(LM) if f.name not in ("parent", "name")]
+    for key in chosen:
+        _one_of("model field", key, names)
+    for key in ("vocab_size", "num_layers", "dim"):
+        if not isinstance(chosen.get(key), int) or chosen[key] < 1:
+            raise ValueError(f"model field {key} is {chosen.get(key)!r}, expected a positive integer")
+    for key, choices in CHOICES.items():
+        if key in chosen:
+            _one_of(f"model field {key}", chosen[key], choices)
+    chosen["layers"] = tuple(chosen["layers"])
+    for kind in chosen["layers"]:
+        _one_of("kind of layer", kind, ("rwkv4", "attention"))
+    if not chosen["layers"] or chosen["num_layers"] % len(chosen["layers"]):
+        raise ValueError(
+            f"num_layers is {chosen['num_layers']}, expected a multiple of the {len(chosen['layers'])} kinds in layers"
+        )
+    return LM(**chosen)
+
+
+def _one_of(what, given, known):
+    if given not in known:
+        near = difflib.get_close_matches(str(given), [str(k) for k in known], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(map(str, known))}"
+        raise ValueError(f"unknown {what} {given!r}: {hint}")
+
+
+class LM(nn.Module):
+    """Fields are plain JSON values; None means the model's own default."""
+
+    vocab_size: int
+    num_layers: int
+    dim: int
+    layers: tuple[str, ...] = ("rwkv4",)  # one repeating unit, num_layers / len(layers) times
+    hidden_dim: int | None = None  # F: 4 D for RWKV-4, 4.5 D for attention, which makes 13 D^2 a layer of both
+    dtype: str = "float32"  # activations; norms' statistics, WKV, logits and loss are float32 at least
+    param_dtype: str = "float32"
+    matmul_precision: str | None = None  # "highest": full float32 where the hardware would round the inputs
+    dropout: float = 0.0  # on the embedding and on the residual stream after each add, as in RWKV-v4neo
+    embedding_init: str = "v4neo"  # see `layers.embedding_init`
+    embedding_scale: float | None = None
+    wkv_impl: str | None = None  # see `ops.wkv4`
+    head_size: int = 64  # attention: K; a narrower model has one head
+    token_shift: bool = False  # attention: RWKV's token shift on q, k, v and on the MLP's input
+    remat: bool = False  # recompute each layer in the backward pass
+    scan: bool = True  # parameters stacked [L, ...], compile time independent of depth; False: one set a layer
+
+    def setup(self):
+        kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        linear = partial(Linear, precision=self.matmul_precision, **kw)
+        norm = partial(LayerNorm, **kw)
+        self.emb = nn.Embed(
+            self.vocab_size,
+            self.dim,
+            embedding_init=embedding_init(self.embedding_init, self.embedding_scale),
+            **kw,
+        )
+        self.ln0 = norm()
+        unit = self._unit(linear, norm)
+        if self.scan:
+            axes = {"params": 0, "intermediates": 0}
+            self.blocks = nn.scan(
+                self._remat(unit.func, prevent_cse=False),
+                variable_axes=axes,
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, 0),
+                length=self.num_layers // len(self.layers),
+            )(**unit.keywords)
+        else:
+            make = {kind: self._block(kind, linear, norm) for kind in self.layers}
+            kinds = self.layers * (self.num_layers // len(self.layers))
+            self.blocks = [self._remat(make[kind].func)(**make[kind].keywords) for kind in kinds]
+        self.ln_out = norm()
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        self.head = linear(
+            self.vocab_size,
+            kernel_init=orthogonal(0.5),
+            dot_general=partial(lax.dot_general, preferred_element_type=wide),
+        )
+
+    def _block(self, kind, linear, norm):
+        shared = {
+            "dim": self.dim,
+            "hidden_dim": self.hidden_dim,
+            "num_layers": self.num_layers,
+            "linear": linear,
+            "norm": norm,
+            "dropout": self.dropout,
+        }
+        if kind == "rwkv4":
+            return partial(rwkv4.Block, wkv_impl=self.wkv_impl, **shared)
+        return partial(transformer.Block, head_size=self.head_size, token_shift=self.token_shift, **shared)
+
+    def _unit(self, linear, norm):
+        blocks = tuple(self._block(kind, linear, norm) for kind in self.layers)
+        return blocks[0] if len(blocks) == 1 else partial(Unit, blocks=blocks)
+
+    def _remat(self, block, **kw):
+        return nn.remat(block, **kw) if self.remat else block
+
+    def hidden(self, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
+        """Activations [B, T, D] after the final norm, and the state after the last token.
+
+        Args:
+            tokens_BT: ids in [0, V).
+            state: what `init_state` or an earlier call returned; None: no past.
+            reset_BT: True where a new document starts.
+            valid_BT: False where a token is padding, on either side, and leaves the state untouched.
+
+        The state is a tuple with one entry a layer, leaves [B, ...]; without one coming in, an attention layer's
+        entry is None (no cache is allocated).
+        """
+        x_BTD = dropout(self, self.emb(tokens_BT), self.dropout)
+        x_BTD = self.ln0(x_BTD)
+        if not self.scan:
+            new = []
+            for i, block in enumerate(self.blocks):
+                entry = None if state is None else state[i]
+                x_BTD, entry = block(x_BTD, entry, reset_BT, valid_BT, jnp.float32(i))
+                new.append(entry)
+            return self.ln_out(x_BTD), tuple(new)
+        period = len(self.layers)
+        first = jnp.arange(0, self.num_layers, period, dtype=jnp.float32)
+        if state is not None:
+            state = tuple(jax.tree.map(lambda *x: jnp.stack(x), *state[j::period]) for j in range(period))
+            state = state[0] if period == 1 else state
+        x_BTD, state = self.blocks(x_BTD, state, reset_BT, valid_BT, first)
+        state = (state,) if period == 1 else state
+        entry = lambda i: jax.tree.map(lambda x: x[i // period], state[i % period])
+        return self.ln_out(x_BTD), tuple(entry(i) for i in range(self.num_layers))
+
+    def logits(self, x_BTD):
+        """Logits [B, T, V], float32, of activations from `hidden`. Prefill needs them for the last position only."""
+        return self.head(x_BTD)
+
+    def __call__(self, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
+        x_BTD, state = self.hidden(tokens_BT, state, reset_BT=reset_BT, valid_BT=valid_BT)
+        return self.logits(x_BTD), state
+
+    def init_state(self, batch: int, max_length: int | None = None) -> tuple:
+        """The empty past. `max_length` tokens is what a KV cache can hold; RWKV's state has no such limit."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return tuple(
+            rwkv4.init_state(batch, self.dim, wide)
+            if self.layers[i % len(self.layers)] == "rwkv4"
+            else transformer.init_state(batch, self.dim, self.head_size, max_length, self.dtype, self.token_shift)
+            for i in range(self.num_layers)
+        )
+
+
+class Unit(nn.Module):
+    """Blocks of several kinds in turn: what a hybrid repeats."""
+
+    blocks: tuple
+
+    @nn.compact
+    def __call__(self, x_BTD, state, reset_BT, valid_BT, layer):
+        new = []
+        for j, block in enumerate(self.blocks):
+            entry = None if state is None else state[j]
+            x_BTD, entry = block(name=f"block_{j}")(x_BTD, entry, reset_BT, valid_BT, layer + j)
+            new.append(entry)
+        return x_BTD, tuple(new)
+
+
+def unstack(params):
+    """Stacked parameters (`scan=True`) as one set a layer (`scan=False`), which decoding reads faster: a 12 x 768
+    float32 model decodes at 41 to 45 tokens/s from per-layer arrays, at 27 from stacked ones (2-core CPU)."""
+    rest = {k: v for k, v in params.items() if k != "blocks"}
+    blocks = params["blocks"]
+    units = [blocks[f"block_{j}"] for j in range(len(blocks))] if "block_0" in blocks else [blocks]
+    repeats = len(jax.tree.leaves(blocks)[0])
+    layer = lambda i: jax.tree.map(lambda x: x[i // len(units)], units[i % len(units)])
+    return rest | {f"blocks_{i}": layer(i) for i in range(repeats * len(units))}
+
+
+def stack(params, period: int = 1):
+    """One set of parameters a layer as stacked ones. `period`: layers in a hybrid's repeating unit."""
+    rest = {k: v for k, v in params.items() if not k.startswith("blocks_")}
+    layers = [params[f"blocks_{i}"] for i in range(len(params) - len(rest))]
+    units = [jax.tree.map(lambda *x: jnp.stack(x), *layers[j::period]) for j in range(period)]
+    return rest | {"blocks": units[0] if period == 1 else {f"block_{j}": u for j, u in enumerate(units)}}

@@ -1,0 +1,262 @@
+"""The transformer baseline: pre-LN, rotary, GELU, zero-initialised output projections, no biases.
+
+Equal in size to RWKV-4 by construction: attention 4 D^2 and an MLP of hidden width 4.5 D make 13 D^2 a layer, RWKV-4's
+own count. `token_shift` gives q, k, v and the MLP's input RWKV's token shift, the arm without which a comparison
+at small scale mostly measures that shift.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+
+from rwkv_jax.models.layers import (
+    batch_sharded,
+    depth_ratios,
+    dropout,
+    lerp,
+    mix_ramp,
+    orthogonal,
+    token_shift,
+    vector,
+)
+
+zeros = nn.initializers.zeros
+
+QUERY_BLOCK = 128  # queries whose scores exist at one time when there is no cache
+CACHE_BLOCK = 256  # cache slots read at one time; only blocks with filled slots are read
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen, S slots a row, filled from 0 to `length`."""
+
+    k_BHSK: jax.Array
+    v_BHSK: jax.Array
+    length_B: jax.Array
+    start_B: jax.Array  # first slot of the current document: what precedes it is out of sight
+
+
+class LayerState(NamedTuple):
+    cache: KVCache
+    att_last: jax.Array | None  # [B, D], only with token shift
+    ffn_last: jax.Array | None
+
+
+def rotate(x_BTHK, position_BT):
+    """Rotary position embedding: channels i and i + K/2 turn by position * 10000^(-2i/K)."""
+    half = x_BTHK.shape[-1] // 2
+    angle = 10000.0 ** (-jnp.arange(half) / half)
+    angle_BT1i = (position_BT[..., None].astype(jnp.float32) * angle[None, None])[:, :, None]
+    sin, cos = jnp.sin(angle_BT1i), jnp.cos(angle_BT1i)
+    a, b = jnp.split(x_BTHK.astype(jnp.promote_types(x_BTHK.dtype, jnp.float32)), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def causal_attention(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, precision=None):
+    """Softmax attention of every token to the valid tokens from `start` to itself; no past.
+
+    cuDNN's fused kernel on CUDA for 16-bit inputs without masks (named: `jax.nn.dot_product_attention` does not pick
+    it by itself). Otherwise a block of queries at a time against the keys up to its end, recomputed in the backward
+    pass: no [T, T] array exists in either, and the future half is not computed.
+    """
+    plain = start_BT is None and valid_BT is None
+    if plain and q_BTHK.dtype.itemsize == 2 and jax.default_backend() == "gpu":
+        return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
+
+    T = q_BTHK.shape[1]
+    q_BHTK, k_BHTK, v_BHTK = (rearrange(x, "b t h k -> b h t k") for x in (q_BTHK, k_BTHK, v_BTHK))
+    scale = q_BHTK.shape[-1] ** -0.5
+
+    @jax.checkpoint
+    def block(q, k, v, allowed):
+        scores = jnp.einsum("bhtk,bhsk->bhts", q * scale, k, precision=precision)
+        weights = nn.softmax(jnp.where(allowed, _wide(scores), -1e30), axis=-1).astype(v.dtype)
+        return jnp.einsum("bhts,bhsk->bhtk", weights, v, precision=precision)
+
+    out = []
+    for begin in range(0, T, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, T)
+        queries, keys = jnp.arange(begin, end)[:, None], jnp.arange(end)[None]
+        allowed = (keys <= queries)[None, None]
+        if start_BT is not None:
+            allowed = allowed & (keys[None] >= start_BT[:, begin:end, None])[:, None]
+        if valid_BT is not None:
+            allowed = allowed & valid_BT[:, None, None, :end]
+        out.append(block(q_BHTK[:, :, begin:end], k_BHTK[:, :, :end], v_BHTK[:, :, :end], allowed))
+    return rearrange(jnp.concatenate(out, axis=2), "b h t k -> b t h k")
+
+
+def cached_attention(q_BTHK, cache: KVCache, slot_BT, start_BT, precision=None):
+    """Attention of tokens already written to `cache` at `slot` to the slots from `start` to their own.
+
+    Blocks of slots are read one after the other with a running softmax, and only as many as are filled: a decode step
+    costs what the context costs, not what the cache could hold. Not differentiable in reverse (dynamic trip count).
+    """
+    B, T, H, K = q_BTHK.shape
+    q_BHTK = rearrange(_wide(q_BTHK), "b t h k -> b h t k") * K**-0.5
+    size = min(CACHE_BLOCK, cache.k_BHSK.shape[2])
+
+    def block(i, carry):
+        top_BHT, total_BHT, out_BHTK = carry
+        k_BHSK, v_BHSK = (
+            _wide(lax.dynamic_slice_in_dim(x, i * size, size, axis=2)) for x in (cache.k_BHSK, cache.v_BHSK)
+        )
+        slots = (i * size + jnp.arange(size))[None, None]
+        seen = (slots <= slot_BT[..., None]) & (slots >= start_BT[..., None])
+        scores = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, precision=precision)
+        scores = jnp.where(seen[:, None], scores, -1e30)
+        new_top = jnp.maximum(top_BHT, scores.max(-1))
+        weights = jnp.where(seen[:, None], jnp.exp(scores - new_top[..., None]), 0)
+        fade = jnp.exp(top_BHT - new_top)
+        out_BHTK = out_BHTK * fade[..., None] + jnp.einsum("bhts,bhsk->bhtk", weights, v_BHSK, precision=precision)
+        return new_top, total_BHT * fade + weights.sum(-1), out_BHTK
+
+    start = (
+        jnp.full((B, H, T), -1e30, q_BHTK.dtype),
+        jnp.zeros((B, H, T), q_BHTK.dtype),
+        jnp.zeros_like(q_BHTK),
+    )
+    filled = (jnp.max(cache.length_B) + size - 1) // size
+    _, total_BHT, out_BHTK = lax.fori_loop(0, filled, block, start)
+    # only a padding token can have seen nothing
+    out_BHTK = out_BHTK / jnp.maximum(total_BHT, jnp.finfo(total_BHT.dtype).tiny)[..., None]
+    return rearrange(out_BHTK, "b h t k -> b t h k").astype(q_BTHK.dtype)
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _index(cumulative_from, reset_BT, position_BT):
+    """Where the current document starts: the newest reset's position, or `cumulative_from` before any."""
+    starts_BT = jnp.where(reset_BT, position_BT, cumulative_from)
+    return lax.cummax(starts_BT, axis=1)
+
+
+class Attention(nn.Module):
+    dim: int
+    num_layers: int
+    linear: Callable
+    head_size: int
+    token_shift: bool
+
+    @nn.compact
+    def __call__(self, x_BTD, last_BD, cache, reset_BT, valid_BT, layer):
+        D = x_BTD.shape[-1]
+        K = min(self.head_size, D)
+        if D % K or K % 2:
+            raise ValueError(f"dim is {D} and head_size {K}, expected an even head size that divides dim")
+        inputs = [x_BTD] * 3
+        if self.token_shift:
+            up, down = depth_ratios(layer, self.num_layers)
+            xx_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
+            mixes = (mix_ramp(D, 0.5 * down), mix_ramp(D, down), mix_ramp(D, down) + 0.3 * up)
+            dtype = self.linear.keywords["param_dtype"]
+            inputs = [
+                lerp(x_BTD, xx_BTD, vector(self, f"time_mix_{name}", mix, dtype))
+                for name, mix in zip("qkv", mixes, strict=True)
+            ]
+        q, k, v = (
+            rearrange(self.linear(D, kernel_init=orthogonal(), name=name)(x), "b t (h k) -> b t h k", k=K)
+            for name, x in zip(("query", "key", "value"), inputs, strict=True)
+        )
+        precision = self.linear.keywords["precision"]
+        if reset_BT is not None and valid_BT is not None:
+            reset_BT = reset_BT & valid_BT
+        if cache is None:
+            y, cache = self._without_past(q, k, v, reset_BT, valid_BT, precision), None
+        else:
+            y, cache = self._after(cache, q, k, v, reset_BT, valid_BT, precision)
+        o_BTD = self.linear(D, kernel_init=zeros, name="output")(rearrange(y, "b t h k -> b t (h k)"))
+        return o_BTD, last_BD, cache
+
+    def _without_past(self, q, k, v, reset_BT, valid_BT, precision):
+        B, T = q.shape[:2]
+        time_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+        position_BT = time_BT if valid_BT is None else jnp.cumsum(valid_BT, axis=1) - 1
+        start_BT = None if reset_BT is None else _index(0, reset_BT, time_BT)
+        q, k = rotate(q, position_BT), rotate(k, position_BT)
+        return causal_attention(q, k, v, start_BT, valid_BT, precision)
+
+    def _after(self, cache, q, k, v, reset_BT, valid_BT, precision):
+        B, T = q.shape[:2]
+        ones_BT = jnp.ones((B, T), jnp.int32) if valid_BT is None else valid_BT.astype(jnp.int32)
+        slot_BT = cache.length_B[:, None] + jnp.cumsum(ones_BT, axis=1) - 1
+        start_BT = jnp.broadcast_to(cache.start_B[:, None], (B, T))
+        if reset_BT is not None:
+            start_BT = _index(start_BT, reset_BT, slot_BT)
+        q, k = rotate(q, slot_BT), rotate(k, slot_BT)
+        # padding goes to a slot past the end, which the scatter drops
+        to_BT = slot_BT if valid_BT is None else jnp.where(valid_BT, slot_BT, cache.k_BHSK.shape[2])
+        write = lambda cache_HSK, new_THK, to_T: cache_HSK.at[:, to_T].set(
+            rearrange(new_THK, "t h k -> h t k").astype(cache_HSK.dtype), mode="drop"
+        )
+        cache = KVCache(
+            jax.vmap(write)(cache.k_BHSK, k, to_BT),
+            jax.vmap(write)(cache.v_BHSK, v, to_BT),
+            cache.length_B + ones_BT.sum(axis=1),
+            start_BT[:, -1],
+        )
+        return cached_attention(q, cache, slot_BT, start_BT, precision), cache
+
+
+class MLP(nn.Module):
+    dim: int
+    hidden_dim: int
+    num_layers: int
+    linear: Callable
+    token_shift: bool
+
+    @nn.compact
+    def __call__(self, x_BTD, last_BD, reset_BT, valid_BT, layer):
+        if self.token_shift:
+            xx_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
+            ramp_D = mix_ramp(self.dim, depth_ratios(layer, self.num_layers)[1])
+            mix_D = vector(self, "time_mix_k", ramp_D, self.linear.keywords["param_dtype"])
+            x_BTD = lerp(x_BTD, xx_BTD, mix_D)
+        h_BTF = nn.gelu(self.linear(self.hidden_dim, kernel_init=orthogonal(), name="key")(x_BTD))
+        return self.linear(self.dim, kernel_init=zeros, name="value")(h_BTF), last_BD
+
+
+class Block(nn.Module):
+    """x + Attention(ln1(x)), then x + MLP(ln2(x))."""
+
+    dim: int
+    hidden_dim: int | None
+    num_layers: int
+    linear: Callable
+    norm: Callable
+    dropout: float
+    head_size: int
+    token_shift: bool
+
+    @nn.compact
+    def __call__(self, x_BTD, state, reset_BT, valid_BT, layer):
+        cache, att_last, ffn_last = state or (None, None, None)
+        shared = {"dim": self.dim, "num_layers": self.num_layers, "linear": self.linear}
+        att = Attention(head_size=self.head_size, token_shift=self.token_shift, name="att", **shared)
+        hidden_dim = self.hidden_dim or 9 * self.dim // 2
+        ffn = MLP(hidden_dim=hidden_dim, token_shift=self.token_shift, name="ffn", **shared)
+        x_BTD = batch_sharded(x_BTD)
+        h_BTD, att_last, cache = att(self.norm(name="ln1")(x_BTD), att_last, cache, reset_BT, valid_BT, layer)
+        x_BTD = dropout(self, x_BTD + h_BTD, self.dropout)
+        h_BTD, ffn_last = ffn(self.norm(name="ln2")(x_BTD), ffn_last, reset_BT, valid_BT, layer)
+        x_BTD = batch_sharded(dropout(self, x_BTD + h_BTD, self.dropout))
+        return x_BTD, None if state is None else LayerState(cache, att_last, ffn_last)
+
+
+def init_state(batch, dim, head_size, max_length, dtype, shift) -> LayerState:
+    """An empty cache for `max_length` tokens (rounded up to whole blocks)."""
+    if max_length is None:
+        raise ValueError("an attention layer needs init_state(batch, max_length=...): its cache has a fixed size")
+    K = min(head_size, dim)
+    size = CACHE_BLOCK * math.ceil(max_length / CACHE_BLOCK) if max_length > CACHE_BLOCK else max_length
+    kv_BHSK = jnp.zeros((batch, dim // K, size, K), dtype)
+    zeros_B = jnp.zeros(batch, jnp.int32)
+    last_BD = jnp.zeros((batch, dim), jnp.promote_types(dtype, jnp.float32)) if shift else None
+    return LayerState(KVCache(kv_BHSK, kv_BHSK, zeros_B, zeros_B), last_BD, last_BD)

@@ -1,0 +1,104 @@
+"""The released recipe: Adam with learning rates by parameter group, its schedules, and the loss."""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Learning-rate multipliers of RWKV-v4neo (`layerwise_lr=1`), as (regex over the parameter path, factor): the first
+# match wins, anything else has 1. Its second Pile stage used 5 for both and for time_mix.
+GROUPS = ((r"/time_decay$", 2.0), (r"/time_first$", 3.0))
+
+
+def optimiser(
+    betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, clip=1.0, groups: Sequence = GROUPS
+) -> optax.GradientTransformation:
+    """Descent direction per unit of learning rate: the step applies `params - lr * direction`.
+
+    The learning rate stays outside, an input of the step, so that no schedule is compiled into the program. Decay is
+    decoupled (AdamW) and for matrices only, the embedding and the head included.
+    """
+    matrices = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, x: bool(re.search(r"(kernel|embedding)$", _name(path))), params
+    )
+    by_group = optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(
+            lambda path, x: x * multiplier(_name(path), groups), updates
+        )
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        optax.scale_by_adam(*betas, eps=eps),
+        optax.add_decayed_weights(weight_decay, mask=matrices) if weight_decay else optax.identity(),
+        by_group,
+    )
+
+
+def _name(path) -> str:
+    return "/".join(str(getattr(p, "key", p)) for p in path)
+
+
+def multiplier(path: str, groups: Sequence) -> float:
+    """Learning-rate factor of a parameter, by its path such as "blocks/att/time_decay"."""
+    return next((factor for pattern, factor in groups if re.search(pattern, path)), 1.0)
+
+
+def schedule(
+    kind: str, lr: float, lr_end: float, steps: int, warmup: int = 0, decay_start: int | None = None
+) -> Callable[[int], float]:
+    """Learning rate of a step in [0, steps), after a linear warm-up.
+
+    "exponential": constant, then from step `decay_start` on lr * (lr_end / lr)^progress, at lr_end in the last step:
+    the paper's own (appendix G). With the decay in the last tenth it is a trunk, and runs of other lengths branch
+    off where their own decay starts. "cosine": half a cosine from lr to lr_end. "constant".
+    """
+    if kind not in ("exponential", "cosine", "constant"):
+        raise ValueError(f"schedule is {kind!r}, expected exponential, cosine or constant")
+    if not 0 < lr_end <= lr:
+        raise ValueError(f"lr is {lr} and lr_end {lr_end}, expected 0 < lr_end <= lr")
+    start = warmup if kind == "cosine" or decay_start is None else decay_start
+
+    def at(step: int) -> float:
+        progress = min(max((step - start + 1) / max(steps - start, 1), 0.0), 1.0)
+        if kind == "exponential":
+            value = lr * (lr_end / lr) ** progress
+        elif kind == "cosine":
+            value = lr_end + (lr - lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
+        else:
+            value = lr
+        return value * min(1.0, (step + 1) / max(warmup, 1))
+
+    return at
+
+
+# (width, learning rate) of the released runs (Table 3) from 768 on; below, the best of `python -m
+# experiments.compare.run --sweep` for short byte-level runs. In between on a straight line in log-log.
+RELEASED_RATES = ((768, 6e-4), (1024, 4e-4), (2048, 3e-4), (4096, 1.5e-4), (5120, 1e-4))
+LEARNING_RATES = {
+    "rwkv4": ((64, 1.6e-2), (128, 6e-3), *RELEASED_RATES),
+    "attention": ((64, 8e-3), (128, 3e-3), *RELEASED_RATES),
+}
+
+
+def default_lr(kind: str, dim: int) -> float:
+    """Learning rate that suits a width, for models of `kind` "rwkv4" or "attention"."""
+    table = LEARNING_RATES[kind]
+    dim = min(max(dim, table[0][0]), table[-1][0])
+    (d1, lr1), (d2, lr2) = next((a, b) for a, b in itertools.pairwise(table) if dim <= b[0])
+    share = math.log(dim / d1) / math.log(d2 / d1)
+    return lr1 * (lr2 / lr1) ** share
+
+
+def cross_entropy(logits_BTV, targets_BT):
+    """Negative log-likelihood of each target in nats, float32 at least."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+
+
+def l2wrap(logits_BTV):
+    """0.5e-4 * max_logit^2 of each token: its mean in the loss has the gradient of the released `L2Wrap`,
+    1e-4 / (B T) * max_logit on each token's largest logit. It belongs to the objective, not to the reported loss."""
+    return 0.5e-4 * jnp.square(logits_BTV.max(axis=-1))
