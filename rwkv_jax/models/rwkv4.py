@@ -123,5 +123,5 @@ class Block(nn.Module):
 
 def init_state(batch: int, dim: int, dtype=jnp.float32) -> LayerState:
     """The empty past."""
-    zeros_BD = jnp.zeros((batch, dim), dtype)
-    return LayerState(zeros_BD, WKV4State.empty(batch, dim, dtype), zeros_BD)
+    last = lambda: jnp.zeros((batch, dim), dtype)
+    return LayerState(last(), WKV4State.empty(batch, dim, dtype), last())

@@ -256,7 +256,7 @@ def init_state(batch, dim, head_size, max_length, dtype, shift) -> LayerState:
         raise ValueError("an attention layer needs init_state(batch, max_length=...): its cache has a fixed size")
     K = min(head_size, dim)
     size = CACHE_BLOCK * math.ceil(max_length / CACHE_BLOCK) if max_length > CACHE_BLOCK else max_length
-    kv_BHSK = jnp.zeros((batch, dim // K, size, K), dtype)
-    zeros_B = jnp.zeros(batch, jnp.int32)
-    last_BD = jnp.zeros((batch, dim), jnp.promote_types(dtype, jnp.float32)) if shift else None
-    return LayerState(KVCache(kv_BHSK, kv_BHSK, zeros_B, zeros_B), last_BD, last_BD)
+    kv = lambda: jnp.zeros((batch, dim // K, size, K), dtype)
+    count = lambda: jnp.zeros(batch, jnp.int32)
+    last = lambda: jnp.zeros((batch, dim), jnp.promote_types(dtype, jnp.float32)) if shift else None
+    return LayerState(KVCache(kv(), kv(), count(), count()), last(), last())

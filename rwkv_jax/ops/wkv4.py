@@ -53,8 +53,9 @@ class WKV4State(NamedTuple):
 
     @classmethod
     def empty(cls, batch: int, dim: int, dtype=jnp.float32) -> "WKV4State":
-        zeros_BD = jnp.zeros((batch, dim), dtype)
-        return cls(zeros_BD, zeros_BD, jnp.full((batch, dim), EMPTY, dtype))
+        # an array for each leaf, so that a state can be donated
+        zeros = lambda: jnp.zeros((batch, dim), dtype)
+        return cls(zeros(), zeros(), jnp.full((batch, dim), EMPTY, dtype))
 
 
 def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, impl=None):

@@ -1,0 +1,44 @@
+# make compare    RWKV-4 against a transformer of equal size, on text that Python itself carries
+# make test       what a contributor runs (under 5 minutes);  make test-all adds the slow and the live ones
+# make lint       ruff, as CI runs it
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+DURATION ?= 6
+SEED ?= 0
+TEXT ?= stdlib
+
+.PHONY: compare sweep speed test test-all lint
+
+compare: $(VENV)/runtime
+	$(RUN) -m experiments.compare.run --duration="$(DURATION)" --seed="$(SEED)" --text="$(TEXT)"
+
+sweep: $(VENV)/runtime
+	$(RUN) -m experiments.compare.run --sweep
+
+speed: $(VENV)/live
+	$(RUN) -m experiments.speed.run
+
+test: $(VENV)/dev
+	$(RUN) -m pytest
+
+test-all: $(VENV)/live
+	$(RUN) -m pytest -m ""
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/runtime: requirements.txt
+$(VENV)/dev: requirements.txt requirements-dev.txt
+$(VENV)/live: requirements.txt requirements-dev.txt requirements-live.txt
+$(VENV)/runtime: REQUIREMENTS = requirements.txt
+$(VENV)/dev: REQUIREMENTS = requirements-dev.txt
+$(VENV)/live: REQUIREMENTS = requirements-live.txt
+$(VENV)/runtime $(VENV)/dev $(VENV)/live:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; set PYTHON=" >&2; exit 2; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	@touch $@

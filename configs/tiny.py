@@ -1,0 +1,16 @@
+"""A byte-level RWKV-4 of 4 x 128 on the embedded corpus: the smallest run that learns something.
+
+    python -m rwkv_jax.train --config=configs/tiny.py --workdir=runs/tiny
+    python -m rwkv_jax.train --config=configs/tiny.py:transformer --workdir=runs/tiny-transformer
+
+Cost: see README. Expected: see README.
+"""
+
+from rwkv_jax.train import default_config
+
+
+def get_config(arg="rwkv4"):
+    config = default_config()
+    config.model.name = arg or "rwkv4"
+    config.steps = 600
+    return config.lock()

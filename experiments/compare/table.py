@@ -1,0 +1,80 @@
+"""results.json as the table that a person reads.
+
+python -m experiments.compare.table [results.json]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def render(results) -> str:
+    """One column an arm, then the levels that counting reaches and what the numbers are."""
+    arms, preset = results["arms"], results["preset"]
+    best = {"rwkv4": "state carried", "transformer": "sliding window", "transformer+shift": "sliding window"}
+    rows = [
+        ("", list(arms)),
+        ("parameters", [f"{a['parameters']:,}" for a in arms.values()]),
+        ("training FLOPs a token", [f"{a['flops_per_token'] / 1e6:.2f} M" for a in arms.values()]),
+        ("training tokens", [f"{preset['tokens']:,}"] * len(arms)),
+        ("learning rate", [f"{a['lr']:g}" for a in arms.values()]),
+        ("bits/byte, windows", [f"{a['bits_per_byte']:.3f}" for a in arms.values()]),
+        ("  minus transformer", [_difference(a["minus_transformer"]) for a in arms.values()]),
+        ("  95 % interval", [_interval(a["minus_transformer"]) for a in arms.values()]),
+        ("bits/byte, best practice", [f"{a['best_practice_bits_per_byte']:.3f}" for a in arms.values()]),
+        ("  which is", [best[arm] for arm in arms]),
+        ("training tokens/s", [f"{a['tokens_per_second']:,.0f}" for a in arms.values()]),
+        ("  share of matmul peak", [f"{100 * a['share_of_peak']:.0f} %" for a in arms.values()]),
+    ]
+    for i, at in enumerate(next(iter(arms.values()))["decode"]):
+        cells = [a["decode"][i] for a in arms.values()]
+        rows.append(
+            (
+                f"decode after {at['context']:,}",
+                [f"{c['tokens_per_second']:,.0f}/s, {_bytes(c['state_bytes'])}" for c in cells],
+            )
+        )
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  " + "".join(f"{cell:>20}" for cell in cells) for name, cells in rows]
+    rule = "-" * len(lines[0])
+    counted = ", ".join(f"{name} {bits:.3f}" for name, bits in results["counted"].items())
+    corpus, stamp = results["corpus"], results["stamp"]
+    notes = [
+        f"Counting on the same {preset['tokens']:,} training bytes: {counted} bits/byte.",
+        f"A demonstration: {preset['tokens']:,} tokens, one seed ({preset['seed']}), {preset['num_layers']} x "
+        f"{preset['dim']}, {corpus['test_bytes']:,} held-out bytes in {results['documents']} files of "
+        f"{corpus['name']}.",
+        *_warning(results),
+        f"{stamp['processor']}, {stamp['cores']} cores, {results['matmul_peak_flops'] / 1e9:.0f} GFLOP/s matmul; "
+        f"jax {stamp['versions']['jax']}, Python {stamp['versions']['python']}; {stamp['date']}, "
+        f"commit {stamp['commit'] or 'none'}; {results['wall_seconds']:.0f} s in all.",
+    ]
+    return "\n".join([lines[0], rule, *lines[1:], rule, *notes])
+
+
+def _warning(results):
+    """A transformer that loses to counting proves nothing about transformers."""
+    name, level = next((n, bits) for n, bits in results["counted"].items() if n.endswith("-gram"))
+    losing = [arm for arm, a in results["arms"].items() if a["bits_per_byte"] > level]
+    if not losing:
+        return []
+    return [f"Too short to rank architectures: {' and '.join(losing)} did not pass the {name} of the same bytes."]
+
+
+def _difference(d):
+    return "" if d["bits_per_byte"] == 0 else f"{d['bits_per_byte']:+.3f}"
+
+
+def _interval(d):
+    if d["bits_per_byte"] == 0:
+        return ""
+    return "one file" if d["low"] is None else f"[{d['low']:+.3f}, {d['high']:+.3f}]"
+
+
+def _bytes(n):
+    return f"{n / 1024:,.0f} KiB" if n < 2**20 else f"{n / 2**20:,.0f} MiB"
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
+    print(render(json.loads(path.read_text())))

@@ -1,0 +1,36 @@
+"""What every result carries: without its command, commit, versions, hardware and date a number is not a result."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain")
+
+
+def stamp() -> dict:
+    """Command, commit (with "+" where the tree has changes), date, versions, processor and devices."""
+    git = lambda *args: subprocess.run(
+        ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return {
+        "command": " ".join(["python -m", module.name if module else sys.argv[0], *sys.argv[1:]]),
+        "commit": git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else ""),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "devices": [d.device_kind for d in jax.devices()],
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,216 @@
+"""Checkpoints: Orbax for the arrays, a SHA-256 manifest for the truth.
+
+`<folder>/<step>/` holds what Orbax wrote and `manifest.json`, the size and hash of every file, written last.
+Orbax restores most flipped bytes without a word, so a checkpoint is read only after its files match the
+manifest, and a folder without one is not a checkpoint.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+MANIFEST = "manifest.json"
+
+# Orbax narrates every save through absl's one logger. Its warnings stay, and so does what others log there.
+logging.getLogger("absl").addFilter(lambda r: r.levelno >= logging.WARNING or "/orbax/" not in r.pathname)
+
+
+def save(folder, step: int, tree: Any, keep: int = 2) -> None:
+    """Write `tree` as the checkpoint of `step`; returns once it is complete on disk.
+
+    The step's folder appears whole, by a rename, once everything in it is synchronised. Only then are others
+    removed: all but the newest `keep` up to `step`, and any beyond it, which a run that went back has
+    abandoned. A save that is killed leaves the checkpoints before it untouched; the next one clears it away.
+
+    Args:
+      folder: shared by all hosts, every one of which must call this.
+      step: >= 0. An existing checkpoint of the same step is replaced.
+      tree: any pytree of `jax.Array`s, NumPy arrays or scalars.
+      keep: >= 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}, expected at least 1 checkpoint to keep")
+    folder = Path(folder).absolute()
+    complete, partial = folder / str(step), folder / f"{step}.partial"
+    first_host = jax.process_index() == 0
+    if first_host:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if re.fullmatch(r"\d+\.partial.*", path.name):
+                shutil.rmtree(path)
+    multihost_utils.sync_global_devices("checkpoint folder cleared")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        orbax.save(partial, args=ocp.args.PyTreeSave(tree))
+    if first_host:
+        _write_manifest(partial)
+        if complete.exists():
+            _remove(complete)
+        os.replace(partial, complete)
+        _synchronise(folder)
+        kept = [s for s in steps(folder) if s <= step][-keep:]
+        for stale in set(steps(folder)) - set(kept):
+            _remove(folder / str(stale))
+    multihost_utils.sync_global_devices("checkpoint complete")
+
+
+def steps(folder) -> list[int]:
+    """The steps of the complete checkpoints in `folder`, ascending; their files are not verified."""
+    folder = Path(folder)
+    paths = folder.iterdir() if folder.is_dir() else []
+    return sorted(int(path.name) for path in paths if path.name.isdecimal() and _has_manifest(path))
+
+
+def latest(folder) -> int | None:
+    """The step of the newest complete checkpoint in `folder`, not verified; None when there is none."""
+    return max(steps(folder), default=None)
+
+
+def verify(folder, step: int) -> None:
+    """Compare every file of a checkpoint with the manifest, first its size, then its SHA-256.
+
+    Raises:
+      ValueError: naming the first file that is missing or differs.
+    """
+    path = Path(folder) / str(step)
+    if not _has_manifest(path):
+        raise ValueError(f"{path}: no complete checkpoint; {folder} has steps {steps(folder)}")
+    written = (path / MANIFEST).read_bytes()
+    try:
+        recorded = json.loads(written)
+        if _encode(recorded) != written:
+            raise ValueError("not as it was written")
+        sizes = {name: entry["bytes"] for name, entry in recorded.items()}
+        digests = {name: entry["sha256"] for name, entry in recorded.items()}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged checkpoint: {MANIFEST}: {error}") from error
+    for name, size in sizes.items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path}: damaged checkpoint: file {name} is missing")
+        if (path / name).stat().st_size != size:
+            found = (path / name).stat().st_size
+            raise ValueError(f"{path}: damaged checkpoint: file {name} has {found} bytes, expected {size}")
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(digests, pool.map(lambda name: _sha256(path / name), digests), strict=True))
+    for name, digest in digests.items():
+        if found[name] != digest:
+            raise ValueError(f"{path}: damaged checkpoint: file {name} differs from its SHA-256")
+
+
+def restore(folder, like: Any, step: int | None = None, key: str | None = None) -> tuple[int, Any]:
+    """Step and tree of a verified checkpoint: of `step`, or else of the newest valid one.
+
+    A damaged checkpoint that is passed over is reported in one line on stderr.
+
+    Args:
+      like: the expected tree. A leaf with a sharding (a `jax.Array`, or a `jax.ShapeDtypeStruct` that has
+        one) comes back as a `jax.Array` on that sharding, whatever sharding it was saved from; one without,
+        as a NumPy array.
+      key: restore only what the stored tree has under this name ("params"); `like` is then the tree below it.
+
+    Raises:
+      ValueError: no checkpoint is valid, or a leaf's presence, shape or dtype is not as in `like`.
+    """
+    folder = Path(folder).absolute()
+    if step is None:
+        step = _newest_valid(folder)
+    else:
+        verify(folder, step)
+    path = folder / str(step)
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+    item = jax.tree.map(abstract, like if key is None else {key: like})
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        stored = orbax.metadata(path).item_metadata.tree
+        _check(path, stored if key is None else {key: stored[key]} if key in stored else {}, item)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=key is not None)
+        tree = orbax.restore(path, args=args)
+    return step, tree if key is None else tree[key]
+
+
+def _newest_valid(folder: Path) -> int:
+    newest = -1
+    if jax.process_index() == 0:
+        for step in reversed(steps(folder)):
+            try:
+                verify(folder, step)
+            except ValueError as error:
+                print(f"{error}; trying the one before", file=sys.stderr)
+            else:
+                newest = step
+                break
+    newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+    if newest < 0:
+        raise ValueError(f"{folder}: no valid checkpoint (complete ones: {steps(folder)})")
+    return newest
+
+
+def _check(path: Path, stored: Any, like: Any) -> None:
+    described = lambda tree: {
+        jax.tree_util.keystr(keys, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    found, expected = described(stored), described(like)
+    for name in expected | found:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{path}: {name} is {found.get(name, 'absent')} in the checkpoint, "
+                f"expected {expected.get(name, 'no such leaf')}"
+            )
+
+
+def _has_manifest(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def _write_manifest(path: Path) -> None:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_sha256, files))
+        list(pool.map(_synchronise, [*files, *{file.parent for file in files}]))
+    entry = lambda file, digest: {"bytes": file.stat().st_size, "sha256": digest}
+    entries = {
+        file.relative_to(path).as_posix(): entry(file, digest)
+        for file, digest in zip(files, digests, strict=True)
+    }
+    beside = path / f"{MANIFEST}.partial"
+    beside.write_bytes(_encode(entries))
+    _synchronise(beside)
+    os.replace(beside, path / MANIFEST)
+    _synchronise(path)
+
+
+def _encode(entries: dict) -> bytes:
+    return (json.dumps(entries, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _synchronise(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint such that being cut short leaves none, rather than a damaged one."""
+    doomed = path.with_name(f"{path.name}.partial.removed")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)

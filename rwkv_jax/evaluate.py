@@ -1,0 +1,306 @@
+"""How well a model predicts text: nats of every token given those before it.
+
+    python -m rwkv_jax.evaluate --model=runs/tiny --data=held_out.txt
+
+One primitive, `log_likelihoods`, and two protocols that apply it to a stream of tokens:
+
+    windows         disjoint windows of the training length from an empty past: the same for every model
+    best_practice   `carried`: whole documents through a recurrent state; or, with attention, `sliding`: windows half
+                    a length apart, of which the second half counts
+
+A protocol returns the negative log-likelihood of each token, float32 nats [N] aligned with the stream, so that models
+can be compared token by token. Entry 0 is NaN, as nothing precedes it; no other is, unless the model's output is.
+"""
+
+import argparse
+import heapq
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from tqdm import tqdm
+
+from rwkv_jax import corpora, interop, tokenizers
+
+POSITIONS = 128  # whose logits, [B, POSITIONS, V], exist at one time
+
+
+def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
+    """log p(tokens[:, t + 1] | tokens[:, : t + 1]) for every t, [B, T - 1], and the state after the last input.
+
+    The inputs are the first T - 1 tokens; the last is only predicted, and begins the next call if text goes on. Masks
+    are aligned with the inputs, and so is the result: its entry t is about what follows input t.
+
+    Args:
+        tokens_BT: ids in [0, V), T >= 2.
+        state: before the first input; None: no past.
+        reset_BT: [B, T - 1] True where a document starts: what comes before does not count.
+        valid_BT: [B, T - 1] False where the input is padding. What is returned there means nothing.
+
+    Returns:
+        nats, float32 (float64 from a float64 model), and the state. Not compiled: that is the caller's.
+    """
+    tokens_BT = tokens_BT.astype(jnp.int32)
+    x_BTD, state = model.apply(
+        {"params": params}, tokens_BT[:, :-1], state, reset_BT=reset_BT, valid_BT=valid_BT, method="hidden"
+    )
+
+    def score(x_and_target):
+        x_BD, target_B = x_and_target
+        log_p_BV = jax.nn.log_softmax(model.apply({"params": params}, x_BD, method="logits"))
+        return jnp.take_along_axis(log_p_BV, target_B[:, None], axis=-1)[:, 0]
+
+    by_time = (x_BTD.swapaxes(0, 1), tokens_BT[:, 1:].T)
+    return lax.map(score, by_time, batch_size=POSITIONS).T, state
+
+
+_log_likelihoods = jax.jit(log_likelihoods, static_argnums=0)
+
+
+def windows(model, params, tokens, seq_len: int, batch_size: int) -> np.ndarray:
+    """Nats of each token [N], from windows of `seq_len` inputs one after the other, each with an empty past.
+
+    As in training, documents do not matter: a window may see the end of one before the beginning of the next.
+    """
+    _check(model, tokens, None, seq_len, batch_size)
+
+    def batches():
+        window_BT = np.arange(batch_size)[:, None] * seq_len + np.arange(seq_len)
+        for begin in range(0, len(tokens) - 1, batch_size * seq_len):
+            yield begin + window_BT, begin + window_BT < len(tokens) - 1, None
+
+    return _nats(model, params, tokens, batches(), None, "windows")
+
+
+def sliding(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.ndarray:
+    """Nats of each token [N], from windows half of `seq_len` apart that count in their second half, the first in both.
+
+    A token is so predicted from at least half a window, or from all of its document, which begins at one of `starts`.
+    """
+    _check(model, tokens, starts, seq_len, batch_size)
+    stride, num_inputs = (seq_len + 1) // 2, len(tokens) - 1
+    num_windows = 1 + max(0, -(-(num_inputs - seq_len) // stride))
+
+    def batches():
+        for first in range(0, num_windows, batch_size):
+            window_B1 = first + np.arange(batch_size)[:, None]
+            at_BT = window_B1 * stride + np.arange(seq_len)
+            counts_BT = (window_B1 == 0) | (np.arange(seq_len) >= seq_len - stride)
+            yield at_BT, counts_BT & (at_BT < num_inputs), np.isin(at_BT, starts)
+
+    return _nats(model, params, tokens, batches(), None, "sliding")
+
+
+def carried(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.ndarray:
+    """Nats of each token [N], each predicted from all of its document, which begins at one of `starts`.
+
+    Documents share `batch_size` rows (fewer, if there are fewer documents), which the model reads in segments of
+    `seq_len` tokens, handing the state on. Raises ValueError for a model with attention.
+    """
+    _check(model, tokens, starts, seq_len, batch_size)
+    if not _is_recurrent(model):
+        raise ValueError(f"layers are {model.layers}, expected rwkv4 alone: attention has no state of fixed size")
+    starts, lengths = np.asarray(starts), np.diff(starts, append=len(tokens))
+    rows = [(starts[documents], lengths[documents]) for documents in _balanced(lengths, min(batch_size, len(starts)))]
+
+    def batches():
+        for begin in range(0, max(row_lengths.sum() for _, row_lengths in rows), seq_len):
+            at_BT = np.stack([_at(*row, begin + np.arange(seq_len)) for row in rows])
+            counts_BT = (at_BT >= 0) & (at_BT < len(tokens) - 1)
+            # The last token of every document predicts a separator, also before padding: token 0 is one.
+            at_BT = np.maximum(at_BT, 0)
+            yield at_BT, counts_BT, np.isin(at_BT, starts)
+
+    return _nats(model, params, tokens, batches(), model.init_state(len(rows)), "carried")
+
+
+def best_practice(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.ndarray:
+    """Nats of each token [N] as the model predicts them best: `carried` if all layers are RWKV's, else `sliding`."""
+    protocol = carried if _is_recurrent(model) else sliding
+    return protocol(model, params, tokens, starts, seq_len, batch_size)
+
+
+def _is_recurrent(model):
+    return set(model.layers) == {"rwkv4"}
+
+
+def _check(model, tokens, starts, seq_len, batch_size):
+    if min(seq_len, batch_size) < 1:
+        raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}, expected at least 1")
+    if len(tokens) < 2:
+        raise ValueError(f"nothing to predict in {len(tokens)} tokens, expected at least 2")
+    if (largest := int(np.max(tokens))) >= model.vocab_size:
+        raise ValueError(f"token {largest} is outside the model's vocabulary of {model.vocab_size}")
+    if starts is not None and (len(starts) == 0 or starts[0] != 0 or np.any(tokens[starts] != corpora.SEPARATOR)):
+        raise ValueError(f"expected token {corpora.SEPARATOR} at every start of a document, the first at 0")
+
+
+def _nats(model, params, tokens, batches, state, name) -> np.ndarray:
+    """Score batches of (where the inputs are in the stream [B, T], which of them count, where documents start).
+
+    A `state` that is not None is handed from one batch to the next.
+    """
+    last = len(tokens) - 1
+    nats_N = np.full(len(tokens), np.nan, np.float32)
+    with tqdm(desc=name, total=last, unit="token", unit_scale=True, leave=False, disable=None) as bar:
+        for at_BT, counts_BT, reset_BT in batches:
+            read_BT = np.concatenate([at_BT, at_BT[:, -1:] + 1], axis=1)
+            tokens_BT = tokens[np.minimum(read_BT, last)].astype(np.int32)
+            loglik_BT, new = _log_likelihoods(model, params, tokens_BT, state, reset_BT=reset_BT)
+            state = None if state is None else new
+            nats_N[at_BT[counts_BT] + 1] = -np.asarray(loglik_BT)[counts_BT]
+            bar.update(int(counts_BT.sum()))
+    return nats_N
+
+
+def _balanced(lengths, num_rows: int) -> list[list[int]]:
+    """Documents of each row: the longest first, each to the row with the least so far."""
+    rows = [(0, row, []) for row in range(num_rows)]
+    for document in np.argsort(-lengths, kind="stable"):
+        filled, row, documents = rows[0]
+        documents.append(document)
+        heapq.heapreplace(rows, (filled + int(lengths[document]), row, documents))
+    return [documents for _, _, documents in rows]
+
+
+def _at(starts, lengths, positions):
+    """Where in the stream positions of a row are that holds these documents one after the other; -1 past its end."""
+    ends = np.cumsum(lengths)
+    document = np.minimum(np.searchsorted(ends, positions, side="right"), len(ends) - 1)
+    return np.where(positions < ends[-1], positions - (ends - lengths - starts)[document], -1)
+
+
+def perplexity(nats) -> float:
+    """exp(mean of `nats`), per token."""
+    return float(np.exp(np.mean(nats, dtype=np.float64)))
+
+
+def bits_per_byte(nats, num_bytes) -> float:
+    """Sum of `nats` / ln 2 / sum of `num_bytes`, whatever an entry stands for."""
+    return float(np.sum(nats, dtype=np.float64) / np.log(2) / np.sum(num_bytes))
+
+
+def loss_by_position(nats_N, seq_len: int) -> np.ndarray:
+    """Mean nats [seq_len] of what `windows` returned: entry t is about predictions from t + 1 tokens."""
+    nats_N = np.asarray(nats_N[1:], np.float64)
+    if len(nats_N) < seq_len:
+        raise ValueError(f"{len(nats_N)} predictions do not fill a window of {seq_len}")
+    position_N = np.arange(len(nats_N)) % seq_len
+    return np.bincount(position_N, nats_N) / np.bincount(position_N)
+
+
+def per_document(nats_N, split: corpora.Split) -> tuple[np.ndarray, np.ndarray]:
+    """Nats and bytes of each document [documents], float64, without those of the separators.
+
+    The bytes of the split are shared out by tokens: exact in sum, and for each document where a token is a byte.
+    """
+    if len(nats_N) != len(split.tokens):
+        raise ValueError(f"{len(nats_N)} nats for a split of {len(split.tokens)} tokens")
+    text_N = np.array(nats_N, np.float64)
+    text_N[split.starts] = 0
+    num_tokens = np.diff(split.starts, append=len(text_N)) - 1
+    return np.add.reduceat(text_N, split.starts), split.num_bytes * num_tokens / num_tokens.sum()
+
+
+def paired_difference(a_N, b_N, split: corpora.Split, seed: int = 0, samples: int = 2000):
+    """(difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and its 95 % interval.
+
+    A percentile bootstrap over documents, NaN if there is only one: tokens of a document are not independent. Paired,
+    because text that is hard for one model is hard for the other; the intervals of the two levels say little.
+    """
+    (nats_a, num_bytes), (nats_b, _) = per_document(a_N, split), per_document(b_N, split)
+    nats = nats_a - nats_b
+    difference = bits_per_byte(nats, num_bytes)
+    if len(nats) < 2:
+        return difference, np.nan, np.nan
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(len(nats), size=len(nats)) for _ in range(samples))
+    low, high = np.quantile([bits_per_byte(nats[i], num_bytes[i]) for i in draws], (0.025, 0.975))
+    return difference, float(low), float(high)
+
+
+def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
+    """The file as one document, cut after `max_tokens` tokens of text."""
+    pieces, missing = [], max_tokens or sys.maxsize
+    try:
+        with open(path, "rb") as file:
+            for _, piece in tokenizer.encode_documents([iter(partial(file.read, 1 << 20), b"")]):
+                pieces.append(piece[:missing])
+                missing -= len(pieces[-1])
+                if not missing:
+                    break
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8, which tokenizer {tokenizer.name} needs: {error.reason}") from None
+    if not pieces:
+        raise ValueError(f"{path} is empty, expected text")
+    text = np.concatenate(pieces)
+    num_bytes = len(text) if tokenizer.name == "bytes" else len(tokenizer.decode(text).encode())
+    tokens = np.concatenate([[corpora.SEPARATOR], text]).astype(text.dtype)
+    return corpora.Split(tokens, np.zeros(1, np.int64), (path,), num_bytes)
+
+
+def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
+    config = Path(path) / "config.json"
+    run = json.loads(config.read_text()) if config.is_file() else {}
+    model, params = interop.load(path)
+    name = tokenizer or run.get("tokenizer") or ("bytes" if model.vocab_size == 256 else None)
+    if name is None:
+        raise ValueError(f"expected --tokenizer=PATH of the tokenizer.json with this vocabulary of {model.vocab_size}")
+    tokenizer, seq_len = tokenizers.get_tokenizer(name), seq_len or run.get("seq_len", 1024)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+    split = _held_out(data, tokenizer, max_tokens)
+
+    def numbers(nats_N):
+        text = np.delete(nats_N, split.starts)
+        return {"bits_per_byte": bits_per_byte(text, split.num_bytes), "perplexity": perplexity(text)}
+
+    shape = (seq_len, batch_size)
+    what = {"model": path, "data": data, "tokenizer": name, "seq_len": seq_len}
+    return what | {
+        "tokens": len(split.tokens) - 1,
+        "bytes": split.num_bytes,
+        "windows": numbers(windows(model, params, split.tokens, *shape)),
+        "best_practice": numbers(best_practice(model, params, split.tokens, split.starts, *shape)),
+        "best_practice_is": "carried" if _is_recurrent(model) else "sliding",
+    }
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m rwkv_jax.evaluate",
+        description="Bits per byte and perplexity of held-out text: in windows of the training length from an empty "
+        "past, and as the model predicts best (recurrent: state carried; attention: sliding windows).",
+    )
+    parser.add_argument("--model", required=True, dest="path", help="a training workdir or an official .pth")
+    parser.add_argument("--data", required=True, help="a text file, all of it held out")
+    parser.add_argument("--tokenizer", help="'bytes' or the path of a tokenizer.json; default: the workdir's")
+    parser.add_argument("--seq_len", type=int, help="tokens of a window; default: the workdir's, or 1024")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows at a time (default: %(default)s)")
+    parser.add_argument("--max_tokens", type=int, help="stop after this many tokens of the text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in one line")
+    args = vars(parser.parse_args(argv))
+    as_json = args.pop("json")
+    try:
+        report = _report(**args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if as_json:
+        print(json.dumps(report))
+        return 0
+    print("{data}: {tokens:,} tokens, {bytes:,} bytes".format(**report))
+    for name, row in (("windows", "windows"), (report["best_practice_is"], "best_practice")):
+        print(f"{name:<8} " + "{bits_per_byte:8.4f} bits/byte   perplexity {perplexity:,.3f}".format(**report[row]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

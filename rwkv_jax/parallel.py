@@ -1,0 +1,102 @@
+"""Strategies: how one step function runs over the devices. Each turns `(init, step)` into `(init, step, put)`:
+
+    init(key) -> state          born where it will live
+    put(batch) -> batch         host rows onto the devices
+    step(state, batch, lr) -> (state, metrics)      state donated
+
+and the training loop never asks which one it has. Outside this file every array is a global `jax.Array` without a
+device axis. `step(state, batch, lr, axis_name=None)` reduces over `axis_name` where it is given (pmap), and sees the
+global batch otherwise.
+"""
+
+import contextlib
+from functools import partial
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXIS = "data"
+MIN_SHARDED = 2**14  # elements: smaller leaves cost more to gather than to keep
+
+
+def single(init, step):
+    """One device."""
+    return jax.jit(init), jax.jit(step, donate_argnums=0), jax.device_put
+
+
+def data_parallel(init, step):
+    """`jax.pmap`: parameters replicated, rows of the batch split."""
+    replicated = NamedSharding(_mesh(), P())
+    mapped = jax.pmap(
+        partial(step, axis_name=AXIS),
+        axis_name=AXIS,
+        in_axes=(None, 0, None),
+        out_axes=(None, None),
+        donate_argnums=0,
+    )
+    put = lambda batch: jax.tree.map(lambda x: x.reshape(jax.device_count(), -1, *x.shape[1:]), batch)
+    # placed on the mesh before the first step, or that one would be compiled for one device and the next for all
+    globally = lambda key: jax.device_put(jax.jit(init)(key), replicated)
+    return globally, mapped, put
+
+
+def fsdp(init, step):
+    """`jax.jit` with every large array split over its largest divisible axis, gathered where it is used."""
+    mesh = _mesh()
+    shardings = jax.tree_util.tree_map_with_path(partial(shard_rule, mesh), jax.eval_shape(init, jax.random.key(0)))
+    rows = NamedSharding(mesh, P(AXIS))
+    jitted = jax.jit(
+        step,
+        in_shardings=(shardings, rows, NamedSharding(mesh, P())),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+    return (
+        jax.jit(init, out_shardings=shardings),
+        _under(mesh, jitted),
+        lambda batch: jax.device_put(batch, rows),
+    )
+
+
+STRATEGIES = {"single": single, "pmap": data_parallel, "fsdp": fsdp}
+
+
+def _mesh():
+    # Auto axes: since jax 0.9 `make_mesh` defaults to Explicit ones, which linen's Dense rejects
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def shard_rule(mesh, path, x):
+    """Sharding of one leaf: its largest axis that the devices divide, never the layer axis of stacked blocks."""
+    stacked = any(getattr(p, "key", None) == "blocks" for p in path)
+    for axis in sorted(range(int(stacked), len(x.shape)), key=lambda a: -x.shape[a]):
+        if x.size >= MIN_SHARDED and x.shape[axis] % mesh.size == 0:
+            return NamedSharding(mesh, P(*[None] * axis, AXIS))
+    return NamedSharding(mesh, P())
+
+
+def _under(mesh, jitted):
+    """`jitted` traced and run with the models' logical axis "batch" mapped to the mesh, so that rows stay split."""
+
+    @contextlib.contextmanager
+    def mapped():
+        with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", AXIS),)):
+            yield
+
+    call = mapped()(jitted)
+    call.lower = mapped()(jitted.lower)
+    return call
+
+
+def check_divisible(batch_size: int, accumulation: int, strategy: str) -> None:
+    """One line where the batch cannot be split evenly over devices and accumulated micro-batches."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+    devices = 1 if strategy == "single" else jax.device_count()
+    if batch_size % (devices * accumulation):
+        raise ValueError(
+            f"batch_size is {batch_size}, expected a multiple of {devices * accumulation} "
+            f"({devices} devices x {accumulation} accumulated micro-batches)"
+        )

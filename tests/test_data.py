@@ -1,0 +1,130 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from rwkv_jax.data import batch_hash, dataset, eval_windows, read_ahead
+
+T, B = 8, 4
+NUM_WINDOWS = 50
+TOKENS = np.arange(NUM_WINDOWS * T + 5, dtype=np.uint16)  # the token is its position; 4 targets are left over
+
+
+def make(**changes):
+    return dataset(TOKENS, **{"seq_len": T, "batch_size": B, "seed": 0} | changes)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() == {"tokens", "mask"}
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_a_batch():
+    batch = make()[0]
+    assert batch["tokens"].shape == (B, T + 1) and batch["tokens"].dtype == np.int32
+    assert batch["mask"].shape == (B, T) and batch["mask"].dtype == bool and batch["mask"].all()
+    np.testing.assert_array_equal(np.diff(batch["tokens"]), 1)
+    np.testing.assert_array_equal(batch["tokens"][:, 0] % T, 0)
+
+
+def test_an_epoch_has_each_target_once_and_the_next_another_order():
+    ds = make(batch_size=5)
+    epochs = [np.concatenate([ds[10 * e + s]["tokens"][:, 1:] for s in range(10)]) for e in range(2)]
+    for targets in epochs:
+        np.testing.assert_array_equal(np.sort(targets.ravel()), np.arange(1, NUM_WINDOWS * T + 1))
+    assert (epochs[0] != epochs[1]).any()
+    assert (np.diff(epochs[0][:, 0]) < 0).any()
+
+
+def test_the_seed_fixes_the_order():
+    assert_same(make(seed=3)[7], make(seed=3)[7])
+    assert (make(seed=3)[7]["tokens"] != make(seed=4)[7]["tokens"]).any()
+
+
+@pytest.mark.parametrize("start", [0, 13, 40])
+def test_read_ahead_equals_indexing(start):
+    ds = make()
+    for step, batch in enumerate(islice(read_ahead(ds, start), 20), start):
+        assert_same(batch, ds[step])
+
+
+def test_a_second_reader_resumes_in_the_middle():
+    whole = list(islice(read_ahead(make(), 0), 12))
+    first, second = list(islice(read_ahead(make(), 0), 5)), list(islice(read_ahead(make(), 5), 7))
+    for a, b in zip(whole, first + second, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_have_the_global_batch(hosts):
+    for step in (0, 5, 12, 30):  # beyond the first epoch too
+        whole = make()[step]
+        for host in range(hosts):
+            rows = make(host=host, hosts=hosts)[step]
+            assert rows["tokens"].shape == (B // hosts, T + 1)
+            assert_same(rows, {name: array[host::hosts] for name, array in whole.items()})
+
+
+def test_reads_from_a_memory_map(tmp_path):
+    TOKENS.tofile(tmp_path / "tokens.bin")
+    mapped = np.memmap(tmp_path / "tokens.bin", np.uint16, mode="r")
+    batch = dataset(mapped, seq_len=T, batch_size=B, seed=0)[3]
+    assert_same(batch, make()[3])
+    assert type(batch["tokens"]) is np.ndarray
+
+
+def test_one_window_is_enough():
+    batch = dataset(TOKENS[: T + 1], seq_len=T, batch_size=2, seed=0)[5]
+    np.testing.assert_array_equal(batch["tokens"], [np.arange(T + 1)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"seq_len": 405}, r"^corpus has 405 tokens: shorter than one window of 406$"),
+        ({"batch_size": 6, "hosts": 4}, r"^batch_size is 6: expected a multiple of the number of hosts, 4$"),
+        ({"host": 2, "hosts": 2}, r"^host is 2: expected 0 to 1, for hosts=2$"),
+        ({"batch_size": 0}, r"^seq_len is 8 and batch_size 0: both must be at least 1$"),
+        ({"seq_len": 0}, r"^seq_len is 0 and batch_size 4: both must be at least 1$"),
+    ],
+)
+def test_mistakes(changes, line):
+    with pytest.raises(ValueError, match=line):
+        make(**changes)
+
+
+def test_mistakes_in_evaluation():
+    with pytest.raises(ValueError, match=r"^nothing to evaluate: 1 tokens, max_tokens=None$"):
+        eval_windows(TOKENS[:1], T, B)
+    with pytest.raises(ValueError, match=r"^seq_len is 8 and batch_size 0"):
+        eval_windows(TOKENS, T, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "max_tokens"),
+    [(2, None), (T + 1, None), (T + 2, None), (4 * T + 1, None), (75, None), (75, 50), (75, 64), (75, 1000), (75, 1)],
+)
+def test_eval_windows_score_each_target_once_in_order(num_tokens, max_tokens):
+    tokens = 7 + TOKENS[:num_tokens]
+    batches = list(eval_windows(tokens, T, B, max_tokens))
+    num_targets = min(num_tokens - 1, max_tokens or num_tokens)
+    assert len(batches) == -(-num_targets // (B * T))
+    for batch in batches:
+        assert batch["tokens"].shape == (B, T + 1) and batch["tokens"].dtype == np.int32
+        assert batch["mask"].shape == (B, T) and batch["mask"].dtype == bool
+    inputs = np.concatenate([batch["tokens"][:, :-1][batch["mask"]] for batch in batches])
+    targets = np.concatenate([batch["tokens"][:, 1:][batch["mask"]] for batch in batches])
+    np.testing.assert_array_equal(inputs, tokens[:num_targets])
+    np.testing.assert_array_equal(targets, tokens[1 : num_targets + 1])
+    padding = np.concatenate([batch["tokens"][:, 1:][~batch["mask"]] for batch in batches])
+    assert not padding.any()
+
+
+def test_batch_hash_tells_batches_apart():
+    batch = make()[0]
+    assert batch_hash(batch) == batch_hash(make()[0]) == batch_hash({k: v.copy() for k, v in batch.items()})
+    assert len(batch_hash(batch)) == 16
+    other_token = {**batch, "tokens": batch["tokens"] + np.eye(B, T + 1, dtype=np.int32)}
+    other_mask = {**batch, "mask": ~np.eye(B, T, dtype=bool)}
+    assert len({batch_hash(b) for b in (batch, other_token, other_mask, make()[1])}) == 4

@@ -1,0 +1,404 @@
+"""Every form of `ops.wkv4` against Eq. 16 written out in float64 (`wkv4_formula`)."""
+
+import functools
+import itertools
+
+import hypothesis
+import hypothesis.extra.numpy
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from wkv4_formula import Past, Sized, formula, past_of
+
+from rwkv_jax.ops import WKV4State, wkv4
+
+FORMS = ("scan", "associative")
+FOLLOWING = 3  # tokens of a second call, through which the state of the first is judged
+
+# Channels: decays from none to all at once. Rows: mild log weights, a large common offset, extremes, constant tokens.
+LOG_DECAYS = (-1e-8, -1e-3, -0.1, -3.0, -1e4, -np.inf)
+BONUSES = (-1.2, -0.7, -1.7, 20.0, -20.0, 0.3)
+ROWS = 4
+
+
+def budget(dtype, T, spread, largest):
+    """Largest error of a result relative to its magnitude (see `wkv4_formula`).
+
+    A weight is a product of at most one exponential a token. Each costs about 2 eps: half for the product, half for
+    the sum, 1 for the exponential itself. The exponents are differences, which are rounded relative to the spread
+    of the log weights and not to their size, and add up to no more than that spread before a weight vanishes.
+    16 covers the few operations per result. The formula's own log weights are rounded relative to the largest.
+    """
+    rounding = np.finfo(dtype).eps * (2 * T + spread + 16)
+    return rounding + np.finfo(np.float64).eps * (T + largest)
+
+
+@functools.cache
+def case(T, dtype=np.float32):
+    """(w_D, u_D, k_BTD, v_BTD, state, dy_BTD), rows x channels covering every regime at once."""
+    rng = np.random.default_rng(T)
+    D, shape = len(LOG_DECAYS), (T, len(LOG_DECAYS))
+    noise = rng.standard_normal(shape)
+    k = np.stack([2 * noise, 1000 + noise, rng.uniform(-1e4, 1e4, shape), np.full(shape, -3.0)])
+    v = rng.standard_normal((ROWS, *shape))
+    v[3] = v[3, :1]
+    offset = np.array([0, 1000, 1e4, -3])[:, None]
+    state = (rng.standard_normal((ROWS, D)), rng.uniform(0.5, 2, (ROWS, D)), offset + rng.standard_normal((ROWS, D)))
+    w, u, k, v, dy = (np.asarray(x, dtype) for x in (LOG_DECAYS, BONUSES, k, v, rng.standard_normal((ROWS, *shape))))
+    return w, u, k, v, WKV4State(*(x.astype(dtype) for x in state)), dy
+
+
+@functools.cache
+def expected(T, dtype=np.float32):
+    w, u, k, v, state, dy = case(T, dtype)
+    return formula(w, u, k, v, past_of(state), dy)
+
+
+def spread_and_largest(u_D, k_BTD, state):
+    """[B, 1] each: how far apart and how large the log weights of a row are."""
+    log_weight_BD = past_of(state).log_weight
+    logs = [np.reshape(np.float64(x), (len(k_BTD), -1)) for x in (k_BTD, np.maximum(log_weight_BD, k_BTD.min()))]
+    logs = np.concatenate(logs, axis=1)
+    spread = np.ptp(logs, axis=1) + np.abs(u_D).max()
+    return spread[:, None], np.abs(logs).max(axis=1)[:, None]
+
+
+def check(actual, expected: Sized, allowed, dtype=np.float32):
+    """|actual - expected| <= allowed * magnitude for every element; weights that underflow count for nothing."""
+    actual = np.asarray(actual, np.float64)
+    assert actual.shape == expected.value.shape
+    assert np.isfinite(actual).all()
+    allowed = np.reshape(allowed, (-1, *[1] * (actual.ndim - 1)))
+    floor = np.finfo(dtype).tiny / np.finfo(dtype).eps
+    error = np.abs(actual - expected.value) / (expected.magnitude + floor)
+    assert (error <= allowed).all(), f"{(error / allowed).max():.3g} times what is allowed"
+
+
+def check_all(y, state, grads, inputs, want):
+    """Outputs, final state and gradients (w, u, k, v, state) of sum(dy * y) against `formula`."""
+    _, u, k, _, before, _ = inputs
+    dtype, T = k.dtype, k.shape[1]
+    allowed = budget(dtype, T, *spread_and_largest(u, k, before))
+    past = past_of(state)
+    check(y, want["y"], allowed, dtype)
+    check(past.mean, want["mean"], allowed, dtype)
+    check(past.log_weight, want["log_weight"], allowed, dtype)
+    dw, du, dk, dv, dstate = grads
+    over_rows = lambda x: Sized(x.value.sum(0), x.magnitude.sum(0))
+    check(dw, over_rows(want["w"]), allowed.max(), dtype)
+    check(du, over_rows(want["u"]), allowed.max(), dtype)
+    check(dk, want["k"], allowed, dtype)
+    check(dv, want["v"], allowed, dtype)
+    # the past's mean is num / den and its log weight log(den) + log_scale
+    num, den, _ = (np.float64(x) for x in before)
+    mean, log = want["past_mean"], want["past_log_weight"]
+    check(dstate.num, Sized(mean.value / den, mean.magnitude / den), allowed, dtype)
+    value = (log.value - mean.value * num / den) / den
+    magnitude = (log.magnitude + mean.magnitude * abs(num / den)) / den
+    check(dstate.den, Sized(value, magnitude), allowed, dtype)
+    magnitude = log.magnitude + 2 * mean.magnitude * abs(num / den)
+    check(dstate.log_scale, Sized(log.value, magnitude), allowed, dtype)
+
+
+def in_pieces(form, lengths, w, u, k, v, state, **masks):
+    """Outputs and final state with the state carried from call to call."""
+    out, begin = [], 0
+    for length in lengths:
+        piece = slice(begin, begin + length)
+        cut = {name: mask[:, piece] for name, mask in masks.items()}
+        y, state = wkv4(w, u, k[:, piece], v[:, piece], state, impl=form, **cut)
+        out.append(y)
+        begin += length
+    return jnp.concatenate(out, axis=1), state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(form, lengths, w, u, k, v, state, dy, masks=None):
+    """(outputs, final state, gradients of w, u, k, v and state)."""
+
+    def loss(w, u, k, v, state):
+        y, state = in_pieces(form, lengths, w, u, k, v, state, **(masks or {}))
+        return (y.astype(dy.dtype) * dy).sum(), (y, state)
+
+    grads, (y, state) = jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)(w, u, k, v, state)
+    return y, state, grads
+
+
+@pytest.mark.parametrize(("form", "T"), [*itertools.product(FORMS, (1, 2, 17, 128, 1000)), (None, 1), (None, 17)])
+def test_follows_eq_16(form, T):
+    inputs = case(T + FOLLOWING)
+    check_all(*run(form, (T, FOLLOWING), *inputs), inputs, expected(T + FOLLOWING))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float64_is_computed_in_float64(x64, form):
+    inputs = case(20, np.float64)
+    y, state, grads = run(form, (17, 3), *inputs)
+    assert {x.dtype for x in jax.tree.leaves((y, state, grads))} == {np.dtype("float64")}
+    check_all(y, state, grads, inputs, expected(20, np.float64))
+
+
+# longer and shorter than the chunks of 32 tokens that the scan works in
+@pytest.mark.parametrize("lengths", [(7, 33), (33, 7), (1,) * 40], ids=len)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_state_carries_everything_across_any_split(form, lengths):
+    w, u, k, v, state, _ = case(40)
+    step = jax.jit(functools.partial(wkv4, impl=form))
+    ys, begin = [], 0
+    after = state
+    for length in lengths:
+        y, after = step(w, u, k[:, begin : begin + length], v[:, begin : begin + length], after)
+        ys.append(y)
+        begin += length
+    allowed, want = budget(np.float32, 40, *spread_and_largest(u, k, state)), expected(40)
+    check(np.concatenate(ys, axis=1), want["y"], allowed)
+    check(past_of(after).mean, want["mean"], allowed)
+    check(past_of(after).log_weight, want["log_weight"], allowed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_inputs_are_accumulated_in_float32(form):
+    w, u, k, v, state, dy = case(20)
+    k, v = (jnp.asarray(x, jnp.bfloat16) for x in (k, v))
+    dy = dy.astype(jnp.bfloat16).astype(np.float32)  # the cotangent of a bfloat16 output
+    y, after, (dw, du, dk, dv, dstate) = run(form, (17, 3), w, u, k, v, state, dy)
+    assert {y.dtype, dk.dtype, dv.dtype} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in (dw, du, *after, *dstate)} == {jnp.dtype("float32")}
+
+    want = formula(w, u, k, v, past_of(state), dy)
+    allowed = budget(np.float32, 20, *spread_and_largest(u, np.float32(k), state))
+    check(past_of(after).mean, want["mean"], allowed)
+    check(past_of(after).log_weight, want["log_weight"], allowed)
+    # y, dk and dv are rounded to bfloat16 once, at the end: half a unit in the last place
+    for actual, name in ((y, "y"), (dk, "k"), (dv, "v")):
+        error = np.abs(np.float64(actual) - want[name].value)
+        before_rounding = allowed[..., None] * want[name].magnitude + np.finfo(np.float32).tiny
+        half = jnp.finfo(jnp.bfloat16).eps / 2 * np.abs(want[name].value)
+        assert (error <= half + (1 + 2**-7) * before_rounding).all(), name
+    check(dw, Sized(want["w"].value.sum(0), want["w"].magnitude.sum(0)), allowed.max())
+
+
+# ------------------------------------------------------------------------------- documents and padding
+
+# one letter a token, "." is padding, a capital starts a document; calls of 13 and 3 tokens
+LAYOUTS = ("..abcAb.cdefghiA", "Abcdef.ghijAbA..", "abcdefghijklmnop", ".............abc")
+
+
+def masks_of(layouts):
+    letters = np.array([list(row) for row in layouts])
+    valid_BT = letters != "."
+    reset_BT = np.char.isupper(letters)
+    return {"reset_BT": reset_BT | ~valid_BT, "valid_BT": valid_BT}  # a reset on padding is ignored
+
+
+def documents(layout):
+    """(positions of the tokens, whether the incoming past is theirs) of each document of a row."""
+    starts, found = True, []
+    for t, letter in enumerate(layout):
+        if letter == ".":
+            continue
+        if letter.isupper() or not found:
+            found.append(([], starts and not letter.isupper()))
+        found[-1][0].append(t)
+        starts = False
+    return found
+
+
+def packed_case():
+    w, u, k, v, state, dy = (jax.tree.map(np.copy, x) for x in case(16))
+    w = np.array([-1e-8, -1e-3, -0.1, -3.0, -1e4, -np.inf], np.float32)
+    valid_BT = masks_of(LAYOUTS)["valid_BT"]
+    k[~valid_BT], v[~valid_BT], dy[~valid_BT] = 1e4, 1e6, 0
+    return w, u, k, v, state, dy
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_documents_equal_separate_ones_and_padding_changes_nothing(form):
+    inputs = w, u, k, v, state, dy = packed_case()
+    masks = masks_of(LAYOUTS)
+    y, after, grads = run(form, (13, 3), *inputs, masks)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((y, after, grads)))
+
+    past, nothing = past_of(state), Past(np.zeros((1, 6)), np.full((1, 6), -np.inf))
+    sums = {"w": [], "u": []}
+    allowed = budget(np.float32, 16, 2e4 + 20, 1e4)
+    for b, layout in enumerate(LAYOUTS):
+        for tokens, continues in documents(layout):
+            row = Past(past.mean[b : b + 1], past.log_weight[b : b + 1]) if continues else nothing
+            want = formula(w, u, k[b : b + 1, tokens], v[b : b + 1, tokens], row, dy[b : b + 1, tokens])
+            check(y[b : b + 1, tokens], want["y"], allowed)
+            check(grads[2][b : b + 1, tokens], want["k"], allowed)
+            check(grads[3][b : b + 1, tokens], want["v"], allowed)
+            for name, terms in sums.items():
+                terms.append(want[name])
+            if continues:
+                num_gradient = Sized(*(x / state.den[b : b + 1] for x in want["past_mean"]))
+                check(grads[4].num[b : b + 1], num_gradient, allowed)
+        check(past_of(after).mean[b : b + 1], want["mean"], allowed)
+        check(past_of(after).log_weight[b : b + 1], want["log_weight"], allowed)
+        if not any(continues for _, continues in documents(layout)):
+            assert not any(np.any(x[b]) for x in grads[4])
+    for actual, name in zip(grads[:2], sums, strict=True):
+        total = Sized(*(np.sum([x[i] for x in sums[name]], axis=(0, 1)) for i in range(2)))
+        check(actual, total, allowed)
+    padding_BT = ~masks["valid_BT"]
+    assert not np.any(grads[2][padding_BT]) and not np.any(grads[3][padding_BT])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_gradient_crosses_a_reset(form):
+    w, u, k, v, state, dy = (jax.tree.map(np.copy, x) for x in case(16))
+    dy[:, :9] = 0  # a loss on the second document alone
+    masks = {"reset_BT": np.arange(16) == np.full((ROWS, 1), 9), "valid_BT": np.ones((ROWS, 16), bool)}
+    _, _, (_, _, dk, dv, dstate) = run(form, (13, 3), w, u, k, v, state, dy, masks)
+    assert not np.any(dk[:, :9]) and not np.any(dv[:, :9])
+    assert not any(np.any(x) for x in dstate)
+    assert np.all(np.any(dv[:, 9:], axis=1))
+
+
+# -------------------------------------------------------------------------------------------- the state
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_scale_of_a_state_is_a_gauge(form):
+    """(num e^-c, den e^-c, log_scale + c) is the same past, with the same gradients of a and b."""
+    w, u, k, v, state, dy = case(20)
+    c = 5.0
+    same = WKV4State(state.num * np.exp(-c), state.den * np.exp(-c), state.log_scale + np.float32(c))
+    y, after, grads = run(form, (17, 3), w, u, k, v, state, dy)
+    y2, after2, grads2 = run(form, (17, 3), w, u, k, v, jax.tree.map(np.float32, same), dy)
+    np.testing.assert_allclose(y, y2, atol=1e-5)
+    for x, x2 in zip(past_of(after), past_of(after2), strict=True):
+        np.testing.assert_allclose(x, x2, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grads[4].num, grads2[4].num * np.exp(-c), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(grads[4].log_scale, grads2[4].log_scale, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_empty_state_is_no_past_and_has_no_gradient(form):
+    w, u, k, v, _, dy = case(20)
+    y, after, grads = run(form, (17, 3), w, u, k, v, WKV4State.empty(ROWS, len(w)), dy)
+    assert not any(np.any(x) for x in grads[4])
+    np.testing.assert_array_equal(y[:, 0], v[:, 0])
+    y_none, after_none = jax.jit(functools.partial(wkv4, impl=form))(w, u, k, v)
+    want = formula(w, u, k, v, past_of(WKV4State.empty(ROWS, len(w))), dy)
+    allowed = budget(np.float32, 20, 2e4 + 20, 1e4)
+    for ys, state in ((y, after), (y_none, after_none)):
+        check(ys, want["y"], allowed)
+        check(past_of(state).mean, want["mean"], allowed)
+        check(past_of(state).log_weight, want["log_weight"], allowed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_tokens_leave_the_state_untouched(form):
+    w, u, k, v, state, _ = case(20)
+    y, after = wkv4(w, u, k[:, :0], v[:, :0], state, impl=form)
+    assert y.shape == (ROWS, 0, len(w))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    padding = functools.partial(wkv4, valid_BT=np.zeros((ROWS, 2), bool), impl=form)
+    for before in (state, WKV4State.empty(ROWS, len(w))):
+        after = jax.jit(padding)(w, u, k[:, :2], v[:, :2], before)[1]
+        jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+# ------------------------------------------------------------------------------------------- properties
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_are_averages_of_the_values_seen(form, data):
+    """min v <= y <= max v up to rounding, for any finite log weights and any decay, 0 and -inf included."""
+    floats = lambda low, high: st.floats(low, high, width=32)
+    draw = lambda shape, elements: data.draw(hypothesis.extra.numpy.arrays(np.float32, shape, elements=elements))
+    w = draw(2, st.one_of(st.just(-np.inf), floats(-1e4, 0), floats(-1, 0)))
+    u = draw(2, floats(-100, 100))
+    k = draw((1, 9, 2), st.one_of(floats(-1e4, 1e4), floats(-5, 5)))
+    v = draw((1, 9, 2), floats(-1e6, 1e6))
+    y, state, grads = run(form, (9,), w, u, k, v, WKV4State.empty(1, 2), np.ones_like(v))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((y, state, grads)))
+    slack = 2 * 9 * np.finfo(np.float32).eps * np.abs(v).max()
+    assert (y >= np.minimum.accumulate(v, axis=1) - slack).all()
+    assert (y <= np.maximum.accumulate(v, axis=1) + slack).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_identities_of_appendix_h(x64, form):
+    """d wkv_T / d W_v = E[x] and d wkv_T / d W_k = cov(x, v) under the weights of the last token."""
+    rng = np.random.default_rng(0)
+    T, D = 12, 5
+    x_TD, w, u = rng.standard_normal((T, D)), -np.exp(rng.standard_normal(D)), rng.standard_normal(D)
+    key_DD, value_DD = rng.standard_normal((2, D, D))
+
+    def last(key_DD, value_DD):
+        k_BTD, v_BTD = ((x_TD @ m.T)[None] for m in (key_DD, value_DD))
+        return wkv4(w, u, k_BTD, v_BTD, impl=form)[0][0, -1]
+
+    dkey_iij, dvalue_iij = jax.jit(jax.jacrev(last, argnums=(0, 1)))(jnp.array(key_DD), jnp.array(value_DD))
+    own = lambda d_iij: np.einsum("iij->ij", d_iij)
+
+    k_TD, v_TD = x_TD @ key_DD.T, x_TD @ value_DD.T
+    age_T1 = np.arange(T - 2, -2, -1)[:, None]
+    weights_TD = np.exp(k_TD + np.where(age_T1 < 0, u, age_T1 * w))
+    weights_TD /= weights_TD.sum(0)
+    mean_ij = weights_TD.T @ x_TD
+    covariance_ij = (weights_TD * v_TD).T @ x_TD - mean_ij * (weights_TD * v_TD).sum(0)[:, None]
+    np.testing.assert_allclose(own(dvalue_iij), mean_ij, rtol=1e-12)
+    np.testing.assert_allclose(own(dkey_iij), covariance_ij, rtol=1e-10, atol=1e-13)
+    assert (np.abs(own(dvalue_iij)) <= np.abs(x_TD).max(0)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_vmap_and_remat_change_nothing(form):
+    w, u, k, v, state, dy = case(20)
+
+    @jax.checkpoint
+    def row(k_TD, v_TD, state):
+        y_BTD, after = wkv4(w, u, k_TD[None], v_TD[None], jax.tree.map(lambda x: x[None], state), impl=form)
+        return y_BTD[0], jax.tree.map(lambda x: x[0], after)
+
+    def loss(k_TD, v_TD, state, dy_TD):
+        y_TD, after = row(k_TD, v_TD, state)
+        return (y_TD * dy_TD).sum(), (y_TD, after)
+
+    grads, (y, after) = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2), has_aux=True)))(k, v, state, dy)
+    want_y, want_after, want_grads = run(form, (17, 3), w, u, k, v, state, dy)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+    jax.tree.map(close, (y, after, grads), (want_y, want_after, want_grads[2:]))
+
+
+def test_no_form_named_is_the_scan_on_a_cpu_and_the_associative_scan_on_accelerators():
+    """Decided when lowering: compiling for a TPU on a CPU must give the TPU's program."""
+    w, u, k, v, state, _ = case(20)
+    loops = {
+        platform: jax.jit(wkv4)
+        .trace(w, u, k, v, state)
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+        .count("stablehlo.while")
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert loops["cpu"] > 0 and loops["cuda"] == loops["tpu"] == 0
+    decode = jax.jit(wkv4).trace(w, u, k[:, :1], v[:, :1], state).lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.case" not in decode
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"impl": "pallas"}, "impl is 'pallas', expected None or one of scan, associative"),
+        ({"w_D": np.zeros(5)}, r"w is \(5,\), expected \(6,\)"),
+        ({"u_D": np.zeros((1, 6))}, r"u is \(1, 6\), expected \(6,\)"),
+        ({"v_BTD": np.zeros((4, 15, 6))}, r"k and v are \(4, 16, 6\) and \(4, 15, 6\), expected one shape"),
+        ({"state": WKV4State.empty(1, 6)}, r"state.num is \(1, 6\), expected \(4, 6\)"),
+        ({"reset_BT": np.zeros((4, 1), bool)}, r"reset_BT is \(4, 1\), expected \(4, 16\)"),
+        ({"valid_BT": np.zeros((16, 4), bool)}, r"valid_BT is \(16, 4\), expected \(4, 16\)"),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_named(change, line):
+    w, u, k, v, state, _ = case(16)
+    with pytest.raises(ValueError, match=f"^{line}"):
+        wkv4(**({"w_D": w, "u_D": u, "k_BTD": k, "v_BTD": v, "state": state} | change))
