@@ -1,9 +1,9 @@
-"""A byte-level RWKV-4 of 4 x 128 on the embedded corpus: the smallest run that learns something.
+"""A byte-level model of 4 x 128 on the embedded corpus, the smallest run that learns something.
 
-    python -m rwkv_jax.train --config=configs/tiny.py --workdir=runs/tiny
-    python -m rwkv_jax.train --config=configs/tiny.py:transformer --workdir=runs/tiny-transformer
+python -m rwkv_jax.train --config=configs/tiny.py --workdir=runs/tiny
+python -m rwkv_jax.train --config=configs/tiny.py:transformer --workdir=runs/tiny-transformer
+python -m rwkv_jax.generate --model=runs/tiny --prompt="def main("
 
-Cost: see README. Expected: see README.
 """
 
 from rwkv_jax.train import default_config

@@ -181,8 +181,7 @@ def _write_manifest(path: Path) -> None:
         list(pool.map(_synchronise, [*files, *{file.parent for file in files}]))
     entry = lambda file, digest: {"bytes": file.stat().st_size, "sha256": digest}
     entries = {
-        file.relative_to(path).as_posix(): entry(file, digest)
-        for file, digest in zip(files, digests, strict=True)
+        file.relative_to(path).as_posix(): entry(file, digest) for file, digest in zip(files, digests, strict=True)
     }
     beside = path / f"{MANIFEST}.partial"
     beside.write_bytes(_encode(entries))

@@ -86,9 +86,10 @@ def sample(logits_BV, key, temperature: float = 1.0, top_p: float = 1.0):
             crosses it included; of equal ones the lower ids. Temperature comes first.
     """
     _check_sampler(temperature, top_p)
-    return _draw(logits_BV, key, temperature, top_p)
+    return _draw(logits_BV, key, np.float32(temperature), np.float32(top_p))
 
 
+@jax.jit
 def _draw(logits_BV, key, temperature, top_p):
     """`sample` for traced settings. Only the branch taken costs: sorting V numbers is a good part of a step."""
     greedy = lambda: jnp.argmax(logits_BV, axis=-1)
