@@ -4,11 +4,12 @@
 
 `prefill` reads the prompt, many tokens at a time; decoding then draws a token from the last logits and reads it, one
 after the other. The state is all that either remembers of the text: for RWKV it has one size, with attention it is a
-cache for the prompt and all that follows. Everything is compiled once for a model and a batch size, whatever the
-prompt's length, the number of tokens and the settings of the sampler.
+cache for the prompt and all that follows. Decoding is compiled once for a model and a batch size, whatever the number
+of tokens and the settings of the sampler; prompts share at most nine shapes, whatever their length.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -32,7 +33,8 @@ CACHE_STEP = 256  # caches are multiples of this, so that they share compiled fu
 def prefill(model, params, tokens_BT, state=None):
     """Logits [B, V] of what follows `tokens_BT`, and the state after it.
 
-    Memory does not grow with T: `PROMPT_CHUNK` tokens at a time, the first chunk filled up with padding on its left.
+    Memory does not grow with T: `PROMPT_CHUNK` tokens at a time. The first chunk is a power of 2 that holds the rest,
+    filled up with padding on its left: few shapes to compile, at most twice the work for a short prompt.
 
     Args:
         tokens_BT: ids in [0, V), T >= 1.
@@ -42,14 +44,15 @@ def prefill(model, params, tokens_BT, state=None):
     B, T = tokens_BT.shape
     if T == 0:
         raise ValueError("no tokens to read, expected at least one")
-    padding = -T % PROMPT_CHUNK
+    rest = T % PROMPT_CHUNK
+    first = 1 << (rest - 1).bit_length() if rest else PROMPT_CHUNK
+    padding = (first - T) % PROMPT_CHUNK
     tokens_BT = np.pad(np.asarray(tokens_BT, np.int32), ((0, 0), (padding, 0)))
     valid_BT = np.broadcast_to(np.arange(padding + T) >= padding, tokens_BT.shape)
     # A copy, because `_read` recycles the state that it is given.
     state = jax.tree.map(jnp.copy, model.init_state(B) if state is None else state)
-    for begin in range(0, padding + T, PROMPT_CHUNK):
-        chunk = slice(begin, begin + PROMPT_CHUNK)
-        logits_BV, state = _read(model, params, state, tokens_BT[:, chunk], valid_BT[:, chunk])
+    for begin, end in itertools.pairwise([0, *range(first, padding + T + 1, PROMPT_CHUNK)]):
+        logits_BV, state = _read(model, params, state, tokens_BT[:, begin:end], valid_BT[:, begin:end])
     return logits_BV, state
 
 

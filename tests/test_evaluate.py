@@ -124,8 +124,8 @@ def test_windows_are_windows_alone(kind, compilations):
     assert compilations() == 1
 
 
-@pytest.mark.parametrize("seq_len", [15, 16])
-def test_sliding_is_each_token_from_its_window_and_document_alone(seq_len, compilations):
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(15, 1), (16, 4)])
+def test_sliding_is_each_token_from_its_window_and_document_alone(seq_len, batch_size, compilations):
     expected, stride = [], (seq_len + 1) // 2
     for newest in range(150):
         window = next(
@@ -136,7 +136,7 @@ def test_sliding_is_each_token_from_its_window_and_document_alone(seq_len, compi
         oldest = max(window, max(start for start in STARTS if start <= newest))
         assert newest + 1 - oldest >= seq_len / 2 or oldest in STARTS
         expected.append(alone("transformer", TOKENS[oldest : newest + 2])[-1])
-    check_stream(evaluate.sliding(*case("transformer"), TOKENS, STARTS, seq_len, 4), expected)
+    check_stream(evaluate.sliding(*case("transformer"), TOKENS, STARTS, seq_len, batch_size), expected)
     assert compilations() == 1
 
 
@@ -203,7 +203,7 @@ def test_paired_difference_is_a_bootstrap_over_documents():
     split = Split(np.zeros(documents * length, np.uint8), starts, ("",) * documents, documents * (length - 1))
     hard = rng.exponential(2, documents * length)
     shift = np.repeat(rng.normal(0.05, 0.1, documents), length)  # as large for all tokens of a document
-    a, b = hard + shift, hard
+    a, b = hard + shift, hard.copy()
     a[0] = b[0] = np.nan
 
     difference, low, high = evaluate.paired_difference(a, b, split, seed=4)
@@ -211,10 +211,14 @@ def test_paired_difference_is_a_bootstrap_over_documents():
     bits -= evaluate.per_document(b, split)[0] / np.log(2) / (length - 1)
     assert difference == pytest.approx(bits.mean())
     standard_error = bits.std() / np.sqrt(documents)
-    assert [low, high] == pytest.approx(bits.mean() + 1.96 * standard_error * np.array([-1, 1]), rel=0.1)
+    assert (high - low) / 2 == pytest.approx(1.96 * standard_error, rel=0.08)
+    assert (high + low) / 2 == pytest.approx(difference, abs=0.2 * standard_error)
 
     assert evaluate.paired_difference(b, a, split, seed=4)[0] == pytest.approx(-difference)
     assert evaluate.paired_difference(a, b, split, seed=4) == (difference, low, high)
+    # documents of different lengths, the same difference in all their tokens: nothing varies
+    uneven = split._replace(starts=np.array([0, 51, 400, 5000]), num_bytes=documents * length - 4)
+    assert evaluate.paired_difference(hard + 1, hard, uneven) == pytest.approx([1 / np.log(2)] * 3)
     one = split._replace(starts=starts[:1], num_bytes=documents * length - 1)
     assert np.isnan(evaluate.paired_difference(a, b, one)[1:]).all()
 

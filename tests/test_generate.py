@@ -16,8 +16,7 @@ from scipy import stats
 
 import rwkv_jax
 from rwkv_jax import checkpoint
-from rwkv_jax import generate as room
-from rwkv_jax.generate import generate, prefill, sample, stream
+from rwkv_jax.generate import DISPATCH, PROMPT_CHUNK, generate, main, prefill, sample, stream
 from rwkv_jax.tokenizers import ByteTokenizer
 
 LAYERS = {"rwkv4": ("rwkv4",), "transformer": ("attention",), "hybrid": ("rwkv4", "attention")}
@@ -51,7 +50,7 @@ def ids(length, seed=2):
 
 
 @KINDS
-@pytest.mark.parametrize("length", [1, room.PROMPT_CHUNK, 2 * room.PROMPT_CHUNK + 40])
+@pytest.mark.parametrize("length", [1, PROMPT_CHUNK, 2 * PROMPT_CHUNK + 40])
 def test_prefill_is_one_pass_over_the_prompt(kind, length):
     model, params = case(kind)
     tokens_BT = np.array([ids(length), ids(length, seed=3)])
@@ -85,7 +84,7 @@ def test_prefill_needs_a_token():
 @pytest.mark.parametrize("kind", LAYERS)
 def test_each_token_follows_from_one_full_pass(kind):
     model, params = case(kind)
-    prompt, num_new = ids(5), room.DISPATCH + 8
+    prompt, num_new = ids(5), DISPATCH + 8
     forward = jax.jit(lambda tokens_BT: model.apply({"params": params}, tokens_BT)[0][:, len(prompt) - 1 :])
 
     tokens = generate(model, params, prompt, max_new_tokens=num_new, temperature=0)
@@ -112,10 +111,10 @@ def test_layouts_of_the_parameters_and_batches_agree(kind):
 
 def test_a_seed_is_a_text():
     draw = functools.partial(generate, *unstacked("rwkv4"), ids(5))
-    tokens = draw(max_new_tokens=room.DISPATCH + 8, seed=7)
-    assert tokens == draw(max_new_tokens=room.DISPATCH + 8, seed=7)
+    tokens = draw(max_new_tokens=DISPATCH + 8, seed=7)
+    assert tokens == draw(max_new_tokens=DISPATCH + 8, seed=7)
     assert tokens[:10] == draw(max_new_tokens=10, seed=7)
-    assert tokens != draw(max_new_tokens=room.DISPATCH + 8, seed=8)
+    assert tokens != draw(max_new_tokens=DISPATCH + 8, seed=8)
     assert all(isinstance(token, int) for token in tokens)
 
 
@@ -131,9 +130,9 @@ def test_nothing_is_compiled_twice(kind, caplog):
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         generate(model, params, ids(5), max_new_tokens=3)
-        generate(model, params, ids(150), max_new_tokens=room.DISPATCH + 1, temperature=0, top_p=1)
-        generate(model.clone(), params, ids(3), max_new_tokens=100, temperature=0.5, top_p=0.9, seed=3)
-        list(stream(model, params, "abc", ByteTokenizer(), max_new_tokens=5))
+        generate(model, params, ids(7), max_new_tokens=DISPATCH + 1, temperature=0, top_p=1)
+        generate(model.clone(), params, ids(8), max_new_tokens=100, temperature=0.5, top_p=0.9, seed=3)
+        list(stream(model, params, "abcdef", ByteTokenizer(), max_new_tokens=5))
     messages = [record.message for record in caplog.records if "XLA compilation of" in record.message]
     assert [sum(f"jit({name})" in message for message in messages) for name in ("_read", "_decode")] == [1, 1]
 
@@ -295,6 +294,6 @@ def test_command_line_says_what_is_wrong_in_one_line(workdir, tmp_path, capsys):
         ({"top_p": 2}, "top_p is 2"),
         ({"max_new_tokens": -3}, "max_new_tokens is -3"),
     ):
-        assert room.main([f"--{name}={value}" for name, value in (good | change).items()]) == 2
+        assert main([f"--{name}={value}" for name, value in (good | change).items()]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and message in err

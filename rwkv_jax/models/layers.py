@@ -9,7 +9,20 @@ from jax import lax
 
 # The released models' norm. linen's defaults (epsilon 1e-6, fast variance) give other numbers on their weights.
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
-Linear = partial(nn.Dense, use_bias=False)
+
+
+def matmul(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
+    """x @ kernel over flattened rows, in the form that `nn.Dense` asks for.
+
+    Two contracted axes in the weight's gradient would make XLA's CPU compiler transpose its operands in memory: a
+    channel-mixing layer at D 512 then takes 1.1 to 1.2 times as long.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision, preferred_element_type)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+Linear = partial(nn.Dense, use_bias=False, dot_general=matmul)
 
 
 def orthogonal(scale: float = 1.0):

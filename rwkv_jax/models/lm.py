@@ -13,10 +13,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from rwkv_jax.models import rwkv4, transformer
-from rwkv_jax.models.layers import LayerNorm, Linear, dropout, embedding_init, orthogonal
+from rwkv_jax.models.layers import LayerNorm, Linear, dropout, embedding_init, matmul, orthogonal
 
 # Sizes of the released models (Table 2): layers and width. Their vocabulary is GPT-NeoX-20B's.
 SIZES = {
@@ -122,7 +121,7 @@ class LM(nn.Module):
         self.head = linear(
             self.vocab_size,
             kernel_init=orthogonal(0.5),
-            dot_general=partial(lax.dot_general, preferred_element_type=wide),
+            dot_general=partial(matmul, preferred_element_type=wide),
         )
 
     def _block(self, kind, linear, norm):
