@@ -5,9 +5,9 @@ import re
 import jax
 import numpy as np
 import pytest
+from judge import error_ratio
 
 from rwkv_jax import models, optim, parallel, train
-from tests.judge import error_ratio
 
 B, T, V = 16, 24, 64
 

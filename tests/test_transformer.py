@@ -76,6 +76,14 @@ def test_training_never_holds_a_T_by_T_array():
     assert squares(library.as_text(), T)  # so that the reader above is known to see one
 
 
+def test_scores_are_recomputed_in_the_backward_pass():
+    """What is kept between the passes is linear in T."""
+    kept = lambda T: sum(
+        x.size for x in jax.tree.leaves(jax.eval_shape(lambda *qkv: jax.vjp(causal_attention, *qkv)[1], *qkv(T)))
+    )
+    assert kept(8 * QUERY_BLOCK) < 12 * kept(QUERY_BLOCK)
+
+
 # ------------------------------------------------------------------------------------------- with a cache
 
 

@@ -53,6 +53,7 @@ class Preset:
 
 
 SMOKE = Preset(num_layers=2, dim=32, seq_len=64, batch_size=4, test_bytes=2**12, contexts=(64, 512), decoded=4)
+KINDS = {"rwkv4": "rwkv4", "transformer": "attention"}
 SWEEP_WIDTHS, SWEEP_STEPS = ((64, 2), (128, 4)), 160
 TRAINING_SHARE = 0.62  # of the duration; the rest is compiling, evaluation and decoding
 CALIBRATION = 6  # steps
@@ -106,24 +107,24 @@ def decode_cost(model, params, contexts, decoded) -> list[dict]:
         return jax.lax.fori_loop(0, decoded, step, (token_B1, state))
 
     def filled(context):
-        state = model.init_state(1, max_length=context + 3 * decoded)
-        noise = lambda x: jax.random.normal(key, x.shape, x.dtype)
+        """One cache size for all contexts, so that decoding compiles once: its cost is that of the filled part."""
+        state = model.init_state(1, max_length=max(contexts) + 3 * decoded)
         if model.layers == ("rwkv4",):
             return state
+        noise = lambda x: jax.random.normal(key, x.shape, x.dtype)
         caches = [e.cache._replace(k_BHSK=noise(e.cache.k_BHSK), v_BHSK=noise(e.cache.v_BHSK)) for e in state]
         caches = [c._replace(length_B=c.length_B + context) for c in caches]
         return tuple(e._replace(cache=c) for e, c in zip(state, caches, strict=True))
 
     rows = []
     for context in contexts:
-        state, times = filled(context), []
-        num_bytes = _state_bytes(model, context)
-        token_B1 = jnp.zeros((1, 1), jnp.int32)
-        for _ in range(3):  # the first compiles
+        state, token_B1, times = filled(context), jnp.zeros((1, 1), jnp.int32), []
+        for _ in range(3):  # the first may compile
             start = time.perf_counter()
             token_B1, state = jax.block_until_ready(decode(params, state, token_B1))
             times.append(time.perf_counter() - start)
-        rows.append({"context": context, "tokens_per_second": decoded / min(times[1:]), "state_bytes": num_bytes})
+        speed = decoded / min(times[1:])
+        rows.append({"context": context, "tokens_per_second": speed, "state_bytes": _state_bytes(model, context)})
     return rows
 
 
@@ -222,7 +223,7 @@ def sweep(path):
     for dim, num_layers in SWEEP_WIDTHS:
         preset = Preset(num_layers=num_layers, dim=dim)
         for arm in ARMS:
-            centre = 1e-3 * 2 ** round(np.log2(optim.default_lr(ARMS[arm]["name"], dim) / 1e-3))
+            centre = 1e-3 * 2 ** round(np.log2(optim.default_lr(KINDS[ARMS[arm]["name"]], dim) / 1e-3))
             runs = results["runs"].setdefault(f"{arm} {num_layers}x{dim}", {})
             lrs = [centre / 2, centre, centre * 2]
             while lrs:

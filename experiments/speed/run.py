@@ -1,7 +1,7 @@
 """Speed side by side with the implementations that people use, in one run, as ratios.
 
 Claims, on 2 CPU cores in float32: training a 6 x 512 byte-level RWKV-4 (batch 4, T 512) is at least 1.5 times as fast
-as transformers' RwkvForCausalLM; our transformer at least 0.9 times as fast as transformers' GPT-2 with fused attention
+as transformers' RwkvForCausalLM; our transformer at least 0.9 times as fast as its GPT-2 with fused attention
 at the same shape, so that comparing RWKV-4 with ours is fair; decoding a 12 x 768 RWKV-4 with V 50,277 at least 1.8
 times as fast as the `rwkv` package's "cpu fp32". RWKV-4 against the transformer is reported with both FLOP counts.
 

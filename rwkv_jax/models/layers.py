@@ -30,9 +30,14 @@ def orthogonal(scale: float = 1.0):
 
     def init(key, shape, dtype=jnp.float32):
         gain = scale * max(1.0, shape[1] / shape[0]) ** 0.5
-        return nn.initializers.orthogonal(gain)(key, shape, dtype)
+        return _orthogonal(gain, key, shape, dtype)
 
     return init
+
+
+def _orthogonal(gain, key, shape, dtype):
+    wide = jnp.promote_types(dtype, jnp.float32)  # the decomposition behind it knows no 16-bit numbers
+    return nn.initializers.orthogonal(gain)(key, shape, wide).astype(dtype)
 
 
 def embedding_init(scheme: str, scale: float | None):
@@ -46,7 +51,7 @@ def embedding_init(scheme: str, scale: float | None):
 
     def init(key, shape, dtype=jnp.float32):
         if scheme == "v4":
-            return nn.initializers.orthogonal((scale or 1e-4) * max(shape) ** 0.5)(key, shape, dtype)
+            return _orthogonal((scale or 1e-4) * max(shape) ** 0.5, key, shape, dtype)
         bound = scale or {"v4neo": 6e-4, "v5": 1e-4}[scheme]
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
