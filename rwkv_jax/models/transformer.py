@@ -7,6 +7,7 @@ at small scale mostly measures that shift.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -72,22 +73,25 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, preci
     q_BHTK, k_BHTK, v_BHTK = (rearrange(x, "b t h k -> b h t k") for x in (q_BTHK, k_BTHK, v_BTHK))
     scale = q_BHTK.shape[-1] ** -0.5
 
-    @jax.checkpoint
-    def block(q, k, v, allowed):
-        scores = jnp.einsum("bhtk,bhsk->bhts", q * scale, k, precision=precision)
-        weights = nn.softmax(jnp.where(allowed, _wide(scores), -1e30), axis=-1).astype(v.dtype)
-        return jnp.einsum("bhts,bhsk->bhtk", weights, v, precision=precision)
-
-    out = []
-    for begin in range(0, T, QUERY_BLOCK):
-        end = min(begin + QUERY_BLOCK, T)
+    # Keys are cut and masks made inside: what the backward pass keeps of every block is then the same three arrays.
+    @partial(jax.checkpoint, static_argnums=(5,))
+    def block(q, k_BHTK, v_BHTK, start_BT, valid_BT, begin):
+        end = begin + q.shape[2]
+        k, v = k_BHTK[:, :, :end], v_BHTK[:, :, :end]
         queries, keys = jnp.arange(begin, end)[:, None], jnp.arange(end)[None]
         allowed = (keys <= queries)[None, None]
         if start_BT is not None:
             allowed = allowed & (keys[None] >= start_BT[:, begin:end, None])[:, None]
         if valid_BT is not None:
             allowed = allowed & valid_BT[:, None, None, :end]
-        out.append(block(q_BHTK[:, :, begin:end], k_BHTK[:, :, :end], v_BHTK[:, :, :end], allowed))
+        scores = jnp.einsum("bhtk,bhsk->bhts", q * scale, k, precision=precision)
+        weights = nn.softmax(jnp.where(allowed, _wide(scores), -1e30), axis=-1).astype(v.dtype)
+        return jnp.einsum("bhts,bhsk->bhtk", weights, v, precision=precision)
+
+    out = [
+        block(q_BHTK[:, :, begin : begin + QUERY_BLOCK], k_BHTK, v_BHTK, start_BT, valid_BT, begin)
+        for begin in range(0, T, QUERY_BLOCK)
+    ]
     return rearrange(jnp.concatenate(out, axis=2), "b h t k -> b t h k")
 
 
