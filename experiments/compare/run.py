@@ -65,8 +65,14 @@ def arm_config(arm, preset, steps, seed=0, text="stdlib", lr=None):
     config.model.update(ARMS[arm], num_layers=preset.num_layers, dim=preset.dim)
     config.update(corpus=text, steps=steps, seed=seed, seq_len=preset.seq_len, batch_size=preset.batch_size)
     config.update(log_every=max(1, min(10, steps // 20)), eval_every=0, eval_tokens=0, save_every=0)
-    config.optim.lr = lr
+    config.optim.lr = lr or swept_lr(arm, preset)
     return config
+
+
+def swept_lr(arm, preset) -> float | None:
+    """The best learning rate of an arm at a size in sweep.json; None where it was not swept."""
+    runs = json.loads((HERE / "sweep.json").read_text())["runs"].get(f"{arm} {preset.num_layers}x{preset.dim}")
+    return runs and float(min(runs, key=runs.get))
 
 
 def steps_that_fit(seconds, preset, seed, text, batches_in_epoch) -> int:
