@@ -86,7 +86,8 @@ def test_fsdp_splits_parameters_and_optimiser_and_never_the_layer_axis():
 
 def _activations_gathered(step, state, batch):
     text = step.lower(state, batch, np.float32(1e-2)).compile().as_text()
-    return re.findall(rf"f32\[{B},{T},\d+\]\S* all-gather\(", text), re.findall(r" all-gather\(", text)
+    of_all_rows = rf"f32\[(?:{B},{T}|{B * T}),\d+\]\S* all-gather\("
+    return re.findall(of_all_rows, text), re.findall(r" all-gather\(", text)
 
 
 @pytest.mark.parametrize("name", ["rwkv4", "transformer"])
