@@ -211,7 +211,8 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
         for done, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(batches, start), strict=False):
             began, rate = time.perf_counter(), lr(done - 1)
             state, values = step(state, put(batch), np.float32(rate))
-            last = done == config.steps or stop.is_set()
+            stopping = stop.is_set()  # once a step: what is asked for from here on is the next step's business
+            last = done == config.steps or stopping
             log, evaluating, saving = (
                 last or due(config.log_every), last or due(config.eval_every), last or due(config.save_every)
             )  # fmt: skip
@@ -250,7 +251,7 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
             if saving:
                 checkpoint.save(folder, done, state, keep=config.keep)
                 saved = done
-            if stop.is_set():
+            if stopping:
                 print(
                     f"stopped at step {saved} of {config.steps}, saved; the same command resumes it",
                     file=sys.stderr,

@@ -181,7 +181,7 @@ def test_rows_are_drawn_each_from_its_own_logits():
 
 def test_temperature_zero_is_the_argmax_and_small_ones_approach_it():
     logits_BV = 1e4 * np.random.default_rng(0).standard_normal((5, 100)).astype(np.float32)
-    for temperature, top_p in ((0, 1.0), (0, 0.5), (1e-30, 1.0), (1e-30, 0.5)):
+    for temperature, top_p in ((0, 1.0), (0, 0.5), (1e-36, 1.0), (1e-36, 0.5)):
         assert sample(logits_BV, jax.random.key(0), temperature, top_p).tolist() == logits_BV.argmax(-1).tolist()
 
 
@@ -275,8 +275,8 @@ def test_command_line_stops_when_told(workdir, ending):
     arguments = (f"--model={workdir}", "--prompt=a", "--max_new_tokens=1000000")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # a suite that runs in the background may have SIGINT ignored, which its children would inherit
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command(*arguments), env=os.environ, preexec_fn=heed, **pipes) as process:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command(*arguments), env=os.environ, **pipes) as process:
         assert process.stdout.read(10)
         if ending == "interrupted":
             process.send_signal(signal.SIGINT)
