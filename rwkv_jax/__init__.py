@@ -16,8 +16,7 @@ _CONTENTS = {
     "unstack": "models",  # and back
     "load": "interop",  # (model, params) from any file or folder that holds them
     "save": "interop",  # and back
-    "generate": "generate",  # tokens or text that continue a prompt
-    "stream": "generate",  # the same in pieces, as they come
+    "stream": "generate",  # text that continues a prompt, in pieces as they come
     "log_likelihoods": "evaluate",  # nats of each token given those before it
 }
 _MODULES = (
@@ -25,7 +24,7 @@ _MODULES = (
     "metrics", "models", "ops", "optim", "parallel", "tokenizers", "train",
 )  # fmt: skip
 
-__all__ = ["build", "generate", "load", "log_likelihoods", "save", "stack", "stream", "unstack"]
+__all__ = ["build", "load", "log_likelihoods", "save", "stack", "stream", "unstack"]
 
 
 def __getattr__(name):

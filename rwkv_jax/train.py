@@ -252,10 +252,8 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
                 checkpoint.save(folder, done, state, keep=config.keep)
                 saved = done
             if stopping:
-                print(
-                    f"stopped at step {saved} of {config.steps}, saved; the same command resumes it",
-                    file=sys.stderr,
-                )
+                line = f"stopped at step {saved} of {config.steps}, saved; the same command resumes it"
+                print(line, file=sys.stderr)
                 break
     return state
 
