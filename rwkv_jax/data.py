@@ -31,7 +31,8 @@ def dataset(
     Raises:
         ValueError: fewer tokens than one window, or a batch that the hosts cannot share equally.
     """
-    _check_lengths(seq_len, batch_size)
+    if min(seq_len, batch_size) < 1:
+        raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}: both must be at least 1")
     if not 0 <= host < hosts:
         raise ValueError(f"host is {host}: expected 0 to {hosts - 1}, for hosts={hosts}")
     if batch_size % hosts:
@@ -58,35 +59,6 @@ def read_ahead(ds: grain.MapDataset, start_step: int) -> Iterator[Batch]:
     return iterator
 
 
-def eval_windows(tokens: np.ndarray, seq_len: int, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
-    """The windows of a split in order, each target once, in batches of one shape.
-
-    The last window and the last batch are filled up with zeros where the mask is False.
-
-    Args:
-        max_tokens: score the first `max_tokens` targets only.
-
-    Raises:
-        ValueError: there is no target.
-    """
-    _check_lengths(seq_len, batch_size)
-    num_targets = min(len(tokens) - 1, len(tokens) if max_tokens is None else max_tokens)
-    if num_targets < 1:
-        raise ValueError(f"nothing to evaluate: {len(tokens)} tokens, max_tokens={max_tokens}")
-    tokens = np.asarray(tokens)
-    row = np.arange(batch_size)[:, None] * seq_len + np.arange(seq_len + 1)
-
-    def gather(begin: int) -> Batch:
-        position = begin + row
-        here = position <= num_targets
-        return {
-            "tokens": np.where(here, tokens[np.minimum(position, num_targets)], 0).astype(np.int32),
-            "mask": here[:, 1:],
-        }
-
-    return (gather(begin) for begin in range(0, num_targets, batch_size * seq_len))
-
-
 def batch_hash(batch: Batch) -> str:
     """16 hexadecimal digits that tell whether two runs saw the same batch."""
     digest = hashlib.sha256()
@@ -95,8 +67,3 @@ def batch_hash(batch: Batch) -> str:
         digest.update(f"{array.shape}".encode())
         digest.update(array.data)
     return digest.hexdigest()[:16]
-
-
-def _check_lengths(seq_len: int, batch_size: int) -> None:
-    if min(seq_len, batch_size) < 1:
-        raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}: both must be at least 1")

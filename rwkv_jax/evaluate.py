@@ -248,9 +248,7 @@ def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
     config = Path(path) / "config.json"
     run = json.loads(config.read_text()) if config.is_file() else {}
     model, params = interop.load(path)
-    name = tokenizer or run.get("tokenizer") or ("bytes" if model.vocab_size == 256 else None)
-    if name is None:
-        raise ValueError(f"expected --tokenizer=PATH of the tokenizer.json with this vocabulary of {model.vocab_size}")
+    name = tokenizer or tokenizers.of_model(path, model.vocab_size)
     tokenizer, seq_len = tokenizers.get_tokenizer(name), seq_len or run.get("seq_len", 1024)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")

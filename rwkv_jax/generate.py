@@ -10,12 +10,10 @@ of tokens and the settings of the sampler; prompts share at most nine shapes, wh
 
 import argparse
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -236,7 +234,7 @@ def main(argv=None) -> int:
     path, prompt, tokenizer = args.pop("model"), args.pop("prompt"), args.pop("tokenizer")
     try:
         model, params = interop.load(path, scan=False)
-        tokenizer = tokenizers.get_tokenizer(tokenizer or _tokenizer_name(path, model))
+        tokenizer = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
         for text in stream(model, params, prompt, tokenizer, **args):
             print(text, end="", flush=True)
         print()
@@ -249,14 +247,6 @@ def main(argv=None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-def _tokenizer_name(path, model) -> str:
-    config = Path(path) / "config.json"
-    name = json.loads(config.read_text()).get("tokenizer") if config.is_file() else None
-    if name is None and model.vocab_size != 256:
-        raise ValueError(f"expected --tokenizer=PATH of the tokenizer.json with this vocabulary of {model.vocab_size}")
-    return name or "bytes"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ A tokenizer is a frozen value with
                                   UTF-8 bytes: pairs of document index and array of ids, in order
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,19 @@ def get_tokenizer(name: str) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{name} is not a file that the tokenizers library reads: {error}") from None
     return FileTokenizer(str(name), vocab_size, library)
+
+
+def of_model(path, vocab_size: int) -> str:
+    """Name of the tokenizer of the model at `path`: the one that its workdir names, or "bytes" for 256 tokens.
+
+    Raises:
+        ValueError: neither tells.
+    """
+    config = Path(path) / "config.json"
+    name = json.loads(config.read_text()).get("tokenizer") if config.is_file() else None
+    if name is None and vocab_size != ByteTokenizer.vocab_size:
+        raise ValueError(f"expected --tokenizer=PATH of the tokenizer.json with this vocabulary of {vocab_size}")
+    return name or "bytes"
 
 
 # An incomplete character is at most 3 tokens, so when this many wait, what they hold is not UTF-8.

@@ -3,7 +3,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from rwkv_jax.data import batch_hash, dataset, eval_windows, read_ahead
+from rwkv_jax.data import batch_hash, dataset, read_ahead
 
 T, B = 8, 4
 NUM_WINDOWS = 50
@@ -92,33 +92,6 @@ def test_one_window_is_enough():
 def test_mistakes(changes, line):
     with pytest.raises(ValueError, match=line):
         make(**changes)
-
-
-def test_mistakes_in_evaluation():
-    with pytest.raises(ValueError, match=r"^nothing to evaluate: 1 tokens, max_tokens=None$"):
-        eval_windows(TOKENS[:1], T, B)
-    with pytest.raises(ValueError, match=r"^seq_len is 8 and batch_size 0"):
-        eval_windows(TOKENS, T, 0)
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "max_tokens"),
-    [(2, None), (T + 1, None), (T + 2, None), (4 * T + 1, None), (75, None), (75, 50), (75, 64), (75, 1000), (75, 1)],
-)
-def test_eval_windows_score_each_target_once_in_order(num_tokens, max_tokens):
-    tokens = 7 + TOKENS[:num_tokens]
-    batches = list(eval_windows(tokens, T, B, max_tokens))
-    num_targets = min(num_tokens - 1, max_tokens or num_tokens)
-    assert len(batches) == -(-num_targets // (B * T))
-    for batch in batches:
-        assert batch["tokens"].shape == (B, T + 1) and batch["tokens"].dtype == np.int32
-        assert batch["mask"].shape == (B, T) and batch["mask"].dtype == bool
-    inputs = np.concatenate([batch["tokens"][:, :-1][batch["mask"]] for batch in batches])
-    targets = np.concatenate([batch["tokens"][:, 1:][batch["mask"]] for batch in batches])
-    np.testing.assert_array_equal(inputs, tokens[:num_targets])
-    np.testing.assert_array_equal(targets, tokens[1 : num_targets + 1])
-    padding = np.concatenate([batch["tokens"][:, 1:][~batch["mask"]] for batch in batches])
-    assert not padding.any()
 
 
 def test_batch_hash_tells_batches_apart():

@@ -54,7 +54,7 @@ class Preset:
 
 SMOKE = Preset(num_layers=2, dim=32, seq_len=64, batch_size=4, test_bytes=2**12, contexts=(64, 512), decoded=4)
 KINDS = {"rwkv4": "rwkv4", "transformer": "attention"}
-SWEEP_WIDTHS, SWEEP_STEPS = ((64, 2), (128, 4)), 160
+SWEEP_WIDTHS, SWEEP_STEPS = ((64, 2), (128, 4), (256, 6)), 160
 TRAINING_SHARE = 0.62  # of the duration; the rest is compiling, evaluation and decoding
 CALIBRATION = 6  # steps
 
