@@ -79,8 +79,8 @@ def schedule(
 # experiments.compare.run --sweep` for short byte-level runs. In between on a straight line in log-log.
 RELEASED_RATES = ((768, 6e-4), (1024, 4e-4), (2048, 3e-4), (4096, 1.5e-4), (5120, 1e-4))
 LEARNING_RATES = {
-    "rwkv4": ((64, 1.6e-2), (128, 8e-3), *RELEASED_RATES),
-    "attention": ((64, 8e-3), (128, 2e-3), *RELEASED_RATES),
+    "rwkv4": ((64, 1.6e-2), (128, 8e-3), (256, 4e-3), *RELEASED_RATES),
+    "attention": ((64, 8e-3), (128, 2e-3), (256, 1e-3), *RELEASED_RATES),
 }
 
 

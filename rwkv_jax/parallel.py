@@ -77,17 +77,23 @@ def shard_rule(mesh, path, x):
     return NamedSharding(mesh, P())
 
 
+@contextlib.contextmanager
+def _rows_split(mesh):
+    """The models' logical axis "batch" mapped to the mesh, in what is traced and run here."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", AXIS),)):
+        yield
+
+
 def _under(mesh, jitted):
-    """`jitted` traced and run with the models' logical axis "batch" mapped to the mesh, so that rows stay split."""
-
-    @contextlib.contextmanager
-    def mapped():
-        with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", AXIS),)):
-            yield
-
-    call = mapped()(jitted)
-    call.lower = mapped()(jitted.lower)
+    """`jitted` traced and run with the rows of the batch split."""
+    call = _rows_split(mesh)(jitted)
+    call.lower = _rows_split(mesh)(jitted.lower)
     return call
+
+
+def beside_the_step(strategy: str):
+    """Context for applying a model outside the step, in evaluation, to what the strategy has placed."""
+    return contextlib.nullcontext() if strategy == "single" else _rows_split(_mesh())
 
 
 def check_divisible(batch_size: int, accumulation: int, strategy: str) -> None:

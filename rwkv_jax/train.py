@@ -239,13 +239,9 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
                 bar.set_postfix_str(f"loss {row['loss_nats']:.3f}")
                 seconds, timed = 0.0, 0
             if evaluating and config.eval_tokens:
-                nll = evaluate.windows(
-                    model,
-                    state.params,
-                    corpus.valid.tokens[: config.eval_tokens],
-                    config.seq_len,
-                    config.batch_size,
-                )
+                held_out = corpus.valid.tokens[: config.eval_tokens]
+                with parallel.beside_the_step(config.strategy):
+                    nll = evaluate.windows(model, state.params, held_out, config.seq_len, config.batch_size)
                 losses = _losses(np.nanmean(nll), config)
                 metrics.append(path, {"step": done} | {f"valid_{k}": v for k, v in losses.items()})
             if saving:

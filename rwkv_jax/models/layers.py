@@ -64,6 +64,17 @@ def batch_sharded(x_BTD):
     return nn.with_logical_constraint(x_BTD, ("batch", None, None))
 
 
+def on_own_rows(op):
+    """`op(shared, rows) -> rows`, where the strategy maps "batch" to a mesh axis run by each device on its own rows.
+
+    `shared` and `rows` are pytrees, those of rows with leaves [B, ...]. XLA's partitioner cannot look into a kernel.
+    """
+    split = nn.logical_to_mesh_axes(("batch",))
+    if split[0] is None:
+        return op
+    return jax.shard_map(op, in_specs=(type(split)(), split), out_specs=split, check_vma=False)
+
+
 def token_shift(x_BTD, last_BD, reset_BT=None, valid_BT=None):
     """Activations of the previous token (Eqs. 11-15), and those of the last one to carry into the next call.
 

@@ -18,6 +18,7 @@ from rwkv_jax.models.layers import (
     dropout,
     lerp,
     mix_ramp,
+    on_own_rows,
     orthogonal,
     token_shift,
     vector,
@@ -60,16 +61,9 @@ class TimeMix(nn.Module):
         k_BTD = self.linear(D, kernel_init=zeros, name="key")(lerp(x_BTD, xx_BTD, mix_k))
         v_BTD = self.linear(D, kernel_init=orthogonal(), name="value")(lerp(x_BTD, xx_BTD, mix_v))
         r_BTD = self.linear(D, kernel_init=zeros, name="receptance")(lerp(x_BTD, xx_BTD, mix_r))
-        y_BTD, wkv_state = wkv4(
-            -jnp.exp(time_decay),
-            time_first,
-            k_BTD,
-            v_BTD,
-            wkv_state,
-            reset_BT=reset_BT,
-            valid_BT=valid_BT,
-            impl=self.wkv_impl,
-        )
+        wkv = lambda shared, rows: wkv4(*shared, *rows[:3], reset_BT=rows[3], valid_BT=rows[4], impl=self.wkv_impl)
+        rows = (k_BTD, v_BTD, wkv_state, reset_BT, valid_BT)
+        y_BTD, wkv_state = on_own_rows(wkv)((-jnp.exp(time_decay), time_first), rows)
         o_BTD = self.linear(D, kernel_init=zeros, name="output")(nn.sigmoid(r_BTD) * y_BTD)
         return o_BTD, last_BD, wkv_state
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-FORMS = ("scan", "associative")
+FORMS = ("scan", "associative", "pallas")
 
 CHUNK = 32  # tokens between the states that the backward pass of `scan` keeps; it recomputes those in between
 EMPTY = -1e38  # log_scale of "nothing seen yet": exp(EMPTY - anything) is 0, and it stays finite when decayed
@@ -127,20 +127,20 @@ def _write(w, k, v, state):
     return WKV4State(past * state.num + now * v, past * state.den + now, q)
 
 
-def _read(u, k, v, state):
+def read(u, k, v, state):
     """(y, denominator, its log scale, weight of the current token in it)."""
     q, past, now = _rescale(state.log_scale, 0.0, k, u)
     den = past * state.den + now
     return (past * state.num + now * v) / den, den, q, now
 
 
-def _token_grads(w, u, k, v, dy, before, after):
+def token_grads(w, u, k, v, dy, before, after):
     """(dw, du, dk, dv) of one token and what it adds to the cotangents of the state before it.
 
     `before` is the state that the token read; `after` holds the cotangents (G, H) of the state that it wrote, as a
     `WKV4State` (num, den, log_scale) of their own: G = num * exp(log_scale).
     """
-    y, den, q, now = _read(u, k, v, before)
+    y, den, q, now = read(u, k, v, before)
     g = dy / den
     own = now * g
     later = jnp.exp(k + after.log_scale)
@@ -151,7 +151,7 @@ def _token_grads(w, u, k, v, dy, before, after):
     return (dw, du, dk, dv), WKV4State(g, -g * y, -q)
 
 
-def _merge(w, earlier, later):
+def merge(w, earlier, later):
     """State `earlier` decayed by w, plus `later`."""
     q, e1, e2 = _rescale(earlier.log_scale, w, later.log_scale, 0.0)
     return WKV4State(e1 * earlier.num + e2 * later.num, e1 * earlier.den + e2 * later.den, q)
@@ -192,7 +192,7 @@ def _scan_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
         state, y_BTD = carry
         k, v = _at(k_BTD, t).astype(dtype), _at(v_BTD, t).astype(dtype)
         state = _where(_at(reset_BT, t), empty, state)
-        y = _read(u, k, v, state)[0]
+        y = read(u, k, v, state)[0]
         new = _write(w, k, v, state)
         new = new if valid_BT is None else _where(_at(valid_BT, t), new, state)
         return (new, lax.dynamic_update_index_in_dim(y_BTD, y.astype(y_BTD.dtype), t, axis=1)), None
@@ -222,9 +222,9 @@ def _scan_backward(w, u, k_BTD, v_BTD, starts_MBD, reset_BT, valid_BT, dy_BTD, d
         k, v, dy = (_at(x, t).astype(dtype) for x in (k_BTD, v_BTD, dy_BTD))
         valid = _at(valid_BT, t)
         after = dstate if valid is None else _where(valid, dstate, empty)
-        (dw_t, du_t, dk_t, dv_t), read = _token_grads(w, u, k, v, dy, state, after)
+        (dw_t, du_t, dk_t, dv_t), cotangent = token_grads(w, u, k, v, dy, state, after)
         decay = w if valid is None else jnp.where(valid[:, None], w, 0.0)
-        dstate = _where(_at(reset_BT, t), empty, _merge(decay, dstate, read))
+        dstate = _where(_at(reset_BT, t), empty, merge(decay, dstate, cotangent))
         put = lambda x_BTD, x: lax.dynamic_update_index_in_dim(x_BTD, x.astype(x_BTD.dtype), t, axis=1)
         return (dstate, dw + dw_t, du + du_t, put(dk_BTD, dk_t), put(dv_BTD, dv_t)), None
 
@@ -249,7 +249,7 @@ def _prefixes(decay_BTD, state_BTD, reverse=False):
 
     def combine(left, right):
         (w1, s1), (w2, s2) = left, right
-        return jnp.maximum(w1 + w2, FORGET), _merge(w2, s1, s2)
+        return jnp.maximum(w1 + w2, FORGET), merge(w2, s1, s2)
 
     return lax.associative_scan(combine, (decay_BTD, state_BTD), axis=1, reverse=reverse)[1]
 
@@ -280,14 +280,14 @@ def _associative_states(w, k_BTD, v_BTD, state, reset_BT, valid_BT):
 def _associative_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     k, v = k_BTD.astype(state.num.dtype), v_BTD.astype(state.num.dtype)
     read_BTD, final = _associative_states(w, k, v, state, reset_BT, valid_BT)
-    return _read(u[None], k, v, read_BTD)[0].astype(v_BTD.dtype), final
+    return read(u[None], k, v, read_BTD)[0].astype(v_BTD.dtype), final, state
 
 
 def _associative_backward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT, dy_BTD, dstate):
     k, v, dy = (x.astype(state.num.dtype) for x in (k_BTD, v_BTD, dy_BTD))
     read_BTD, _ = _associative_states(w, k, v, state, reset_BT, valid_BT)
     empty_BTD = WKV4State(jnp.zeros_like(v), jnp.zeros_like(v), jnp.full_like(k, EMPTY))
-    y, den, q, _ = _read(u[None], k, v, read_BTD)
+    y, den, q, _ = read(u[None], k, v, read_BTD)
     g = dy / den
     reads_BTD = _where(reset_BT, empty_BTD, WKV4State(g, -g * y, -q))
     # the cotangent of the final state enters as one more token after the last
@@ -297,7 +297,7 @@ def _associative_backward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT, dy_BTD,
     cotangents_BTD = _prefixes(decay_BTD, reads_BTD, reverse=True)
     after_BTD = jax.tree.map(lambda x: x[:, 1:], cotangents_BTD)
     after_BTD = after_BTD if valid_BT is None else _where(valid_BT, after_BTD, empty_BTD)
-    (dw, du, dk, dv), _ = _token_grads(w[None], u[None], k, v, dy, read_BTD, after_BTD)
+    (dw, du, dk, dv), _ = token_grads(w[None], u[None], k, v, dy, read_BTD, after_BTD)
     dstate = jax.tree.map(lambda x: x[:, 0], cotangents_BTD)
     return dw.sum(1), du.sum(1), dk.astype(k_BTD.dtype), dv.astype(v_BTD.dtype), dstate
 
@@ -312,23 +312,31 @@ def _wkv4(impl, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
 
 def _forward(impl, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     saved = (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT)
-    if impl == "associative":
-        y_BTD, final = _associative_forward(*saved)
-        return (y_BTD, final), (saved, None, final.log_scale)
-    y_BTD, final, starts_MBD = _scan_forward(*saved)
-    return (y_BTD, final), (saved, starts_MBD, final.log_scale)
+    y_BTD, final, starts = _form(impl, "forward")(*saved)
+    return (y_BTD, final), (saved, starts, final.log_scale)
 
 
 def _backward(impl, residuals, cotangents):
-    (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT), starts_MBD, final_log_scale = residuals
+    (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT), starts, final_log_scale = residuals
     dy_BTD, dfinal = cotangents
     dfinal = WKV4State(dfinal.num, dfinal.den, -final_log_scale)
-    backward, past = (_associative_backward, state) if impl == "associative" else (_scan_backward, starts_MBD)
-    dw, du, dk_BTD, dv_BTD, d = backward(w, u, k_BTD, v_BTD, past, reset_BT, valid_BT, dy_BTD, dfinal)
+    dw, du, dk_BTD, dv_BTD, d = _form(impl, "backward")(w, u, k_BTD, v_BTD, starts, reset_BT, valid_BT, dy_BTD, dfinal)
     scale = jnp.exp(state.log_scale + d.log_scale)
     dnum, dden = scale * d.num, scale * d.den
     dstate = WKV4State(dnum, dden, state.num * dnum + state.den * dden)
     return dw.sum(0, keepdims=True), du.sum(0, keepdims=True), dk_BTD, dv_BTD, dstate, None, None
+
+
+def _form(impl, direction):
+    """The pass of a form: forward -> (y, final state, what its backward pass wants of the states)."""
+    if impl == "scan":
+        return {"forward": _scan_forward, "backward": _scan_backward}[direction]
+    if impl == "associative":
+        return {"forward": _associative_forward, "backward": _associative_backward}[direction]
+    from rwkv_jax.ops.kernels import wkv4_tpu
+
+    kernel = getattr(wkv4_tpu, direction)
+    return lambda *operands: lax.platform_dependent(*operands, tpu=kernel, cpu=partial(kernel, interpret=True))
 
 
 _wkv4.defvjp(_forward, _backward)
