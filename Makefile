@@ -24,12 +24,17 @@ speed: $(VENV)/live
 test: $(VENV)/dev
 	$(RUN) -m pytest
 
-test-all: $(VENV)/live
+test-all: $(VENV)/live $(VENV)/tpu
+	library=$(abspath $(VENV))/tpu/libtpu/libtpu.so; test ! -f $$library || export TPU_LIBRARY_PATH=$$library; \
 	$(RUN) -m pytest -m ""
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+$(VENV)/tpu: requirements-tpu.txt | $(VENV)/live
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $< || mkdir -p $@
+	@touch $@
 
 $(VENV)/runtime: requirements.txt
 $(VENV)/dev: requirements.txt requirements-dev.txt

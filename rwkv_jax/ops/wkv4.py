@@ -117,7 +117,7 @@ def _rescale(p1, shift1, p2, shift2):
     Differences first: q is rounded, and (p - q) + shift recovers what rounding took, where p + shift - q would
     lose a small decay beside a large exponent at every step.
     """
-    q = jnp.maximum(p1 + shift1, p2 + shift2)
+    q = lax.stop_gradient(jnp.maximum(p1 + shift1, p2 + shift2))  # the gauge of `WKV4State`
     return q, jnp.exp((p1 - q) + shift1), jnp.exp((p2 - q) + shift2)
 
 

@@ -1,0 +1,68 @@
+"""One long sequence of RWKV-4 split along time: device i of an axis holds the i-th part of every row.
+
+To be called inside `jax.shard_map(..., check_vma=False)`, with T the length of a device's own part:
+
+    last_BD, _ = last_before(x_BTD, axis_name="time")                   # for `models.layers.token_shift`
+    y_BTD, state = wkv4_sequence(w_D, u_D, k_BTD, v_BTD, axis_name="time")
+
+A part's effect on what comes before it is one decay and one addition, (num, den, log_scale) and T·w: four numbers a
+channel, exchanged once, whatever the length.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rwkv_jax.ops.wkv4 import FORGET, WKV4State, merge, wkv4
+
+
+def wkv4_sequence(w_D, u_D, k_BTD, v_BTD, state=None, *, axis_name, reset_BT=None, valid_BT=None, impl=None):
+    """`wkv4` over all parts together: y_BTD of this device's own, and the `WKV4State` after the last part.
+
+    Every device reads its part from an empty past, learns from the others what preceded it, and reads again. `state`
+    is before the first part, and like the result the same on all devices; other arguments are as `wkv4` has them.
+    """
+    B, _, D = k_BTD.shape
+    masks = {"reset_BT": reset_BT, "valid_BT": valid_BT}
+    _, part = wkv4(w_D, u_D, k_BTD, v_BTD, **masks, impl=impl)
+    dtype = part.num.dtype
+    state = WKV4State.empty(B, D, dtype) if state is None else jax.tree.map(lambda x: x.astype(dtype), state)
+    parts = lax.all_gather((_decay(w_D.astype(dtype), k_BTD.shape, **masks), part), axis_name)
+
+    def follow(state, decay_and_part):
+        return merge(decay_and_part[0], state, decay_and_part[1]), state
+
+    final, before = lax.scan(follow, state, parts)
+    own = jax.tree.map(lambda x: x[lax.axis_index(axis_name)], before)
+    return wkv4(w_D, u_D, k_BTD, v_BTD, own, **masks, impl=impl)[0], final
+
+
+def _decay(w_D, shape, reset_BT, valid_BT):
+    """Log factor [B, D] by which a part fades what comes before it: T·w over the tokens that count."""
+    B, T, _ = shape
+    steps_B1 = jnp.full((B, 1), T, w_D.dtype) if valid_BT is None else valid_BT.sum(1, keepdims=True, dtype=w_D.dtype)
+    w_1D = jnp.maximum(w_D, FORGET)[None]
+    decay_BD = jnp.where(steps_B1 == 0, 0, jnp.maximum(steps_B1 * w_1D, FORGET))
+    if reset_BT is None:
+        return decay_BD
+    reset_BT = reset_BT if valid_BT is None else reset_BT & valid_BT
+    return jnp.where(reset_BT.any(1, keepdims=True), FORGET, decay_BD)
+
+
+def last_before(x_BTD, last_BD=None, *, axis_name, valid_BT=None):
+    """(the token's activations before this device's part [B, D], those of the last token of all), padding left out.
+
+    `last_BD` is before the first part; None is zero, as at the start of a text.
+    """
+    B, T, D = x_BTD.shape
+    last_BD = jnp.zeros((B, D), x_BTD.dtype) if last_BD is None else last_BD.astype(x_BTD.dtype)
+    valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
+    newest_B = jnp.max(jnp.where(valid_BT, jnp.arange(T)[None], 0), axis=1)
+    own_BD = jnp.take_along_axis(x_BTD, newest_B[:, None, None], axis=1)[:, 0]
+    parts = lax.all_gather((own_BD, valid_BT.any(1, keepdims=True)), axis_name)
+
+    def follow(last_BD, part):
+        return jnp.where(part[1], part[0], last_BD), last_BD
+
+    final_BD, before = lax.scan(follow, last_BD, parts)
+    return before[lax.axis_index(axis_name)], final_BD
