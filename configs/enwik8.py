@@ -10,13 +10,13 @@ Expected: the paper prints 1.178 test bits a character for RWKV-4 (train 1.010) 
 not say how many epochs, nor the last learning rate, nor whether it counts characters or bytes. Not run here.
 """
 
-from rwkv_jax.train import default_config
+from rwkv_jax import run_config
 
 STEPS_A_EPOCH = 5_493
 
 
 def get_config(arg="rwkv4"):
-    config = default_config()
+    config = run_config.default()
     config.model.update(name=arg or "rwkv4", num_layers=12, dim=512, dropout=0.1, dtype="bfloat16")
     config.update(corpus="enwik8", seq_len=1024, batch_size=16, steps=40 * STEPS_A_EPOCH)
     config.optim.update(lr=6e-4, lr_end=1e-5, weight_decay=0.1, decay=0.9, warmup=0.002)

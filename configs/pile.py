@@ -11,7 +11,7 @@ Expected: training loss 2.533, 2.260, 2.040, 1.945, 1.839, 1.757 nats a token at
 (+-0.005). Not run here.
 """
 
-from rwkv_jax.train import default_config
+from rwkv_jax import run_config
 
 #        layers, width, lr, last lr, mini-epochs before the decay
 TABLE = {
@@ -30,7 +30,7 @@ def get_config(arg="169m"):
     if size not in TABLE:
         raise ValueError(f"unknown size {size!r}, expected one of {', '.join(TABLE)}")
     num_layers, dim, lr, lr_end, constant = TABLE[size]
-    config = default_config()
+    config = run_config.default()
     config.model.update(vocab_size=50277, num_layers=num_layers, dim=dim, dtype="bfloat16", remat=True)
     config.model.embedding_scale = lr  # v4neo draws the embedding from U(+-lr_init)
     config.update(corpus="pile", tokenizer="20B_tokenizer.json", seq_len=1024, batch_size=128, strategy="fsdp")

@@ -8,11 +8,11 @@ Cost: 600 steps of 4,096 bytes, 4 minutes on 2 CPU cores.
 Expected: validation 1.64 bits a byte for RWKV-4, 1.84 for the transformer (seed 0, the source of Python 3.11.7).
 """
 
-from rwkv_jax.train import default_config
+from rwkv_jax import run_config
 
 
 def get_config(arg="rwkv4"):
-    config = default_config()
+    config = run_config.default()
     config.model.name = arg or "rwkv4"
     config.steps = 600
     return config.lock()

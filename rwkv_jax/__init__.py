@@ -21,7 +21,7 @@ _CONTENTS = {
 }
 _MODULES = (
     "checkpoint", "corpora", "data", "evaluate", "generate", "hardware", "interop",
-    "metrics", "models", "ops", "optim", "parallel", "tokenizers", "train",
+    "metrics", "models", "ops", "optim", "parallel", "run_config", "tokenizers", "train",
 )  # fmt: skip
 
 __all__ = ["build", "load", "log_likelihoods", "save", "stack", "stream", "unstack"]

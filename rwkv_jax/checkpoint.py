@@ -72,11 +72,6 @@ def steps(folder) -> list[int]:
     return sorted(int(path.name) for path in paths if path.name.isdecimal() and _has_manifest(path))
 
 
-def latest(folder) -> int | None:
-    """The step of the newest complete checkpoint in `folder`, not verified; None when there is none."""
-    return max(steps(folder), default=None)
-
-
 def verify(folder, step: int) -> None:
     """Compare every file of a checkpoint with the manifest, first its size, then its SHA-256.
 

@@ -105,7 +105,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv_jax"
 
 
-def prepare(source: str = "stdlib", tokenizer: str = "bytes", progress: bool = True) -> Corpus:
+def prepare(source: str = "stdlib", tokenizer: str = "bytes") -> Corpus:
     """The tokens of `source`, from the cache or made now.
 
     Args:
@@ -114,7 +114,6 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", progress: bool = T
             laid end to end and cut like one file. Left out of a folder are hidden files, files that are not
             UTF-8 text, and files more than half of whose lines occur in files before them, by order of path.
         tokenizer: "bytes" (a file may then hold any bytes), or the path of a tokenizer.json.
-        progress: show bars when on a terminal.
 
     Raises:
         FileNotFoundError: no such source or tokenizer.
@@ -126,7 +125,7 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", progress: bool = T
     key = hashlib.sha256(json.dumps([_FORMAT, text.identity, encoder_id]).encode()).hexdigest()
     folder = cache_dir() / f"{text.name[:40]}-{key[:16]}"
     label = (text.name, encoder.name, encoder.vocab_size)
-    bar = functools.partial(tqdm, disable=None if progress else True, leave=False)
+    bar = functools.partial(tqdm, disable=None, leave=False)
 
     if corpus := _read(folder, label):
         return corpus

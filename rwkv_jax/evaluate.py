@@ -15,6 +15,7 @@ can be compared token by token. Entry 0 is NaN, as nothing precedes it; no other
 import argparse
 import heapq
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -239,7 +240,10 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
     if not pieces:
         raise ValueError(f"{path} is empty, expected text")
     text = np.concatenate(pieces)
-    num_bytes = len(text) if tokenizer.name == "bytes" else len(tokenizer.decode(text).encode())
+    if tokenizer.name == "bytes":
+        num_bytes = len(text)
+    else:  # a tokenizer may normalise: the file's own bytes count, where all of it was read
+        num_bytes = Path(path).stat().st_size if missing else len(tokenizer.decode(text).encode())
     tokens = np.concatenate([[corpora.SEPARATOR], text]).astype(text.dtype)
     return corpora.Split(tokens, np.zeros(1, np.int64), (path,), num_bytes)
 
@@ -288,16 +292,23 @@ def main(argv=None) -> int:
     as_json = args.pop("json")
     try:
         report = _report(**args)
+        print(json.dumps(report) if as_json else _readable(report), flush=True)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # nobody reads any more; what is left to flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if as_json:
-        print(json.dumps(report))
-        return 0
-    print("{data}: {tokens:,} tokens, {bytes:,} bytes".format(**report))
-    for name, row in (("windows", "windows"), (report["best_practice_is"], "best_practice")):
-        print(f"{name:<8} " + "{bits_per_byte:8.4f} bits/byte   perplexity {perplexity:,.3f}".format(**report[row]))
     return 0
+
+
+def _readable(report) -> str:
+    lines = ["{data}: {tokens:,} tokens, {bytes:,} bytes".format(**report)]
+    for name, row in (("windows", "windows"), (report["best_practice_is"], "best_practice")):
+        level = "{bits_per_byte:8.4f} bits/byte   perplexity {perplexity:,.3f}".format(**report[row])
+        lines.append(f"{name:<8} {level}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,11 @@ class ByteTokenizer:
                 yield index, np.frombuffer(block, np.uint8)
 
 
-# Where a long text may be cut without changing its tokens: before a space between words, or after a lone line
-# break. No pre-tokenizer of the GPT-2, NeoX and GPT-4 kind joins across either, and a sentencepiece model that
-# puts a space before its input puts none before a space.
-_CUT = re.compile(rb"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=\S)")
+# Where a long text may be cut: before a space between words, or after a lone line break. No pre-tokenizer of the
+# GPT-2, NeoX and GPT-4 kind joins across either. One that puts a space before its input tells the pieces apart: then
+# texts stay whole.
+_CUT = re.compile(rb"(?<=[A-Za-z])(?= [A-Za-z])|(?<=[!-~]\n)(?=[!-~])")
+_CUT_SAMPLE = "some words of a text\nand another line\nas an example\n"
 _PIECE_BYTES = 1 << 16
 _PIECES_AT_ONCE = 16
 
@@ -56,6 +57,7 @@ class FileTokenizer:
     name: str
     vocab_size: int
     library: tokenizers.Tokenizer
+    cuttable: bool  # whether pieces cut at `_CUT` have the tokens of the whole
 
     def encode(self, text: str) -> list[int]:
         return self.library.encode(text, add_special_tokens=False).ids
@@ -65,12 +67,15 @@ class FileTokenizer:
 
     def encode_documents(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[int, np.ndarray]]:
         """uint32 arrays, by all threads of the library; UnicodeDecodeError unless the bytes are UTF-8."""
-        pieces = ((index, piece) for index, blocks in enumerate(documents) for piece in _pieces(blocks))
+        pieces = ((index, piece) for index, blocks in enumerate(documents) for piece in self._pieces(blocks))
         while batch := list(islice(pieces, _PIECES_AT_ONCE)):
             texts = [piece.decode() for _, piece in batch]
             encodings = self.library.encode_batch_fast(texts, add_special_tokens=False)
             for (index, _), encoding in zip(batch, encodings, strict=True):
                 yield index, np.array(encoding.ids, np.uint32)
+
+    def _pieces(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        return _pieces(blocks) if self.cuttable else filter(None, [b"".join(blocks)])
 
 
 def _pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -105,7 +110,10 @@ def get_tokenizer(name: str) -> Tokenizer:
         vocab_size = 1 + max(library.get_vocab().values())  # not the count: ids may have gaps
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{name} is not a file that the tokenizers library reads: {error}") from None
-    return FileTokenizer(str(name), vocab_size, library)
+    ids = lambda text: library.encode(text, add_special_tokens=False).ids
+    pieces = [piece.decode() for piece in _CUT.split(_CUT_SAMPLE.encode())]
+    cuttable = [token for piece in pieces for token in ids(piece)] == ids(_CUT_SAMPLE)
+    return FileTokenizer(str(name), vocab_size, library, cuttable)
 
 
 def of_model(path, vocab_size: int) -> str:

@@ -8,19 +8,16 @@ object a log step) and `checkpoints/`. The same command again resumes it, bit fo
 
 import argparse
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import importlib.metadata
 import json
 import os
 import platform
-import runpy
 import signal
 import sys
 import threading
 import time
-import typing
 from pathlib import Path
 
 import jax
@@ -30,56 +27,11 @@ import optax
 from flax import struct
 from tqdm import tqdm
 
-from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, models, optim, parallel
+from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, models, optim, parallel, run_config
 
-# What may change between the runs of one workdir: nothing that the numbers depend on.
+# What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
+# each device of pmap draws its own).
 FREE_FIELDS = ("log_every", "eval_every", "eval_tokens", "save_every", "keep", "strategy")
-
-
-def default_config():
-    """Every field of a run with its default: what files in `configs/` start from. None: chosen for the model."""
-    from ml_collections import ConfigDict
-    from ml_collections.config_dict import placeholder
-
-    hints = typing.get_type_hints(models.LM)
-    model = {"name": "rwkv4", "vocab_size": 256, "num_layers": 4, "dim": 128}
-    for field in dataclasses.fields(models.LM):
-        if field.name in ("parent", "name", "layers", *model):
-            continue
-        optional = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
-        model[field.name] = placeholder(optional[0]) if optional else field.default
-    return ConfigDict(
-        {
-            "model": model | {"layers": placeholder(tuple)},
-            "corpus": "stdlib",  # or the path of a text file or folder
-            "tokenizer": "bytes",  # or the path of a tokenizer.json
-            "seq_len": 256,
-            "batch_size": 16,
-            "steps": 1000,
-            "seed": 0,
-            "strategy": "single",  # single, pmap, fsdp
-            "accumulation": 1,  # micro-batches a step
-            "optim": {
-                "lr": placeholder(float),  # None: `optim.default_lr` of the width
-                "lr_end": placeholder(float),  # None: a tenth of lr
-                "schedule": "exponential",  # exponential, cosine, constant
-                "warmup": 0.05,  # share of the steps
-                "decay": 0.1,  # share of the steps in which "exponential" decays
-                "betas": (0.9, 0.99),
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "clip": 1.0,
-                "groups": optim.GROUPS,  # (regex over parameter paths, learning-rate factor)
-                "l2wrap": True,
-            },
-            "branch_from": "",  # <workdir>/checkpoints/<step> of a trunk to start from, its step included
-            "log_every": 10,
-            "eval_every": 250,
-            "eval_tokens": 65536,
-            "save_every": 250,
-            "keep": 2,  # newest checkpoints that stay
-        }
-    )
 
 
 class TrainState(struct.PyTreeNode):
@@ -143,7 +95,7 @@ def make_step(model, tx, *, accumulation=1, seed=0, l2wrap=True):
 
         direction, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(direction))
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
@@ -156,7 +108,10 @@ def make_step(model, tx, *, accumulation=1, seed=0, l2wrap=True):
 
 def run(config, workdir) -> TrainState:
     """Train to `config.steps`, resuming what `workdir` holds; SIGINT and SIGTERM save and return early."""
+    if not str(workdir):
+        raise ValueError("workdir is empty, expected a folder for the run")
     workdir = Path(workdir)
+    run_config.check(config)
     fields = {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
     model = models.build(**fields)
     parallel.check_divisible(config.batch_size, config.accumulation, config.strategy)
@@ -172,7 +127,7 @@ def run(config, workdir) -> TrainState:
     recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
     init, step, put = _programs(model, recipe, config.strategy, config.accumulation, config.seed, o.l2wrap)
 
-    with _claimed(workdir):
+    with claimed(workdir):
         _write_config(workdir, config, fields, corpus)
         state, start = _restore(workdir, config, init)
         with _stop_signals() as stop:
@@ -190,9 +145,10 @@ def _programs(model, recipe, strategy, accumulation, seed, l2wrap):
 def learning_rate(config, model):
     """The schedule of a run: learning rate of each step."""
     o, steps = config.optim, config.steps
-    lr = o.lr or optim.default_lr(model.layers[0], model.dim)
+    lr = optim.default_lr(model.layers[0], model.dim) if o.lr is None else o.lr
+    lr_end = lr / 10 if o.lr_end is None else o.lr_end
     warmup, decay_start = round(o.warmup * steps), steps - round(o.decay * steps)
-    return optim.schedule(o.schedule, lr, o.lr_end or lr / 10, steps, warmup, decay_start)
+    return optim.schedule(o.schedule, lr, lr_end, steps, warmup, decay_start)
 
 
 def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, start, stop):
@@ -238,15 +194,15 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
                 metrics.append(path, row)
                 bar.set_postfix_str(f"loss {row['loss_nats']:.3f}")
                 seconds, timed = 0.0, 0
+            if saving:
+                checkpoint.save(folder, done, state, keep=config.keep)
+                saved = done
             if evaluating and config.eval_tokens:
                 held_out = corpus.valid.tokens[: config.eval_tokens]
                 with parallel.beside_the_step(config.strategy):
                     nll = evaluate.windows(model, state.params, held_out, config.seq_len, config.batch_size)
-                losses = _losses(np.nanmean(nll), config)
+                losses = _losses(nll[1:].mean(), config)
                 metrics.append(path, {"step": done} | {f"valid_{k}": v for k, v in losses.items()})
-            if saving:
-                checkpoint.save(folder, done, state, keep=config.keep)
-                saved = done
             if stopping:
                 line = f"stopped at step {saved} of {config.steps}, saved; the same command resumes it"
                 print(line, file=sys.stderr)
@@ -275,6 +231,8 @@ def _restore(workdir, config, init):
         if not trunk.name.isdecimal():
             raise ValueError(f"branch_from is {config.branch_from!r}, expected <workdir>/checkpoints/<step>")
         step, state = checkpoint.restore(trunk.parent, like, int(trunk.name))
+        if step >= config.steps:
+            raise ValueError(f"steps is {config.steps}, expected more than the {step} of branch_from")
     metrics.cut_back(workdir / "metrics.jsonl", step or 0)
     return state, step or 0
 
@@ -294,14 +252,15 @@ def _write_config(workdir, config, fields, corpus):
         "xla_flags": os.environ.get("XLA_FLAGS", ""),  # on a GPU resume is exact only with deterministic ops
     }
     record = json.loads(json.dumps(record))
-    if path.exists():
+    if path.exists() and (checkpoint.steps(workdir / "checkpoints") or _rows(workdir / "metrics.jsonl")):
         old = json.loads(path.read_text())
+        free = set(FREE_FIELDS) - ({"strategy"} if config.model.dropout else set())
         flat = lambda r: _flatten({"config": r["config"], "corpus": r["corpus"]})
         before, now = flat(old), flat(record)
         changed = [
             f"{key.removeprefix('config.')} was {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(before | now)
-            if before.get(key) != now.get(key) and key.removeprefix("config.") not in FREE_FIELDS
+            if before.get(key) != now.get(key) and key.removeprefix("config.") not in free
         ]
         if changed:
             raise ValueError(f"{workdir} holds a run of another config: {'; '.join(changed)}")
@@ -318,7 +277,7 @@ def _flatten(tree, prefix=""):
 
 
 @contextlib.contextmanager
-def _claimed(workdir):
+def claimed(workdir):
     """One process at a time in a workdir."""
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / ".lock").open("w") as lock:
@@ -350,29 +309,6 @@ def _stop_signals():
             signal.signal(s, handler)
 
 
-def read_config(source: str, overrides=()):
-    """The config of `FILE.py[:ARG]` with overrides "--config.a.b=VALUE"."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    path, _, arg = source.partition(":")
-    if not os.path.isfile(path):
-        raise ValueError(f"no config file {path!r}, expected a Python file with get_config(arg)")
-    config = runpy.run_path(path)["get_config"](arg)
-    rest, values = ["train", *overrides], flags.FlagValues()
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
-        left = values(rest)[1:]
-    except (AttributeError, KeyError) as error:  # an unknown field: ml_collections names the nearest one
-        unknown = " ".join(str(error).replace("\\n", " ").replace("\\'", "").replace("'", "").split())
-        raise ValueError(f"unknown config field {unknown}") from None
-    except flags.Error as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    if left:
-        raise ValueError(f"unexpected argument {left[0]!r}")
-    return values.config
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.train",
@@ -384,7 +320,10 @@ def main(argv=None) -> int:
     parser.add_argument("--workdir", required=True)
     args, overrides = parser.parse_known_args(argv)
     try:
-        run(read_config(args.config, overrides), args.workdir)
+        run(run_config.read(args.config, overrides), args.workdir)
+    except KeyboardInterrupt:
+        print("stopped; what was saved before stays", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

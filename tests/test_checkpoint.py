@@ -75,7 +75,7 @@ def test_the_newest_are_kept_and_a_named_step_is_restored(tmp_path):
         checkpoint.save(tmp_path, step, train_state(step), keep=2)
     assert checkpoint.steps(tmp_path) == [2, 10]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "2"]
-    assert checkpoint.latest(tmp_path) == 10
+    assert checkpoint.steps(tmp_path)[-1] == 10
     step, restored = checkpoint.restore(tmp_path, abstract(train_state()), step=2)
     assert step == restored.step == 2
     with pytest.raises(ValueError, match=r"1: no complete checkpoint; .* has steps \[2, 10\]"):
@@ -91,7 +91,7 @@ def test_saving_again_replaces_the_step_and_drops_the_steps_of_an_abandoned_futu
 
 
 def test_without_checkpoints_there_is_none(tmp_path):
-    assert checkpoint.latest(tmp_path / "absent") is None
+    assert checkpoint.steps(tmp_path / "absent") == []
     with pytest.raises(ValueError, match="no valid checkpoint") as error:
         checkpoint.restore(tmp_path / "absent", train_state())
     one_line(error)
@@ -101,7 +101,7 @@ def test_a_checkpoint_without_manifest_does_not_exist(tmp_path):
     checkpoint.save(tmp_path, 1, train_state(1))
     checkpoint.save(tmp_path, 2, train_state(2))
     (tmp_path / "2" / "manifest.json").unlink()
-    assert checkpoint.latest(tmp_path) == 1
+    assert checkpoint.steps(tmp_path)[-1] == 1
     assert checkpoint.restore(tmp_path, abstract(train_state()))[0] == 1
     checkpoint.save(tmp_path, 2, train_state(3))
     assert checkpoint.restore(tmp_path, abstract(train_state()))[1].step == 3

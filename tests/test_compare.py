@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.compare import baselines, table
+from experiments.compare import baselines, run, table
+from rwkv_jax import corpora
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +57,17 @@ def test_xz_counts_what_the_test_bytes_add():
     assert baselines.xz_bits_per_byte(train, test) < 8 * len(lzma.compress(test)) / len(test) / 2
 
 
+def test_held_out_text_is_the_beginning_of_every_document():
+    documents = [b"\0" + bytes([65 + i]) * n for i, n in enumerate((500, 3, 40, 500))]
+    starts = np.cumsum([0, *map(len, documents)])[:-1]
+    split = corpora.Split(np.frombuffer(b"".join(documents), np.uint8), starts, ("a", "b", "c", "d"), 1043)
+    short = run.capped(split, 256)
+    lengths = np.diff(short.starts, append=len(short.tokens))
+    assert lengths.tolist() == [105, 4, 41, 105] and short.num_bytes == 255 - 4
+    assert all(short.tokens[start] == 0 for start in short.starts)
+    assert run.capped(split, 10_000).tokens.tolist() == split.tokens.tolist()
+
+
 def _compare(*args):
     command = [sys.executable, "-W", "error", "-m", "experiments.compare.run", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -84,6 +96,8 @@ def test_smoke_writes_the_table_the_json_and_the_figure(tmp_path):
     [
         (["--text=/nowhere"], "/nowhere"),
         (["--duration=0"], "duration is 0, expected minutes above 0"),
+        (["--duration=nan"], "duration is nan, expected minutes above 0"),
+        (["--seed=-1"], "seed is -1, expected 0 to 2^32 - 1"),
     ],
 )
 def test_a_mistake_is_one_line(args, expected, tmp_path):

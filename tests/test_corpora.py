@@ -322,7 +322,7 @@ def test_bytes_that_are_not_utf8_need_the_byte_tokenizer(tmp_path, cache, bpe):
 BUILD = """
 import os, sys
 from rwkv_jax.corpora import prepare
-corpus = prepare(sys.argv[1], sys.argv[2], progress=False)
+corpus = prepare(sys.argv[1], sys.argv[2])
 print(corpus.sha256, os.stat(corpus.train.tokens.filename).st_ino)
 """
 

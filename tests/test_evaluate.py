@@ -284,6 +284,16 @@ def test_bytes_of_the_text_are_counted_where_a_token_is_more_than_one(tmp_path):
     assert part.num_bytes == len(tokenizer.decode(part.tokens[1:]).encode())
 
 
+def test_bytes_are_those_of_the_file_where_the_tokenizer_normalises(tmp_path):
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    library.normalizer = tokenizers.normalizers.NFKC()
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    library.save(str(tmp_path / "nfkc.json"))
+    (tmp_path / "text.txt").write_text("\uff41\uff42" * 10)  # full-width a and b, 3 bytes each
+    split = evaluate._held_out(str(tmp_path / "text.txt"), get_tokenizer(str(tmp_path / "nfkc.json")), None)
+    assert split.num_bytes == 60 and len(split.tokens) == 21
+
+
 def test_command_line_says_what_is_wrong_in_one_line(workdir, text, tmp_path, capsys):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"K\xe4se")

@@ -15,12 +15,13 @@ ORDER = (
     {"experiments"},
     {"configs"},
     {"train", "pretrained", "finetune"},
+    {"run_config"},
     {"generate", "evaluate", "interop", "checkpoint", "parallel", "optim", "metrics", "hardware"},
     {"data", "corpora", "tokenizers", "models"},
     {"ops"},
 )
 RANK = {name: len(ORDER) - i for i, line in enumerate(ORDER) for name in line}
-EDGES = {"train", "configs", "experiments"}  # where absl and ml_collections are at home
+EDGES = {"run_config", "configs", "experiments"}  # where absl and ml_collections are at home
 NO_PRIVATE_NAMES = {"jax", "flax", "optax", "orbax", "grain"}
 
 

@@ -69,6 +69,32 @@ def test_blocks_give_the_tokens_of_the_whole(tokenizer, block_bytes):
         assert len(tokens[0]) > 1, "long enough to be cut"
 
 
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_texts_stay_whole_for_a_tokenizer_that_marks_their_beginning(scheme, tmp_path):
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, show_progress=False)
+    library.train_from_iterator(["some words\nalpha beta\n"] * 4, trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = get_tokenizer(str(tmp_path / "tokenizer.json"))
+    text = "alpha beta\n" * 20_000
+    ids = [ids for _, ids in tokenizer.encode_documents([[text.encode()]])]
+    assert np.concatenate(ids).tolist() == tokenizer.encode(text)
+
+
+def test_a_line_that_begins_with_a_wide_space_keeps_its_line_break(tmp_path):
+    """Chinese text is indented by U+3000, which GPT-2's pre-tokenizer joins to the line break before it."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    line = "word.\n\u3000word.\n"
+    library.train_from_iterator([line] * 50, trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = get_tokenizer(str(tmp_path / "tokenizer.json"))
+    ids = [ids for _, ids in tokenizer.encode_documents([[(line * 10_000).encode()]])]
+    assert len(ids) > 1 and np.concatenate(ids).tolist() == tokenizer.encode(line * 10_000)
+
+
 def test_blocks_that_are_not_utf8(bpe):
     with pytest.raises(UnicodeDecodeError):
         list(bpe.encode_documents([[b"abc\xff"]]))

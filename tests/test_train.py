@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import rwkv_jax
-from rwkv_jax import checkpoint, metrics, train
+from rwkv_jax import checkpoint, metrics, run_config, train
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -37,7 +37,7 @@ def text(tmp_path_factory):
 
 
 def _config(text, **changes):
-    config = train.default_config()
+    config = run_config.default()
     config.model.update(num_layers=2, dim=32)
     config.update(corpus=text, steps=STEPS, seq_len=16, batch_size=4, log_every=1, eval_every=3, eval_tokens=256)
     config.update(save_every=2, **changes)
@@ -151,7 +151,7 @@ def test_a_run_goes_on_under_another_strategy(strategy, finished, text, tmp_path
 
 
 def test_two_runs_cannot_share_a_workdir(text, tmp_path):
-    with train._claimed(tmp_path), pytest.raises(ValueError, match="is in use by another run"):
+    with train.claimed(tmp_path), pytest.raises(ValueError, match="is in use by another run"):
         train.run(_config(text), tmp_path)
 
 
@@ -266,6 +266,58 @@ def test_mistakes_without_a_process_each(text, tmp_path, capsys):
         assert expected in capsys.readouterr().err.splitlines()[-1], mistake
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("accumulation", 0), ("seed", 2**32), ("keep", 0), ("steps", 0), ("eval_tokens", 1), ("log_every", -1),
+        ("optim.lr", 0.0), ("optim.lr", float("inf")), ("optim.lr_end", 0.0), ("optim.eps", float("nan")),
+        ("optim.warmup", 2.0), ("optim.betas", (0.9, 0.99, 0.999)), ("optim.groups", (("(", 2.0),)),
+        ("optim.groups", (("a",),)), ("model.dropout", 1.0), ("model.head_size", 0), ("model.dtype", "float31"),
+        ("model.wkv_impl", "cuda"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_named_before_anything_is_written(field, value, text, tmp_path):
+    config = _config(text)
+    section, _, name = field.rpartition(".")
+    with config.unlocked():
+        (config[section] if section else config)[name] = value
+    with pytest.raises(ValueError, match=f"(config|model) field (model.)?{name if 'model' in section else field} "):
+        train.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "program, expected",
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "KeyError: 'get_config'"),
+        ("def get_config(arg): return {}", "get_config returned dict, expected a ConfigDict"),
+        ("import nowhere", "ModuleNotFoundError"),
+    ],
+)
+def test_a_config_file_that_is_none_is_one_line(program, expected, tmp_path, capsys):
+    (tmp_path / "config.py").write_text(program)
+    assert train.main([f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "config.py: " in err and expected in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_failed_does_not_claim_the_workdir(text, tmp_path):
+    config = _config(text)
+    config.branch_from = "nothing"
+    with pytest.raises(ValueError, match="branch_from is 'nothing'"):
+        train.run(config, tmp_path)
+    config.branch_from = ""
+    assert int(train.run(config, tmp_path).step) == STEPS
+
+
+def test_a_branch_must_go_beyond_its_trunk(finished, text, tmp_path):
+    config = _config(text, branch_from=str(finished[0] / "checkpoints" / str(STEPS)))
+    with pytest.raises(ValueError, match=f"steps is {STEPS}, expected more than the {STEPS} of branch_from"):
+        train.run(config, tmp_path)
+
+
 def test_all_checkpoints_damaged_is_one_line(finished, text, tmp_path, capsys):
     train.run(_config(text), tmp_path)
     for path in (tmp_path / "checkpoints").rglob("manifest.json"):
@@ -295,20 +347,20 @@ def test_a_signal_saves_and_exits_cleanly(signum, text, tmp_path):
     process.send_signal(signum)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    stopped = checkpoint.latest(tmp_path / "checkpoints")
+    stopped = max(checkpoint.steps(tmp_path / "checkpoints"))
     assert f"stopped at step {stopped} of 60" in err and stopped < 60
 
 
 @pytest.mark.slow
 def test_killed_again_and_again_a_run_ends_as_if_nothing_had_happened(text, tmp_path):
     """SIGKILL in the middle of steps and of saves: a checkpoint every 2 steps makes either likely."""
-    whole = train.read_config("configs/tiny.py", [a for a in _tiny(text, "", *LONG) if a.startswith("--config.")])
+    whole = run_config.read("configs/tiny.py", [a for a in _tiny(text, "", *LONG) if a.startswith("--config.")])
     reference = train.run(whole, tmp_path / "whole")
     for delay in (0.0, 0.13, 0.02, 0.31, 0.07):
         process = subprocess.Popen(
             _tiny(text, tmp_path / "killed", *LONG), cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
-        done = checkpoint.latest(tmp_path / "killed" / "checkpoints") or 0
+        done = max(checkpoint.steps(tmp_path / "killed" / "checkpoints"), default=0)
         _wait_for(tmp_path / "killed" / "metrics.jsonl", min(done + 6, 60), process)
         time.sleep(delay)
         os.kill(process.pid, signal.SIGKILL)

@@ -15,6 +15,8 @@ from wkv4_formula import Past, Sized, formula, past_of
 from rwkv_jax.ops import WKV4State, wkv4
 
 FORMS = ("scan", "associative", "pallas")
+# interpreting a kernel takes seconds to compile: `make test-all` has what the quick tests do not need it for
+FORMS_AND_SLOWLY_PALLAS = (*FORMS[:2], pytest.param("pallas", marks=pytest.mark.slow))
 FOLLOWING = 3  # tokens of a second call, through which the state of the first is judged
 
 # Channels: decays from none to all at once. Rows: mild log weights, a large common offset, extremes, constant tokens.
@@ -126,13 +128,22 @@ def run(form, lengths, w, u, k, v, state, dy, masks=None):
     return y, state, grads
 
 
-@pytest.mark.parametrize(("form", "T"), [*itertools.product(FORMS, (1, 2, 17, 128, 1000)), (None, 1), (None, 17)])
+@pytest.mark.parametrize(
+    ("form", "T"),
+    [
+        *itertools.product(FORMS[:2], (1, 2, 17, 128, 1000)),
+        ("pallas", 17),
+        *(pytest.param("pallas", T, marks=pytest.mark.slow) for T in (1, 2, 128, 1000)),
+        (None, 1),
+        (None, 17),
+    ],
+)
 def test_follows_eq_16(form, T):
     inputs = case(T + FOLLOWING)
     check_all(*run(form, (T, FOLLOWING), *inputs), inputs, expected(T + FOLLOWING))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_AND_SLOWLY_PALLAS)
 def test_float64_is_computed_in_float64(x64, form):
     inputs = case(20, np.float64)
     y, state, grads = run(form, (17, 3), *inputs)
@@ -142,7 +153,7 @@ def test_float64_is_computed_in_float64(x64, form):
 
 # longer and shorter than the chunks of 32 tokens that the scan works in
 @pytest.mark.parametrize("lengths", [(7, 33), (33, 7), (1,) * 40], ids=len)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_AND_SLOWLY_PALLAS)
 def test_the_state_carries_everything_across_any_split(form, lengths):
     w, u, k, v, state, _ = case(40)
     step = jax.jit(functools.partial(wkv4, impl=form))
@@ -252,7 +263,7 @@ def test_no_gradient_crosses_a_reset(form):
 # -------------------------------------------------------------------------------------------- the state
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_AND_SLOWLY_PALLAS)
 def test_the_scale_of_a_state_is_a_gauge(form):
     """(num e^-c, den e^-c, log_scale + c) is the same past, with the same gradients of a and b."""
     w, u, k, v, state, dy = case(20)
@@ -267,7 +278,7 @@ def test_the_scale_of_a_state_is_a_gauge(form):
     np.testing.assert_allclose(grads[4].log_scale, grads2[4].log_scale, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_AND_SLOWLY_PALLAS)
 def test_the_empty_state_is_no_past_and_has_no_gradient(form):
     w, u, k, v, _, dy = case(20)
     y, after, grads = run(form, (17, 3), w, u, k, v, WKV4State.empty(ROWS, len(w)), dy)
@@ -282,7 +293,7 @@ def test_the_empty_state_is_no_past_and_has_no_gradient(form):
         check(past_of(state).log_weight, want["log_weight"], allowed)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_AND_SLOWLY_PALLAS)
 def test_no_tokens_leave_the_state_untouched(form):
     w, u, k, v, state, _ = case(20)
     y, after = wkv4(w, u, k[:, :0], v[:, :0], state, impl=form)
@@ -299,7 +310,7 @@ def test_no_tokens_leave_the_state_untouched(form):
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_AND_SLOWLY_PALLAS)
 def test_outputs_are_averages_of_the_values_seen(form, data):
     """min v <= y <= max v up to rounding, for any finite log weights and any decay, 0 and -inf included."""
     floats = lambda low, high: st.floats(low, high, width=32)
@@ -315,7 +326,7 @@ def test_outputs_are_averages_of_the_values_seen(form, data):
     assert (y <= np.maximum.accumulate(v, axis=1) + slack).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS_AND_SLOWLY_PALLAS)
 def test_gradient_identities_of_appendix_h(x64, form):
     """d wkv_T / d W_v = E[x] and d wkv_T / d W_k = cov(x, v) under the weights of the last token."""
     rng = np.random.default_rng(0)

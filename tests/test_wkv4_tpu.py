@@ -1,4 +1,4 @@
-"""The TPU kernels compiled for machines that are not here. What they compute is judged, interpreted, in test_wkv4.py."""
+"""The TPU kernels compiled for machines that are not here; test_wkv4.py judges what they compute, interpreted."""
 
 import os
 

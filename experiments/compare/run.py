@@ -31,7 +31,7 @@ import numpy as np
 import rwkv_jax
 from experiments import stamp
 from experiments.compare import baselines, plot, table
-from rwkv_jax import corpora, data, evaluate, hardware, metrics, optim, train
+from rwkv_jax import corpora, data, evaluate, hardware, metrics, optim, run_config, train
 
 HERE = Path(__file__).parent
 ARMS = {
@@ -57,11 +57,12 @@ KINDS = {"rwkv4": "rwkv4", "transformer": "attention"}
 SWEEP_WIDTHS, SWEEP_STEPS = ((64, 2), (128, 4), (256, 6)), 160
 TRAINING_SHARE = 0.62  # of the duration; the rest is compiling, evaluation and decoding
 CALIBRATION = 6  # steps
+BASELINES = ("transformer", "transformer+shift")
 
 
 def arm_config(arm, preset, steps, seed=0, text="stdlib", lr=None):
     """The training run of one arm."""
-    config = train.default_config()
+    config = run_config.default()
     config.model.update(ARMS[arm], num_layers=preset.num_layers, dim=preset.dim)
     config.update(corpus=text, steps=steps, seed=seed, seq_len=preset.seq_len, batch_size=preset.batch_size)
     config.update(log_every=max(1, min(10, steps // 20)), eval_every=0, eval_tokens=0, save_every=0)
@@ -87,19 +88,25 @@ def steps_that_fit(seconds, preset, seed, text, batches_in_epoch) -> int:
 
 
 def train_arm(arm, config, workdir):
-    """(model, params, what the run logged). A finished run of another config in `workdir` makes room."""
-    if (workdir / "config.json").exists():
-        shutil.rmtree(workdir)
-    state = train.run(config, workdir)
+    """(model, params, what the run logged). Once it is whole, the run takes the place of the one in `workdir`."""
+    partial = workdir.with_name(workdir.name + ".partial")
+    with train.claimed(partial):
+        for leftover in partial.iterdir():
+            if leftover.name != ".lock":
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    state = train.run(config, partial)
     if int(state.step) < config.steps:
         raise KeyboardInterrupt
+    shutil.rmtree(workdir, ignore_errors=True)
+    partial.rename(workdir)
     rows = [r for r in metrics.read(workdir / "metrics.jsonl") if "loss_nats" in r]
     model, _ = rwkv_jax.load(workdir)
     return model, state.params, rows
 
 
 def decode_cost(model, params, contexts, decoded) -> list[dict]:
-    """Tokens/s and state bytes of one stream after contexts of several lengths, the state filled with noise."""
+    """Tokens/s and state bytes of one stream after contexts of several lengths, a cache filled with noise. The state
+    of RWKV is the same after all of them: what differs between its rows is the clock."""
     model, params = model.clone(scan=False), rwkv_jax.unstack(params)
     key = jax.random.key(0)
 
@@ -150,13 +157,21 @@ def counted_baselines(rows_NT, test, preset):
 
 
 def capped(split, max_tokens):
-    """The first documents of a split, `max_tokens` tokens of them."""
-    tokens = split.tokens[:max_tokens]
-    starts = split.starts[split.starts < len(tokens) - 1]
+    """The beginnings of all documents of a split, as long as `max_tokens` tokens allow: more of them make a better
+    interval than more of each."""
+    lengths = np.diff(split.starts, append=len(split.tokens))[: max(1, max_tokens // 64)]
+    longest, too_long = 2, lengths.max() + 1
+    while too_long - longest > 1:
+        middle = (longest + too_long) // 2
+        fits = np.minimum(lengths, middle).sum() <= max_tokens
+        longest, too_long = (middle, too_long) if fits else (longest, middle)
+    kept = np.minimum(lengths, longest)
+    tokens = np.concatenate([split.tokens[start : start + n] for start, n in zip(split.starts, kept, strict=False)])
+    starts = np.cumsum(kept) - kept
     return split._replace(tokens=tokens, starts=starts, num_bytes=len(tokens) - len(starts))
 
 
-def compare(preset, minutes, seed, text):
+def compare(preset, minutes, seed, text, models):
     """Everything that the table and the figure need, as one JSON object."""
     began = time.perf_counter()
     clock = lambda: f"{time.perf_counter() - began:3.0f} s of about {60 * minutes:.0f} s"
@@ -178,7 +193,7 @@ def compare(preset, minutes, seed, text):
     for arm in ARMS:
         config = arm_config(arm, preset, steps, seed, text)
         say(f"{arm}: {steps} steps, {tokens:,} tokens")
-        model, params, rows = train_arm(arm, config, Path("runs/compare") / arm)
+        model, params, rows = train_arm(arm, config, models / arm)
         say(f"{arm}: held-out text")
         args = (model, params, test.tokens)
         nats[arm] = evaluate.windows(*args, **shape)
@@ -198,9 +213,7 @@ def compare(preset, minutes, seed, text):
             "curve": [[r["tokens"], r["train_seconds"], round(r["bits_per_byte"], 4)] for r in rows],
         }
     for arm in arms:
-        difference = evaluate.paired_difference(nats[arm], nats["transformer"], test, seed)
-        difference = [None if np.isnan(x) else x for x in difference]  # one document has no interval
-        arms[arm]["minus_transformer"] = dict(zip(("bits_per_byte", "low", "high"), difference, strict=True))
+        arms[arm]["minus"] = {other: _difference(nats[arm], nats[other], test, seed) for other in BASELINES}
     say("n-grams and xz")
     counted, xz = counted_baselines(seen_NT, test, preset)
     results = {
@@ -213,6 +226,12 @@ def compare(preset, minutes, seed, text):
         "wall_seconds": time.perf_counter() - began,
     }
     return results | {"stamp": stamp.stamp()}
+
+
+def _difference(a_N, b_N, test, seed):
+    difference = evaluate.paired_difference(a_N, b_N, test, seed)
+    difference = [None if np.isnan(x) else x for x in difference]  # one document has no interval
+    return dict(zip(("bits_per_byte", "low", "high"), difference, strict=True))
 
 
 def _level(nats_N, test):
@@ -271,23 +290,27 @@ def main(argv=None) -> int:
     parser.add_argument("--sweep", action="store_true", help="sweep learning rates instead")
     args = parser.parse_args(argv)
     try:
-        if args.duration <= 0:
+        if not 0 < args.duration < float("inf"):
             raise ValueError(f"duration is {args.duration:g}, expected minutes above 0")
+        if not 0 <= args.seed < 2**32:
+            raise ValueError(f"seed is {args.seed}, expected 0 to 2^32 - 1")
         args.out.mkdir(parents=True, exist_ok=True)
         if args.sweep:
             sweep(args.out / "sweep.json")
             return 0
         preset, minutes = (SMOKE, 0.1) if args.smoke else (Preset(), args.duration)
-        results = compare(preset, minutes, args.seed, args.text or "stdlib")
+        with tempfile.TemporaryDirectory() as elsewhere:  # a smoke's models must not replace anybody's
+            models = Path(elsewhere if args.smoke else "runs/compare")
+            results = compare(preset, minutes, args.seed, args.text or "stdlib", models)
+        _write_json(args.out / "results.json", results)
+        plot.draw(results, args.out / "figure.png")
+        print(table.render(results))
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    _write_json(args.out / "results.json", results)
-    plot.draw(results, args.out / "figure.png")
-    print(table.render(results))
     print(f"written: {args.out / 'results.json'}, {args.out / 'figure.png'}")
     return 0
 

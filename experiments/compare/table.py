@@ -19,8 +19,7 @@ def render(results) -> str:
         ("training tokens", [f"{preset['tokens']:,}"] * len(arms)),
         ("learning rate", [f"{a['lr']:g}" for a in arms.values()]),
         ("bits/byte, windows", [f"{a['bits_per_byte']:.3f}" for a in arms.values()]),
-        ("  minus transformer", [_difference(a["minus_transformer"]) for a in arms.values()]),
-        ("  95 % interval", [_interval(a["minus_transformer"]) for a in arms.values()]),
+        *[row for other in next(iter(arms.values()))["minus"] for row in _against(other, arms)],
         ("bits/byte, best practice", [f"{a['best_practice_bits_per_byte']:.3f}" for a in arms.values()]),
         ("  which is", [best[arm] for arm in arms]),
         ("training tokens/s", [f"{a['tokens_per_second']:,.0f}" for a in arms.values()]),
@@ -42,7 +41,7 @@ def render(results) -> str:
     notes = [
         f"Counting on the same {preset['tokens']:,} training bytes: {counted} bits/byte.",
         f"A demonstration: {preset['tokens']:,} tokens, one seed ({preset['seed']}), {preset['num_layers']} x "
-        f"{preset['dim']}, {corpus['test_bytes']:,} held-out bytes in {results['documents']} files of "
+        f"{preset['dim']}, {corpus['test_bytes']:,} held-out bytes: the beginnings of {results['documents']} files of "
         f"{corpus['name']}.",
         *_warning(results),
         f"{stamp['processor']}, {stamp['cores']} cores, {results['matmul_peak_flops'] / 1e9:.0f} GFLOP/s matmul; "
@@ -59,6 +58,12 @@ def _warning(results):
     if not losing:
         return []
     return [f"Too short to rank architectures: {' and '.join(losing)} did not pass the {name} of the same bytes."]
+
+
+def _against(other, arms):
+    differences = [a["minus"][other] for a in arms.values()]
+    yield f"  minus {other}", [_difference(d) for d in differences]
+    yield "    95 % over files", [_interval(d) for d in differences]
 
 
 def _difference(d):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rwkv_jax.models import rwkv4, transformer
 from rwkv_jax.models.layers import LayerNorm, Linear, dropout, embedding_init, matmul, orthogonal
+from rwkv_jax.ops.wkv4 import FORMS
 
 # Sizes of the released models (Table 2): layers and width. Their vocabulary is GPT-NeoX-20B's.
 SIZES = {
@@ -29,6 +30,9 @@ SIZES = {
 NEOX_VOCAB = 50277
 MODELS = {"rwkv4": ("rwkv4",), "transformer": ("attention",)}
 CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16", "float64"),
+    "param_dtype": ("float32", "bfloat16", "float16", "float64"),
+    "wkv_impl": (None, *FORMS),
     "embedding_init": ("v4", "v4neo", "v5"),
     "matmul_precision": (None, "default", "high", "highest"),
 }
@@ -51,6 +55,12 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
     for key in ("vocab_size", "num_layers", "dim"):
         if not isinstance(chosen.get(key), int) or chosen[key] < 1:
             raise ValueError(f"model field {key} is {chosen.get(key)!r}, expected a positive integer")
+    for key in ("hidden_dim", "head_size"):
+        value = chosen.get(key)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"model field {key} is {value!r}, expected a positive integer")
+    if not 0 <= chosen.get("dropout", 0.0) < 1:
+        raise ValueError(f"model field dropout is {chosen['dropout']!r}, expected a share from 0 to below 1")
     for key, choices in CHOICES.items():
         if key in chosen:
             _one_of(f"model field {key}", chosen[key], choices)

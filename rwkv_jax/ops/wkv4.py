@@ -64,7 +64,7 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
     Args:
         w_D: log decay per step, <= 0 (-inf forgets at once); the model computes -exp(time_decay).
         u_D: bonus of the current token.
-        k_BTD, v_BTD: log weights (any finite value) and values.
+        k_BTD, v_BTD: log weights (up to 1e37 either way) and values.
         state: `WKV4State` before the first token; None is the empty past.
         reset_BT: True where a new document starts: the token sees nothing before itself.
         valid_BT: False where a token is padding and leaves the state untouched (a reset there is ignored).

@@ -1,0 +1,133 @@
+"""The fields of a training run: their defaults, what they may hold, and how files and flags set them."""
+
+import dataclasses
+import math
+import os
+import re
+import runpy
+import typing
+
+from rwkv_jax import models, optim
+
+
+def default():
+    """Every field of a run with its default: what files in `configs/` start from. None: chosen for the model."""
+    from ml_collections import ConfigDict
+    from ml_collections.config_dict import placeholder
+
+    hints = typing.get_type_hints(models.LM)
+    model = {"name": "rwkv4", "vocab_size": 256, "num_layers": 4, "dim": 128}
+    for field in dataclasses.fields(models.LM):
+        if field.name in ("parent", "name", "layers", *model):
+            continue
+        optional = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
+        model[field.name] = placeholder(optional[0]) if optional else field.default
+    return ConfigDict(
+        {
+            "model": model | {"layers": placeholder(tuple)},
+            "corpus": "stdlib",  # or the path of a text file or folder
+            "tokenizer": "bytes",  # or the path of a tokenizer.json
+            "seq_len": 256,
+            "batch_size": 16,
+            "steps": 1000,
+            "seed": 0,
+            "strategy": "single",  # single, pmap, fsdp
+            "accumulation": 1,  # micro-batches a step
+            "optim": {
+                "lr": placeholder(float),  # None: `optim.default_lr` of the width
+                "lr_end": placeholder(float),  # None: a tenth of lr
+                "schedule": "exponential",  # exponential, cosine, constant
+                "warmup": 0.05,  # share of the steps
+                "decay": 0.1,  # share of the steps in which "exponential" decays
+                "betas": (0.9, 0.99),
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "clip": 1.0,
+                "groups": optim.GROUPS,  # (regex over parameter paths, learning-rate factor)
+                "l2wrap": True,
+            },
+            "branch_from": "",  # <workdir>/checkpoints/<step> of a trunk to start from, its step included
+            "log_every": 10,
+            "eval_every": 250,
+            "eval_tokens": 65536,
+            "save_every": 250,
+            "keep": 2,  # newest checkpoints that stay
+        }
+    )
+
+
+_AT_LEAST = lambda low: (lambda x: x >= low, f"{low} or more")
+_ABOVE_0 = (lambda x: 0 < x < math.inf, "a finite number above 0")
+_NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
+_SHARE = (lambda x: 0 <= x <= 1, "a share from 0 to 1")
+RANGES = {
+    "seq_len": _AT_LEAST(1),
+    "batch_size": _AT_LEAST(1),
+    "steps": _AT_LEAST(1),
+    "seed": (lambda x: 0 <= x < 2**32, "0 to 2^32 - 1"),
+    "accumulation": _AT_LEAST(1),
+    "log_every": _AT_LEAST(0),
+    "eval_every": _AT_LEAST(0),
+    "eval_tokens": (lambda x: x == 0 or x >= 2, "0, or 2 tokens and more"),
+    "save_every": _AT_LEAST(0),
+    "keep": _AT_LEAST(1),
+    "corpus": (bool, "'stdlib' or the path of a text file or folder"),
+    "optim.lr": _ABOVE_0,
+    "optim.lr_end": _ABOVE_0,
+    "optim.warmup": _SHARE,
+    "optim.decay": _SHARE,
+    "optim.betas": (lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "two numbers from 0 to below 1"),
+    "optim.eps": _ABOVE_0,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.clip": _NOT_NEGATIVE,
+    "optim.groups": (
+        lambda x: all(re.compile(pattern) and 0 <= factor < math.inf for pattern, factor in x),
+        "pairs of a regular expression and a factor",
+    ),
+}
+
+
+def check(config) -> None:
+    """ValueError, naming the first field that is out of its range; None means that a default is chosen later."""
+    for name, (holds, expected) in RANGES.items():
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        try:
+            good = value is None or holds(value)
+        except (TypeError, ValueError, re.error):
+            good = False
+        if not good:
+            raise ValueError(f"config field {name} is {value!r}, expected {expected}")
+
+
+def read(source: str, overrides=()):
+    """The config of `FILE.py[:ARG]` with overrides "--config.a.b=VALUE"."""
+    from absl import flags
+    from ml_collections import ConfigDict, config_flags
+
+    path, _, arg = source.partition(":")
+    if not os.path.isfile(path):
+        raise ValueError(f"no config file {path!r}, expected a Python file with get_config(arg)")
+    try:
+        config = runpy.run_path(path)["get_config"](arg)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # a user's own program may fail in any way
+        raise ValueError(
+            f"{path}: {type(error).__name__}: {error}; expected a Python file with get_config(arg)"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"{path}: get_config returned {type(config).__name__}, expected a ConfigDict")
+    rest, values = ["train", *overrides], flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
+        left = values(rest)[1:]
+    except (AttributeError, KeyError) as error:  # an unknown field: ml_collections names the nearest one
+        unknown = " ".join(str(error).replace("\\n", " ").replace("\\'", "").replace("'", "").split())
+        raise ValueError(f"unknown config field {unknown}") from None
+    except flags.Error as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if left:
+        raise ValueError(f"unexpected argument {left[0]!r}")
+    return values.config
