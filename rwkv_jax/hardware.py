@@ -28,12 +28,24 @@ def matmul_peak(size: int = 2048, seconds: float = 1.0) -> float:
     a, b = jax.random.normal(jax.random.key(0), (2, size, size))
     product = jax.jit(lambda a, b: jnp.matmul(a, b))
     jax.block_until_ready(product(a, b))
+    return 2 * size**3 / _best_seconds(product, (a, b), seconds)
+
+
+def copy_bandwidth(size: int = 2**26, seconds: float = 1.0) -> float:
+    """Bytes a second, read and written together, of the best of repeated copies of `size` float32 numbers."""
+    x = jax.random.normal(jax.random.key(0), (size,))
+    copy = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(copy(x))
+    return 8 * size / _best_seconds(copy, (x,), seconds)
+
+
+def _best_seconds(f, args, seconds):
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        jax.block_until_ready(product(a, b))
+        jax.block_until_ready(f(*args))
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return best
 
 
 def flops_per_token(model, seq_len: int) -> float:

@@ -55,7 +55,9 @@ class Preset:
 SMOKE = Preset(num_layers=2, dim=32, seq_len=64, batch_size=4, test_bytes=2**12, contexts=(64, 512), decoded=4)
 KINDS = {"rwkv4": "rwkv4", "transformer": "attention"}
 SWEEP_WIDTHS, SWEEP_STEPS = ((64, 2), (128, 4), (256, 6)), 160
-TRAINING_SHARE = 0.62  # of the duration; the rest is compiling, evaluation and decoding
+# Beside training: compiling, then evaluation and decoding, which take about as long as so many steps of every arm (two
+# machines, one three times as fast as the other).
+COMPILING_SECONDS, OTHER_STEPS = 25, 50
 CALIBRATION = 6  # steps
 BASELINES = ("transformer", "transformer+shift")
 
@@ -77,14 +79,15 @@ def swept_lr(arm, preset) -> float | None:
 
 
 def steps_that_fit(seconds, preset, seed, text, batches_in_epoch) -> int:
-    """Steps that all arms can take in `seconds` together, at most an epoch; each runs a few to see."""
+    """Steps that all arms can take in `seconds` together, evaluation and decoding included; each runs a few to see.
+    At most an epoch, but never less than 20."""
     per_step = 0.0
     for arm in ARMS:
         with tempfile.TemporaryDirectory() as workdir:
             train.run(arm_config(arm, preset, CALIBRATION, seed, text), workdir)
             row = metrics.read(Path(workdir) / "metrics.jsonl")[-1]
         per_step += preset.batch_size * preset.seq_len / row["tokens_per_second"]
-    return int(max(20, min(seconds / per_step // 10 * 10, batches_in_epoch)))
+    return int(max(20, min((seconds / per_step - OTHER_STEPS) // 10 * 10, batches_in_epoch)))
 
 
 def train_arm(arm, config, workdir):
@@ -185,7 +188,7 @@ def compare(preset, minutes, seed, text, models):
     epoch = (len(corpus.train.tokens) - 1) // preset.seq_len // preset.batch_size
     say("peak of the machine, and how many steps fit")
     peak = hardware.matmul_peak()
-    steps = steps_that_fit(60 * minutes * TRAINING_SHARE, preset, seed, text, epoch)
+    steps = steps_that_fit(60 * minutes - COMPILING_SECONDS, preset, seed, text, epoch)
     seen_NT = np.concatenate([batches[i]["tokens"] for i in range(steps)]).astype(np.uint8)
     tokens = steps * preset.batch_size * preset.seq_len
 

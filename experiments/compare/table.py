@@ -41,7 +41,8 @@ def render(results) -> str:
     notes = [
         f"Counting on the same {preset['tokens']:,} training bytes: {counted} bits/byte.",
         f"A demonstration: {preset['tokens']:,} tokens, one seed ({preset['seed']}), {preset['num_layers']} x "
-        f"{preset['dim']}, {corpus['test_bytes']:,} held-out bytes: the beginnings of {results['documents']} files of "
+        f"{preset['dim']}.",
+        f"{corpus['test_bytes']:,} held-out bytes: the beginnings of {results['documents']} files of "
         f"{corpus['name']}.",
         *_warning(results),
         f"{stamp['processor']}, {stamp['cores']} cores, {results['matmul_peak_flops'] / 1e9:.0f} GFLOP/s matmul; "

@@ -1,0 +1,24 @@
+"""Timing of several sides in one run."""
+
+import statistics
+import time
+
+
+def medians(sides, inputs, rounds):
+    """Seconds of each side, the median over `rounds` in turn: A B A B, so that a slow moment hits both.
+
+    Args:
+        sides: functions of one input by name, finished when they return. The first call of each is not timed.
+        inputs: at least (rounds + 1) * len(sides) of them, all different: no side may cache anything but its program.
+    """
+    inputs = iter(inputs)
+    for run in sides.values():
+        run(next(inputs))
+    times = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            given = next(inputs)
+            start = time.perf_counter()
+            run(given)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
