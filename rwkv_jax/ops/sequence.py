@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.ops.wkv4 import FORGET, WKV4State, merge, wkv4
+from rwkv_jax.ops.wkv4 import WKV4State, wkv4
+from rwkv_jax.ops.wkv4_blocked import chain, fade
 
 
 def wkv4_sequence(w_D, u_D, k_BTD, v_BTD, state=None, *, axis_name, reset_BT=None, valid_BT=None, impl=None):
@@ -22,31 +23,16 @@ def wkv4_sequence(w_D, u_D, k_BTD, v_BTD, state=None, *, axis_name, reset_BT=Non
     Every device reads its part from an empty past, learns from the others what preceded it, and reads again. `state`
     is before the first part, and like the result the same on all devices; other arguments are as `wkv4` has them.
     """
-    B, _, D = k_BTD.shape
+    B, T, D = k_BTD.shape
     masks = {"reset_BT": reset_BT, "valid_BT": valid_BT}
     _, part = wkv4(w_D, u_D, k_BTD, v_BTD, **masks, impl=impl)
     dtype = part.num.dtype
     state = WKV4State.empty(B, D, dtype) if state is None else jax.tree.map(lambda x: x.astype(dtype), state)
-    parts = lax.all_gather((_decay(w_D.astype(dtype), k_BTD.shape, **masks), part), axis_name)
+    parts = lax.all_gather((fade(w_D.astype(dtype)[None], T, **masks), part), axis_name)
 
-    def follow(state, decay_and_part):
-        return merge(decay_and_part[0], state, decay_and_part[1]), state
-
-    final, before = lax.scan(follow, state, parts)
+    final, before = chain(*parts, state)
     own = jax.tree.map(lambda x: x[lax.axis_index(axis_name)], before)
     return wkv4(w_D, u_D, k_BTD, v_BTD, own, **masks, impl=impl)[0], final
-
-
-def _decay(w_D, shape, reset_BT, valid_BT):
-    """Log factor [B, D] by which a part fades what comes before it: T·w over the tokens that count."""
-    B, T, _ = shape
-    steps_B1 = jnp.full((B, 1), T, w_D.dtype) if valid_BT is None else valid_BT.sum(1, keepdims=True, dtype=w_D.dtype)
-    w_1D = jnp.maximum(w_D, FORGET)[None]
-    decay_BD = jnp.where(steps_B1 == 0, 0, jnp.maximum(steps_B1 * w_1D, FORGET))
-    if reset_BT is None:
-        return decay_BD
-    reset_BT = reset_BT if valid_BT is None else reset_BT & valid_BT
-    return jnp.where(reset_BT.any(1, keepdims=True), FORGET, decay_BD)
 
 
 def last_before(x_BTD, last_BD=None, *, axis_name, valid_BT=None):

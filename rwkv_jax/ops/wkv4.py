@@ -22,7 +22,8 @@ cotangents (G, H) of (a, b) obey the same kind of recurrence, with g_t = dL/dy_t
     dL/dw   = sum_t exp(w) (a_{t-1} G_t + b_{t-1} H_t)
 
 Both directions are here in two forms: `scan`, one token after the other, and `associative`, all prefixes at once
-in log T rounds. Everything is computed in float32 whatever comes in (float64 for float64).
+in log T rounds. `blocked` (ops/wkv4_blocked.py) scans chunks side by side, `pallas` (ops/kernels) is a fused kernel.
+Everything is computed in float32 whatever comes in (float64 for float64).
 """
 
 from functools import partial
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-FORMS = ("scan", "associative", "pallas")
+FORMS = ("scan", "blocked", "associative", "pallas")
 
 CHUNK = 32  # tokens between the states that the backward pass of `scan` keeps; it recomputes those in between
 EMPTY = -1e38  # log_scale of "nothing seen yet": exp(EMPTY - anything) is 0, and it stays finite when decayed
@@ -68,7 +69,8 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
         state: `WKV4State` before the first token; None is the empty past.
         reset_BT: True where a new document starts: the token sees nothing before itself.
         valid_BT: False where a token is padding and leaves the state untouched (a reset there is ignored).
-        impl: "scan", "associative", or None for the one that suits the platform and T. A named form is never replaced.
+        impl: "scan", "blocked", "associative", "pallas" (a kernel for TPU, interpreted on a CPU), or None for the one
+            that suits the platform and the shape. A named form is never replaced.
 
     Returns:
         y_BTD in the dtype of v, inside [min v, max v] of the tokens seen, and the `WKV4State` after the last token.
@@ -165,7 +167,7 @@ def _where(mask, a, b):
 # ------------------------------------------------------------------------------------ scan over tokens
 
 
-def _padded(k_BTD, v_BTD, reset_BT, valid_BT):
+def padded(k_BTD, v_BTD, reset_BT, valid_BT):
     """Inputs with T rounded up to whole chunks, the added tokens invalid."""
     B, T, _ = k_BTD.shape
     chunk = min(CHUNK, T)
@@ -182,11 +184,11 @@ def _at(x_BT, t):
     return None if x_BT is None else lax.dynamic_index_in_dim(x_BT, t, axis=1, keepdims=False)
 
 
-def _scan_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
+def scan_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     """(y, final state, states [M, B, D] at the start of each chunk)."""
     T = k_BTD.shape[1]
     dtype, empty = state.num.dtype, WKV4State.empty(*state.num.shape, state.num.dtype)
-    chunk, k_BTD, v_BTD, reset_BT, valid_BT = _padded(k_BTD, v_BTD, reset_BT, valid_BT)
+    chunk, k_BTD, v_BTD, reset_BT, valid_BT = padded(k_BTD, v_BTD, reset_BT, valid_BT)
 
     def token(carry, t):
         state, y_BTD = carry
@@ -204,11 +206,11 @@ def _scan_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     return y_BTD[:, :T], state, starts_MBD
 
 
-def _scan_backward(w, u, k_BTD, v_BTD, starts_MBD, reset_BT, valid_BT, dy_BTD, dstate):
+def scan_backward(w, u, k_BTD, v_BTD, starts_MBD, reset_BT, valid_BT, dy_BTD, dstate):
     """Reverse scan over chunks, each recomputing its states; `dstate` is the cotangent after the last token."""
     T = k_BTD.shape[1]
     dtype, empty = dstate.num.dtype, WKV4State.empty(*dstate.num.shape, dstate.num.dtype)
-    chunk, k_BTD, v_BTD, reset_BT, valid_BT = _padded(k_BTD, v_BTD, reset_BT, valid_BT)
+    chunk, k_BTD, v_BTD, reset_BT, valid_BT = padded(k_BTD, v_BTD, reset_BT, valid_BT)
     dy_BTD = jnp.pad(dy_BTD, ((0, 0), (0, k_BTD.shape[1] - T), (0, 0)))
 
     def recompute(state, t):
@@ -330,9 +332,13 @@ def _backward(impl, residuals, cotangents):
 def _form(impl, direction):
     """The pass of a form: forward -> (y, final state, what its backward pass wants of the states)."""
     if impl == "scan":
-        return {"forward": _scan_forward, "backward": _scan_backward}[direction]
+        return {"forward": scan_forward, "backward": scan_backward}[direction]
     if impl == "associative":
         return {"forward": _associative_forward, "backward": _associative_backward}[direction]
+    if impl == "blocked":
+        from rwkv_jax.ops import wkv4_blocked
+
+        return getattr(wkv4_blocked, direction)
     from rwkv_jax.ops.kernels import wkv4_tpu
 
     kernel = getattr(wkv4_tpu, direction)
