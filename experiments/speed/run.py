@@ -11,7 +11,7 @@ times its own forward pass, and a quarter of the temporary memory; time a token 
     make speed
     python -m experiments.speed.run [--suite=train|decode|ops] [--smoke] [--out=DIR]
 
-Needs requirements-live.txt. Cost: about 5 minutes on 2 cores, which nothing else may use meanwhile.
+Needs requirements-live.txt. Cost: about 8 minutes on 2 cores, which nothing else may use meanwhile.
 """
 
 import argparse

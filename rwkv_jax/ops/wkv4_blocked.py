@@ -2,8 +2,8 @@
 
 What a chunk does to its past is one decay and one addition. So every chunk is read from an empty past, the chain of
 what they leave gives each its true past, and all are read again from there; backward in time likewise. Twice the work
-of a scan in T / C + C steps instead of T, each of M times as many numbers: on 2 CPU cores 1.5 times as fast as the scan at B·D 128,
-as fast at 256, slower from 512 on (T 1,024, 2026-11-24). Not measured on a GPU.
+of a scan in T / C + C steps instead of T, each of M times as many numbers: on 2 CPU cores 1.5 times as fast as the
+scan at B·D 128, as fast at 256, slower from 512 on (T 1,024, 2026-11-24). Not measured on a GPU.
 """
 
 import jax
