@@ -6,7 +6,8 @@ transformer at least 0.9 times as fast as its GPT-2 with fused attention at the 
 with ours is fair; RWKV-4 against the transformer is reported with both FLOP counts.
 decode: a 12 x 768 RWKV-4 with V 50,277 at least 1.8 times as fast as the `rwkv` package's "cpu fp32".
 ops: WKV forward and backward at B 4, T 1,024, D 512 takes at most 0.35 of the time of autodiff through a plain scan, 3
-times its own forward pass, and a quarter of the temporary memory; time a token from 32k to 128k within 25 %.
+times its own forward pass, and a quarter of the temporary memory; time a token from 32k to 128k within 25 %. The first
+two are aims: 0.45 and 3.8 times on 2026-11-24.
 
     make speed
     python -m experiments.speed.run [--suite=train|decode|ops] [--smoke] [--out=DIR]
