@@ -163,15 +163,25 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
     done = saved = start
     due = lambda every: every and done % every == 0
 
+    def evaluate_step():
+        held_out = corpus.valid.tokens[: config.eval_tokens]
+        with parallel.beside_the_step(config.strategy):
+            nll = evaluate.windows(model, state.params, held_out, config.seq_len, config.batch_size)
+        losses = _losses(nll[1:].mean(), config)
+        metrics.append(path, {"step": done} | {f"valid_{k}": v for k, v in losses.items()})
+
+    to_evaluate = lambda: config.eval_tokens and (done == config.steps or due(config.eval_every))
+    evaluated = {r["step"] for r in _rows(path) if "valid_loss_nats" in r}
+    if start in checkpoint.steps(folder) and start not in evaluated and to_evaluate():
+        evaluate_step()  # killed between saving this step and evaluating it
+
     with tqdm(total=config.steps, initial=start, unit="step", disable=None) as bar:
         for done, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(batches, start), strict=False):
             began, rate = time.perf_counter(), lr(done - 1)
             state, values = step(state, put(batch), np.float32(rate))
             stopping = stop.is_set()  # once a step: what is asked for from here on is the next step's business
             last = done == config.steps or stopping
-            log, evaluating, saving = (
-                last or due(config.log_every), last or due(config.eval_every), last or due(config.save_every)
-            )  # fmt: skip
+            log, evaluating, saving = last or due(config.log_every), to_evaluate(), last or due(config.save_every)
             if log or evaluating or saving or done == start + 1:
                 values = jax.device_get(values)
             if done > start + 1:
@@ -197,12 +207,8 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
             if saving:
                 checkpoint.save(folder, done, state, keep=config.keep)
                 saved = done
-            if evaluating and config.eval_tokens:
-                held_out = corpus.valid.tokens[: config.eval_tokens]
-                with parallel.beside_the_step(config.strategy):
-                    nll = evaluate.windows(model, state.params, held_out, config.seq_len, config.batch_size)
-                losses = _losses(nll[1:].mean(), config)
-                metrics.append(path, {"step": done} | {f"valid_{k}": v for k, v in losses.items()})
+            if evaluating:
+                evaluate_step()
             if stopping:
                 line = f"stopped at step {saved} of {config.steps}, saved; the same command resumes it"
                 print(line, file=sys.stderr)

@@ -109,6 +109,22 @@ def test_resume_is_bit_for_bit_and_cuts_the_log_back(finished, text, tmp_path, m
     assert _numbers(tmp_path / "run") == _numbers(finished[0])
 
 
+def test_killed_between_saving_and_evaluating_a_step_the_evaluation_comes_again(finished, text, tmp_path, monkeypatch):
+    append = metrics.append
+
+    def dies(path, row):
+        if row["step"] == STEPS and "valid_loss_nats" in row:
+            raise _DiedError
+        append(path, row)
+
+    monkeypatch.setattr(metrics, "append", dies)
+    with pytest.raises(_DiedError):
+        train.run(_config(text), tmp_path)
+    monkeypatch.undo()
+    train.run(_config(text), tmp_path)
+    assert _numbers(tmp_path) == _numbers(finished[0])
+
+
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(finished, text, tmp_path, capsys):
     state = train.run(_config(text), tmp_path)
     files = [p for p in (tmp_path / "checkpoints" / "6").rglob("*") if p.is_file() and p.stat().st_size > 1000]
