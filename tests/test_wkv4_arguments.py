@@ -33,7 +33,7 @@ def test_no_form_named_is_the_scan_on_a_cpu_and_the_associative_scan_on_accelera
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"impl": "cuda"}, "impl is 'cuda', expected None or one of scan, blocked, associative, pallas"),
+        ({"impl": "cuda"}, "impl is 'cuda', expected None or one of scan, associative, pallas"),
         ({"w_D": np.zeros(5)}, r"w is \(5,\), expected \(6,\)"),
         ({"u_D": np.zeros((1, 6))}, r"u is \(1, 6\), expected \(6,\)"),
         ({"v_BTD": np.zeros((4, 15, 6))}, r"k and v are \(4, 16, 6\) and \(4, 15, 6\), expected one shape"),

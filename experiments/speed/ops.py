@@ -91,7 +91,7 @@ def transformers_sides():
 def forms(T):
     """The forms worth timing here, by name."""
     platform = jax.default_backend()
-    named = ("scan", "blocked", "associative", *(["pallas"] if platform == "tpu" else []))
+    named = ("scan", "associative", *(["pallas"] if platform == "tpu" else []))
     found = {name: partial(wkv4, impl=name) for name in named}
     found = {name: lambda *args, form=form: form(*args)[0] for name, form in found.items()}
     if T <= LONGEST_SLOW:

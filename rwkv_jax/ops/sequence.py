@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.ops.wkv4 import WKV4State, wkv4
-from rwkv_jax.ops.wkv4_blocked import chain, fade
+from rwkv_jax.ops.wkv4 import FORGET, WKV4State, merge, wkv4
 
 
 def wkv4_sequence(w_D, u_D, k_BTD, v_BTD, state=None, *, axis_name, reset_BT=None, valid_BT=None, impl=None):
@@ -28,11 +27,22 @@ def wkv4_sequence(w_D, u_D, k_BTD, v_BTD, state=None, *, axis_name, reset_BT=Non
     _, part = wkv4(w_D, u_D, k_BTD, v_BTD, **masks, impl=impl)
     dtype = part.num.dtype
     state = WKV4State.empty(B, D, dtype) if state is None else jax.tree.map(lambda x: x.astype(dtype), state)
-    parts = lax.all_gather((fade(w_D.astype(dtype)[None], T, **masks), part), axis_name)
+    parts = lax.all_gather((_fade(w_D.astype(dtype)[None], T, **masks), part), axis_name)
 
-    final, before = chain(*parts, state)
+    final, before = lax.scan(lambda past, part: (merge(part[0], past, part[1]), past), state, parts)
     own = jax.tree.map(lambda x: x[lax.axis_index(axis_name)], before)
     return wkv4(w_D, u_D, k_BTD, v_BTD, own, **masks, impl=impl)[0], final
+
+
+def _fade(w, T, reset_BT, valid_BT):
+    """Log factor [B, D], or [1, D] without masks, by which T tokens fade what comes before them."""
+    steps_B1 = jnp.full((1, 1), T, w.dtype) if valid_BT is None else valid_BT.sum(1, keepdims=True, dtype=w.dtype)
+    # no tokens at all fade nothing, not even by -inf
+    faded = jnp.where(steps_B1 == 0, 0, jnp.maximum(steps_B1 * jnp.maximum(w, FORGET), FORGET))
+    if reset_BT is None:
+        return faded
+    reset_BT = reset_BT if valid_BT is None else reset_BT & valid_BT
+    return jnp.where(reset_BT.any(1, keepdims=True), FORGET, faded)
 
 
 def last_before(x_BTD, last_BD=None, *, axis_name, valid_BT=None):

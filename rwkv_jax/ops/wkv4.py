@@ -13,7 +13,7 @@ instead of a decay. Two running sums a (numerator) and b (denominator) carry the
     write   a <- exp(w) a + exp(k_t) v_t,    b <- exp(w) b + exp(k_t)
 
 and as exp(k) overflows, both are stored divided by exp(log_scale) (App. D, Eqs. 23-28). Backward in time the
-cotangents (G, H) of (a, b) obey the same kind of recurrence, with g_t = dL/dy_t / denominator_t:
+cotangents (G, H) of (a, b) obey a linear recurrence, with g_t = dL/dy_t / denominator_t:
 
     G_{t-1} = exp(w) G_t + g_t,              H_{t-1} = exp(w) H_t - g_t y_t
     dL/dv_t = exp(u + k_t) g_t             + exp(k_t) G_t
@@ -21,9 +21,13 @@ cotangents (G, H) of (a, b) obey the same kind of recurrence, with g_t = dL/dy_t
     dL/du   = sum_t exp(u + k_t) g_t (v_t - y_t)
     dL/dw   = sum_t exp(w) (a_{t-1} G_t + b_{t-1} H_t)
 
+They are stored multiplied by exp(log_scale) of their own state, as cotangents of num and den: that is the share which
+the state has in everything after it times dL/dy, which cannot overflow, so that the backward pass needs no exponent of
+its own and no exponentials beyond those of the forward pass.
+
 Both directions are here in two forms: `scan`, one token after the other, and `associative`, all prefixes at once
-in log T rounds. `blocked` (ops/wkv4_blocked.py) scans chunks side by side, `pallas` (ops/kernels) is a fused kernel.
-Everything is computed in float32 whatever comes in (float64 for float64).
+in log T rounds; `pallas` (ops/kernels) is a fused kernel. Everything is computed in float32 whatever comes in (float64
+for float64).
 """
 
 from functools import partial
@@ -33,9 +37,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-FORMS = ("scan", "blocked", "associative", "pallas")
+FORMS = ("scan", "associative", "pallas")
 
 CHUNK = 32  # tokens between the states that the backward pass of `scan` keeps; it recomputes those in between
+STEP = 2  # tokens in one step of its loops
 EMPTY = -1e38  # log_scale of "nothing seen yet": exp(EMPTY - anything) is 0, and it stays finite when decayed
 FORGET = -2e38  # log decay that drops the past at a reset: below EMPTY, so that an empty past cannot survive it
 
@@ -69,8 +74,8 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
         state: `WKV4State` before the first token; None is the empty past.
         reset_BT: True where a new document starts: the token sees nothing before itself.
         valid_BT: False where a token is padding and leaves the state untouched (a reset there is ignored).
-        impl: "scan", "blocked", "associative", "pallas" (a kernel for TPU, interpreted on a CPU), or None for the one
-            that suits the platform and the shape. A named form is never replaced.
+        impl: "scan", "associative", "pallas" (a kernel for TPU, interpreted on a CPU), or None for the one that suits
+            the platform and the shape. A named form is never replaced.
 
     Returns:
         y_BTD in the dtype of v, inside [min v, max v] of the tokens seen, and the `WKV4State` after the last token.
@@ -87,8 +92,7 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
         impl = "scan"
     if impl is not None:
         return _wkv4(impl, *operands)
-    # Chosen when lowering, so that compiling for a TPU on a CPU picks the TPU's form. On accelerators a scan is
-    # one dispatch a token; on a 2-core CPU associative takes 1.4 to 2 times as long (B 4, T 1,024, D 512).
+    # Chosen when lowering, so that compiling for a TPU on a CPU picks the TPU's form.
     return lax.platform_dependent(*operands, cpu=partial(_wkv4, "scan"), default=partial(_wkv4, "associative"))
 
 
@@ -113,49 +117,48 @@ def _check(w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT, impl):
 # ------------------------------------------------------------------------------------------- one token
 
 
-def _rescale(p1, shift1, p2, shift2):
-    """Common scale of two terms with exponents p + shift: (q, exp(p1 + shift1 - q), exp(p2 + shift2 - q)).
-
-    Differences first: q is rounded, and (p - q) + shift recovers what rounding took, where p + shift - q would
-    lose a small decay beside a large exponent at every step.
-    """
-    q = lax.stop_gradient(jnp.maximum(p1 + shift1, p2 + shift2))  # the gauge of `WKV4State`
-    return q, jnp.exp((p1 - q) + shift1), jnp.exp((p2 - q) + shift2)
-
-
-def _write(w, k, v, state):
-    """The state after a token."""
-    q, past, now = _rescale(state.log_scale, w, k, 0.0)
-    return WKV4State(past * state.num + now * v, past * state.den + now, q)
-
-
 def read(u, k, v, state):
-    """(y, denominator, its log scale, weight of the current token in it)."""
-    q, past, now = _rescale(state.log_scale, 0.0, k, u)
+    """(y, denominator, weight of the past in it, weight of the current token): the larger weight is 1."""
+    d = (state.log_scale - k) - u
+    smaller = jnp.exp(-jnp.abs(d))
+    past, now = jnp.where(d > 0, 1, smaller), jnp.where(d > 0, smaller, 1)
     den = past * state.den + now
-    return (past * state.num + now * v) / den, den, q, now
+    return (past * state.num + now * v) / den, den, past, now
 
 
-def token_grads(w, u, k, v, dy, before, after):
-    """(dw, du, dk, dv) of one token and what it adds to the cotangents of the state before it.
+def write(w, k, v, state):
+    """(the state after a token, weight of the past in it, weight of the token).
 
-    `before` is the state that the token read; `after` holds the cotangents (G, H) of the state that it wrote, as a
-    `WKV4State` (num, den, log_scale) of their own: G = num * exp(log_scale).
+    Differences first: log_scale is rounded, and (p - q) + w recovers what rounding took, where p + w - q would lose a
+    small decay beside a large exponent at every step.
     """
-    y, den, q, now = read(u, k, v, before)
+    q = jnp.maximum(state.log_scale + w, k)
+    past, now = jnp.exp((state.log_scale - q) + w), jnp.exp(k - q)
+    return WKV4State(past * state.num + now * v, past * state.den + now, q), past, now
+
+
+def token_grads(u, k, v, dy, before, past, now, after):
+    """(dw, du, dk, dv) of one token, and the cotangent (num, den) of the state before it.
+
+    `before` is the state that the token read, `past` and `now` are the weights by which it wrote the next one, whose
+    cotangent (num, den) is `after`. Both cotangents are those of num and den as stored, at the scale of their state:
+    the share of the past in what follows, which cannot overflow.
+    """
+    G, H = after
+    y, den, past_read, now_read = read(u, k, v, before)
     g = dy / den
-    own = now * g
-    later = jnp.exp(k + after.log_scale)
-    du = own * (v - y)
-    dv = own + later * after.num
-    dk = du + later * (after.num * v + after.den)
-    dw = jnp.exp((before.log_scale + after.log_scale) + w) * (before.num * after.num + before.den * after.den)
-    return (dw, du, dk, dv), WKV4State(g, -g * y, -q)
+    du = now_read * g * (v - y)
+    dv = now_read * g + now * G
+    dk = du + now * (G * v + H)
+    dw = past * (before.num * G + before.den * H)
+    g = past_read * g
+    return (dw, du, dk, dv), (past * G + g, past * H - g * y)
 
 
 def merge(w, earlier, later):
     """State `earlier` decayed by w, plus `later`."""
-    q, e1, e2 = _rescale(earlier.log_scale, w, later.log_scale, 0.0)
+    q = lax.stop_gradient(jnp.maximum(earlier.log_scale + w, later.log_scale))  # the gauge of `WKV4State`
+    e1, e2 = jnp.exp((earlier.log_scale - q) + w), jnp.exp(later.log_scale - q)
     return WKV4State(e1 * earlier.num + e2 * later.num, e1 * earlier.den + e2 * later.den, q)
 
 
@@ -167,10 +170,10 @@ def _where(mask, a, b):
 # ------------------------------------------------------------------------------------ scan over tokens
 
 
-def padded(k_BTD, v_BTD, reset_BT, valid_BT):
+def _padded(k_BTD, v_BTD, reset_BT, valid_BT):
     """Inputs with T rounded up to whole chunks, the added tokens invalid."""
     B, T, _ = k_BTD.shape
-    chunk = min(CHUNK, T)
+    chunk = min(CHUNK, -(-T // STEP) * STEP if T > 1 else 1)
     extra = -T % chunk
     if extra:
         valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
@@ -179,12 +182,28 @@ def padded(k_BTD, v_BTD, reset_BT, valid_BT):
     return chunk, k_BTD, v_BTD, reset_BT, valid_BT
 
 
-def _at(x_BT, t):
+def _at(x, t, axis=1):
     """x[:, t]. Indexing inside the loop is cheaper than transposing the operands to time-major."""
-    return None if x_BT is None else lax.dynamic_index_in_dim(x_BT, t, axis=1, keepdims=False)
+    return None if x is None else lax.dynamic_index_in_dim(x, t, axis=axis, keepdims=False)
 
 
-def scan_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
+def _put(x, x_t, t, axis=1):
+    return lax.dynamic_update_index_in_dim(x, x_t, t, axis=axis)
+
+
+def _each(token, carry, chunk, reverse=False):
+    """`token(carry, i)` for every i of a chunk, `STEP` of them in one step of the loop."""
+    step = min(STEP, chunk)
+
+    def tokens(carry, first):
+        for i in range(step)[:: -1 if reverse else 1]:
+            carry = token(carry, first + i)
+        return carry, None
+
+    return lax.scan(tokens, carry, jnp.arange(0, chunk, step), reverse=reverse)[0]
+
+
+def _scan_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     """(y, final state, states [M, B, D] at the start of each chunk).
 
     Results are gathered in float32 and rounded at the end: XLA's CPU compiler updates a bfloat16 array in a loop by
@@ -192,120 +211,125 @@ def scan_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     """
     T = k_BTD.shape[1]
     dtype, empty = state.num.dtype, WKV4State.empty(*state.num.shape, state.num.dtype)
-    chunk, k_BTD, v_BTD, reset_BT, valid_BT = padded(k_BTD, v_BTD, reset_BT, valid_BT)
+    chunk, k_BTD, v_BTD, reset_BT, valid_BT = _padded(k_BTD, v_BTD, reset_BT, valid_BT)
 
-    def token(carry, t):
-        state, y_BTD = carry
-        k, v = _at(k_BTD, t).astype(dtype), _at(v_BTD, t).astype(dtype)
-        state = _where(_at(reset_BT, t), empty, state)
-        y = read(u, k, v, state)[0]
-        new = _write(w, k, v, state)
-        new = new if valid_BT is None else _where(_at(valid_BT, t), new, state)
-        return (new, lax.dynamic_update_index_in_dim(y_BTD, y, t, axis=1)), None
+    def one_chunk(carry, start):
+        def token(carry, i):
+            (state, y_BTD), t = carry, start + i
+            k, v = _at(k_BTD, t).astype(dtype), _at(v_BTD, t).astype(dtype)
+            state = _where(_at(reset_BT, t), empty, state)
+            new = write(w, k, v, state)[0]
+            new = new if valid_BT is None else _where(_at(valid_BT, t), new, state)
+            return new, _put(y_BTD, read(u, k, v, state)[0], t)
 
-    def tokens(carry, start):
-        return lax.scan(token, carry, start + jnp.arange(chunk))[0], carry[0]
+        return _each(token, carry, chunk), carry[0]
 
-    (state, y_BTD), starts_MBD = lax.scan(
-        tokens, (state, jnp.zeros(v_BTD.shape, dtype)), jnp.arange(0, k_BTD.shape[1], chunk)
-    )
+    starts = jnp.arange(0, k_BTD.shape[1], chunk)
+    (state, y_BTD), starts_MBD = lax.scan(one_chunk, (state, jnp.zeros(v_BTD.shape, dtype)), starts)
     return y_BTD[:, :T].astype(v_BTD.dtype), state, starts_MBD
 
 
-def scan_backward(w, u, k_BTD, v_BTD, starts_MBD, reset_BT, valid_BT, dy_BTD, dstate):
-    """Reverse scan over chunks, each recomputing its states; `dstate` is the cotangent after the last token."""
-    T = k_BTD.shape[1]
-    dtype, empty = dstate.num.dtype, WKV4State.empty(*dstate.num.shape, dstate.num.dtype)
-    chunk, k_BTD, v_BTD, reset_BT, valid_BT = padded(k_BTD, v_BTD, reset_BT, valid_BT)
+def _scan_backward(w, u, k_BTD, v_BTD, starts_MBD, reset_BT, valid_BT, dy_BTD, dstate):
+    """(dw, du [B, D], dk, dv, dstate): a reverse scan over chunks, each of which recomputes its states.
+
+    `dstate` is the cotangent (num, den) of the state, given after the last token and returned before the first one.
+    """
+    T, (B, D), dtype = k_BTD.shape[1], dstate[0].shape, dstate[0].dtype
+    empty = WKV4State.empty(B, D, dtype)
+    chunk, k_BTD, v_BTD, reset_BT, valid_BT = _padded(k_BTD, v_BTD, reset_BT, valid_BT)
     dy_BTD = jnp.pad(dy_BTD, ((0, 0), (0, k_BTD.shape[1] - T), (0, 0)))
 
-    def recompute(state, t):
-        state = _where(_at(reset_BT, t), empty, state)
-        new = _write(w, _at(k_BTD, t).astype(dtype), _at(v_BTD, t).astype(dtype), state)
-        return (new if valid_BT is None else _where(_at(valid_BT, t), new, state)), state
-
-    def token(carry, t_and_state):
-        dstate, dw, du, dk_BTD, dv_BTD = carry
-        t, state = t_and_state
-        k, v, dy = (_at(x, t).astype(dtype) for x in (k_BTD, v_BTD, dy_BTD))
-        valid = _at(valid_BT, t)
-        after = dstate if valid is None else _where(valid, dstate, empty)
-        (dw_t, du_t, dk_t, dv_t), cotangent = token_grads(w, u, k, v, dy, state, after)
-        decay = w if valid is None else jnp.where(valid[:, None], w, 0.0)
-        dstate = _where(_at(reset_BT, t), empty, merge(decay, dstate, cotangent))
-        put = lambda x_BTD, x: lax.dynamic_update_index_in_dim(x_BTD, x, t, axis=1)
-        return (dstate, dw + dw_t, du + du_t, put(dk_BTD, dk_t), put(dv_BTD, dv_t)), None
-
-    def tokens(carry, start_and_state):
+    def one_chunk(carry, start_and_state):
         start, state = start_and_state
-        times = start + jnp.arange(chunk)
-        _, states_CBD = lax.scan(recompute, state, times)
-        return lax.scan(token, carry, (times, states_CBD), reverse=True)[0], None
 
-    zeros_BD = jnp.zeros_like(dstate.num)
-    carry = (dstate, zeros_BD, zeros_BD, jnp.zeros(k_BTD.shape, dtype), jnp.zeros(v_BTD.shape, dtype))
+        def recompute(carry, i):
+            (state, kept), t = carry, start + i
+            state = _where(_at(reset_BT, t), empty, state)
+            new, past, now = write(w, _at(k_BTD, t).astype(dtype), _at(v_BTD, t).astype(dtype), state)
+            if valid_BT is not None:
+                unwritten = (state, jnp.ones_like(past), jnp.zeros_like(now))
+                new, past, now = _where(_at(valid_BT, t), (new, past, now), unwritten)
+            return new, jax.tree.map(lambda x_CBD, x: _put(x_CBD, x, i, axis=0), kept, (state, past, now))
+
+        def token(carry, i):
+            (dstate, dw, du, dk_BTD, dv_BTD), t = carry, start + i
+            k, v, dy = (_at(x, t).astype(dtype) for x in (k_BTD, v_BTD, dy_BTD))
+            state, past, now = jax.tree.map(lambda x_CBD: _at(x_CBD, i, axis=0), kept)
+            (dw_t, du_t, dk, dv), dstate = token_grads(u, k, v, dy, state, past, now, dstate)
+            dw_t = dw_t if valid_BT is None else jnp.where(_at(valid_BT, t)[:, None], dw_t, 0)
+            dstate = _where(_at(reset_BT, t), jax.tree.map(jnp.zeros_like, dstate), dstate)
+            return dstate, dw + dw_t, du + du_t, _put(dk_BTD, dk, t), _put(dv_BTD, dv, t)
+
+        carry, kept = carry
+        _, kept = _each(recompute, (state, kept), chunk)
+        return (_each(token, carry, chunk, reverse=True), kept), None
+
+    zeros_BD, zeros_BTD, zeros_CBD = (jnp.zeros(shape, dtype) for shape in ((B, D), k_BTD.shape, (chunk, B, D)))
+    kept = (WKV4State(*[zeros_CBD] * 3), zeros_CBD, zeros_CBD)
     starts = jnp.arange(0, k_BTD.shape[1], chunk)
-    (dstate, dw, du, dk_BTD, dv_BTD), _ = lax.scan(tokens, carry, (starts, starts_MBD), reverse=True)
+    carry = (dstate, zeros_BD, zeros_BD, zeros_BTD, zeros_BTD)
+    ((dstate, dw, du, dk_BTD, dv_BTD), _), _ = lax.scan(one_chunk, (carry, kept), (starts, starts_MBD), reverse=True)
     return dw, du, dk_BTD[:, :T].astype(k_BTD.dtype), dv_BTD[:, :T].astype(v_BTD.dtype), dstate
 
 
 # --------------------------------------------------------------------------------- associative scan
 
 
-def _prefixes(decay_BTD, state_BTD, reverse=False):
-    """For every t, the merge of all states up to t, each decayed by the steps that follow it."""
+def _associative_states(w, k, v, state, reset_BT, valid_BT):
+    """States [B, T + 1, D]: the incoming one and the one after each token."""
+    tokens_BTD = WKV4State(v, jnp.ones_like(v), k)
+    tokens_BTD = tokens_BTD if valid_BT is None else _where(valid_BT, tokens_BTD, _empty_like(k))
+    decay_BTD = jnp.broadcast_to(jnp.maximum(w, FORGET)[None], k.shape)
+    decay_BTD = decay_BTD if valid_BT is None else jnp.where(valid_BT[..., None], decay_BTD, 0.0)
+    decay_BTD = decay_BTD if reset_BT is None else jnp.where(reset_BT[..., None], FORGET, decay_BTD)
+    # the incoming state enters as a token of its own before the first one
+    tokens_BTD = jax.tree.map(lambda s, x: jnp.concatenate([s[:, None], x], axis=1), state, tokens_BTD)
+    decay_BTD = jnp.concatenate([jnp.zeros_like(decay_BTD[:, :1]), decay_BTD], axis=1)
 
     def combine(left, right):
         (w1, s1), (w2, s2) = left, right
         return jnp.maximum(w1 + w2, FORGET), merge(w2, s1, s2)
 
-    return lax.associative_scan(combine, (decay_BTD, state_BTD), axis=1, reverse=reverse)[1]
+    return lax.associative_scan(combine, (decay_BTD, tokens_BTD), axis=1)[1]
 
 
-def _decays(w, like_BTD, reset_BT, valid_BT):
-    decay_BTD = jnp.broadcast_to(jnp.maximum(w, FORGET)[None], like_BTD.shape)
-    if valid_BT is not None:
-        decay_BTD = jnp.where(valid_BT[..., None], decay_BTD, 0.0)
-    if reset_BT is not None:
-        decay_BTD = jnp.where(reset_BT[..., None], FORGET, decay_BTD)
-    return decay_BTD
-
-
-def _associative_states(w, k_BTD, v_BTD, state, reset_BT, valid_BT):
-    """(the state that each token reads, the state after the last token)."""
-    empty_BTD = WKV4State(jnp.zeros_like(v_BTD), jnp.zeros_like(v_BTD), jnp.full_like(k_BTD, EMPTY))
-    tokens_BTD = WKV4State(v_BTD, jnp.ones_like(v_BTD), k_BTD)
-    tokens_BTD = tokens_BTD if valid_BT is None else _where(valid_BT, tokens_BTD, empty_BTD)
-    # the incoming state enters as a token of its own before the first one
-    tokens_BTD = jax.tree.map(lambda s, x: jnp.concatenate([s[:, None], x], axis=1), state, tokens_BTD)
-    decay_BTD = _decays(w, k_BTD, reset_BT, valid_BT)
-    decay_BTD = jnp.concatenate([jnp.zeros_like(decay_BTD[:, :1]), decay_BTD], axis=1)
-    states_BTD = _prefixes(decay_BTD, tokens_BTD)
-    read_BTD = jax.tree.map(lambda x: x[:, :-1], states_BTD)
-    return _where(reset_BT, empty_BTD, read_BTD), jax.tree.map(lambda x: x[:, -1], states_BTD)
+def _empty_like(x_BTD):
+    return WKV4State(jnp.zeros_like(x_BTD), jnp.zeros_like(x_BTD), jnp.full_like(x_BTD, EMPTY))
 
 
 def _associative_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     k, v = k_BTD.astype(state.num.dtype), v_BTD.astype(state.num.dtype)
-    read_BTD, final = _associative_states(w, k, v, state, reset_BT, valid_BT)
-    return read(u[None], k, v, read_BTD)[0].astype(v_BTD.dtype), final, state
+    states_BTD = _associative_states(w, k, v, state, reset_BT, valid_BT)
+    before_BTD = _where(reset_BT, _empty_like(k), jax.tree.map(lambda x: x[:, :-1], states_BTD))
+    final = jax.tree.map(lambda x: x[:, -1], states_BTD)
+    return read(u[None], k, v, before_BTD)[0].astype(v_BTD.dtype), final, state
 
 
 def _associative_backward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT, dy_BTD, dstate):
+    """The cotangents obey a linear recurrence with known factors: `past`, the weight that each token left its past."""
     k, v, dy = (x.astype(state.num.dtype) for x in (k_BTD, v_BTD, dy_BTD))
-    read_BTD, _ = _associative_states(w, k, v, state, reset_BT, valid_BT)
-    empty_BTD = WKV4State(jnp.zeros_like(v), jnp.zeros_like(v), jnp.full_like(k, EMPTY))
-    y, den, q, _ = read(u[None], k, v, read_BTD)
-    g = dy / den
-    reads_BTD = _where(reset_BT, empty_BTD, WKV4State(g, -g * y, -q))
+    states_BTD = _associative_states(w, k, v, state, reset_BT, valid_BT)
+    before_BTD = _where(reset_BT, _empty_like(k), jax.tree.map(lambda x: x[:, :-1], states_BTD))
+    after_scale = states_BTD.log_scale[:, 1:]
+    past, now = jnp.exp((before_BTD.log_scale - after_scale) + w[None]), jnp.exp(k - after_scale)
+    if valid_BT is not None:
+        past, now = _where(valid_BT, (past, now), (jnp.ones_like(past), jnp.zeros_like(now)))
+
+    zeros_BTD = (jnp.zeros_like(v), jnp.zeros_like(v))
+    _, reads_BTD = token_grads(u[None], k, v, dy, before_BTD, past, now, zeros_BTD)
+    factors_BTD, reads_BTD = _where(reset_BT, (zeros_BTD[0], zeros_BTD), (past, reads_BTD))
     # the cotangent of the final state enters as one more token after the last
     reads_BTD = jax.tree.map(lambda x, s: jnp.concatenate([x, s[:, None]], axis=1), reads_BTD, dstate)
-    decay_BTD = _decays(w, k, reset_BT, valid_BT)
-    decay_BTD = jnp.concatenate([decay_BTD, jnp.zeros_like(decay_BTD[:, :1])], axis=1)
-    cotangents_BTD = _prefixes(decay_BTD, reads_BTD, reverse=True)
+    factors_BTD = jnp.concatenate([factors_BTD, jnp.ones_like(factors_BTD[:, :1])], axis=1)
+
+    def combine(later, earlier):
+        (f1, x1), (f2, x2) = later, earlier
+        return f1 * f2, jax.tree.map(lambda a, b: f2 * a + b, x1, x2)
+
+    _, cotangents_BTD = lax.associative_scan(combine, (factors_BTD, reads_BTD), axis=1, reverse=True)
     after_BTD = jax.tree.map(lambda x: x[:, 1:], cotangents_BTD)
-    after_BTD = after_BTD if valid_BT is None else _where(valid_BT, after_BTD, empty_BTD)
-    (dw, du, dk, dv), _ = token_grads(w[None], u[None], k, v, dy, read_BTD, after_BTD)
+    (dw, du, dk, dv), _ = token_grads(u[None], k, v, dy, before_BTD, past, now, after_BTD)
+    dw = dw if valid_BT is None else jnp.where(valid_BT[..., None], dw, 0)
     dstate = jax.tree.map(lambda x: x[:, 0], cotangents_BTD)
     return dw.sum(1), du.sum(1), dk.astype(k_BTD.dtype), dv.astype(v_BTD.dtype), dstate
 
@@ -321,16 +345,16 @@ def _wkv4(impl, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
 def _forward(impl, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     saved = (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT)
     y_BTD, final, starts = _form(impl, "forward")(*saved)
-    return (y_BTD, final), (saved, starts, final.log_scale)
+    return (y_BTD, final), (saved, starts)
 
 
 def _backward(impl, residuals, cotangents):
-    (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT), starts, final_log_scale = residuals
+    (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT), starts = residuals
     dy_BTD, dfinal = cotangents
-    dfinal = WKV4State(dfinal.num, dfinal.den, -final_log_scale)
-    dw, du, dk_BTD, dv_BTD, d = _form(impl, "backward")(w, u, k_BTD, v_BTD, starts, reset_BT, valid_BT, dy_BTD, dfinal)
-    scale = jnp.exp(state.log_scale + d.log_scale)
-    dnum, dden = scale * d.num, scale * d.den
+    backward = _form(impl, "backward")
+    dw, du, dk_BTD, dv_BTD, (dnum, dden) = backward(
+        w, u, k_BTD, v_BTD, starts, reset_BT, valid_BT, dy_BTD, (dfinal.num, dfinal.den)
+    )
     dstate = WKV4State(dnum, dden, state.num * dnum + state.den * dden)
     return dw.sum(0, keepdims=True), du.sum(0, keepdims=True), dk_BTD, dv_BTD, dstate, None, None
 
@@ -338,13 +362,9 @@ def _backward(impl, residuals, cotangents):
 def _form(impl, direction):
     """The pass of a form: forward -> (y, final state, what its backward pass wants of the states)."""
     if impl == "scan":
-        return {"forward": scan_forward, "backward": scan_backward}[direction]
+        return {"forward": _scan_forward, "backward": _scan_backward}[direction]
     if impl == "associative":
         return {"forward": _associative_forward, "backward": _associative_backward}[direction]
-    if impl == "blocked":
-        from rwkv_jax.ops import wkv4_blocked
-
-        return getattr(wkv4_blocked, direction)
     from rwkv_jax.ops.kernels import wkv4_tpu
 
     kernel = getattr(wkv4_tpu, direction)

@@ -6,8 +6,9 @@ scratch between them. A vector register holds 8 tokens of 128 channels, so token
 prefixes of the eight in three rounds of merging, then the carry merged into each. One token at a time would leave
 seven of eight sublanes idle.
 
-States travel as one array [..., 3, D] of (num, den, log_scale). The forward pass keeps the state at the start of each
-block, 12 bytes a channel for every `BLOCK_T` tokens; the backward pass recomputes those in between.
+States travel as one array [..., 3, D] of (num, den, log_scale), cotangents as [..., 2, D] of (num, den). The forward
+pass keeps the state at the start of each block, 12 bytes a channel for every `BLOCK_T` tokens; the backward pass
+recomputes those in between.
 """
 
 from functools import partial
@@ -51,14 +52,14 @@ def forward(w_1D, u_1D, k_BTD, v_BTD, state, reset_BT, valid_BT, interpret=False
 
 
 def backward(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, reset_BT, valid_BT, dy_BTD, dfinal, interpret=False):
-    """(dw, du [B, D], dk, dv [B, T, D], cotangent of the incoming state); arguments as `wkv4._backward` has them."""
-    (B, T, D), dtype = k_BTD.shape, dfinal.num.dtype
+    """(dw, du [B, D], dk, dv [B, T, D], cotangent (num, den) of the incoming state), from that of the final one."""
+    (B, T, D), dtype = k_BTD.shape, dfinal[0].dtype
     w_1D, u_1D, k_BTD, v_BTD, kind_BT1 = _padded(w_1D, u_1D, k_BTD, v_BTD, reset_BT, valid_BT)
     dy_BTD = _lanes(_to(dy_BTD, k_BTD.shape[1]))
-    dfinal_B3D = _lanes(jnp.stack(dfinal, axis=1))
+    dfinal_B2D = _lanes(jnp.stack(dfinal, axis=1))
     blocks = _Blocks(k_BTD, reverse=True)
     sums = jax.ShapeDtypeStruct((B, 1, k_BTD.shape[2]), dtype)
-    dw_B1D, du_B1D, dk_BTD, dv_BTD, d_B3D = pl.pallas_call(
+    dw_B1D, du_B1D, dk_BTD, dv_BTD, d_B2D = pl.pallas_call(
         partial(_backward_kernel, masked=kind_BT1 is not None),
         grid=blocks.grid,
         in_specs=[
@@ -66,26 +67,26 @@ def backward(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, reset_BT, valid_BT, dy_BTD, 
             *[blocks.tokens] * 2,
             blocks.starts,
             blocks.tokens,
-            blocks.state,
+            blocks.cotangent,
             *[blocks.kind] * (kind_BT1 is not None),
         ],
-        out_specs=[*[blocks.sums] * 2, *[blocks.tokens] * 2, blocks.state],
+        out_specs=[*[blocks.sums] * 2, *[blocks.tokens] * 2, blocks.cotangent],
         out_shape=[
             sums,
             sums,
             jax.ShapeDtypeStruct(k_BTD.shape, k_BTD.dtype),
             jax.ShapeDtypeStruct(v_BTD.shape, v_BTD.dtype),
-            jax.ShapeDtypeStruct(dfinal_B3D.shape, dtype),
+            jax.ShapeDtypeStruct(dfinal_B2D.shape, dtype),
         ],
         scratch_shapes=[
-            pltpu.VMEM((3, blocks.size_d), dtype),
+            pltpu.VMEM((2, blocks.size_d), dtype),
             pltpu.VMEM((2, ROWS, blocks.size_d), dtype),
-            pltpu.VMEM((3, blocks.size_t, blocks.size_d), dtype),
+            pltpu.VMEM((4, blocks.size_t, blocks.size_d), dtype),
         ],
         compiler_params=_COMPILER,
         interpret=interpret,
-    )(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, dy_BTD, dfinal_B3D, *_given(kind_BT1))
-    d = WKV4State(*(d_B3D[:, i, :D] for i in range(3)))
+    )(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, dy_BTD, dfinal_B2D, *_given(kind_BT1))
+    d = (d_B2D[:, 0, :D], d_B2D[:, 1, :D])
     return dw_B1D[:, 0, :D], du_B1D[:, 0, :D], dk_BTD[:, :T, :D], dv_BTD[:, :T, :D], d
 
 
@@ -106,6 +107,7 @@ class _Blocks:
         self.kind = pl.BlockSpec((1, self.size_t, 1), lambda b, d, t: (b, m(t), 0))
         self.starts = pl.BlockSpec((1, 1, 3, self.size_d), lambda b, d, t: (b, m(t), 0, d))
         self.state = pl.BlockSpec((1, 3, self.size_d), lambda b, d, t: (b, 0, d))
+        self.cotangent = pl.BlockSpec((1, 2, self.size_d), lambda b, d, t: (b, 0, d))
         self.sums = pl.BlockSpec((1, 1, self.size_d), lambda b, d, t: (b, 0, d))
         self.vector = pl.BlockSpec((1, self.size_d), lambda b, d, t: (0, d))
 
@@ -139,22 +141,29 @@ def _given(x):
 # ------------------------------------------------------------------------------------ inside a program
 
 
-def _prefixes(decay, states, carry, reverse=False):
-    """For each of eight rows the merge of `carry` and the states up to it, each decayed by the rows that follow it
-    (`reverse`: of the states from it on). `decay` [8, D] is what each row does to the states before it."""
+def _prefixes(decay, states, carry):
+    """For each of eight rows the merge of `carry` and the states up to it, each decayed by the rows that follow it.
+    `decay` [8, D] is what each row does to the states before it."""
     row = jax.lax.broadcasted_iota(jnp.int32, decay.shape, 0)
-    row = ROWS - 1 - row if reverse else row
     for distance in (1, 2, 4):
-        earlier = jax.tree.map(lambda x, by=distance: _moved(x, by, reverse), (decay, states))
+        earlier = jax.tree.map(lambda x, by=distance: pltpu.roll(x, by, 0), (decay, states))
         earlier = _choose(row >= distance, earlier, (jnp.zeros_like(decay), _empty(states)))
         states = merge(decay, earlier[1], states)
         decay = jnp.maximum(decay + earlier[0], FORGET)
     return merge(decay, carry, states)
 
 
-def _moved(x, distance, reverse=False):
-    """Row r holds what row r - `distance` held (r + `distance` in reverse); the rows at the end wrap around."""
-    return pltpu.roll(x, ROWS - distance if reverse else distance, 0)
+def _suffixes(factor, terms, carry):
+    """c[r] = factor[r] c[r + 1] + term[r] for eight rows, beyond which c is `carry`, and c[r + 1]."""
+    row = jax.lax.broadcasted_iota(jnp.int32, factor.shape, 0)
+    later = lambda x, distance: pltpu.roll(x, ROWS - distance, 0)
+    for distance in (1, 2, 4):
+        inside = row < ROWS - distance
+        terms = [x + jnp.where(inside, factor * later(x, distance), 0) for x in terms]
+        factor = jnp.where(inside, factor * later(factor, distance), factor)
+    c = [factor * x_carry + x for x, x_carry in zip(terms, carry, strict=True)]
+    after = [jnp.where(row == ROWS - 1, x_carry, later(x, 1)) for x, x_carry in zip(c, carry, strict=True)]
+    return c, after
 
 
 def _choose(mask, a, b):
@@ -175,22 +184,26 @@ def _group(w, kind_ref, rows, shape):
 
 
 def _states(decay, k, v, reset, valid, carry):
-    """(the state that each of eight tokens reads, the carry after them)."""
+    """(the state that each of eight tokens reads, the state after each)."""
     states = WKV4State(v, jnp.ones_like(v), k)
     states = states if valid is None else _choose(valid, states, _empty(states))
     after = _prefixes(decay, states, carry)
     first = jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) == 0
-    before = _choose(first, carry, jax.tree.map(lambda x: _moved(x, 1), after))
+    before = _choose(first, carry, jax.tree.map(lambda x: pltpu.roll(x, 1, 0), after))
     before = before if reset is None else _choose(reset, _empty(before), before)
-    return before, jax.tree.map(lambda x: x[ROWS - 1 :], after)
+    return before, after
 
 
-def _carry(ref):
-    return WKV4State(*(ref[i : i + 1, :] for i in range(3)))
+def _last(states):
+    return jax.tree.map(lambda x: x[ROWS - 1 :], states)
 
 
-def _store(ref, state):
-    for i, x in enumerate(state):
+def _rows(ref):
+    return [ref[i : i + 1, :] for i in range(ref.shape[0])]
+
+
+def _store(ref, rows):
+    for i, x in enumerate(rows):
         ref[i : i + 1, :] = x
 
 
@@ -208,11 +221,11 @@ def _forward_kernel(w_ref, u_ref, k_ref, v_ref, state_ref, *refs, masked):
         rows = pl.ds(i * ROWS, ROWS)
         k, v = k_ref[0, rows, :].astype(dtype), v_ref[0, rows, :].astype(dtype)
         decay, reset, valid = _group(w, kind_ref, rows, k.shape)
-        before, carry = _states(decay, k, v, reset, valid, carry)
+        before, after = _states(decay, k, v, reset, valid, carry)
         y_ref[0, rows, :] = read(u, k, v, before)[0].astype(y_ref.dtype)
-        return carry
+        return _last(after)
 
-    carry = jax.lax.fori_loop(0, k_ref.shape[1] // ROWS, eight, _carry(carry_ref))
+    carry = jax.lax.fori_loop(0, k_ref.shape[1] // ROWS, eight, WKV4State(*_rows(carry_ref)))
     _store(carry_ref, carry)
     final_ref[0] = carry_ref[...]
 
@@ -232,32 +245,33 @@ def _backward_kernel(w_ref, u_ref, k_ref, v_ref, starts_ref, dy_ref, dfinal_ref,
         rows = pl.ds(i * ROWS, ROWS)
         k, v = k_ref[0, rows, :].astype(dtype), v_ref[0, rows, :].astype(dtype)
         decay, reset, valid = _group(w, kind_ref, rows, k.shape)
-        before, carry = _states(decay, k, v, reset, valid, carry)
-        for j, x in enumerate(before):
+        before, after = _states(decay, k, v, reset, valid, carry)
+        for j, x in enumerate((*before, after.log_scale)):
             states_ref[j, rows, :] = x
-        return carry
+        return _last(after)
 
-    jax.lax.fori_loop(0, groups, recompute, _carry(starts_ref.at[0, 0]))
+    jax.lax.fori_loop(0, groups, recompute, WKV4State(*_rows(starts_ref.at[0, 0])))
 
     def eight(i, carry_and_sums):
         carry, dw, du = carry_and_sums
         rows = pl.ds((groups - 1 - i) * ROWS, ROWS)
         k, v, dy = (ref[0, rows, :].astype(dtype) for ref in (k_ref, v_ref, dy_ref))
-        decay, reset, valid = _group(w, kind_ref, rows, k.shape)
-        before = WKV4State(*(states_ref[j, rows, :] for j in range(3)))
-        y, den, q, _ = read(u, k, v, before)
-        g = dy / den
-        reads = WKV4State(g, -g * y, -q)
-        reads = reads if reset is None else _choose(reset, _empty(reads), reads)
-        cotangents = _prefixes(decay, reads, carry, reverse=True)
-        last = jax.lax.broadcasted_iota(jnp.int32, k.shape, 0) == ROWS - 1
-        after = _choose(last, carry, jax.tree.map(lambda x: _moved(x, 1, reverse=True), cotangents))
-        after = after if valid is None else _choose(valid, after, _empty(after))
-        (dw_t, du_t, dk, dv), _ = token_grads(w, u, k, v, dy, before, after)
+        _, reset, valid = _group(w, kind_ref, rows, k.shape)
+        *before, after_scale = (states_ref[j, rows, :] for j in range(4))
+        before = WKV4State(*before)
+        past, now = jnp.exp((before.log_scale - after_scale) + w), jnp.exp(k - after_scale)
+        if valid is not None:
+            past, now = jnp.where(valid, past, 1.0), jnp.where(valid, now, 0.0)
+        zeros = jnp.zeros_like(k)
+        _, reads = token_grads(u, k, v, dy, before, past, now, (zeros, zeros))
+        factor, reads = (past, reads) if reset is None else _choose(reset, (zeros, (zeros, zeros)), (past, reads))
+        cotangents, after = _suffixes(factor, reads, carry)
+        (dw_t, du_t, dk, dv), _ = token_grads(u, k, v, dy, before, past, now, after)
         dk_ref[0, rows, :], dv_ref[0, rows, :] = dk.astype(dk_ref.dtype), dv.astype(dv_ref.dtype)
-        return jax.tree.map(lambda x: x[:1], cotangents), dw + dw_t, du + du_t
+        dw_t = dw_t if valid is None else jnp.where(valid, dw_t, 0.0)
+        return [x[:1] for x in cotangents], dw + dw_t, du + du_t
 
-    carry, dw, du = jax.lax.fori_loop(0, groups, eight, (_carry(carry_ref), sums_ref[0], sums_ref[1]))
+    carry, dw, du = jax.lax.fori_loop(0, groups, eight, (_rows(carry_ref), sums_ref[0], sums_ref[1]))
     _store(carry_ref, carry)
     sums_ref[0], sums_ref[1] = dw, du
     d_ref[0] = carry_ref[...]
