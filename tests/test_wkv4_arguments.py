@@ -14,20 +14,16 @@ def arguments(T):
     return -np.ones(D, np.float32), np.zeros(D, np.float32), tokens, tokens, WKV4State.empty(ROWS, D)
 
 
-def test_no_form_named_is_the_scan_on_a_cpu_and_the_associative_scan_on_accelerators():
-    """Decided when lowering: compiling for a TPU on a CPU must give the TPU's program."""
+def test_no_form_named_is_decided_for_the_platform_that_is_compiled_for():
+    """Compiling for a TPU on a CPU must give the TPU's program."""
     w, u, k, v, state = arguments(20)
-    loops = {
-        platform: jax.jit(wkv4)
-        .trace(w, u, k, v, state)
-        .lower(lowering_platforms=(platform,))
-        .as_text()
-        .count("stablehlo.while")
-        for platform in ("cpu", "cuda", "tpu")
-    }
+    traced, one_token = jax.jit(wkv4).trace(w, u, k, v, state), jax.jit(wkv4).trace(w, u, k[:, :1], v[:, :1], state)
+    text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
+    loops, kernels = ({p: t.count(what) for p, t in text.items()} for what in ("stablehlo.while", "tpu_custom_call"))
     assert loops["cpu"] > 0 and loops["cuda"] == loops["tpu"] == 0
-    decode = jax.jit(wkv4).trace(w, u, k[:, :1], v[:, :1], state).lower(lowering_platforms=("tpu",)).as_text()
-    assert "stablehlo.case" not in decode
+    assert kernels == {"cpu": 0, "cuda": 0, "tpu": 1}
+    decode = one_token.lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.case" not in decode and "tpu_custom_call" not in decode
 
 
 @pytest.mark.parametrize(
