@@ -10,7 +10,7 @@ DURATION ?= 6
 SEED ?= 0
 TEXT ?= stdlib
 
-.PHONY: compare sweep speed test test-all lint
+.PHONY: compare sweep speed precision test test-all lint
 
 compare: $(VENV)/runtime
 	$(RUN) -m experiments.compare.run --duration="$(DURATION)" --seed="$(SEED)" --text="$(TEXT)"
@@ -20,6 +20,9 @@ sweep: $(VENV)/runtime
 
 speed: $(VENV)/live
 	$(RUN) -m experiments.speed.run
+
+precision: $(VENV)/live
+	$(RUN) -m experiments.precision.run
 
 test: $(VENV)/dev
 	$(RUN) -m pytest

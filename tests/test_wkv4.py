@@ -3,38 +3,21 @@
 import functools
 import itertools
 
-import hypothesis
-import hypothesis.extra.numpy
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from wkv4_forms import FORMS, FORMS_AND_SLOWLY_PALLAS, budget, check, check_all, run, spread_and_largest
 from wkv4_formula import Past, Sized, formula, past_of
 
 from rwkv_jax.ops import WKV4State, wkv4
 
-FORMS = ("scan", "associative", "pallas")
-# interpreting a kernel takes seconds to compile: `make test-all` has what the quick tests do not need it for
-FORMS_AND_SLOWLY_PALLAS = (*FORMS[:2], pytest.param("pallas", marks=pytest.mark.slow))
 FOLLOWING = 3  # tokens of a second call, through which the state of the first is judged
 
 # Channels: decays from none to all at once. Rows: mild log weights, a large common offset, extremes, constant tokens.
 LOG_DECAYS = (-1e-8, -1e-3, -0.1, -3.0, -1e4, -np.inf)
 BONUSES = (-1.2, -0.7, -1.7, 20.0, -20.0, 0.3)
 ROWS = 4
-
-
-def budget(dtype, T, spread, largest):
-    """Largest error of a result relative to its magnitude (see `wkv4_formula`).
-
-    A weight is a product of at most one exponential a token. Each costs about 2 eps: half for the product, half for
-    the sum, 1 for the exponential itself. The exponents are differences, which are rounded relative to the spread
-    of the log weights and not to their size, and add up to no more than that spread before a weight vanishes.
-    16 covers the few operations per result. The formula's own log weights are rounded relative to the largest.
-    """
-    rounding = np.finfo(dtype).eps * (2 * T + spread + 16)
-    return rounding + np.finfo(np.float64).eps * (T + largest)
 
 
 @functools.cache
@@ -58,74 +41,10 @@ def expected(T, dtype=np.float32):
     return formula(w, u, k, v, past_of(state), dy)
 
 
-def spread_and_largest(u_D, k_BTD, state):
-    """[B, 1] each: how far apart and how large the log weights of a row are."""
-    log_weight_BD = past_of(state).log_weight
-    logs = [np.reshape(np.float64(x), (len(k_BTD), -1)) for x in (k_BTD, np.maximum(log_weight_BD, k_BTD.min()))]
-    logs = np.concatenate(logs, axis=1)
-    spread = np.ptp(logs, axis=1) + np.abs(u_D).max()
-    return spread[:, None], np.abs(logs).max(axis=1)[:, None]
-
-
-def check(actual, expected: Sized, allowed, dtype=np.float32):
-    """|actual - expected| <= allowed * magnitude for every element; weights that underflow count for nothing."""
-    actual = np.asarray(actual, np.float64)
-    assert actual.shape == expected.value.shape
-    assert np.isfinite(actual).all()
-    allowed = np.reshape(allowed, (-1, *[1] * (actual.ndim - 1)))
-    floor = np.finfo(dtype).tiny / np.finfo(dtype).eps
-    error = np.abs(actual - expected.value) / (expected.magnitude + floor)
-    assert (error <= allowed).all(), f"{(error / allowed).max():.3g} times what is allowed"
-
-
-def check_all(y, state, grads, inputs, want):
-    """Outputs, final state and gradients (w, u, k, v, state) of sum(dy * y) against `formula`."""
-    _, u, k, _, before, _ = inputs
-    dtype, T = k.dtype, k.shape[1]
+def check_case(y, state, grads, T, dtype=np.float32):
+    _, u, k, _, before, _ = case(T, dtype)
     allowed = budget(dtype, T, *spread_and_largest(u, k, before))
-    past = past_of(state)
-    check(y, want["y"], allowed, dtype)
-    check(past.mean, want["mean"], allowed, dtype)
-    check(past.log_weight, want["log_weight"], allowed, dtype)
-    dw, du, dk, dv, dstate = grads
-    over_rows = lambda x: Sized(x.value.sum(0), x.magnitude.sum(0))
-    check(dw, over_rows(want["w"]), allowed.max(), dtype)
-    check(du, over_rows(want["u"]), allowed.max(), dtype)
-    check(dk, want["k"], allowed, dtype)
-    check(dv, want["v"], allowed, dtype)
-    # the past's mean is num / den and its log weight log(den) + log_scale
-    num, den, _ = (np.float64(x) for x in before)
-    mean, log = want["past_mean"], want["past_log_weight"]
-    check(dstate.num, Sized(mean.value / den, mean.magnitude / den), allowed, dtype)
-    value = (log.value - mean.value * num / den) / den
-    magnitude = (log.magnitude + mean.magnitude * abs(num / den)) / den
-    check(dstate.den, Sized(value, magnitude), allowed, dtype)
-    magnitude = log.magnitude + 2 * mean.magnitude * abs(num / den)
-    check(dstate.log_scale, Sized(log.value, magnitude), allowed, dtype)
-
-
-def in_pieces(form, lengths, w, u, k, v, state, **masks):
-    """Outputs and final state with the state carried from call to call."""
-    out, begin = [], 0
-    for length in lengths:
-        piece = slice(begin, begin + length)
-        cut = {name: mask[:, piece] for name, mask in masks.items()}
-        y, state = wkv4(w, u, k[:, piece], v[:, piece], state, impl=form, **cut)
-        out.append(y)
-        begin += length
-    return jnp.concatenate(out, axis=1), state
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def run(form, lengths, w, u, k, v, state, dy, masks=None):
-    """(outputs, final state, gradients of w, u, k, v and state)."""
-
-    def loss(w, u, k, v, state):
-        y, state = in_pieces(form, lengths, w, u, k, v, state, **(masks or {}))
-        return (y.astype(dy.dtype) * dy).sum(), (y, state)
-
-    grads, (y, state) = jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)(w, u, k, v, state)
-    return y, state, grads
+    check_all(y, state, grads, before, expected(T, dtype), allowed, allowed.max(), dtype)
 
 
 @pytest.mark.parametrize(
@@ -139,16 +58,14 @@ def run(form, lengths, w, u, k, v, state, dy, masks=None):
     ],
 )
 def test_follows_eq_16(form, T):
-    inputs = case(T + FOLLOWING)
-    check_all(*run(form, (T, FOLLOWING), *inputs), inputs, expected(T + FOLLOWING))
+    check_case(*run(form, (T, FOLLOWING), *case(T + FOLLOWING)), T + FOLLOWING)
 
 
 @pytest.mark.parametrize("form", FORMS_AND_SLOWLY_PALLAS)
 def test_float64_is_computed_in_float64(x64, form):
-    inputs = case(20, np.float64)
-    y, state, grads = run(form, (17, 3), *inputs)
+    y, state, grads = run(form, (17, 3), *case(20, np.float64))
     assert {x.dtype for x in jax.tree.leaves((y, state, grads))} == {np.dtype("float64")}
-    check_all(y, state, grads, inputs, expected(20, np.float64))
+    check_case(y, state, grads, 20, np.float64)
 
 
 # longer and shorter than the chunks of 32 tokens that the scan works in
@@ -305,25 +222,7 @@ def test_no_tokens_leave_the_state_untouched(form):
         jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
-# ------------------------------------------------------------------------------------------- properties
-
-
-@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
-@hypothesis.given(data=st.data())
-@pytest.mark.parametrize("form", FORMS_AND_SLOWLY_PALLAS)
-def test_outputs_are_averages_of_the_values_seen(form, data):
-    """min v <= y <= max v up to rounding, for any finite log weights and any decay, 0 and -inf included."""
-    floats = lambda low, high: st.floats(low, high, width=32)
-    draw = lambda shape, elements: data.draw(hypothesis.extra.numpy.arrays(np.float32, shape, elements=elements))
-    w = draw(2, st.one_of(st.just(-np.inf), floats(-1e4, 0), floats(-1, 0)))
-    u = draw(2, floats(-100, 100))
-    k = draw((1, 9, 2), st.one_of(floats(-1e4, 1e4), floats(-5, 5)))
-    v = draw((1, 9, 2), floats(-1e6, 1e6))
-    y, state, grads = run(form, (9,), w, u, k, v, WKV4State.empty(1, 2), np.ones_like(v))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((y, state, grads)))
-    slack = 2 * 9 * np.finfo(np.float32).eps * np.abs(v).max()
-    assert (y >= np.minimum.accumulate(v, axis=1) - slack).all()
-    assert (y <= np.maximum.accumulate(v, axis=1) + slack).all()
+# ------------------------------------------------------------------------------------------- identities
 
 
 @pytest.mark.parametrize("form", FORMS_AND_SLOWLY_PALLAS)

@@ -86,3 +86,33 @@ def formula(w_D, u_D, k_BTD, v_BTD, past: Past, dy_BTD) -> dict[str, Sized]:
         [np.stack([channel[name][which] for channel in row], axis=-1) for row in rows]
     )
     return {name: Sized(stack(name, 0), stack(name, 1)) for name in rows[0][0]}
+
+
+def documents(reset_T, valid_T):
+    """(positions of the tokens, whether the incoming past is theirs) of each document of a row."""
+    tokens_N = np.flatnonzero(valid_T)
+    first_N = np.flatnonzero(np.r_[True, reset_T[tokens_N][1:]])
+    return [(tokens, not reset_T[tokens[0]]) for tokens in np.split(tokens_N, first_N[1:]) if len(tokens)]
+
+
+def packed(w_D, u_D, k_BTD, v_BTD, past: Past, dy_BTD, reset_BT, valid_BT) -> dict[str, Sized]:
+    """`formula`, each document by itself; padding has results and gradients of 0."""
+    B, T, D = k_BTD.shape
+    by_token, by_row = ("y", "k", "v"), ("w", "u", "past_mean", "past_log_weight")
+    found = {name: np.zeros((2, B, T, D)) for name in by_token} | {name: np.zeros((2, B, D)) for name in by_row}
+    found["mean"] = np.stack([past.mean, abs(past.mean)])
+    found["log_weight"] = np.stack([past.log_weight, np.ones((B, D))])
+    for b in range(B):
+        for tokens, continues in documents(reset_BT[b], valid_BT[b]):
+            row = [x[b : b + 1] for x in past] if continues else [np.zeros((1, D)), np.full((1, D), -np.inf)]
+            k, v, dy = (x[b : b + 1, tokens] for x in (k_BTD, v_BTD, dy_BTD))
+            part = formula(w_D, u_D, k, v, Past(*row), dy)
+            for name in by_token:
+                found[name][:, b, tokens] = np.stack(part[name])[:, 0]
+            for name in by_row:
+                # what a document makes of no past is not a gradient of the incoming one
+                if continues or not name.startswith("past"):
+                    found[name][:, b] += np.stack(part[name])[:, 0]
+            for name in ("mean", "log_weight"):
+                found[name][:, b] = np.stack(part[name])[:, 0]
+    return {name: Sized(*x) for name, x in found.items()}
