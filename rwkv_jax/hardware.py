@@ -30,27 +30,31 @@ def matmul_peak(size: int = 2048, seconds: float = 1.0) -> float:
     return 2 * size**3 / _best_seconds(lambda: product(a, b), seconds)
 
 
-def copy_bandwidth(size: int = 2**26, seconds: float = 1.0) -> float:
-    """Bytes a second, read and written together, of the best of repeated passes over `size` float32 numbers.
+def copy_bandwidth(seconds: float = 1.0) -> float:
+    """Bytes a second, read and written together, of the best of repeated passes over an array.
 
     In place: on a CPU, a copy into fresh memory measures how fast the system hands out pages (8 of 70 GB/s).
     """
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = jax.random.normal(jax.random.key(0), (size,))
+    x = _large_array()
 
     def copy():
         nonlocal x
         x = step(x)
         return x
 
-    return 8 * size / _best_seconds(copy, seconds)
+    return 2 * x.nbytes / _best_seconds(copy, seconds)
 
 
-def read_bandwidth(size: int = 2**26, seconds: float = 1.0) -> float:
-    """Bytes a second of the best of repeated sums over `size` float32 numbers."""
-    x = jax.random.normal(jax.random.key(0), (size,))
-    total = jax.jit(jnp.sum)
-    return 4 * size / _best_seconds(lambda: total(x), seconds)
+def read_bandwidth(seconds: float = 1.0) -> float:
+    """Bytes a second of the best of repeated sums over an array."""
+    x, total = _large_array(), jax.jit(jnp.sum)
+    return x.nbytes / _best_seconds(lambda: total(x), seconds)
+
+
+def _large_array():
+    """Larger than caches; on accelerators large enough that starting a program does not count."""
+    return jax.random.normal(jax.random.key(0), (2**26 if jax.default_backend() == "cpu" else 2**30,))
 
 
 def _best_seconds(f, seconds):
