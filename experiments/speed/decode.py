@@ -48,10 +48,10 @@ def report(results):
     bandwidth = found["read_bytes_per_second"]
     lines = [f"reads {bandwidth / 1e9:.0f} GB/s"]
     for row in found["rows"]:
-        lines.append(
-            f"{row['model']:<22} batch {row['batch']} context {row['context']:>7,}: {1e3 * row['seconds']:9.2f} ms, "
-            f"state {row['state_bytes'] / 1e6:,.2f} MB, {row['share_of_read']:.0%} of read bandwidth"
-        )
+        line = f"{row['model']:<22} batch {row['batch']} context {row['context']:>7,}: {1e3 * row['seconds']:9.2f} ms"
+        if "share_of_read" in row:
+            line += f", state {row['state_bytes'] / 1e6:,.2f} MB, {row['share_of_read']:.0%} of read bandwidth"
+        lines.append(line)
     for what, share, least in found["claims"]:
         lines.append(f"{what}: {share:.2f} (at least {least} wanted)")
     return lines + [f"left out: {what}" for what in found["left_out"]]
@@ -76,8 +76,10 @@ def sweep(shape, contexts, batches):
                 sides = itertools.chain(sides, without_cache(model, params, contexts, batch, found["left_out"]))
             for side, context, seconds, kept in sides:
                 row = {"model": side, "batch": batch, "context": context, "seconds": seconds}
-                row |= {"state_bytes": kept, "bytes_read": least + kept}
-                found["rows"].append(row | {"share_of_read": row["bytes_read"] / seconds / bandwidth})
+                if kept is not None:
+                    read = least + kept
+                    row |= {"state_bytes": kept, "bytes_read": read, "share_of_read": read / seconds / bandwidth}
+                found["rows"].append(row)
     claimed = [r for r in found["rows"] if (r["model"], r["batch"], r["context"]) == ("transformer", 1, CLAIMED)]
     what = f"transformer after {CLAIMED:,} tokens: share of read bandwidth"
     return found | {"claims": [(what, r["share_of_read"], 0.6) for r in claimed]}
@@ -167,7 +169,7 @@ def memory_bytes():
 
 
 def without_cache(model, params, contexts, batch, left_out):
-    """(model, context, seconds a token, 0) of computing the text of each context and a token more from the start."""
+    """(model, context, seconds a token, None) of computing each context and a token more from the start."""
 
     @jax.jit
     def last(params, tokens_BT):
@@ -182,7 +184,7 @@ def without_cache(model, params, contexts, batch, left_out):
         draw = lambda size=(batch, context + 1): rng.integers(0, model.vocab_size, size).astype(np.int32)
         side = {name: lambda tokens_BT: jax.block_until_ready(last(params, tokens_BT))}
         before = context, medians(side, (draw() for _ in itertools.count()), 3)[name]
-        yield name, *before, 0
+        yield name, *before, None
 
 
 # ------------------------------------------------------------------------------------ beside the package

@@ -59,8 +59,8 @@ def draw_decode(results, path) -> None:
         look = style(i, label=f"{model}, batch {batch}" if several else model)
         contexts = [max(r["context"], 1) for r in rows]
         time.plot(contexts, [1e3 * r["seconds"] for r in rows], **look)
-        if any(r["state_bytes"] for r in rows):
-            size.plot(contexts, [max(r["state_bytes"], 1) / 1e6 for r in rows], **look)
+        if "state_bytes" in rows[0]:
+            size.plot(contexts, [r["state_bytes"] / 1e6 for r in rows], **look)
     time.set_ylabel("ms a token")
     size.set_ylabel("state, MB")
     for axis in (time, size):
