@@ -20,6 +20,7 @@ sweep: $(VENV)/runtime
 
 speed: $(VENV)/live
 	$(RUN) -m experiments.speed.run
+	$(RUN) -m experiments.speed.plot
 
 test: $(VENV)/dev
 	$(RUN) -m pytest

@@ -191,7 +191,7 @@ def test_claims_on_a_gpu_are_of_our_fastest_form_over_each_peer():
     row = lambda form, seconds, share=0.5: {
         "form": form, "shape": [8, 4096, 4096, "bfloat16"], "pass": "both", "seconds": seconds, "share_of_copy": share
     }  # fmt: skip
-    rows = [row("scan", 9.0), row("blocked", 2.0, 0.8), row(gpu_peers.CUDA, 4.0), row(gpu_peers.ATTENTION, None)]
+    rows = [row("scan", 9.0), row("associative", 2.0, 0.8), row(gpu_peers.CUDA, 4.0), row(gpu_peers.ATTENTION, None)]
     claims = ops.gpu_claims(rows)
     assert [(x, most) for _, x, most in claims] == [(1.25, 1.67), (0.5, 1.0)]
-    assert all("by blocked" in what for what, _, _ in claims) and gpu_peers.CUDA in claims[1][0]
+    assert all("by associative" in what for what, _, _ in claims) and gpu_peers.CUDA in claims[1][0]
