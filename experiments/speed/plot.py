@@ -64,7 +64,7 @@ def draw_decode(results, path) -> None:
     time.set_ylabel("ms a token")
     size.set_ylabel("state, MB")
     for axis in (time, size):
-        axis.set(xlabel="context, tokens", xscale="symlog", yscale="log")
+        axis.set(xlabel="context, tokens (none is drawn at 1)", xscale="log", yscale="log")
         axis.grid(alpha=0.3)
     time.legend(frameon=False, fontsize=8)
     shape = sweep["shape"]
