@@ -20,6 +20,7 @@ sweep: $(VENV)/runtime
 
 speed: $(VENV)/live
 	$(RUN) -m experiments.speed.run
+	$(RUN) -m experiments.speed.plot
 
 precision: $(VENV)/live
 	$(RUN) -m experiments.precision.run

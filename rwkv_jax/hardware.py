@@ -27,23 +27,42 @@ def matmul_peak(size: int = 2048, seconds: float = 1.0) -> float:
     """Float32 matrix-multiply FLOP/s that this machine reaches, the best of repeated [size, size] products."""
     a, b = jax.random.normal(jax.random.key(0), (2, size, size))
     product = jax.jit(lambda a, b: jnp.matmul(a, b))
-    jax.block_until_ready(product(a, b))
-    return 2 * size**3 / _best_seconds(product, (a, b), seconds)
+    return 2 * size**3 / _best_seconds(lambda: product(a, b), seconds)
 
 
-def copy_bandwidth(size: int = 2**26, seconds: float = 1.0) -> float:
-    """Bytes a second, read and written together, of the best of repeated copies of `size` float32 numbers."""
-    x = jax.random.normal(jax.random.key(0), (size,))
-    copy = jax.jit(lambda x: x + 1)
-    jax.block_until_ready(copy(x))
-    return 8 * size / _best_seconds(copy, (x,), seconds)
+def copy_bandwidth(seconds: float = 1.0) -> float:
+    """Bytes a second, read and written together, of the best of repeated passes over an array.
+
+    In place: on a CPU, a copy into fresh memory measures how fast the system hands out pages (8 of 70 GB/s).
+    """
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = _large_array()
+
+    def copy():
+        nonlocal x
+        x = step(x)
+        return x
+
+    return 2 * x.nbytes / _best_seconds(copy, seconds)
 
 
-def _best_seconds(f, args, seconds):
+def read_bandwidth(seconds: float = 1.0) -> float:
+    """Bytes a second of the best of repeated sums over an array."""
+    x, total = _large_array(), jax.jit(jnp.sum)
+    return x.nbytes / _best_seconds(lambda: total(x), seconds)
+
+
+def _large_array():
+    """Larger than caches; on accelerators large enough that starting a program does not count."""
+    return jax.random.normal(jax.random.key(0), (2**26 if jax.default_backend() == "cpu" else 2**30,))
+
+
+def _best_seconds(f, seconds):
+    jax.block_until_ready(f())
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        jax.block_until_ready(f(*args))
+        jax.block_until_ready(f())
         best = min(best, time.perf_counter() - start)
     return best
 

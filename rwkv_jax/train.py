@@ -91,19 +91,23 @@ def make_step(model, tx, *, accumulation=1, seed=0, l2wrap=True):
             totals = jax.lax.psum(totals, axis_name)
         grads, (nll, count) = totals
         grads = jax.tree.map(lambda g: g / count, grads)
-        loss, grad_norm = nll / count, optax.tree.norm(grads)
-
-        direction, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(direction))
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
-        skipped = state.skipped + jnp.where(finite, 0, 1)
-        values = {"loss_nats": loss, "grad_norm": grad_norm, "skipped": skipped}
-        return TrainState(state.step + 1, params, opt_state, skipped), values
+        return apply_gradient(tx, state, grads, nll / count, lr)
 
     return step
+
+
+def apply_gradient(tx, state, grads, loss, lr):
+    """The state after a step along `grads`, unchanged where that or the loss is not finite, and the step's metrics."""
+    grad_norm = optax.tree.norm(grads)
+    direction, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(direction))
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    values = {"loss_nats": loss, "grad_norm": grad_norm, "skipped": skipped}
+    return TrainState(state.step + 1, params, opt_state, skipped), values
 
 
 def run(config, workdir) -> TrainState:

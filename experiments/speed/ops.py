@@ -1,6 +1,7 @@
 """Every form of WKV-4 over lengths, sizes and dtypes: time, memory, compile time, and the share of the roofline, which
-is the time that copying the least number of bytes takes. Plain autodiff through a scan and transformers' own loop
-run beside."""
+is the time that moving the least number of bytes takes. Plain autodiff through a scan runs beside; on a CPU
+transformers' own loop; on a GPU what `gpu_peers` finds, and times there include starting a program (tens of
+microseconds)."""
 
 import time
 from functools import partial
@@ -9,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.speed import gpu_peers
 from experiments.speed.timing import medians
 from rwkv_jax import hardware
 from rwkv_jax.ops import wkv4
+from rwkv_jax.ops.wkv4 import FORMS
 
 CLAIMED = (4, 1024, 512, "float32")
 SHAPES = (
@@ -24,6 +27,10 @@ SHAPES = (
     (1, 32768, 512, "float32"),
     (1, 131072, 512, "float32"),
 )
+# The claimed ones first: what the time does not allow is left out.
+GPU_CLAIMED = tuple((8, T, 4096, "bfloat16") for T in (4096, 1024, 16384))
+GPU_SHAPES = (*GPU_CLAIMED, *((8, T, 768, "bfloat16") for T in (1024, 4096, 16384)))
+GPU_SECONDS = 420  # no shape is begun after these
 SMOKE_SHAPES = ((2, 64, 32, "float32"), (1, 128, 32, "float32"))
 ROUNDS = 5
 LONGEST_SLOW = 1024  # tokens: beyond, what is slow or hungry by design is left out
@@ -48,22 +55,25 @@ def plain_scan(w_D, u_D, k_BTD, v_BTD):
 
 
 def inputs(B, T, D, dtype, count):
-    """(w, u, k, v, dy), random and different each time."""
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape, np.float32)
-    for _ in range(count):
-        tokens = [jnp.asarray(normal(B, T, D), dtype) for _ in range(3)]
-        yield jax.block_until_ready((-jnp.exp(normal(D)), jnp.asarray(normal(D)), *tokens))
+    """(w, u, k, v, dy), random and different each time: rolled along time, which takes less than drawing anew."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    w_D, u_D = (jax.random.normal(key, (D,)) for key in keys[:2])
+    tokens = [jax.jit(lambda key: jax.random.normal(key, (B, T, D)).astype(dtype))(key) for key in keys[2:]]
+    roll = jax.jit(lambda x_BTD, by: jnp.roll(x_BTD, by, axis=1))
+    for i in range(count):
+        yield jax.block_until_ready((-jnp.exp(w_D + 0.01 * i), u_D - 0.01 * i, *(roll(x, i) for x in tokens)))
 
 
 def jax_sides(wkv, shape):
     """({"forward": run, "both": run}, {"compile_seconds", "temporary_bytes"}) of one form at one shape."""
-    forward = lambda w, u, k, v, dy: wkv(w, u, k, v)
-    loss = lambda w, u, k, v, dy: (wkv(w, u, k, v).astype(jnp.float32) * dy).sum()
-    both = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))
+
+    def both(w, u, k, v, dy):
+        y, pull = jax.vjp(wkv, w, u, k, v)
+        return y, pull(dy.astype(y.dtype))
+
     arguments = next(inputs(*shape, 1))
     sides, facts = {}, {}
-    for name, f in (("forward", forward), ("both", both)):
+    for name, f in (("forward", lambda w, u, k, v, dy: wkv(w, u, k, v)), ("both", both)):
         start = time.perf_counter()
         compiled = jax.jit(f).lower(*arguments).compile()
         facts[name] = {
@@ -83,7 +93,7 @@ def transformers_sides():
         w, u, k, v, dy = (torch.from_numpy(np.array(a, np.float32)).requires_grad_(backward) for a in x)
         y, _ = rwkv_linear_attention_cpu(torch.log(-w), u, k, v)
         if backward:
-            (y * dy.detach()).sum().backward()
+            y.backward(dy.detach())
 
     return {"forward": partial(run, backward=False), "both": partial(run, backward=True)}
 
@@ -99,41 +109,87 @@ def forms(T):
     return found
 
 
-def measure(shape, rounds, bandwidth):
-    """One row for each form at one shape."""
+def measure(shape, rounds, bandwidth, rwkv_lm=None):
+    """One row for each form at one shape; without seconds and with the reason where it could not run."""
     B, T, D, dtype = shape
     sides, facts = {}, {}
     for name, form in forms(T).items():
         runs, facts[name] = jax_sides(form, shape)
         sides |= {(name, which): run for which, run in runs.items()}
-    if T <= LONGEST_SLOW and dtype == "float32":
-        sides |= {("transformers", which): run for which, run in transformers_sides().items()}
+    others, failed, on_gpu = {}, {}, jax.default_backend() == "gpu"
+    if on_gpu:
+        others = gpu_peers.sides(shape, rwkv_lm)
+    elif T <= LONGEST_SLOW and dtype == "float32":
+        others = {"transformers": transformers_sides()}
+    sides |= {(name, which): run for name, runs in others.items() for which, run in runs.items()}
+    if on_gpu:
+        sides, failed = first_calls(sides, inputs(*shape, len(sides)))
     seconds = medians(sides, inputs(*shape, (rounds + 1) * len(sides)), rounds)
     array = B * T * D * jnp.dtype(dtype).itemsize
     least = {"forward": 3 * array, "both": 8 * array}  # k, v, y; then k, v, dy, dk, dv as well
+    row = lambda name, which: {
+        "form": name, "shape": list(shape), "pass": which, **facts.get(name, {}).get(which, {})
+    }  # fmt: skip
     return [
-        {
-            "form": name,
-            "shape": list(shape),
-            "pass": which,
-            "seconds": t,
-            "share_of_copy": least[which] / bandwidth / t,
-            **facts.get(name, {}).get(which, {}),
-        }
-        for (name, which), t in seconds.items()
+        *(row(*side) | {"seconds": t, "share_of_copy": least[side[1]] / bandwidth / t} for side, t in seconds.items()),
+        *(row(*side) | {"seconds": None, "left_out": why} for side, why in failed.items()),
     ]
 
 
-def run(smoke):
-    """Rows of every form and shape, and the claims made of them."""
-    bandwidth = hardware.copy_bandwidth()
-    rows = []
-    for shape in SMOKE_SHAPES if smoke else SHAPES:
-        rows += measure(shape, 1 if smoke else ROUNDS, bandwidth)
-        for row in rows:
-            if row["shape"] == list(shape):
-                print("{form:<22} {shape} {pass:<8} {seconds:9.4f} s".format(**row), flush=True)
-    return {"copy_bytes_per_second": bandwidth, "rows": rows} | ({} if smoke else {"claims": claims(rows)})
+def first_calls(sides, given):
+    """(sides that ran once, why not of the others). Our own forms have no excuse but memory."""
+    able, failed = {}, {}
+    for side, run in sides.items():
+        try:
+            run(next(given))
+            able[side] = run
+        except Exception as error:
+            memory = "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+            if side[0] in FORMS and not memory:
+                raise
+            failed[side] = "out of memory" if memory else " ".join(str(error).split())[:200]
+    return able, failed
+
+
+def run(smoke, rwkv_lm=None):
+    """Rows of every form and shape, and the claims made of them. `rwkv_lm`: see `gpu_peers`."""
+    on_gpu = jax.default_backend() == "gpu"
+    if rwkv_lm is not None:
+        gpu_peers.sources(rwkv_lm)
+    bandwidth, began = hardware.copy_bandwidth(), time.perf_counter()
+    rows, left_out = [], gpu_peers.missing(rwkv_lm) if on_gpu else []
+    for shape in SMOKE_SHAPES if smoke else GPU_SHAPES if on_gpu else SHAPES:
+        if on_gpu and time.perf_counter() - began > GPU_SECONDS:
+            left_out.append(f"{list(shape)}: no time left")
+            continue
+        new = measure(shape, 1 if smoke else ROUNDS, bandwidth, rwkv_lm)
+        for row in new:
+            took = f"{row['seconds']:9.5f} s" if row["seconds"] else row["left_out"]
+            print(f"{row['form']:<22} {row['shape']} {row['pass']:<8} {took}", flush=True)
+        rows += new
+    claimed = [] if smoke else gpu_claims(rows) if on_gpu else claims(rows)
+    return {"copy_bytes_per_second": bandwidth, "rows": rows, "claims": claimed, "left_out": left_out}
+
+
+def report(results):
+    """What was claimed and what was left out, a line each; rows are printed as they come."""
+    lines = [f"{what}: {x:.2f} (at most {most} wanted)" for what, x, most in results["claims"]]
+    return lines + [f"left out: {what}" for what in results["left_out"]]
+
+
+def gpu_claims(rows):
+    """(what, measured, at most) of what is promised on a GPU, as far as it was measured there."""
+    found = {}
+    for shape in GPU_CLAIMED:
+        here = [r for r in rows if r["shape"] == list(shape) and r["pass"] == "both" and r["seconds"]]
+        ours = min((r for r in here if r["form"] in FORMS), key=lambda r: r["seconds"], default=None)
+        if ours is None:
+            continue
+        label = f"forward and backward, T {shape[1]:,}, by {ours['form']}"
+        found[f"{label}, over the time of moving its bytes"] = 1 / ours["share_of_copy"], 1.67
+        for peer in (r for r in here if r["form"] in (gpu_peers.CUDA, gpu_peers.ATTENTION)):
+            found[f"{label}, over {peer['form']}"] = ours["seconds"] / peer["seconds"], 1.0
+    return [(what, x, most) for what, (x, most) in found.items()]
 
 
 def claims(rows):

@@ -22,3 +22,9 @@ def medians(sides, inputs, rounds):
             run(given)
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def ratio(what, ours, our_speed, theirs, their_speed, wanted):
+    """A row of two speeds side by side; `wanted` is the least ratio claimed, None if none is."""
+    return {"what": what, "ours": ours, "ours_per_second": our_speed, "theirs": theirs,
+            "theirs_per_second": their_speed, "ratio": our_speed / their_speed, "wanted": wanted}  # fmt: skip

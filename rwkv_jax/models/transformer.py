@@ -30,7 +30,7 @@ from rwkv_jax.models.layers import (
 zeros = nn.initializers.zeros
 
 QUERY_BLOCK = 128  # queries whose scores exist at one time when there is no cache
-CACHE_BLOCK = 256  # cache slots read at one time; only blocks with filled slots are read
+CACHE_BLOCK = 256  # cache slots read at one time, unless one token reads a cache that is more than half full
 
 
 class KVCache(NamedTuple):
@@ -98,37 +98,40 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, preci
 def cached_attention(q_BTHK, cache: KVCache, slot_BT, start_BT, precision=None):
     """Attention of tokens already written to `cache` at `slot` to the slots from `start` to their own.
 
-    Blocks of slots are read one after the other with a running softmax, and only as many as are filled: a decode step
-    costs what the context costs, not what the cache could hold. Not differentiable in reverse (dynamic trip count).
+    Blocks of slots are read one after the other with a running softmax, and only as many as are filled: a decode
+    step costs what the context costs, not what the cache could hold. A single token reads a cache that is more than
+    half full at once: XLA copies every slice before it multiplies by it, and by block a token takes 61 ms instead of
+    27 (12 x 768, 8,192 slots, 2-core CPU). Not differentiable in reverse (dynamic trip count).
     """
     B, T, H, K = q_BTHK.shape
-    q_BHTK = rearrange(_wide(q_BTHK), "b t h k -> b h t k") * K**-0.5
-    size = min(CACHE_BLOCK, cache.k_BHSK.shape[2])
+    S = cache.k_BHSK.shape[2]
+    size = min(CACHE_BLOCK, S)
+    q_BHTK = rearrange(q_BTHK, "b t h k -> b h t k")
+    wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    product = partial(jnp.einsum, precision=precision, preferred_element_type=wide)
 
-    def block(i, carry):
+    def attend(begin, k_BHSK, v_BHSK, carry):
         top_BHT, total_BHT, out_BHTK = carry
-        k_BHSK, v_BHSK = (
-            _wide(lax.dynamic_slice_in_dim(x, i * size, size, axis=2)) for x in (cache.k_BHSK, cache.v_BHSK)
-        )
-        slots = (i * size + jnp.arange(size))[None, None]
+        slots = (begin + jnp.arange(k_BHSK.shape[2]))[None, None]
         seen = (slots <= slot_BT[..., None]) & (slots >= start_BT[..., None])
-        scores = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, precision=precision)
-        scores = jnp.where(seen[:, None], scores, -1e30)
+        scores = jnp.where(seen[:, None], product("bhtk,bhsk->bhts", q_BHTK, k_BHSK) * K**-0.5, -1e30)
         new_top = jnp.maximum(top_BHT, scores.max(-1))
         weights = jnp.where(seen[:, None], jnp.exp(scores - new_top[..., None]), 0)
         fade = jnp.exp(top_BHT - new_top)
-        out_BHTK = out_BHTK * fade[..., None] + jnp.einsum("bhts,bhsk->bhtk", weights, v_BHSK, precision=precision)
-        return new_top, total_BHT * fade + weights.sum(-1), out_BHTK
+        new_BHTK = product("bhts,bhsk->bhtk", weights.astype(v_BHSK.dtype), v_BHSK)
+        return new_top, total_BHT * fade + weights.sum(-1), out_BHTK * fade[..., None] + new_BHTK
 
-    start = (
-        jnp.full((B, H, T), -1e30, q_BHTK.dtype),
-        jnp.zeros((B, H, T), q_BHTK.dtype),
-        jnp.zeros_like(q_BHTK),
-    )
+    def block(i, carry):
+        k_BHSK, v_BHSK = (lax.dynamic_slice_in_dim(x, i * size, size, axis=2) for x in (cache.k_BHSK, cache.v_BHSK))
+        return attend(i * size, k_BHSK, v_BHSK, carry)
+
+    start = jnp.full((B, H, T), -1e30, wide), jnp.zeros((B, H, T), wide), jnp.zeros((B, H, T, K), wide)
     filled = (jnp.max(cache.length_B) + size - 1) // size
-    _, total_BHT, out_BHTK = lax.fori_loop(0, filled, block, start)
+    by_block = lambda: lax.fori_loop(0, filled, block, start)
+    at_once = lambda: attend(0, cache.k_BHSK, cache.v_BHSK, start)
+    _, total_BHT, out_BHTK = lax.cond(2 * filled > S // size, at_once, by_block) if T == 1 else by_block()
     # only a padding token can have seen nothing
-    out_BHTK = out_BHTK / jnp.maximum(total_BHT, jnp.finfo(total_BHT.dtype).tiny)[..., None]
+    out_BHTK = out_BHTK / jnp.maximum(total_BHT, jnp.finfo(wide).tiny)[..., None]
     return rearrange(out_BHTK, "b h t k -> b t h k").astype(q_BTHK.dtype)
 
 
