@@ -9,8 +9,10 @@ For the same reason the states that the backward pass recomputes stay in registe
 are the hardware's own (about 2 units in the last place).
 
 The forward pass keeps the state (num, den, log_scale) at the start of each block, 12 bytes a channel for every
-`BLOCK_T` tokens. `interpret` runs the kernels on a CPU (jax 0.11 and later). A GPU accumulates in float32 only.
+`BLOCK_T` tokens. Everything is computed in float32. `interpret` runs the kernels on a CPU (jax 0.11 and later).
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,34 +26,39 @@ BLOCK_D = 128  # threads of a warpgroup
 STAGES = 4
 
 
+# Lowering takes seconds: jit has the layers of a model share it.
+@partial(jax.jit, static_argnames="interpret")
 def forward(w_1D, u_1D, k_BTD, v_BTD, state, reset_BT, valid_BT, interpret=False):
     """(y [B, T, D] in the dtype of v, final `WKV4State`, states [B, M, 3, D] at the start of each block)."""
-    (B, T, D), dtype = k_BTD.shape, state.num.dtype
+    B, T, D = k_BTD.shape
+    _refuse_float64(state.num, k_BTD, v_BTD)
     masks, w_D, u_D, k_BTD, v_BTD = _whole_blocks(w_1D, u_1D, k_BTD, v_BTD, reset_BT, valid_BT)
     _, whole_T, whole_D = k_BTD.shape
     array = jax.ShapeDtypeStruct
     outputs = [
         array(v_BTD.shape, v_BTD.dtype),
-        *[array((B, whole_D), dtype)] * 3,
-        array((B, whole_T // BLOCK_T, 3, whole_D), dtype),
+        *[array((B, whole_D), jnp.float32)] * 3,
+        array((B, whole_T // BLOCK_T, 3, whole_D), jnp.float32),
     ]
     kernel = _kernel(_forward_kernel, "wkv4_forward", outputs, interpret)
     y_BTD, *final, starts_BM3D = kernel(*masks, w_D, u_D, k_BTD, v_BTD, *(_lanes(x) for x in state))
     return y_BTD[:, :T, :D], WKV4State(*(x[:, :D] for x in final)), starts_BM3D
 
 
+@partial(jax.jit, static_argnames="interpret")
 def backward(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, reset_BT, valid_BT, dy_BTD, dnum_BD, dden_BD, interpret=False):
     """(dw, du [B, D], dk, dv [B, T, D], dnum, dden [B, D]).
 
     Taken are the cotangents of num and den of the final state, returned are those of the incoming one, each at its
     own log_scale.
     """
-    (B, T, D), dtype = k_BTD.shape, dnum_BD.dtype
+    B, T, D = k_BTD.shape
+    _refuse_float64(dnum_BD, k_BTD, v_BTD)
     masks, w_D, u_D, k_BTD, v_BTD = _whole_blocks(w_1D, u_1D, k_BTD, v_BTD, reset_BT, valid_BT)
     _, whole_T, whole_D = k_BTD.shape
     array = jax.ShapeDtypeStruct
     outputs = [
-        *[array((B, whole_D), dtype)] * 4,
+        *[array((B, whole_D), jnp.float32)] * 4,
         array(k_BTD.shape, k_BTD.dtype),
         array(v_BTD.shape, v_BTD.dtype),
     ]
@@ -63,10 +70,12 @@ def backward(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, reset_BT, valid_BT, dy_BTD, 
     return dw_BD, du_BD, dk_BTD[:, :T, :D], dv_BTD[:, :T, :D], dnum_BD, dden_BD
 
 
+def _refuse_float64(*arrays):
+    if any(x.dtype == jnp.float64 for x in arrays):
+        raise ValueError("the WKV kernel for GPUs computes in float32 and does not take float64: name another impl")
+
+
 def _kernel(body, name, outputs, interpret):
-    accumulators = {x.dtype for x in outputs if x.ndim == 2}
-    if accumulators != {jnp.dtype("float32")} and not interpret:
-        raise ValueError(f"the WKV kernel for GPUs accumulates in float32, the state is {accumulators.pop()}")
     B, whole_D = next(x.shape for x in outputs if x.ndim == 2)
     return plgpu.kernel(
         body,
