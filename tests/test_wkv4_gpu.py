@@ -64,7 +64,7 @@ def test_follows_eq_16(T):
 @pytest.mark.skipif(ON_GPU, reason="a GPU has these errors itself")
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_approximations_of_the_hardware_stay_within_the_budget(monkeypatch, sign):
-    """ex2.approx.ftz of x log2(e) and rsqrt.approx, each always off by its documented largest error."""
+    """ex2.approx.ftz of x log2(e) and rsqrt.approx, always off by what is taken as their largest error."""
     exp2, rsqrt = jnp.exp2, jax.lax.rsqrt
     off = lambda x, error: x * np.float32(1 + sign * error)
     monkeypatch.setattr(jnp, "exp", lambda x: off(exp2(x * np.float32(np.log2(np.e))), 2**-22.5))
