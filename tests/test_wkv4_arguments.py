@@ -1,5 +1,7 @@
 """Which form `ops.wkv4` takes, and what it says of arguments that do not fit."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -24,6 +26,13 @@ def test_no_form_named_is_decided_for_the_platform_that_is_compiled_for():
     assert kernels == {"cpu": 0, "cuda": 0, "tpu": 1}
     decode = one_token.lower(lowering_platforms=("tpu",)).as_text()
     assert "stablehlo.case" not in decode and "tpu_custom_call" not in decode
+
+
+def test_the_kernel_by_name_is_the_platform_s_own():
+    traced = jax.jit(functools.partial(wkv4, impl="pallas")).trace(*arguments(20))
+    for platform, kernel in (("tpu", "tpu_custom_call"), ("cuda", "mosaic_gpu")):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count(f"custom_call @{kernel}") == 1 and "stablehlo.while" not in text
 
 
 @pytest.mark.parametrize(

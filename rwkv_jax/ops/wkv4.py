@@ -73,9 +73,10 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
         k_BTD, v_BTD: log weights (up to 1e37 either way) and values.
         state: `WKV4State` before the first token; None is the empty past.
         reset_BT: True where a new document starts: the token sees nothing before itself.
-        valid_BT: False where a token is padding and leaves the state untouched (a reset there is ignored).
-        impl: "scan", "associative", "pallas" (a kernel for TPU, interpreted on a CPU), or None for the one that suits
-            the platform and the shape. A named form is never replaced.
+        valid_BT: False where a token is padding: it leaves the state untouched, its y means nothing and takes no
+            gradient (a reset there is ignored).
+        impl: "scan", "associative", "pallas" (a kernel for TPUs and one for NVIDIA GPUs from Hopper on, that for TPUs
+            interpreted on a CPU), or None for the one that suits the platform. A named form is never replaced.
 
     Returns:
         y_BTD in the dtype of v, inside [min v, max v] of the tokens seen, and the `WKV4State` after the last token.
@@ -88,17 +89,23 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
     if reset_BT is not None and valid_BT is not None:
         reset_BT = reset_BT & valid_BT
     operands = (w_D.astype(dtype)[None], u_D.astype(dtype)[None], k_BTD, v_BTD, state, reset_BT, valid_BT)
-    if impl is None and T == 1:
+    if T == 1 and impl is None:
         impl = "scan"
-    if impl is not None:
+    if impl in ("scan", "associative"):
         return _wkv4(impl, *operands)
     # Chosen when lowering, so that compiling for a TPU on a CPU picks the TPU's form. What is known, 2026-11-24:
     # CPU: measured on 2 cores, scan is the fastest at every length and size (experiments/speed/results.json).
     # TPU: compiled for v5e and v5p, not run. Forward and backward at B 8, T 4,096, D 1,024, bfloat16: associative
     #   accesses 66 to 70 times the bytes of inputs and outputs and takes 2.0 GB beside them, the kernel 0.07 GB.
-    # CUDA: not measured. A scan is several launches a token; those of associative grow with log T.
+    # CUDA: not run. A scan is several launches a token; those of associative grow with log T. The kernel needs Hopper,
+    #   which lowering cannot see, and is left to those who name it until it has run.
     form = lambda name: partial(_wkv4, name)
-    return lax.platform_dependent(*operands, cpu=form("scan"), tpu=form("pallas"), default=form("associative"))
+    if impl is None:
+        return lax.platform_dependent(*operands, cpu=form("scan"), tpu=form("tpu"), default=form("associative"))
+    kernels = {"cpu": form("interpreted"), "tpu": form("tpu")}
+    if dtype != jnp.float64:
+        kernels["cuda"] = form("gpu")
+    return lax.platform_dependent(*operands, **kernels)
 
 
 def _check(w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT, impl):
@@ -356,6 +363,7 @@ def _forward(impl, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
 def _backward(impl, residuals, cotangents):
     (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT), starts = residuals
     dy_BTD, dfinal = cotangents
+    dy_BTD = dy_BTD if valid_BT is None else jnp.where(valid_BT[..., None], dy_BTD, 0)
     backward = _form(impl, "backward")
     dw, du, dk_BTD, dv_BTD, (dnum, dden) = backward(
         w, u, k_BTD, v_BTD, starts, reset_BT, valid_BT, dy_BTD, (dfinal.num, dfinal.den)
@@ -370,10 +378,13 @@ def _form(impl, direction):
         return {"forward": _scan_forward, "backward": _scan_backward}[direction]
     if impl == "associative":
         return {"forward": _associative_forward, "backward": _associative_backward}[direction]
+    if impl == "gpu":
+        from rwkv_jax.ops.kernels import wkv4_gpu
+
+        return getattr(wkv4_gpu, direction)
     from rwkv_jax.ops.kernels import wkv4_tpu
 
-    kernel = getattr(wkv4_tpu, direction)
-    return lambda *operands: lax.platform_dependent(*operands, tpu=kernel, cpu=partial(kernel, interpret=True))
+    return partial(getattr(wkv4_tpu, direction), interpret=impl == "interpreted")
 
 
 _wkv4.defvjp(_forward, _backward)

@@ -46,14 +46,10 @@ def forward(w_1D, u_1D, k_BTD, v_BTD, state, reset_BT, valid_BT, interpret=False
 
 
 @partial(jax.jit, static_argnames="interpret")
-def backward(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, reset_BT, valid_BT, dy_BTD, dnum_BD, dden_BD, interpret=False):
-    """(dw, du [B, D], dk, dv [B, T, D], dnum, dden [B, D]).
-
-    Taken are the cotangents of num and den of the final state, returned are those of the incoming one, each at its
-    own log_scale.
-    """
+def backward(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, reset_BT, valid_BT, dy_BTD, dfinal, interpret=False):
+    """(dw, du [B, D], dk, dv [B, T, D], cotangent (num, den) of the incoming state), from that of the final one."""
     B, T, D = k_BTD.shape
-    _refuse_float64(dnum_BD, k_BTD, v_BTD)
+    _refuse_float64(dfinal[0], k_BTD, v_BTD)
     masks, w_D, u_D, k_BTD, v_BTD = _whole_blocks(w_1D, u_1D, k_BTD, v_BTD, reset_BT, valid_BT)
     _, whole_T, whole_D = k_BTD.shape
     array = jax.ShapeDtypeStruct
@@ -64,10 +60,10 @@ def backward(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, reset_BT, valid_BT, dy_BTD, 
     ]
     kernel = _kernel(_backward_kernel, "wkv4_backward", outputs, interpret)
     *sums, dk_BTD, dv_BTD = kernel(
-        *masks, w_D, u_D, k_BTD, v_BTD, starts_BM3D, _lanes(_to(dy_BTD, whole_T)), _lanes(dnum_BD), _lanes(dden_BD)
+        *masks, w_D, u_D, k_BTD, v_BTD, starts_BM3D, _lanes(_to(dy_BTD, whole_T)), *(_lanes(x) for x in dfinal)
     )
     dw_BD, du_BD, dnum_BD, dden_BD = (x[:, :D] for x in sums)
-    return dw_BD, du_BD, dk_BTD[:, :T, :D], dv_BTD[:, :T, :D], dnum_BD, dden_BD
+    return dw_BD, du_BD, dk_BTD[:, :T, :D], dv_BTD[:, :T, :D], (dnum_BD, dden_BD)
 
 
 def _refuse_float64(*arrays):
@@ -233,8 +229,7 @@ def _backward_kernel(*refs):
             k, v, before, valid, a1, a2 = tokens[t]
             num, den, _ = before
             y, inverse, e1, e2 = _read(u, k, v, before)
-            dy = dy_TD[t, :].astype(w.dtype)
-            g = _where(valid, dy, jnp.zeros_like(dy)) * inverse
+            g = dy_TD[t, :].astype(w.dtype) * inverse
             du_t, dw_t = e2 * g * (v - y), a1 * (num * G + den * H)
             dk_BTD[b, m * BLOCK_T + t, channels] = (du_t + a2 * (G * v + H)).astype(dk_BTD.dtype)
             dv_BTD[b, m * BLOCK_T + t, channels] = (e2 * g + a2 * G).astype(dv_BTD.dtype)
