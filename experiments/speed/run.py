@@ -7,8 +7,8 @@ with ours is fair; RWKV-4 against the transformer is reported with both FLOP cou
 decode: a 12 x 768 RWKV-4 with V 50,277 at least 1.8 times as fast as the `rwkv` package's "cpu fp32"; over contexts of
 0 to 131,072 tokens (6 x 768) the transformer with its cache reads at 0.6 of the measured bandwidth or more at 8,192.
 ops: WKV forward and backward at B 4, T 1,024, D 512 takes at most 0.35 of the time of autodiff through a plain scan, 3
-times its own forward pass, and a quarter of the temporary memory; time a token from 32k to 128k within 25 %. The first
-two are aims: 0.45 and 3.8 times on 2026-11-24.
+times its own forward pass, and a quarter of the temporary memory; time a token from 32k to 128k within 25 %. Three
+times its own forward pass is an aim: 3.3 on 2026-11-24.
 
 Not measured: no GPU and no TPU has run this yet. On a GPU, with flash-linear-attention and torch for CUDA installed
 and RWKV-LM cloned to PATH, one command measures WKV beside the released CUDA kernel, that package's Triton kernel and
