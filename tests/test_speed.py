@@ -46,6 +46,12 @@ def test_smoke_measures_and_draws_every_suite_and_keeps_the_others(tmp_path):
         assert 5e3 < (tmp_path / f"{suite}.png").stat().st_size < 1e5
 
 
+@pytest.mark.parametrize(("platform", "kernel"), [("cpu", False), ("gpu", True), ("tpu", True)])
+def test_the_kernel_is_timed_where_it_is_compiled(monkeypatch, platform, kernel):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert ("pallas" in ops.forms(4096)) == kernel
+
+
 def test_parts_of_a_step_add_up_to_it():
     seconds = {"step": 10.0, "gradient": 9.0, "optimiser": 1.5, "operator": 2.0, "matmuls": 4.0}
     found = train.parts(seconds, "WKV")
