@@ -3,27 +3,16 @@
 import jax
 import jax.numpy as jnp
 
+from experiments.speed import ops
+
 
 def plain_scan(w_C, u_C, k_BTC, v_BTC):
     """Eqs. 23-28 as one scan over time; each step in float32, the state then rounded to the dtype of k."""
     dtype = jnp.finfo(k_BTC.dtype)
     # kept in float32 arrays all the same: XLA's CPU compiler takes T^2 time over bfloat16 ones in a loop
     stored = lambda x: jax.lax.reduce_precision(x, dtype.nexp, dtype.nmant)
-
-    def step(carry, kv):
-        num, den, p = carry
-        k, v = kv
-        q = jnp.maximum(p, u_C + k)
-        e1, e2 = jnp.exp(p - q), jnp.exp(u_C + k - q)
-        y = (e1 * num + e2 * v) / (e1 * den + e2)
-        q = jnp.maximum(p + w_C, k)
-        e1, e2 = jnp.exp(p + w_C - q), jnp.exp(k - q)
-        return (stored(e1 * num + e2 * v), stored(e1 * den + e2), stored(q)), y
-
-    tokens = tuple(x.astype(jnp.float32).swapaxes(0, 1) for x in (k_BTC, v_BTC))
-    zeros = jnp.zeros_like(tokens[0][0])
-    y_TBC = jax.lax.scan(step, (zeros, zeros, jnp.full_like(zeros, -1e38)), tokens)[1]
-    return y_TBC.swapaxes(0, 1).astype(v_BTC.dtype)
+    k, v = k_BTC.astype(jnp.float32), v_BTC.astype(jnp.float32)
+    return ops.plain_scan(w_C, u_C, k, v, stored).astype(v_BTC.dtype)
 
 
 def transformers_gradients(w_C, u_C, k_TC, v_TC, dy_TC):

@@ -36,8 +36,11 @@ ROUNDS = 5
 LONGEST_SLOW = 1024  # tokens: beyond, what is slow or hungry by design is left out
 
 
-def plain_scan(w_D, u_D, k_BTD, v_BTD):
-    """Eq. 16 in its safe form (Eqs. 23-28) as one scan over time, differentiated by JAX: what one writes first."""
+def plain_scan(w_D, u_D, k_BTD, v_BTD, stored=lambda x: x):
+    """Eq. 16 in its safe form (Eqs. 23-28) as one scan over time, differentiated by JAX: what one writes first.
+
+    `stored` is what becomes of a state's arrays between tokens.
+    """
 
     def step(carry, kv):
         num, den, p = carry
@@ -47,7 +50,7 @@ def plain_scan(w_D, u_D, k_BTD, v_BTD):
         y = (e1 * num + e2 * v) / (e1 * den + e2)
         q = jnp.maximum(p + w_D, k)
         e1, e2 = jnp.exp(p + w_D - q), jnp.exp(k - q)
-        return (e1 * num + e2 * v, e1 * den + e2, q), y
+        return (stored(e1 * num + e2 * v), stored(e1 * den + e2), stored(q)), y
 
     B, _, D = k_BTD.shape
     empty = jnp.zeros((B, D)), jnp.zeros((B, D)), jnp.full((B, D), -1e38)

@@ -20,7 +20,7 @@ fused attention, in at most 8 minutes:
     python -m experiments.speed.run [--suite=train|decode|ops] [--smoke] [--out=DIR] [--rwkv-lm=PATH]
     python -m experiments.speed.plot
 
-Needs requirements-live.txt. Cost: about 8 minutes on 2 cores, which nothing else may use meanwhile.
+Needs requirements-live.txt. Cost: about 9 minutes on 2 cores, which nothing else may use meanwhile.
 """
 
 import argparse
