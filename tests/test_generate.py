@@ -16,7 +16,8 @@ from scipy import stats
 
 import rwkv_jax
 from rwkv_jax import checkpoint
-from rwkv_jax.generate import DISPATCH, PROMPT_CHUNK, generate, main, prefill, sample, stream
+from rwkv_jax.generate import DISPATCH, PROMPT_CHUNK, generate, prefill, sample, stream
+from rwkv_jax.generate.__main__ import main
 from rwkv_jax.tokenizers import ByteTokenizer
 
 LAYERS = {"rwkv4": ("rwkv4",), "transformer": ("attention",), "hybrid": ("rwkv4", "attention")}

@@ -1,17 +1,12 @@
 """Text that continues a prompt.
 
-    python -m rwkv_jax.generate --model=runs/tiny --prompt="def main(" --temperature=0.8 --top_p=0.9
-
 `prefill` reads the prompt, many tokens at a time; decoding then draws a token from the last logits and reads it, one
 after the other. The state is all that either remembers of the text: for RWKV it has one size, with attention it is a
 cache for the prompt and all that follows. Decoding is compiled once for a model and a batch size, whatever the number
 of tokens and the settings of the sampler; prompts share at most nine shapes, whatever their length.
 """
 
-import argparse
 import itertools
-import os
-import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -20,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rwkv_jax import interop, tokenizers
+from rwkv_jax import tokenizers
 from rwkv_jax.models import unstack
 
 PROMPT_CHUNK = 256  # tokens of a prompt read at one time
@@ -217,37 +212,3 @@ def _check_tokenizer(tokenizer, model):
         raise ValueError(
             f"tokenizer {tokenizer.name} has {vocab_size} tokens, the model {V}: expected the model's own"
         )
-
-
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.generate", description="Continue a prompt; only the continuation is printed."
-    )
-    parser.add_argument("--model", required=True, help="a training workdir or an official .pth")
-    parser.add_argument("--prompt", required=True, help="text to continue; empty: the beginning of a document")
-    parser.add_argument("--tokenizer", help="'bytes' or the path of a tokenizer.json; default: the workdir's")
-    parser.add_argument("--max_new_tokens", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
-    parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this probability")
-    parser.add_argument("--seed", type=int, default=0)
-    args = vars(parser.parse_args(argv))
-    path, prompt, tokenizer = args.pop("model"), args.pop("prompt"), args.pop("tokenizer")
-    try:
-        model, params = interop.load(path, scan=False)
-        tokenizer = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
-        for text in stream(model, params, prompt, tokenizer, **args):
-            print(text, end="", flush=True)
-        print()
-    except KeyboardInterrupt:
-        print()
-        return 130
-    except BrokenPipeError:  # the reader has seen enough; what is left to flush goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
