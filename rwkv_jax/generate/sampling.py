@@ -34,6 +34,14 @@ from jax.tree_util import Partial
 RECENT = 16  # tokens that a history remembers in their order
 LANES = 512  # of sums over V: XLA vectorises over them on a CPU, it does not within a sum
 NO_TOKEN = 2**31 - 1  # an id beyond every vocabulary
+NUMBERS = {  # the least and the largest value, the one that is off, and all that in words
+    "top_p": (1e-30, 1, 1, "a number in (0, 1]"),
+    "min_p": (0, 1, 0, "a number in [0, 1]"),
+    "typical_p": (1e-30, 1, 1, "a number in (0, 1]"),
+    "repetition_penalty": (1e-6, 1e6, 1, "a number from 1e-6 to 1e6"),
+    "presence_penalty": (-1e6, 1e6, 0, "a number from -1e6 to 1e6"),
+    "frequency_penalty": (-1e6, 1e6, 0, "a number from -1e6 to 1e6"),
+}
 READS = {  # what of a history a setting reads
     "repetition_penalty": "seen_BV",
     "presence_penalty": "counts_BV",
@@ -126,55 +134,43 @@ def sampler(
         bad_words_ids: sequences of 1 to 16 ids that shall not appear: bans the last one where the others precede.
         temperature_last: the `rwkv` package's order.
     """
-    traced = {}
+    given, settings = locals(), {}
     _check("temperature", temperature, temperature == 0 or _within(temperature, 1e-6, 1e6), "0, or from 1e-6 to 1e6")
-    if temperature != 0:
-        traced["temperature_last" if temperature_last else "temperature"] = np.float32(temperature)
-        for name, value, off in (("top_p", top_p, 1), ("min_p", min_p, 0), ("typical_p", typical_p, 1)):
-            interval = "[0, 1]" if off == 0 else "(0, 1]"
-            _check(name, value, value is None or value == off or _within(value, 1e-30, 1), f"a number in {interval}")
-            if value is not None and value != off:
-                traced[name] = np.float32(value)
-        _check("top_k", top_k, top_k is None or _is_id(top_k), "a whole number, 0 or more")
-        if top_k:
-            traced["top_k"] = np.float32(top_k)
-    penalties = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
-    for name, value, off in (
-        ("repetition_penalty", repetition_penalty, 1),
-        *((*item, 0) for item in penalties.items()),
-    ):
-        low, expected = (1e-6, "a number from 1e-6 to 1e6") if off == 1 else (-1e6, "a number from -1e6 to 1e6")
-        _check(name, value, value is None or _within(value, low, 1e6), expected)
-        if value is not None and value != off:
-            traced[name] = np.float32(value)
+    for name, (low, high, off, expected) in NUMBERS.items():
+        value = given[name]
+        _check(name, value, value is None or value == off or _within(value, low, high), expected)
+        if value is not None and value != off and (temperature or name in READS):
+            settings[name] = np.float32(value)
+    _check("top_k", top_k, top_k is None or _is_id(top_k), "a whole number, 0 or more")
+    if temperature:
+        settings["temperature_last" if temperature_last else "temperature"] = np.float32(temperature)
+    if temperature and top_k:
+        settings["top_k"] = np.float32(top_k)
     if logit_bias:
         for token, bias in logit_bias.items():
             _check("an id of logit_bias", token, _is_id(token), "a token's id")
             _check(f"logit_bias[{token}]", bias, bias == -math.inf or _within(bias, -1e6, 1e6), "-1e6 to 1e6, or -inf")
-        empty = _spare(len(logit_bias))
-        traced["logit_bias"] = (
-            np.array([*logit_bias, *[NO_TOKEN] * empty], np.int32),
-            np.array([*logit_bias.values(), *[0] * empty], np.float32),
-        )
+        ids, biases, spare = [*logit_bias], [*logit_bias.values()], _spare(len(logit_bias))
+        settings["logit_bias"] = np.int32(ids + [NO_TOKEN] * spare), np.float32(biases + [0] * spare)
     if bad_words_ids:
         for i, word in enumerate(bad_words_ids):
             good = isinstance(word, list | tuple | np.ndarray) and 1 <= len(word) <= RECENT and all(map(_is_id, word))
             _check(f"bad_words_ids[{i}]", word, good, f"1 to {RECENT} ids of tokens")
-        rows = [[-1] * (RECENT - len(word)) + [int(i) for i in word] for word in bad_words_ids]
-        traced["bad_words_ids"] = np.array(rows + [[NO_TOKEN] * RECENT] * _spare(len(rows)), np.int32)
-    return Partial(_sampled if temperature else _likeliest, **traced)
+        words = [[-1] * (RECENT - len(word)) + [*word] for word in bad_words_ids]
+        settings["bad_words_ids"] = np.int32(words + [[NO_TOKEN] * RECENT] * _spare(len(words)))
+    return Partial(_sampled if temperature else _likeliest, **settings)
 
 
 def check_vocabulary(sampler, vocab_size: int):
-    """An error where settings name a token that the model does not have, which would have no effect."""
-    keywords = sampler.keywords if _ours(sampler) else {}
+    """An error where a setting names a token that the model does not have: it would have no effect."""
+    settings = sampler.keywords if _ours(sampler) else {}
     for name, ids in (
-        ("logit_bias", keywords.get("logit_bias", [[]])[0]),
-        ("bad_words_ids", keywords.get("bad_words_ids", [])),
+        ("logit_bias", settings.get("logit_bias", [[]])[0]),
+        ("bad_words_ids", settings.get("bad_words_ids", [])),
     ):
-        wrong = [i for i in np.ravel(ids) if vocab_size <= i < NO_TOKEN]
+        wrong = [int(i) for i in np.ravel(ids) if vocab_size <= i < NO_TOKEN]
         if wrong:
-            raise ValueError(f"{name} names token {wrong[0]:.0f}, expected ids from 0 to {vocab_size - 1}")
+            raise ValueError(f"{name} names token {wrong[0]}, expected ids from 0 to {vocab_size - 1}")
 
 
 def distribution(sampler, logits_BV, history: History | None = None):
@@ -182,10 +178,10 @@ def distribution(sampler, logits_BV, history: History | None = None):
     if not _ours(sampler):
         raise ValueError(f"the distribution of {sampler} is not known, expected what sampling.sampler() returns")
     if sampler.func is _sampled:
-        return _truncated(_scores(logits_BV, history, **sampler.keywords), **sampler.keywords)
-    token_B = sampler(logits_BV, None, history)
-    logits_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None] == token_B[:, None], 0.0, -jnp.inf)
-    return jnp.where(token_B[:, None] < 0, jnp.nan, logits_BV)
+        return _truncated(_scores(logits_BV, history, sampler.keywords), sampler.keywords)
+    token_B1 = sampler(logits_BV, None, history)[:, None]
+    one_BV = jnp.where(_ids(logits_BV) == token_B1, 0.0, -jnp.inf)
+    return jnp.where(token_B1 < 0, jnp.nan, one_BV)
 
 
 def draw(logits_BV, key_B):
@@ -194,7 +190,6 @@ def draw(logits_BV, key_B):
     A block of tokens first, then a token of the block, with two uniform numbers instead of one for each token: an
     inverse distribution function whose resolution is that of both numbers together.
     """
-    B, V = logits_BV.shape
     top_B1 = logits_BV.max(axis=-1, keepdims=True)
     p_BNL = _blocks(jnp.exp(logits_BV - top_B1))
     u_B2 = jax.vmap(lambda key: jax.random.uniform(key, 2))(key_B)
@@ -211,99 +206,78 @@ def _inverse(p_BN, u_B):
 
 
 def _sampled(logits_BV, key_B, history=None, **settings):
-    return draw(_truncated(_scores(logits_BV, history, **settings), **settings), key_B)
+    return draw(_truncated(_scores(logits_BV, history, settings), settings), key_B)
 
 
 def _likeliest(logits_BV, key_B, history=None, **settings):
-    scores_BV = _scores(logits_BV, history, **settings)
-    ids_BV = jnp.broadcast_to(jnp.arange(scores_BV.shape[1], dtype=jnp.int32), scores_BV.shape)
-    top_B1 = scores_BV.max(axis=-1, keepdims=True)
-    # the first of the best, four times as fast as argmax on a CPU
-    token_B = jnp.where(scores_BV == top_B1, ids_BV, NO_TOKEN).min(axis=-1)
+    x_BV = _scores(logits_BV, history, settings)
+    top_B1 = x_BV.max(axis=-1, keepdims=True)
+    # the first of the best: faster than argmax on a CPU
+    token_B = jnp.where(x_BV == top_B1, _ids(x_BV), NO_TOKEN).min(axis=-1)
     return jnp.where(jnp.isfinite(top_B1[:, 0]), token_B, -1)
 
 
-def _scores(
-    logits_BV,
-    history,
-    logit_bias=None,
-    repetition_penalty=None,
-    presence_penalty=None,
-    frequency_penalty=None,
-    bad_words_ids=None,
-    **_,
-):
+def _scores(logits_BV, history, settings):
     """What concerns single tokens. A ban, -inf, passes through all that follows it."""
-    for name, setting in locals().copy().items():
-        if name in READS and setting is not None and getattr(history, READS[name], None) is None:
-            raise ValueError(f"{name} needs {READS[name]} of a history, which is None")
+    for name in settings.keys() & READS.keys():
+        if getattr(history, READS[name], None) is None:
+            raise ValueError(f"{name} needs the history's {READS[name]}, which is None")
     x_BV = logits_BV.astype(jnp.float32)
-    if logit_bias is not None:
-        ids_N, bias_N = logit_bias
+    if "logit_bias" in settings:
+        ids_N, bias_N = settings["logit_bias"]
         x_BV = x_BV.at[:, ids_N].add(bias_N[None], mode="drop")
-    if repetition_penalty is not None:
-        penalised_BV = jnp.where(x_BV > 0, x_BV / repetition_penalty, x_BV * repetition_penalty)
-        x_BV = jnp.where(history.seen_BV, penalised_BV, x_BV)
-    if presence_penalty is not None:
-        x_BV -= presence_penalty * (history.counts_BV > 0)
-    if frequency_penalty is not None:
-        x_BV -= frequency_penalty * history.counts_BV
-    if bad_words_ids is not None:
-        before_NR, last_N = bad_words_ids[:, :-1], bad_words_ids[:, -1]
+    if "repetition_penalty" in settings:
+        penalty = settings["repetition_penalty"]
+        x_BV = jnp.where(history.seen_BV, jnp.where(x_BV > 0, x_BV / penalty, x_BV * penalty), x_BV)
+    if "presence_penalty" in settings:
+        x_BV -= settings["presence_penalty"] * (history.counts_BV > 0)
+    if "frequency_penalty" in settings:
+        x_BV -= settings["frequency_penalty"] * history.counts_BV
+    if "bad_words_ids" in settings:
+        before_NR, last_N = settings["bad_words_ids"][:, :-1], settings["bad_words_ids"][:, -1]
         match_BNR = (before_NR[None] == history.recent_BR[:, None, 1:]) | (before_NR[None] == -1)
         x_BV = x_BV.at[:, last_N].min(jnp.where(match_BNR.all(axis=-1), -jnp.inf, jnp.inf), mode="drop")
     return x_BV
 
 
-def _truncated(x_BV, temperature=None, temperature_last=None, top_k=None, top_p=None, min_p=None, typical_p=None, **_):
-    """Logits, the largest 0, that are -inf where a filter removed a token."""
+def _truncated(x_BV, settings):
+    """Logits, the largest 0, that are -inf where a filter removed a token; all NaN where there is none to draw."""
     top_B1 = x_BV.max(axis=-1, keepdims=True)
     z_BV = x_BV - top_B1  # before the temperature, or a small one overflows
-    if temperature is not None:
-        z_BV /= temperature
-
-    def keep_k(z_BV):
-        return _keep(z_BV, -x_BV, jnp.ones_like(z_BV), top_k)
-
-    def keep_p(z_BV):
+    z_BV /= settings.get("temperature", 1)
+    for name in ("top_p", "top_k") if "temperature_last" in settings else ("top_k", "top_p"):
+        if name in settings:
+            weight_BV = jnp.ones_like(z_BV) if name == "top_k" else jnp.exp(z_BV)
+            whole_B = 1.0 if name == "top_k" else _sum(weight_BV)
+            z_BV = _keep(z_BV, -x_BV, weight_BV, settings[name] * whole_B)
+    if "min_p" in settings:
+        z_BV = jnp.where(z_BV >= jnp.log(settings["min_p"]), z_BV, -jnp.inf)
+    if "typical_p" in settings:
         p_BV = jnp.exp(z_BV)
-        return _keep(z_BV, -x_BV, p_BV, top_p * _sum(p_BV))
-
-    first, second = ((keep_k, top_k), (keep_p, top_p))[:: 1 if temperature_last is None else -1]
-    for keep, setting in (first, second):
-        if setting is not None:
-            z_BV = keep(z_BV)
-    if min_p is not None:
-        z_BV = jnp.where(z_BV >= jnp.log(min_p), z_BV, -jnp.inf)
-    if typical_p is not None:
-        p_BV = jnp.exp(z_BV)
-        total_B = _sum(p_BV)
-        surprise_BV = jnp.log(total_B)[:, None] - z_BV
-        entropy_B = _sum(jnp.where(p_BV > 0, p_BV * surprise_BV, 0)) / total_B
-        z_BV = _keep(z_BV, jnp.abs(surprise_BV - entropy_B[:, None]), p_BV, typical_p * total_B)
-        if temperature_last is None:
-            z_BV -= z_BV.max(axis=-1, keepdims=True)
-    if temperature_last is not None:
-        z_BV = (z_BV - z_BV.max(axis=-1, keepdims=True)) / temperature_last
+        whole_B = _sum(p_BV)
+        surprise_BV = jnp.log(whole_B)[:, None] - z_BV
+        entropy_B = _sum(jnp.where(p_BV > 0, p_BV * surprise_BV, 0)) / whole_B
+        z_BV = _keep(z_BV, jnp.abs(surprise_BV - entropy_B[:, None]), p_BV, settings["typical_p"] * whole_B)
+        z_BV -= z_BV.max(axis=-1, keepdims=True)
+    z_BV /= settings.get("temperature_last", 1)
     return jnp.where(jnp.isfinite(top_B1), z_BV, jnp.nan)
 
 
 def _keep(z_BV, cost_BV, weight_BV, target_B):
-    """`z`, -inf but for the cheapest tokens, as few as reach the target with their weights; of equal ones lower ids."""
-    B, V = z_BV.shape
+    """`z`, -inf but for the cheapest tokens, as few as reach the target with their weights; lower ids first."""
     bits_BV = lax.bitcast_convert_type(jnp.where(cost_BV == 0, 0.0, cost_BV), jnp.uint32)  # -0 is 0
     key_BV = jnp.where(bits_BV >> 31 == 0, bits_BV | jnp.uint32(1 << 31), ~bits_BV)  # in the order of the costs
-    target_B = jnp.broadcast_to(target_B, B)
+    target_B = jnp.broadcast_to(target_B, len(z_BV))
     last_B1, sum_B = _last(key_BV, weight_BV, target_B, 32)
-    equal_BV = key_BV == last_B1
-    ids_BV = jnp.broadcast_to(jnp.arange(V, dtype=jnp.uint32), (B, V))
+    equal_BV, ids_BV = key_BV == last_B1, _ids(z_BV)
 
     def up_to_an_id():
-        return _last(ids_BV, jnp.where(equal_BV, weight_BV, 0), target_B - sum_B, V.bit_length())[0]
+        weight_of_equal_BV = jnp.where(equal_BV, weight_BV, 0)
+        return _last(ids_BV.astype(jnp.uint32), weight_of_equal_BV, target_B - sum_B, z_BV.shape[1].bit_length())[0]
 
     several = jnp.any(_sum(equal_BV.astype(jnp.float32)) > 1)
-    id_B1 = lax.cond(several, up_to_an_id, lambda: jnp.full((B, 1), V, jnp.uint32))
-    return jnp.where((key_BV < last_B1) | (equal_BV & (ids_BV <= id_B1)), z_BV, -jnp.inf)
+    id_B1 = lax.cond(several, up_to_an_id, lambda: jnp.full_like(last_B1, NO_TOKEN))
+    return jnp.where((key_BV < last_B1) | (equal_BV & (ids_BV <= id_B1.astype(jnp.int32))), z_BV, -jnp.inf)
 
 
 def _last(key_BV, weight_BV, target_B, bits: int):
@@ -325,9 +299,12 @@ def _last(key_BV, weight_BV, target_B, bits: int):
     return last_B[:, None], sum_B
 
 
+def _ids(x_BV):
+    return lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
+
+
 def _blocks(x_BV):
-    B, V = x_BV.shape
-    return jnp.pad(x_BV, ((0, 0), (0, -V % LANES))).reshape(B, -1, LANES)
+    return jnp.pad(x_BV, ((0, 0), (0, -x_BV.shape[1] % LANES))).reshape(len(x_BV), -1, LANES)
 
 
 def _sum(x_BV):
