@@ -93,7 +93,7 @@ def history(B: int, V: int, prompt_BT=None, valid_BT=None, decay=1.0, sampler=No
         raise ValueError(f"the decay of penalties is {decay}, expected 0 to 1")
     seen_BV, recent_BR = np.zeros((B, V), bool), np.full((B, RECENT), -1, np.int32)
     for b in range(B if prompt_BT is not None else 0):
-        row = np.asarray(prompt_BT[b])
+        row = np.asarray(prompt_BT[b], np.int32)  # an empty list is float64 otherwise
         row = row if valid_BT is None else row[np.asarray(valid_BT[b])]
         seen_BV[b, row] = True
         recent_BR[b, RECENT - len(row[-RECENT:]) :] = row[-RECENT:]
@@ -222,7 +222,7 @@ def _scores(logits_BV, history, settings):
     for name in settings.keys() & READS.keys():
         if getattr(history, READS[name], None) is None:
             raise ValueError(f"{name} needs the history's {READS[name]}, which is None")
-    x_BV = logits_BV.astype(jnp.float32)
+    x_BV = jnp.asarray(logits_BV, jnp.float32)
     if "logit_bias" in settings:
         ids_N, bias_N = settings["logit_bias"]
         x_BV = x_BV.at[:, ids_N].add(bias_N[None], mode="drop")
