@@ -1,0 +1,170 @@
+"""All that a model remembers of the texts it has read, as a value: keep it, fork it, take rows of it, save it.
+
+For RWKV a context has one size, whatever it has read. Attention keeps a cache of as many slots as the text has tokens,
+which grows when a longer text is read: leaves that depend on `max_length` of `model.init_state` are such caches. They
+are only ever written behind what they hold, which is why a copy of everything else is enough to go back.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CACHE_STEP = 256  # caches are multiples of this, so that they share compiled functions
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What B texts leave behind: the state, leaves [B, ...], and logits [B, V] of what follows them.
+
+    A value: nothing that takes one changes it or makes it unusable. To fork a text, use its context twice.
+    """
+
+    state: tuple
+    logits_BV: jax.Array
+
+
+def rows(context: Context, index) -> Context:
+    """The texts at `index`, an int, a slice or ids: `rows(context, [0, 0, 2])` holds the first one twice."""
+    B = len(context.logits_BV)
+    picked = np.atleast_1d(np.arange(B)[index])  # NumPy refuses what is out of range, jax does not
+    return jax.tree.map(lambda x: jnp.asarray(x)[picked], context)
+
+
+def concatenate(contexts: Sequence[Context]) -> Context:
+    """The texts of all contexts, those of one model, in one. Caches become as long as the longest."""
+    if not contexts:
+        raise ValueError("no contexts, expected at least one")
+    if len({jax.tree.structure(context) for context in contexts}) > 1:
+        raise ValueError("the contexts are those of different models, expected one model's")
+
+    def joined(*leaves):
+        sizes = np.max([x.shape[1:] for x in leaves], axis=0).tolist()
+        return jnp.concatenate([_filled_up(x, (len(x), *sizes)) for x in leaves])
+
+    return jax.tree.map(joined, *contexts)
+
+
+def begin(model, context: Context | None, batch: int, room: int) -> Context:
+    """A context of B texts, empty or a copy of the given one, that can read `room` more tokens and may be donated.
+
+    Raises:
+        ValueError: the given one is another model's, or of another number of texts.
+    """
+    if context is None:
+        wide = jnp.promote_types(model.dtype, jnp.float32)
+        state = model.init_state(batch, max_length=_round_up(max(room, 1)))
+        return Context(state, jnp.zeros((batch, model.vocab_size), wide))
+    check(model, context, batch)
+    context = jax.tree.map(jnp.copy, context)
+    return with_room(model, context, room, room)
+
+
+def check(model, context: Context, batch: int) -> None:
+    """An error unless the context is one of this model and of B texts, whatever the length of its caches."""
+    B, V = context.logits_BV.shape
+    wanted = jax.eval_shape(lambda: model.init_state(B, max_length=CACHE_STEP))
+    good = model.vocab_size == V and jax.tree.structure(wanted) == jax.tree.structure(context.state)
+    if good:
+        sizes = lambda x, grows: [n for axis, n in enumerate(x.shape) if axis not in grows]
+        leaves = zip(jax.tree.leaves(context.state), jax.tree.leaves(wanted), cache_axes(model), strict=True)
+        good = all(x.dtype == y.dtype and sizes(x, grows) == sizes(y, grows) for x, y, grows in leaves)
+    if not good:
+        raise ValueError("the context is not one of this model: its arrays have other names, shapes or dtypes")
+    if batch != B:
+        raise ValueError(f"the context holds {B} texts, expected one for each of the {batch} prompts")
+
+
+def cache_axes(model) -> list[tuple[int, ...]]:
+    """The axes that grow with `max_length`, for each leaf of a state: none but in caches."""
+    few, many = (jax.tree.leaves(jax.eval_shape(lambda n=n: model.init_state(1, max_length=n))) for n in (1, 2))
+    differ = lambda x, y: tuple(axis for axis, (n, m) in enumerate(zip(x.shape, y.shape, strict=True)) if n != m)
+    return [differ(x, y) for x, y in zip(few, many, strict=True)]
+
+
+def with_room(model, context: Context, room: int, likely: int) -> Context:
+    """The context with caches for at least `room` more tokens.
+
+    Where they must grow, they double, but to no more than `likely` tokens need: few shapes to compile, few copies.
+    """
+    axes = cache_axes(model)
+    if not any(axes):
+        return context
+    leaves = jax.tree.leaves(context.state)
+    slots = next(x.shape[grows[0]] for x, grows in zip(leaves, axes, strict=True) if grows)
+    length = max(int(entry.cache.length_B.max()) for entry in context.state if hasattr(entry, "cache"))
+    if length + room <= slots:
+        return context
+    slots = _round_up(max(length + room, min(2 * slots, length + likely)))
+    wanted = jax.eval_shape(lambda: model.init_state(len(context.logits_BV), max_length=slots))
+    state = jax.tree.map(lambda x, shape: _filled_up(x, shape.shape), context.state, wanted)
+    return Context(state, context.logits_BV)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // CACHE_STEP) * CACHE_STEP
+
+
+def _filled_up(x, shape):
+    """x with zeros behind it, as large as `shape`."""
+    return jnp.pad(x, [(0, wanted - size) for size, wanted in zip(x.shape, shape, strict=True)])
+
+
+def mark(model, context: Context) -> Context:
+    """What `go_back` needs of a context: a copy of all but its caches."""
+    leaves, tree = jax.tree.flatten(context.state)
+    kept = [None if grows else jnp.copy(x) for x, grows in zip(leaves, cache_axes(model), strict=True)]
+    return Context(jax.tree.unflatten(tree, kept), jnp.copy(context.logits_BV))
+
+
+def go_back(context: Context, marked: Context, back_B) -> Context:
+    """The context, texts where `back_B` is true as they were when marked."""
+
+    def pick(now, then):
+        return now if then is None else jnp.where(jnp.reshape(back_B, (-1, *[1] * (now.ndim - 1))), then, now)
+
+    return jax.tree.map(pick, context, marked, is_leaf=lambda x: x is None)
+
+
+class PrefixCache:
+    """Contexts of what a model has read, by their tokens, so that what texts begin with is read once.
+
+    The longest entry that a text begins with is used. Only what was read becomes an entry: `read` a common beginning
+    alone first. Of more than `max_entries`, the one that was not used for longest goes.
+    """
+
+    def __init__(self, model, params, max_entries: int = 16):
+        from rwkv_jax.generate.decode import per_layer  # here, because decoding needs contexts
+
+        if max_entries < 1:
+            raise ValueError(f"max_entries is {max_entries}, expected at least 1")
+        self._model, self._params = per_layer(model, params)
+        self._max_entries = max_entries
+        self._entries: OrderedDict[bytes, Context] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def read(self, ids: Sequence[int]) -> Context:
+        """The context after `ids`, at least one, as `generate.read` makes it."""
+        from rwkv_jax.generate.decode import read
+
+        tokens = np.asarray(ids)
+        if tokens.size == 0:
+            raise ValueError("no tokens to read, expected at least one")
+        key = tokens.astype(np.int32).tobytes()  # of equal width, so that a prefix of the bytes is one of the tokens
+        found = max((entry for entry in self._entries if key.startswith(entry)), key=len, default=b"")
+        context = self._entries.get(found)
+        if context is None or len(found) < len(key):
+            context = read(self._model, self._params, tokens[len(found) // 4 :], context)
+        if found:
+            self._entries.move_to_end(found)
+        self._entries[key] = context
+        self._entries.move_to_end(key)
+        if len(self._entries) > self._max_entries:
+            self._entries.popitem(last=False)
+        return context
