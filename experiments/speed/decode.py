@@ -109,12 +109,13 @@ def with_state(model, params, shape, contexts, batch, left_out):
     name = "rwkv4" if model.layers == ("rwkv4",) else "transformer"
     rng = np.random.default_rng(0)
     draw = lambda count: rng.integers(0, model.vocab_size, (batch, count)).astype(np.int32)
-    state, read = model.init_state(batch, max_length=1), 0
+    past, read = None, 0
     for context in contexts:
         if name == "rwkv4":
             if context > read:
-                _, state = generate.prefill(model, params, draw(context - read), state)
-            read, given = context, jax.tree.map(jnp.copy, state)
+                past = generate.read(model, params, draw(context - read), past)
+            read = context
+            given = jax.tree.map(jnp.copy, past.state) if past else model.init_state(batch)
         else:
             size = generate.CACHE_STEP * math.ceil((context + shape["tokens"]) / generate.CACHE_STEP)
             wanted = total_bytes(jax.eval_shape(lambda size=size: model.init_state(batch, max_length=size)))

@@ -3,30 +3,16 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from rwkv_jax import interop, tokenizers
-from rwkv_jax.generate import stream
+from rwkv_jax.generate import load_context, save_context, stream
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.generate", description="Continue a prompt; only the continuation is printed."
-    )
-    parser.add_argument("--model", required=True, help="a training workdir or an official .pth")
-    parser.add_argument("--prompt", required=True, help="text to continue; empty: the beginning of a document")
-    parser.add_argument("--tokenizer", help="'bytes' or the path of a tokenizer.json; default: the workdir's")
-    parser.add_argument("--max_new_tokens", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
-    parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this probability")
-    parser.add_argument("--seed", type=int, default=0)
-    args = vars(parser.parse_args(argv))
-    path, prompt, tokenizer = args.pop("model"), args.pop("prompt"), args.pop("tokenizer")
     try:
-        model, params = interop.load(path, scan=False)
-        tokenizer = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
-        for text in stream(model, params, prompt, tokenizer, **args):
-            print(text, end="", flush=True)
-        print()
+        args = vars(_parser().parse_args(argv))
+        _continue(**args)
     except KeyboardInterrupt:
         print()
         return 130
@@ -36,6 +22,77 @@ def main(argv=None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, penalty_decay, **settings):
+    """Print what continues the prompt, and save what was read even where printing is interrupted."""
+    prompt = _text(prompt, prompt_file, context)
+    if save_context_to is not None and not Path(save_context_to).parent.is_dir():
+        raise FileNotFoundError(f"{save_context_to}: no such folder to save a context in")
+    path, (model, params) = model, interop.load(model, scan=False)
+    tokenizer = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
+    before = ""
+    if context is not None:
+        context, before = load_context(context, model, params)
+    texts = stream(model, params, prompt, tokenizer, context=context, penalty_decay=penalty_decay, **settings)
+    try:
+        for text in texts:
+            print(text, end="", flush=True)
+        print()
+    finally:
+        if save_context_to is not None:
+            # a context that came without its text goes without
+            text = None if before is None else before + prompt + tokenizer.decode(texts.tokens)
+            save_context(save_context_to, texts.context, model, params, text)
+
+
+def _text(prompt, prompt_file, context) -> str:
+    if prompt is None and prompt_file is None:
+        if context is None:
+            raise ValueError("expected --prompt, --prompt_file or --context")
+        return ""
+    if prompt is not None and prompt != "-":
+        return prompt
+    source, raw = (
+        ("stdin", sys.stdin.buffer.read()) if prompt == "-" else (prompt_file, Path(prompt_file).read_bytes())
+    )
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: expected UTF-8, {error}") from None
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m rwkv_jax.generate", description="Continue a prompt; only the continuation is printed."
+    )
+    parser.error = _refuse
+    add = parser.add_argument
+    add("--model", required=True, help="a training workdir, or a file or folder of weights")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="text to continue; -: standard input; empty: the beginning of a document")
+    source.add_argument("--prompt_file", help="a file with the text to continue")
+    add("--tokenizer", help="'bytes' or the path of a tokenizer.json; default: the model's")
+    add("--context", help="a saved context that the prompt continues")
+    add("--save_context", dest="save_context_to", help="file for what was read: context, prompt and continuation")
+    add("--max_new_tokens", type=int, default=100, help="default: %(default)s")
+    add("--stop", action="append", default=[], help="text that ends the continuation; may be given several times")
+    add("--seed", type=int, default=0)
+    add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    add("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this probability")
+    add("--top_k", type=int, help="keep this many of the likeliest tokens")
+    add("--min_p", type=float, help="keep tokens at least this share as probable as the likeliest")
+    add("--typical_p", type=float, help="keep the tokens of this probability nearest to the expected surprise")
+    add("--repetition_penalty", type=float, help="divides the logits of tokens in the text; 1: off")
+    add("--presence_penalty", type=float, help="is taken from the logits of tokens in the continuation")
+    add("--frequency_penalty", type=float, help="the same, for each time that they are there")
+    add("--penalty_decay", type=float, default=1.0, help="of counts, with each token; default: %(default)s")
+    return parser
+
+
+def _refuse(message):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":
