@@ -16,15 +16,16 @@ _CONTENTS = {
     "unstack": "models",  # and back
     "load": "interop",  # (model, params) from any file or folder that holds them
     "save": "interop",  # and back
+    "RWKVForCausalLM": "pretrained",  # model, parameters and tokenizer in one: generate, stream, read, score, embed
     "stream": "generate",  # text that continues a prompt, in pieces as they come
     "log_likelihoods": "evaluate",  # nats of each token given those before it
 }
 _MODULES = (
     "checkpoint", "corpora", "data", "evaluate", "generate", "hardware", "interop",
-    "metrics", "models", "ops", "optim", "parallel", "run_config", "tokenizers", "train",
+    "metrics", "models", "ops", "optim", "parallel", "pretrained", "run_config", "tokenizers", "train",
 )  # fmt: skip
 
-__all__ = ["build", "load", "log_likelihoods", "save", "stack", "stream", "unstack"]
+__all__ = ["RWKVForCausalLM", "build", "load", "log_likelihoods", "save", "stack", "stream", "unstack"]
 
 
 def __getattr__(name):

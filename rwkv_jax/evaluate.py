@@ -29,6 +29,7 @@ from tqdm import tqdm
 from rwkv_jax import corpora, interop, tokenizers
 
 POSITIONS = 128  # whose logits, [B, POSITIONS, V], exist at one time
+SEGMENT = 512  # tokens that `continuations` reads at one time
 
 
 def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
@@ -61,6 +62,33 @@ def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, vali
 
 
 _log_likelihoods = jax.jit(log_likelihoods, static_argnums=0)
+
+
+def continuations(model, params, texts, logits_BV, state) -> list[np.ndarray]:
+    """log p of every token of B texts given all before it, float32 nats [N] of each; their sum is the text's.
+
+    Memory does not grow with the texts' length, `SEGMENT` tokens at a time.
+
+    Args:
+        texts: B lists of ids in [0, V), of any lengths.
+        logits_BV, state: after what precedes the texts; caches with room for them. Both stay as they are.
+    """
+    lengths_B = np.array([len(text) for text in texts])
+    if lengths_B.min() == 0:
+        raise ValueError("nothing to score in an empty text, expected at least one token")
+    longest = int(lengths_B.max())
+    segment = min(SEGMENT, 1 << (longest - 1).bit_length())
+    tokens_BN = np.zeros((len(texts), -(-longest // segment) * segment + 1), np.int32)
+    for row, text in zip(tokens_BN, texts, strict=True):
+        row[: len(text)] = text
+    first_B1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), jnp.asarray(tokens_BN[:, :1]), axis=-1)
+    nats = [np.asarray(first_B1)]
+    for begin in range(0, longest - 1, segment):
+        valid_BT = begin + np.arange(segment) < lengths_B[:, None] - 1
+        tokens_BT = tokens_BN[:, begin : begin + segment + 1]
+        nats_BT, state = _log_likelihoods(model, params, tokens_BT, state, valid_BT=valid_BT)
+        nats.append(np.asarray(nats_BT))
+    return [row[:length] for row, length in zip(np.concatenate(nats, axis=1), lengths_B, strict=True)]
 
 
 def windows(model, params, tokens, seq_len: int, batch_size: int) -> np.ndarray:

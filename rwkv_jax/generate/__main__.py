@@ -7,12 +7,13 @@ from pathlib import Path
 
 from rwkv_jax import interop, tokenizers
 from rwkv_jax.generate import load_context, save_context, stream
+from rwkv_jax.generate.chat import TEMPLATES, Conversation, chat, default_template
 
 
 def main(argv=None) -> int:
     try:
         args = vars(_parser().parse_args(argv))
-        _continue(**args)
+        (_talk if args.pop("chat") else _continue)(**args)
     except KeyboardInterrupt:
         print()
         return 130
@@ -24,17 +25,39 @@ def main(argv=None) -> int:
     return 0
 
 
-def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, penalty_decay, **settings):
+def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop, template, seed, **settings):
+    """Several turns, after the context's if there is one."""
+    for name, given in (("prompt", prompt), ("prompt_file", prompt_file), ("save_context", save_context_to)):
+        if given is not None:
+            raise ValueError(f"--{name} beside --chat, expected one or the other")
+    if stop:
+        raise ValueError("--stop beside --chat, where a reply ends with its paragraph")
+    model, params, tokenizer = _load(model, tokenizer)
+    conversation = Conversation()
+    if context is not None:
+        context, text = load_context(context, model, params)
+        conversation = Conversation(text or "", context)
+    template = TEMPLATES[template or default_template(model.vocab_size)]
+    chat(model, params, tokenizer, template, conversation, seed, **settings)
+
+
+def _load(path, tokenizer):
+    model, params = interop.load(path, scan=False)
+    return model, params, tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
+
+
+def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, template, **settings):
     """Print what continues the prompt, and save what was read even where printing is interrupted."""
+    if template is not None:
+        raise ValueError("--template is for --chat")
     prompt = _text(prompt, prompt_file, context)
     if save_context_to is not None and not Path(save_context_to).parent.is_dir():
         raise FileNotFoundError(f"{save_context_to}: no such folder to save a context in")
-    path, (model, params) = model, interop.load(model, scan=False)
-    tokenizer = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
+    model, params, tokenizer = _load(model, tokenizer)
     before = ""
     if context is not None:
         context, before = load_context(context, model, params)
-    texts = stream(model, params, prompt, tokenizer, context=context, penalty_decay=penalty_decay, **settings)
+    texts = stream(model, params, prompt, tokenizer, context=context, **settings)
     try:
         for text in texts:
             print(text, end="", flush=True)
@@ -49,7 +72,7 @@ def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, p
 def _text(prompt, prompt_file, context) -> str:
     if prompt is None and prompt_file is None:
         if context is None:
-            raise ValueError("expected --prompt, --prompt_file or --context")
+            raise ValueError("expected --prompt, --prompt_file, --context or --chat")
         return ""
     if prompt is not None and prompt != "-":
         return prompt
@@ -72,6 +95,8 @@ def _parser():
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue; -: standard input; empty: the beginning of a document")
     source.add_argument("--prompt_file", help="a file with the text to continue")
+    add("--chat", action="store_true", help="several turns on standard input, the state kept between them")
+    add("--template", choices=list(TEMPLATES), help="who speaks in a chat; default: by the vocabulary's size")
     add("--tokenizer", help="'bytes' or the path of a tokenizer.json; default: the model's")
     add("--context", help="a saved context that the prompt continues")
     add("--save_context", dest="save_context_to", help="file for what was read: context, prompt and continuation")

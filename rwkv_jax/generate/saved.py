@@ -27,6 +27,8 @@ def save_context(path, context: Context, model, params, text: str | None = None)
     if text is not None:
         metadata["text"] = text
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder to save a context in")
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         arrays = {name: np.ascontiguousarray(leaf) for name, leaf in _named(context).items()}

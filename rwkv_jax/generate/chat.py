@@ -1,0 +1,107 @@
+"""Several turns over one state: what was said is never read again.
+
+    python -m rwkv_jax.generate --model=RWKV-4-World-0.4B.pth --chat
+
+A conversation is a text of paragraphs, each opened by who speaks, as the released models were tuned on. A reply ends
+where its paragraph does.
+"""
+
+import re
+import sys
+from typing import NamedTuple
+
+from rwkv_jax.generate.context import Context
+from rwkv_jax.generate.saved import load_context, save_context
+from rwkv_jax.generate.text import stream
+
+BREAK = "\n\n"  # ends a paragraph
+HELP = """/retry      another reply to the last message       /undo        take the last message back
+/save FILE  the conversation and its state          /load FILE   go on from one
+/reset      begin anew                              /quit        leave, as does the end of the input
+Ctrl-C stops a reply; the conversation then goes on from what was said."""
+
+
+class Template(NamedTuple):
+    """What opens the paragraphs of either side."""
+
+    user: str
+    assistant: str
+
+
+# World: the model card of BlinkDL/rwkv-4-world. Raven: the prompts of ChatRWKV's v2/chat.py.
+TEMPLATES = {"world": Template("Question", "Answer"), "raven": Template("Bob", "Alice")}
+
+
+def default_template(vocab_size: int) -> str:
+    return "world" if vocab_size == 65536 else "raven"
+
+
+class Conversation(NamedTuple):
+    """A value: what was said, and all that the model remembers of it. Keeping an old one costs one state."""
+
+    text: str = ""
+    context: Context | None = None
+
+
+def prompt(template: Template, message: str, conversation: Conversation) -> str:
+    """What the model reads of a turn: the message, as one paragraph, and the opening of the reply's."""
+    message = re.sub(r"\n\s*\n", "\n", message.strip())
+    opening = BREAK if conversation.text else ""
+    return f"{opening}{template.user}: {message}{BREAK}{template.assistant}:"
+
+
+def say(model, params, tokenizer, conversation: Conversation, text: str, seed: int, **settings) -> Conversation:
+    """Print the reply to `text` as it comes; the conversation after it, or after as much of it as Ctrl-C left."""
+    pieces = stream(model, params, text, tokenizer, context=conversation.context, stop=(BREAK,), seed=seed, **settings)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+    return Conversation(conversation.text + text + pieces.text, pieces.context)
+
+
+def chat(model, params, tokenizer, template: Template, conversation: Conversation, seed: int, **settings) -> None:
+    """Talk on standard input and output until `/quit` or the end of the input."""
+    interactive = sys.stdin.isatty()
+    past = []  # of each turn since the last load or reset: the conversation before it, and its message
+    draws = 0
+    if interactive:
+        print(HELP, flush=True)
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+        command, _, argument = line.strip().partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            past, conversation = [], Conversation()
+        elif command in ("/undo", "/retry") and not past:
+            print("there is no message to take back", flush=True)
+        elif command == "/undo":
+            conversation, message = past.pop()
+            print(f"taken back: {message}", flush=True)
+        elif command in ("/save", "/load"):
+            try:
+                if command == "/save" and conversation.context is None:
+                    raise ValueError("nothing was said that could be saved")
+                if command == "/save":
+                    save_context(argument, conversation.context, model, params, text=conversation.text)
+                else:
+                    context, text = load_context(argument, model, params)
+                    past, conversation = [], Conversation(text or "", context)
+                    print(conversation.text, flush=True)
+            except (ValueError, OSError) as error:
+                print(f"error: {' '.join(str(error).split())}", flush=True)
+        elif command.startswith("/") and command != "/retry":
+            print(HELP, flush=True)
+        elif command:
+            if command == "/retry":
+                conversation, line = past.pop()
+            past.append((conversation, line))
+            text = prompt(template, line, conversation)
+            conversation = say(model, params, tokenizer, conversation, text, seed + draws, **settings)
+            draws += 1

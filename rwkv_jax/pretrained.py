@@ -1,0 +1,185 @@
+"""The object interface: a model, its parameters and its tokenizer in one value.
+
+    lm = rwkv_jax.RWKVForCausalLM.from_pretrained("RWKV/rwkv-4-169m-pile")
+    lm.generate("In a shocking finding,", max_new_tokens=40, temperature=0.8, top_p=0.9)
+    for text in lm.stream("In a shocking finding,"): print(text, end="", flush=True)
+
+The object holds no state of a conversation. A `Context` does, a value: `read` makes one, every method takes one, and
+to use one twice is to fork it. What Production-RWKV's RWKV_RNN_Model did by changing itself, values do here:
+
+    RWKVRNN4NeoForCausalLM.from_pretrained(name)    from_pretrained(path or hub name): sizes come from the file
+    RWKVTokenizer.default(), .from_file(path)       from_pretrained(..., tokenizer=path), lm.tokenizer
+    half("bf16"), half("fp16"), full()              from_pretrained(..., dtype="bfloat16", "float16" or "float32")
+    cuda(), cpu()                                   from_pretrained(..., sharding=a jax.sharding.Sharding)
+    warmup_with_context(ids)                        context = lm.read(ids)
+    generate([]) after it                           lm.generate("", context=context)
+    update_state_after_generation(True)             text, context = lm.generate(..., return_context=True)
+    clear_memory()                                  another context, or none
+    save_context(path, text), load_context(path)    lm.save_context(path, context, text), lm.load_context(path)
+    generate(streaming_callback=f)                  for text in lm.stream(...): f(text), and break to stop
+    should_return_full_context(True)                prompt + lm.generate(prompt)
+    max_length, stop_on_eos                         max_new_tokens, stop_tokens=(0,), which is the default
+    temperature, top_p, top_k                       the same
+    repetition_penalty=0                            the same name, but 1 is none
+    bad_words_ids                                   the same, and it bans them
+    force_words_ids                                 not here; there it did nothing
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rwkv_jax import evaluate, generate, interop, tokenizers
+from rwkv_jax.corpora import SEPARATOR
+from rwkv_jax.generate.context import Context, begin
+from rwkv_jax.generate.text import Stream
+
+
+@dataclass(frozen=True)
+class RWKVForCausalLM:
+    """A language model over text: model, parameters (one set a layer) and tokenizer. Text may be given as ids, too.
+
+    `tokenizer` None: only ids can be read and written.
+    """
+
+    model: nn.Module
+    params: Any
+    tokenizer: tokenizers.Tokenizer | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_name, tokenizer: str | None = None, dtype: str | None = None, sharding: Any = None
+    ) -> "RWKVForCausalLM":
+        """Whatever `rwkv_jax.load` reads: a released .pth, a folder, a training run, or a name on Hugging Face's hub.
+
+        Args:
+            tokenizer: "bytes", "world", or a file; None: what comes with the model, else what its vocabulary's size
+                tells. A line on stderr says what was guessed, or that there is none.
+            dtype: "float32", "bfloat16" or "float16"; None: the file's.
+            sharding: where the parameters go, see `rwkv_jax.load`.
+        """
+        path = interop.locate(path_or_name)
+        model, params = interop.load(path, dtype=dtype, sharding=sharding, scan=False)
+        try:
+            found = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
+        except (OSError, ValueError) as error:
+            if tokenizer is not None:
+                raise
+            print(f"no tokenizer, only ids: {error}", file=sys.stderr)
+            found = None
+        return cls(model, params, found)
+
+    def save_pretrained(self, folder) -> None:
+        """Weights, sizes and tokenizer, as a folder that `from_pretrained` and transformers read."""
+        interop.save(folder, self.model, self.params, format="huggingface")
+        if self.tokenizer is not None:
+            tokenizers.save(self.tokenizer, folder)
+
+    def generate(self, prompt="", *, stop_tokens=(SEPARATOR,), return_context: bool = False, **settings):
+        """What continues the prompt: text for a text, ids for ids, a list for a list of either.
+
+        Args:
+            prompt: empty: what comes after the context, or else the beginning of a document.
+            context: a `Context` that the prompt continues, which stays as it is.
+            max_new_tokens: 100; one number, or one for each prompt.
+            temperature: 1; 0 is greedy. Further samplers' settings: top_p, top_k, min_p, typical_p,
+                repetition_penalty, presence_penalty, frequency_penalty, penalty_decay, logit_bias, bad_words_ids,
+                temperature_last; or `sampler`, a function of your own, see `generate.sampling`.
+            seed: 0; one number, or one for each prompt.
+            stop: strings that end the text; they are not part of it.
+            stop_tokens: ids that do the same. By default the separator, 0, after which another document begins.
+            return_context: the context that has read the prompt and exactly the result comes back as well.
+        """
+        prompts, single, is_text = self._prompts(prompt)
+        settings |= {"stop_tokens": stop_tokens}
+        if is_text or "stop" in settings:
+            texts, ids, context = generate.generate_texts(
+                self.model, self.params, prompts, self._tokenizer(), **settings
+            )
+            results = texts if is_text else ids
+        else:
+            results, context = generate.generate_with_context(self.model, self.params, prompts, **settings)
+        results = results[0] if single else results
+        return (results, context) if return_context else results
+
+    def stream(self, prompt="", *, stop_tokens=(SEPARATOR,), **settings) -> Stream:
+        """The text of `generate`, an iterator of pieces that end between characters. Stop reading at any time:
+        `.text`, `.tokens` and `.context` are what was yielded, and what has read it."""
+        settings |= {"stop_tokens": stop_tokens}
+        return generate.stream(self.model, self.params, prompt, self._tokenizer(), **settings)
+
+    def read(self, text, context: Context | None = None) -> Context:
+        """All that the model remembers after a text, or several: of one size, however long the text."""
+        prompts, _, _ = self._prompts(text)
+        return generate.read(self.model, self.params, prompts, context)
+
+    def score(self, text, context: Context | None = None):
+        """log p of every token of a text given all before it, nats, float32 [N]: their sum is that of the text.
+
+        A list for a list. Without a context the text is a document from its beginning. Memory does not grow with the
+        text. `evaluate.bits_per_byte(-scores, num_bytes)` and `evaluate.perplexity(-scores)` reduce it.
+        """
+        texts, single, _ = self._prompts(text)
+        if context is None:
+            context = self.read([[SEPARATOR]] * len(texts))
+        context = begin(self.model, context, len(texts), room=max(map(len, texts)))
+        nats = evaluate.continuations(self.model, self.params, texts, context.logits_BV, context.state)
+        return nats[0] if single else nats
+
+    def embed(self, text, context: Context | None = None) -> np.ndarray:
+        """The mean over a text's tokens of the activations after the final norm: float32 [D], or [B, D] for a list."""
+        texts, single, _ = self._prompts(text)
+        lengths_B = np.array([len(ids) for ids in texts])
+        if lengths_B.min() == 0:
+            raise ValueError("nothing to embed in an empty text, expected at least one token")
+        longest = int(lengths_B.max())
+        state = begin(self.model, context, len(texts), room=longest).state
+        segment = min(evaluate.SEGMENT, 1 << (longest - 1).bit_length())
+        total_BD = 0
+        for start in range(0, longest, segment):
+            valid_BT = start + np.arange(segment) < lengths_B[:, None]
+            tokens_BT = np.zeros(valid_BT.shape, np.int32)
+            for row, ids in zip(tokens_BT, texts, strict=True):
+                part = ids[start : start + segment]
+                row[: len(part)] = part
+            sum_BD, state = _sum_of_hidden(self.model, self.params, tokens_BT, valid_BT, state)
+            total_BD = total_BD + np.asarray(sum_BD, np.float32)
+        mean_BD = total_BD / lengths_B[:, None].astype(np.float32)
+        return mean_BD[0] if single else mean_BD
+
+    def save_context(self, path, context: Context, text: str | None = None) -> None:
+        """A context, and the text that it has read, as a file that only this model reads."""
+        generate.save_context(path, context, self.model, self.params, text)
+
+    def load_context(self, path) -> tuple[Context, str | None]:
+        """What `save_context` wrote: the context and its text."""
+        return generate.load_context(path, self.model, self.params)
+
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                "this model was loaded without a tokenizer, expected ids or from_pretrained(tokenizer=...)"
+            )
+        return self.tokenizer
+
+    def _prompts(self, given) -> tuple[list, bool, bool]:
+        """(ids of each prompt, whether there is one rather than a list of them, whether they are texts)."""
+        single = isinstance(given, str) or not any(isinstance(one, str) or np.ndim(one) for one in given)
+        prompts = [given] if single else list(given)
+        is_text = [isinstance(prompt, str) for prompt in prompts]
+        if any(is_text) and not all(is_text):
+            raise ValueError("the prompts are texts and ids, expected one or the other")
+        ids = [self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return ids, single, all(is_text)
+
+
+@partial(jax.jit, static_argnums=0)
+def _sum_of_hidden(model, params, tokens_BT, valid_BT, state):
+    x_BTD, state = model.apply({"params": params}, tokens_BT, state, valid_BT=valid_BT, method="hidden")
+    return jnp.where(valid_BT[..., None], x_BTD, 0).sum(axis=1, dtype=jnp.float32), state
