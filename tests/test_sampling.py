@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.tree_util import Partial
 from scipy import special, stats
 
-from rwkv_jax.generate import sampling
+from rwkv_jax.generate import filters, sampling
 from rwkv_jax.generate.sampling import distribution, history, sampler
 
 V, INF = 24, math.inf
@@ -114,7 +114,7 @@ def test_typical_prefers_surprise_like_the_entropy():
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2.0**-3, 2.0**-18]))
 def test_vocabularies_of_many_blocks(seed, grain):
     """With ties and without."""
-    size = 3 * sampling.LANES + 7
+    size = 3 * filters.LANES + 7
     logits_V = np.random.default_rng(seed).normal(scale=2, size=size).astype(np.float32)
     logits_V = np.round(logits_V / grain).astype(np.float32) * np.float32(grain)
     order = np.argsort(-logits_V, kind="stable")
@@ -156,7 +156,7 @@ def test_order_of_the_filters():
 
 def scores(logits_V, history_=None, **settings):
     """Before the offset that makes the largest 0."""
-    return np.asarray(sampling._scores(np.float32(logits_V)[None], history_, sampler(**settings).keywords)[0])
+    return np.asarray(filters.scores(np.float32(logits_V)[None], history_, sampler(**settings).keywords)[0])
 
 
 def test_penalties():
@@ -264,7 +264,7 @@ def assert_drawn_from(tokens, p_V):
     assert stats.chisquare(observed, expected * (observed.sum() / expected.sum())).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("size", [5, 3 * sampling.LANES + 7])
+@pytest.mark.parametrize("size", [5, 3 * filters.LANES + 7])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_p": 0.6}, {"temperature": 2.0, "top_k": 4}])
 def test_draws_follow_the_probabilities(size, options):
     logits_V = np.random.default_rng(3).normal(size=size).astype(np.float32)
@@ -412,8 +412,8 @@ def test_what_is_off_is_not_there():
                 jnp.zeros((1, V)), jax.random.split(jax.random.key(0), 1), history(1, V)
             )
         )
-        assert "sort" not in text and "top_k" not in text
-        assert ("while" in text or "scan" in text) == (options == ALL)
+        assert " sort[" not in text and " top_k[" not in text
+        assert (" while[" in text or " scan[" in text) == (options == ALL)
 
 
 @pytest.mark.parametrize(

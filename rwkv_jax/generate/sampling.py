@@ -16,9 +16,6 @@ line does nothing, as with `do_sample=False`.
 
 A row draws with its own key, and depends on nothing but its key, logits and history. A row with no token to draw,
 because all are banned or a logit is NaN or +inf, draws -1, for the caller to notice: no other row is affected.
-
-Nothing sorts. Sorting 50,277 logits takes XLA 9 ms on a CPU, as long as many a model takes for the whole token; the
-smallest set that reaches a share is found by bisection over the bits of its last member, in 0.3 ms.
 """
 
 import math
@@ -28,11 +25,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.tree_util import Partial
 
+from rwkv_jax.generate.filters import LANES, READS, blocks, ids, scores, truncated
+
 RECENT = 16  # tokens that a history remembers in their order
-LANES = 512  # of sums over V: XLA vectorises over them on a CPU, it does not within a sum
 NO_TOKEN = 2**31 - 1  # an id beyond every vocabulary
 NUMBERS = {  # the least and the largest value, the one that is off, and all that in words
     "top_p": (1e-30, 1, 1, "a number in (0, 1]"),
@@ -41,12 +38,6 @@ NUMBERS = {  # the least and the largest value, the one that is off, and all tha
     "repetition_penalty": (1e-6, 1e6, 1, "a number from 1e-6 to 1e6"),
     "presence_penalty": (-1e6, 1e6, 0, "a number from -1e6 to 1e6"),
     "frequency_penalty": (-1e6, 1e6, 0, "a number from -1e6 to 1e6"),
-}
-READS = {  # what of a history a setting reads
-    "repetition_penalty": "seen_BV",
-    "presence_penalty": "counts_BV",
-    "frequency_penalty": "counts_BV",
-    "bad_words_ids": "recent_BR",
 }
 
 
@@ -150,8 +141,8 @@ def sampler(
         for token, bias in logit_bias.items():
             _check("an id of logit_bias", token, _is_id(token), "a token's id")
             _check(f"logit_bias[{token}]", bias, bias == -math.inf or _within(bias, -1e6, 1e6), "-1e6 to 1e6, or -inf")
-        ids, biases, spare = [*logit_bias], [*logit_bias.values()], _spare(len(logit_bias))
-        settings["logit_bias"] = np.int32(ids + [NO_TOKEN] * spare), np.float32(biases + [0] * spare)
+        tokens, biases, spare = [*logit_bias], [*logit_bias.values()], _spare(len(logit_bias))
+        settings["logit_bias"] = np.int32(tokens + [NO_TOKEN] * spare), np.float32(biases + [0] * spare)
     if bad_words_ids:
         for i, word in enumerate(bad_words_ids):
             good = isinstance(word, list | tuple | np.ndarray) and 1 <= len(word) <= RECENT and all(map(_is_id, word))
@@ -164,11 +155,11 @@ def sampler(
 def check_vocabulary(sampler, vocab_size: int):
     """An error where a setting names a token that the model does not have: it would have no effect."""
     settings = sampler.keywords if _ours(sampler) else {}
-    for name, ids in (
+    for name, tokens in (
         ("logit_bias", settings.get("logit_bias", [[]])[0]),
         ("bad_words_ids", settings.get("bad_words_ids", [])),
     ):
-        wrong = [int(i) for i in np.ravel(ids) if vocab_size <= i < NO_TOKEN]
+        wrong = [int(i) for i in np.ravel(tokens) if vocab_size <= i < NO_TOKEN]
         if wrong:
             raise ValueError(f"{name} names token {wrong[0]}, expected ids from 0 to {vocab_size - 1}")
 
@@ -178,9 +169,9 @@ def distribution(sampler, logits_BV, history: History | None = None):
     if not _ours(sampler):
         raise ValueError(f"the distribution of {sampler} is not known, expected what sampling.sampler() returns")
     if sampler.func is _sampled:
-        return _truncated(_scores(logits_BV, history, sampler.keywords), sampler.keywords)
+        return truncated(scores(logits_BV, history, sampler.keywords), sampler.keywords)
     token_B1 = sampler(logits_BV, None, history)[:, None]
-    one_BV = jnp.where(_ids(logits_BV) == token_B1, 0.0, -jnp.inf)
+    one_BV = jnp.where(ids(logits_BV) == token_B1, 0.0, -jnp.inf)
     return jnp.where(token_B1 < 0, jnp.nan, one_BV)
 
 
@@ -191,7 +182,7 @@ def draw(logits_BV, key_B):
     inverse distribution function whose resolution is that of both numbers together.
     """
     top_B1 = logits_BV.max(axis=-1, keepdims=True)
-    p_BNL = _blocks(jnp.exp(logits_BV - top_B1))
+    p_BNL = blocks(jnp.exp(logits_BV - top_B1))
     u_B2 = jax.vmap(lambda key: jax.random.uniform(key, 2))(key_B)
     block_B = _inverse(p_BNL.sum(axis=-1), u_B2[:, 0])
     p_BL = jnp.take_along_axis(p_BNL, block_B[:, None, None], axis=1)[:, 0]
@@ -206,109 +197,15 @@ def _inverse(p_BN, u_B):
 
 
 def _sampled(logits_BV, key_B, history=None, **settings):
-    return draw(_truncated(_scores(logits_BV, history, settings), settings), key_B)
+    return draw(truncated(scores(logits_BV, history, settings), settings), key_B)
 
 
 def _likeliest(logits_BV, key_B, history=None, **settings):
-    x_BV = _scores(logits_BV, history, settings)
+    x_BV = scores(logits_BV, history, settings)
     top_B1 = x_BV.max(axis=-1, keepdims=True)
     # the first of the best: faster than argmax on a CPU
-    token_B = jnp.where(x_BV == top_B1, _ids(x_BV), NO_TOKEN).min(axis=-1)
+    token_B = jnp.where(x_BV == top_B1, ids(x_BV), NO_TOKEN).min(axis=-1)
     return jnp.where(jnp.isfinite(top_B1[:, 0]), token_B, -1)
-
-
-def _scores(logits_BV, history, settings):
-    """What concerns single tokens. A ban, -inf, passes through all that follows it."""
-    for name in settings.keys() & READS.keys():
-        if getattr(history, READS[name], None) is None:
-            raise ValueError(f"{name} needs the history's {READS[name]}, which is None")
-    x_BV = jnp.asarray(logits_BV, jnp.float32)
-    if "logit_bias" in settings:
-        ids_N, bias_N = settings["logit_bias"]
-        x_BV = x_BV.at[:, ids_N].add(bias_N[None], mode="drop")
-    if "repetition_penalty" in settings:
-        penalty = settings["repetition_penalty"]
-        x_BV = jnp.where(history.seen_BV, jnp.where(x_BV > 0, x_BV / penalty, x_BV * penalty), x_BV)
-    if "presence_penalty" in settings:
-        x_BV -= settings["presence_penalty"] * (history.counts_BV > 0)
-    if "frequency_penalty" in settings:
-        x_BV -= settings["frequency_penalty"] * history.counts_BV
-    if "bad_words_ids" in settings:
-        before_NR, last_N = settings["bad_words_ids"][:, :-1], settings["bad_words_ids"][:, -1]
-        match_BNR = (before_NR[None] == history.recent_BR[:, None, 1:]) | (before_NR[None] == -1)
-        x_BV = x_BV.at[:, last_N].min(jnp.where(match_BNR.all(axis=-1), -jnp.inf, jnp.inf), mode="drop")
-    return x_BV
-
-
-def _truncated(x_BV, settings):
-    """Logits, the largest 0, that are -inf where a filter removed a token; all NaN where there is none to draw."""
-    top_B1 = x_BV.max(axis=-1, keepdims=True)
-    z_BV = x_BV - top_B1  # before the temperature, or a small one overflows
-    z_BV /= settings.get("temperature", 1)
-    for name in ("top_p", "top_k") if "temperature_last" in settings else ("top_k", "top_p"):
-        if name in settings:
-            weight_BV = jnp.ones_like(z_BV) if name == "top_k" else jnp.exp(z_BV)
-            whole_B = 1.0 if name == "top_k" else _sum(weight_BV)
-            z_BV = _keep(z_BV, -x_BV, weight_BV, settings[name] * whole_B)
-    if "min_p" in settings:
-        z_BV = jnp.where(z_BV >= jnp.log(settings["min_p"]), z_BV, -jnp.inf)
-    if "typical_p" in settings:
-        p_BV = jnp.exp(z_BV)
-        whole_B = _sum(p_BV)
-        surprise_BV = jnp.log(whole_B)[:, None] - z_BV
-        entropy_B = _sum(jnp.where(p_BV > 0, p_BV * surprise_BV, 0)) / whole_B
-        z_BV = _keep(z_BV, jnp.abs(surprise_BV - entropy_B[:, None]), p_BV, settings["typical_p"] * whole_B)
-        z_BV -= z_BV.max(axis=-1, keepdims=True)
-    z_BV /= settings.get("temperature_last", 1)
-    return jnp.where(jnp.isfinite(top_B1), z_BV, jnp.nan)
-
-
-def _keep(z_BV, cost_BV, weight_BV, target_B):
-    """`z`, -inf but for the cheapest tokens, as few as reach the target with their weights; lower ids first."""
-    bits_BV = lax.bitcast_convert_type(jnp.where(cost_BV == 0, 0.0, cost_BV), jnp.uint32)  # -0 is 0
-    key_BV = jnp.where(bits_BV >> 31 == 0, bits_BV | jnp.uint32(1 << 31), ~bits_BV)  # in the order of the costs
-    target_B = jnp.broadcast_to(target_B, len(z_BV))
-    last_B1, sum_B = _last(key_BV, weight_BV, target_B, 32)
-    equal_BV, ids_BV = key_BV == last_B1, _ids(z_BV)
-
-    def up_to_an_id():
-        weight_of_equal_BV = jnp.where(equal_BV, weight_BV, 0)
-        return _last(ids_BV.astype(jnp.uint32), weight_of_equal_BV, target_B - sum_B, z_BV.shape[1].bit_length())[0]
-
-    several = jnp.any(_sum(equal_BV.astype(jnp.float32)) > 1)
-    id_B1 = lax.cond(several, up_to_an_id, lambda: jnp.full_like(last_B1, NO_TOKEN))
-    return jnp.where((key_BV < last_B1) | (equal_BV & (ids_BV <= id_B1.astype(jnp.int32))), z_BV, -jnp.inf)
-
-
-def _last(key_BV, weight_BV, target_B, bits: int):
-    """The key [B, 1] with which the running sum in the order of the keys reaches the target, and the sum [B] before.
-
-    Keys are less than 2^bits. It is the largest key of that size if all the weights together do not reach the target.
-    """
-    key_BNL, weight_BNL = _blocks(key_BV), _blocks(weight_BV)
-
-    def step(i, carry):
-        last_B, sum_B = carry
-        next_B = last_B | (jnp.uint32(1 << (bits - 1)) >> i.astype(jnp.uint32))
-        next_sum_B = jnp.where(key_BNL < next_B[:, None, None], weight_BNL, 0).sum(axis=1).sum(axis=-1)
-        reached_B = next_sum_B >= target_B
-        return jnp.where(reached_B, last_B, next_B), jnp.where(reached_B, sum_B, next_sum_B)
-
-    zero_B = jnp.zeros(len(target_B))
-    last_B, sum_B = lax.fori_loop(0, bits, step, (zero_B.astype(jnp.uint32), zero_B))
-    return last_B[:, None], sum_B
-
-
-def _ids(x_BV):
-    return lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
-
-
-def _blocks(x_BV):
-    return jnp.pad(x_BV, ((0, 0), (0, -x_BV.shape[1] % LANES))).reshape(len(x_BV), -1, LANES)
-
-
-def _sum(x_BV):
-    return _blocks(x_BV).sum(axis=1).sum(axis=-1)
 
 
 def _ours(sampler) -> bool:
