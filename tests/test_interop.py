@@ -287,8 +287,9 @@ def test_a_workdir_gives_its_newest_valid_parameters(tmp_path, small, trained_sc
 @pytest.mark.parametrize(
     "config, message",
     [
-        ("{", r"config.json: expected \{\"model\""),
-        ("[]", r"config.json: expected \{\"model\""),
+        ("{", r"config.json: no JSON: Expecting"),
+        ("[]", r"config.json: holds a JSON list, expected an object"),
+        ('{"vocab_size": 11}', r"config.json: expected \{\"model\".*KeyError\('model'\)"),
         ('{"model": {"vocab_size": 11}}', r"config.json: expected .*KeyError\('name'\)"),
         ('{"model": {"name": "rwkv9"}}', "unknown model name 'rwkv9'"),
         ('{"model": {"name": "rwkv4", "vocab_size": 11, "num_layers": 3, "dim": 8}}', "no valid checkpoint"),
@@ -320,13 +321,14 @@ def test_nothing_there_and_no_model_there(tmp_path):
 
 def test_what_cannot_be_saved_says_why(tmp_path, small):
     model, params, _ = small
-    with pytest.raises(ValueError, match=r"model.gguf: cannot write format '.gguf'; expected .pth"):
+    with pytest.raises(ValueError, match=r"model.gguf: cannot write format 'gguf'; expected .pth, .saf"):
         rwkv_jax.save(tmp_path / "model.gguf", model, params)
-    with pytest.raises(ValueError, match=r"cannot write format 'rwkv.cpp'; expected .pth"):
-        rwkv_jax.save(tmp_path / "model.pth", model, params, format="rwkv.cpp")
     hybrid = rwkv_jax.build("rwkv4", vocab_size=V, num_layers=2, dim=D, layers=("rwkv4", "attention"))
-    with pytest.raises(ValueError, match=r"a .pth holds RWKV-4 layers only, and this model has 'attention' layers"):
-        rwkv_jax.save(tmp_path / "model.pth", hybrid, params)
+    for format in ("pth", "huggingface", "rwkv.cpp"):
+        with pytest.raises(
+            ValueError, match=f"{format} .* this model has 'attention' layers; save it as .safetensors"
+        ):
+            rwkv_jax.save(tmp_path / "model", hybrid, params, format=format)
     with pytest.raises(ValueError, match=r"params are not those of this model: unknown key 'blocks.2"):
         rwkv_jax.save(tmp_path / "model.pth", model.clone(num_layers=2), params)
     with pytest.raises(FileNotFoundError, match=r"no such folder; cannot write model.pth there"):

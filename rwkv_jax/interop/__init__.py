@@ -1,5 +1,9 @@
-"""Files and folders that hold a model <-> (model, params)."""
+"""Files and folders that hold a model <-> (model, params).
 
+Each format is a reader and a writer of tensors by name; `official` is where names become parameters.
+"""
+
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,11 +12,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from rwkv_jax.interop import pth
+from rwkv_jax.interop import files, huggingface, pth, rwkv_cpp, safetensors_file
 from rwkv_jax.interop.official import (
     activation_dtype,
     check,
     float_dtype,
+    from_fields,
     from_official,
     parameter_shapes,
     place,
@@ -21,55 +26,122 @@ from rwkv_jax.interop.official import (
 )
 from rwkv_jax.models import build, stack, unstack
 
-__all__ = ["from_official", "load", "save", "to_official"]
+__all__ = ["from_official", "load", "locate", "parameter_shapes", "save", "to_official"]
+
+FORMATS = ("pth", "safetensors", "huggingface", "rwkv.cpp")
+_FIELDS = "rwkv_jax"  # where a .safetensors of ours has the fields of its model, in the metadata
 
 
 def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True) -> tuple[nn.Module, Any]:
-    """Model and parameters from whatever `path` is, which its content tells: an official RWKV-4 `.pth`, or a
-    training workdir (`config.json` beside `checkpoints/`; its newest valid checkpoint).
+    """Model and parameters from whatever `path` is, which its content tells and never its name:
+
+    an official RWKV-4 `.pth`; a `.safetensors` with official or transformers' names, or one of ours, with any model;
+    a folder of transformers' RwkvForCausalLM; an rwkv.cpp file, FP32 or FP16; a training workdir (`config.json`
+    beside `checkpoints/`; its newest valid checkpoint).
 
     Args:
+      path: of a file or folder, or a name on the Hugging Face hub: see `locate`.
       dtype: of parameters and activations; None keeps what the file or the run has. See `from_official`.
       sharding: None for the default device, one `jax.sharding.Sharding`, or a tree of them like the parameters.
+        Arrays are built from the memory-mapped file straight onto their devices: a host reads only its shards.
       scan: layers stacked [L, ...], or one set of parameters a layer (which decodes faster).
 
     Raises:
-      FileNotFoundError: nothing is at `path`.
+      OSError: nothing is at `path`, or it cannot be had.
       ValueError: what is there is damaged or no model that this reads, in one line that says why.
     """
-    path = Path(path)
-    if path.is_dir():
+    path = locate(path)
+    if path.is_dir() and not _is_huggingface(path):
         return _load_workdir(path, dtype, sharding, scan)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected a .pth or a training workdir")
-    tensors = pth.read(path)
+    fields = None
+    if path.is_dir():
+        tensors = huggingface.read(path)
+    elif (kind := files.kind(path)) == "safetensors":
+        tensors, metadata = safetensors_file.read(path)
+        fields = metadata.get(_FIELDS)
+    else:
+        tensors = pth.read(path) if kind == "pth" else rwkv_cpp.read(path)
     try:
-        return from_official(tensors, dtype, sharding, scan)
+        tensors = huggingface.named_officially(tensors)
+        if fields is None:
+            return from_official(tensors, dtype, sharding, scan)
+        return from_fields(_parse_fields(fields), tensors, dtype, sharding, scan)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def locate(path) -> Path:
+    """The local file or folder that `path` means. Where none is there, "org/name" (a folder for transformers) and
+    "org/name/file.pth" are names on the Hugging Face hub and are downloaded into its cache.
+
+    Raises:
+      FileNotFoundError: there is none.
+      OSError: the hub cannot be reached, or does not give it.
+    """
+    if Path(path).exists():
+        return Path(path)
+    from rwkv_jax.interop import hub  # here, because it imports an HTTP client
+
+    if hub.is_name(str(path)):
+        return hub.download(str(path))
+    raise FileNotFoundError(f"{path}: no such file or folder; expected weights, a training workdir or a hub name")
 
 
 def save(path, model: nn.Module, params: Any, format: str | None = None) -> None:
     """Write model and parameters to `path`, whole or not at all.
 
     Args:
-      format: "pth", the official state dict, so far the only one; None takes it from the suffix of `path`.
+      format: "pth", the official state dict; "safetensors", the same tensors and the model's fields, for any model;
+        "huggingface", a folder for transformers; "rwkv.cpp", float16 if the parameters are, else float32. None takes
+        it from the suffix of `path`: .pth, .safetensors, or none for a folder.
 
     Raises:
       ValueError: the format is not supported, cannot hold this model, or `params` are not this model's.
+      OSError: `path` cannot be written, or is a folder of something else.
     """
     path = Path(path)
-    if (format or path.suffix).removeprefix(".") != "pth":
-        raise ValueError(f"{path}: cannot write format {format or path.suffix!r}; expected .pth")
+    format = format or {"": "huggingface"}.get(path.suffix, path.suffix.removeprefix("."))
+    if format not in FORMATS:
+        raise ValueError(
+            f"{path}: cannot write format {format!r}; expected .pth, .safetensors, no suffix for a folder, or format="
+            f"{' | '.join(FORMATS)}"
+        )
     others = [kind for kind in model.layers if kind != "rwkv4"]
-    if others:
-        raise ValueError(f"{path}: a .pth holds RWKV-4 layers only, and this model has {others[0]!r} layers")
+    if others and format != "safetensors":
+        raise ValueError(
+            f"{path}: {format} holds RWKV-4 layers only, and this model has {others[0]!r} layers; "
+            "save it as .safetensors"
+        )
     tensors = to_official(params)
     try:
-        check(tensors, parameter_shapes(model))
+        check(tensors, model)
     except ValueError as error:
         raise ValueError(f"{path}: params are not those of this model: {error}") from error
-    pth.write(path, tensors)
+    if format == "safetensors":
+        safetensors_file.write(path, tensors, {"format": "pt", _FIELDS: json.dumps(_fields(model))})
+    else:
+        {"pth": pth, "huggingface": huggingface, "rwkv.cpp": rwkv_cpp}[format].write(path, tensors)
+
+
+def _fields(model: nn.Module) -> dict[str, Any]:
+    """What `build` takes to make the model again, apart from the layout of its parameters."""
+    names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name", "scan")]
+    return {name: getattr(model, name) for name in names}
+
+
+def _parse_fields(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its metadata {_FIELDS!r} are no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"its metadata {_FIELDS!r} are no JSON object")
+    return fields
+
+
+def _is_huggingface(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and "model_type" in files.read_json(path)
 
 
 def _load_workdir(path: Path, dtype, sharding, scan) -> tuple[nn.Module, Any]:
@@ -95,9 +167,11 @@ def _load_workdir(path: Path, dtype, sharding, scan) -> tuple[nn.Module, Any]:
 def _read_config(path: Path) -> tuple[str, dict]:
     """Name and fields of the model in a training workdir's config.json."""
     if not path.is_file():
-        raise ValueError(f"{path.parent}: a folder without config.json; expected a .pth or a training workdir")
+        raise ValueError(
+            f"{path.parent}: a folder without config.json; expected a training workdir or a folder for transformers"
+        )
     try:
-        fields = dict(json.loads(path.read_bytes())["model"])
+        fields = dict(files.read_json(path)["model"])
         return fields.pop("name"), fields
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path}: expected {{"model": {{"name": ..., fields}}}}: {error!r}') from error

@@ -7,7 +7,7 @@ Ours is a tree, layers stacked or one by one, with kernels [in, out] and `time_m
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -40,19 +40,48 @@ def from_official(
     Raises:
       ValueError: weights of another version; a key is missing, unknown, not of floats or of another shape.
     """
-    tensors = {name.removeprefix("_forward_module."): x for name, x in tensors.items()}  # DeepSpeed's prefix
-    for part, version in _LATER_VERSIONS.items():
-        key = next((name for name in tensors if part in name), None)
-        if key is not None:
-            raise ValueError(f"{version} weights (they have {key!r}); only RWKV-4 is supported")
+    tensors = without_prefix(tensors)
+    refuse_later_versions(tensors)
     V, D = _matrix_shape(tensors, "emb.weight")
     F, _ = _matrix_shape(tensors, "blocks.0.ffn.key.weight")
-    L = len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)})
-    sizes = {"vocab_size": V, "num_layers": L, "dim": D, "hidden_dim": F}
-    check(tensors, parameter_shapes(build("rwkv4", **sizes)))
-
+    sizes = {"vocab_size": V, "num_layers": layer_count(tensors), "dim": D, "hidden_dim": F}
+    check(tensors, build("rwkv4", **sizes))
     stored = float_dtype(tensors["head.weight"].dtype if dtype is None else dtype)
     model = build("rwkv4", dtype=activation_dtype(stored), param_dtype=stored, scan=scan, **sizes)
+    return model, _placed(tensors, model, dtype, sharding)
+
+
+def from_fields(
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    dtype: str | None = None,
+    sharding: Any = None,
+    scan: bool = True,
+) -> tuple[nn.Module, Any]:
+    """Model and parameters of any model of ours from its fields, which may come from a stranger's file, and its
+    tensors as `to_official` names them. Arguments and errors are those of `from_official`.
+
+    Raises:
+      ValueError: `fields` are not those of a model, or the tensors do not fit them.
+    """
+    L = layer_count(tensors)
+    if fields.get("num_layers") != L:  # before a model of a billion layers is built
+        raise ValueError(f"model field num_layers is {fields.get('num_layers')!r}, and there are {L} layers")
+    chosen = {**fields, "scan": scan}
+    if dtype is not None:
+        stored = float_dtype(dtype)
+        chosen |= {"dtype": activation_dtype(stored), "param_dtype": stored}
+    try:
+        model = build("rwkv4", **chosen)
+        parameter_shapes(model)
+    except Exception as error:  # a field of a wrong type can make a model raise nearly anything
+        raise ValueError(f"its fields are not those of a model: {error}") from error
+    check(tensors, model)
+    return model, _placed(tensors, model, dtype, sharding)
+
+
+def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | None, sharding: Any) -> Any:
+    """The parameters of `model` on their devices; each tensor keeps its own dtype where `dtype` is None."""
     shapes = parameter_shapes(model)
     shardings = flatten_dict(sharding_tree(sharding, shapes))
     shapes = flatten_dict(shapes)
@@ -60,37 +89,64 @@ def from_official(
     # Largest first: a leaf's copy on its way in then never comes on top of a whole model.
     order = sorted(shapes, key=lambda path: -math.prod(shapes[path].shape))
     for path in tqdm(order, "weights", unit="array", disable=None):
-        layers = [_oriented(path, tensors[name]) for name in _official_names(path, shapes[path].shape)]
+        names = _official_names(path, shapes[path].shape, len(model.layers))
+        layers = [_oriented(path, tensors[name]) for name in names]
         kept = functools.reduce(jnp.promote_types, [x.dtype for x in layers])
-        wanted = shapes[path].dtype if dtype is not None or path[-1] in _DECAYS else float_dtype(kept)
+        keeps = dtype is None and path[-1] not in _DECAYS
+        wanted = float_dtype(kept) if keeps else shapes[path].dtype
         read = functools.partial(_part, layers, path[0] == "blocks", wanted)
         params[path] = place(read, shapes[path].shape, shardings[path])
-    return model, unflatten_dict(params)
+    return unflatten_dict(params)
 
 
 def to_official(params: Any) -> dict[str, np.ndarray]:
-    """The official state dict of RWKV-4 parameters in either layout: NumPy views, matrices [out, in]."""
+    """The official state dict of RWKV-4 parameters in either layout: NumPy views, matrices [out, in].
+
+    Other layers are named by the same rule, which only our own files know.
+    """
     out = {}
+    period = sum(name.startswith("block_") for name in params.get("blocks", {})) or 1
     for path, x in flatten_dict(params).items():
-        names = _official_names(path, x.shape)
+        names = _official_names(path, x.shape, period)
         layers = np.asarray(x) if path[0] == "blocks" else np.asarray(x)[None]
         for name, layer in zip(names, layers, strict=True):
             out[name] = layer[None, None] if path[-1].startswith("time_mix") else _oriented(path, layer)
     return out
 
 
-def check(tensors: Mapping[str, np.ndarray], shapes: Any) -> None:
-    """Hold an official state dict against the parameter shapes of a model.
+def without_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors without the prefix that DeepSpeed leaves on names."""
+    return {name.removeprefix("_forward_module."): x for name, x in tensors.items()}
+
+
+def refuse_later_versions(names: Iterable[str]) -> None:
+    """
+    Raises:
+      ValueError: one of the names tells RWKV-5, 6 or 7.
+    """
+    for part, version in _LATER_VERSIONS.items():
+        key = next((name for name in names if part in name), None)
+        if key is not None:
+            raise ValueError(f"{version} weights (they have {key!r}); only RWKV-4 is supported")
+
+
+def layer_count(names: Iterable[str]) -> int:
+    """L, the number of different layers in official names."""
+    return len({name.split(".")[1] for name in names if re.match(r"blocks\.\d+\.", name)})
+
+
+def check(tensors: Mapping[str, np.ndarray], model: nn.Module) -> None:
+    """Hold tensors by official name against the parameters that a model has.
 
     Raises:
       ValueError: naming the first key that is missing, unknown, not of floats or of another shape.
     """
     expected = {}
-    for path, leaf in flatten_dict(shapes).items():
+    for path, leaf in flatten_dict(parameter_shapes(model)).items():
         shape = leaf.shape[1:] if path[0] == "blocks" else leaf.shape
         shape = shape[::-1] if path[-1] == "kernel" else shape
         shape = (1, 1, *shape) if path[-1].startswith("time_mix") else shape
-        expected |= dict.fromkeys(_official_names(path, leaf.shape), shape)
+        expected |= dict.fromkeys(_official_names(path, leaf.shape, len(model.layers)), shape)
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing:
         raise ValueError(f"key {min(missing)!r} is missing ({len(missing)} of the {len(expected)} expected are)")
@@ -149,12 +205,16 @@ def _matrix_shape(tensors, name) -> tuple[int, int]:
     return tensors[name].shape
 
 
-def _official_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
-    """What a leaf of our tree is called in a state dict, layer by layer where it is stacked."""
+def _official_names(path: tuple[str, ...], shape: tuple[int, ...], period: int) -> list[str]:
+    """What a leaf of our tree is called in a state dict, layer by layer where it is stacked.
+
+    `period`: layers in the repeating unit, which a stacked hybrid keeps apart as block_0, block_1, ...
+    """
     first, *rest = path
     rest[-1] = "weight" if rest[-1] in ("kernel", "scale", "embedding") else rest[-1]
     if first == "blocks":
-        return [".".join(["blocks", str(layer), *rest]) for layer in range(shape[0])]
+        offset = int(rest.pop(0).removeprefix("block_")) if period > 1 else 0
+        return [".".join(["blocks", str(offset + i * period), *rest]) for i in range(shape[0])]
     first = "blocks.0.ln0" if first == "ln0" else first.replace("blocks_", "blocks.")
     return [".".join([first, *rest])]
 

@@ -6,8 +6,6 @@ each storage, the numbers. A tensor is a strided view of a storage, so reading o
 
 import io
 import math
-import mmap
-import os
 import pickle
 import struct
 import zipfile
@@ -18,6 +16,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
+
+from rwkv_jax.interop import files
 
 _DTYPES = {
     "DoubleStorage": "float64",
@@ -98,7 +98,7 @@ def read(path) -> dict[str, np.ndarray]:
     path = Path(path)
     with path.open("rb") as file:
         records = _records(path, file)
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    buffer = files.view(path)
     spans = {name: _span(path, buffer, info) for name, info in records.items()}
     root = next((name.removesuffix("data.pkl") for name in spans if name.endswith("/data.pkl")), None)
     if root is None:
@@ -128,16 +128,9 @@ def read(path) -> dict[str, np.ndarray]:
 
 
 def _records(path, file) -> dict[str, zipfile.ZipInfo]:
-    head = file.read(64).lstrip()
-    if not head:
-        raise ValueError(f"{path}: empty file; expected a .pth that torch.save wrote")
-    if head.startswith(b"<"):
-        raise ValueError(f"{path}: a web page, not weights; download the file itself")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: a Git LFS pointer, not weights; fetch the file itself")
-    if head.startswith(b"\x80"):
-        raise ValueError(f"{path}: torch's old format, not a zip; re-save it in torch: save(load(path), path)")
-    if not head.startswith(b"PK\x03\x04"):
+    head = file.read(64)
+    files.refuse_other_things(path, head)
+    if not head.startswith(files.PTH):
         raise ValueError(f"{path}: not a zip file; expected a .pth that torch.save wrote")
     try:
         with zipfile.ZipFile(file) as archive:
@@ -193,23 +186,12 @@ def write(path, tensors: Mapping[str, np.ndarray]) -> None:
       FileNotFoundError: the folder of `path` does not exist.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder; cannot write {path.name} there")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                _add(archive, file.tell(), "data.pkl", _pickle(tensors))
-                _add(archive, file.tell(), "byteorder", b"little")
-                for key, value in enumerate(tqdm(tensors.values(), path.name, unit="tensor", disable=None)):
-                    numbers = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-                    _add(archive, file.tell(), f"data/{key}", numbers)
-                _add(archive, file.tell(), "version", b"3\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with files.written(path) as file, zipfile.ZipFile(file, "w") as archive:
+        _add(archive, file.tell(), "data.pkl", _pickle(tensors))
+        _add(archive, file.tell(), "byteorder", b"little")
+        for key, value in enumerate(tqdm(tensors.values(), path.name, unit="tensor", disable=None)):
+            _add(archive, file.tell(), f"data/{key}", files.content(value))
+        _add(archive, file.tell(), "version", b"3\n")
 
 
 def _add(archive: zipfile.ZipFile, position: int, name: str, content) -> None:
