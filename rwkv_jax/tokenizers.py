@@ -1,24 +1,34 @@
-"""Text <-> token ids: the 256 bytes themselves, or any `tokenizer.json` of the `tokenizers` library.
+"""Text <-> token ids: bytes, characters, any `tokenizer.json` of the `tokenizers` library, the World vocabulary.
 
 A tokenizer is a frozen value with
 
-    name                          "bytes" or the path it was read from, as `get_tokenizer` takes it
+    name                          "bytes", "world", or the path it was read from, as `get_tokenizer` takes it
     vocab_size                    ids lie in [0, vocab_size)
-    encode(text)                  list of ids
-    decode(ids)                   text; bytes that are not UTF-8 become U+FFFD
+    encode(text)                  list of ids; ValueError where the text has none
+    decode(ids)                   text; bytes that are not UTF-8 become U+FFFD, ids without an entry nothing
     encode_documents(documents)   the same as `encode` for many or long texts, each an iterable of blocks of
                                   UTF-8 bytes: pairs of document index and array of ids, in order
+
+Files are known by their content: a `tokenizer.json` (`characters` makes one whose tokens are characters), the
+character list that the released training code writes, {"0": "\\n", ...} in UTF-16, or the World vocabulary.
 """
 
+import ast
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import tokenizers
+
+TOKENIZER_FILE = "tokenizer.json"
+WORLD_FILE = "rwkv_vocab_v20230424.txt"  # as the released World models carry it
+NAMES = ("bytes", "world")  # those that need no file
 
 
 @dataclass(frozen=True)
@@ -60,22 +70,50 @@ class FileTokenizer:
     cuttable: bool  # whether pieces cut at `_CUT` have the tokens of the whole
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode(text, add_special_tokens=False).ids
+        return self._batch([text])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.library.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
     def encode_documents(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[int, np.ndarray]]:
         """uint32 arrays, by all threads of the library; UnicodeDecodeError unless the bytes are UTF-8."""
-        pieces = ((index, piece) for index, blocks in enumerate(documents) for piece in self._pieces(blocks))
-        while batch := list(islice(pieces, _PIECES_AT_ONCE)):
-            texts = [piece.decode() for _, piece in batch]
-            encodings = self.library.encode_batch_fast(texts, add_special_tokens=False)
-            for (index, _), encoding in zip(batch, encodings, strict=True):
-                yield index, np.array(encoding.ids, np.uint32)
+        cut = _pieces if self.cuttable else lambda blocks: filter(None, [b"".join(blocks)])
+        return _encode_pieces(self._batch, cut, documents)
 
-    def _pieces(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
-        return _pieces(blocks) if self.cuttable else filter(None, [b"".join(blocks)])
+    def _batch(self, texts: list[str]) -> list[list[int]]:
+        try:
+            encodings = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing narrower: no id for a character, a lone surrogate
+            raise ValueError(f"tokenizer {self.name} cannot encode the text: {error}") from None
+        return [encoding.ids for encoding in encodings]
+
+
+@dataclass(frozen=True)
+class WorldTokenizer:
+    """The longest of 65,529 byte strings that matches, again and again. Id 0 ends a text and has no bytes."""
+
+    name: str
+    library: object
+    token_bytes: tuple[bytes, ...]  # [vocab_size]
+    vocab_size: int = 65_536  # of the released models; the last ids have no entry
+
+    def encode(self, text: str) -> list[int]:
+        return self.library.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self.token_bytes[i] for i in np.asarray(ids, np.int64)).decode(errors="replace")
+
+    def encode_documents(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[int, np.ndarray]]:
+        """uint32 arrays, by all threads of the library; UnicodeDecodeError unless the bytes are UTF-8."""
+        return _encode_pieces(self.library.encode_batch, _pieces, documents)  # no token reaches across a cut
+
+
+def _encode_pieces(encode_batch, cut, documents) -> Iterator[tuple[int, np.ndarray]]:
+    pieces = ((index, piece) for index, blocks in enumerate(documents) for piece in cut(blocks))
+    while batch := list(islice(pieces, _PIECES_AT_ONCE)):
+        texts = [piece.decode() for _, piece in batch]
+        for (index, _), ids in zip(batch, encode_batch(texts), strict=True):
+            yield index, np.array(ids, np.uint32)
 
 
 def _pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -91,42 +129,213 @@ def _pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-Tokenizer = ByteTokenizer | FileTokenizer
+Tokenizer = ByteTokenizer | FileTokenizer | WorldTokenizer
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: "bytes", or the path of a `tokenizer.json`.
+    """The tokenizer called `name`: "bytes", "world", or the path of a file, whose content tells what it is.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not one that the `tokenizers` library reads.
+        ValueError: the file is none of those above, or a package is missing.
     """
     if name == "bytes":
         return ByteTokenizer()
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"no tokenizer file {name}: expected 'bytes' or the path of a tokenizer.json")
+    if name == "world":
+        return _world(name, Path(_world_package().__file__).with_name(WORLD_FILE))
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer file {name}: expected 'bytes', 'world' or the path of a tokenizer.json")
+    match _format(path):
+        case "world":
+            return _world(str(name), path)
+        case "characters":
+            return _tokenizer(str(name), _released_characters(path))
     try:
-        library = tokenizers.Tokenizer.from_file(str(name))
-        vocab_size = 1 + max(library.get_vocab().values())  # not the count: ids may have gaps
+        library = tokenizers.Tokenizer.from_file(str(path))
+        vocabulary = library.get_vocab()
+        max(vocabulary.values())
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{name} is not a file that the tokenizers library reads: {error}") from None
-    ids = lambda text: library.encode(text, add_special_tokens=False).ids
+    return ByteTokenizer() if vocabulary == _BYTE_VOCABULARY else _tokenizer(str(name), library)
+
+
+def _format(path: Path) -> str:
+    with path.open("rb") as file:
+        beginning = file.read(64).removeprefix(b"\xff\xfe").replace(b"\0", b"")
+    if re.match(rb"\d+ b?['\"]", beginning):
+        return "world"
+    return "characters" if re.match(rb'\s*\{\s*"\d+"\s*:', beginning) else "library"
+
+
+def _tokenizer(name: str, library: tokenizers.Tokenizer) -> FileTokenizer:
+    vocab_size = 1 + max(library.get_vocab().values())  # not the count: ids may have gaps
+    tokenizer = FileTokenizer(name, vocab_size, library, False)
     pieces = [piece.decode() for piece in _CUT.split(_CUT_SAMPLE.encode())]
-    cuttable = [token for piece in pieces for token in ids(piece)] == ids(_CUT_SAMPLE)
-    return FileTokenizer(str(name), vocab_size, library, cuttable)
+    try:
+        cuttable = [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(_CUT_SAMPLE)
+    except ValueError:  # a vocabulary without these letters
+        cuttable = False
+    return FileTokenizer(name, vocab_size, library, cuttable)
+
+
+UNKNOWN = "\ufffd"
+
+
+def characters(texts: Iterable[str]) -> FileTokenizer:
+    """A tokenizer, not yet saved, of the characters of `texts` by code point, after id 0, NUL, which separates
+    documents, and id 1, U+FFFD, which stands for all other characters."""
+    known = set().union(*texts) - {"\0", UNKNOWN}
+    vocabulary = {character: i for i, character in enumerate(["\0", UNKNOWN, *sorted(known)])}
+    return _tokenizer("characters", _of_characters(vocabulary))
+
+
+def _of_characters(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token=UNKNOWN))  # nothing merges
+    library.decoder = tokenizers.decoders.Fuse()
+    return library
+
+
+def _released_characters(path: Path) -> tokenizers.Tokenizer:
+    data = path.read_bytes().removeprefix(b"\xff\xfe")
+    try:
+        entries = json.loads(data.decode("utf-16le" if b"\0" in data[:64] else "utf-8"))
+        vocabulary = {character: int(i) for i, character in entries.items()}
+        if not all(isinstance(c, str) and len(c) == 1 for c in vocabulary) or len(vocabulary) != len(entries):
+            raise ValueError("its values are not distinct characters")
+        return _of_characters(vocabulary)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path}: expected a list of characters, {{"0": "...", ...}}: {error}') from None
+
+
+# The tokenizers library writes byte b as a printable character: itself, or one from U+0100 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_VOCABULARY = {chr(b): b for b in _PRINTABLE} | {
+    chr(0x100 + i): b for i, b in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
+
+
+def _byte_library() -> tokenizers.Tokenizer:
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(_BYTE_VOCABULARY, []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    return library
+
+
+def _world_package():
+    try:
+        import pyrwkv_tokenizer  # optional: it has no wheel for every Python
+    except ImportError:
+        raise ValueError("the World tokenizer needs another package: pip install pyrwkv-tokenizer") from None
+    return pyrwkv_tokenizer
+
+
+@cache
+def _world(name: str, path: Path) -> WorldTokenizer:
+    # The package decodes no bytes that are not UTF-8 and panics on ids without an entry: its file is read here too.
+    token_bytes = [b""] * WorldTokenizer.vocab_size
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            i, token, num_bytes = re.fullmatch(r"(\d+) (.+) (\d+)", line).groups()
+            token = ast.literal_eval(token)
+            token_bytes[int(i)] = token.encode() if isinstance(token, str) else token
+            if len(token_bytes[int(i)]) != int(num_bytes):
+                raise ValueError(f"token {i} does not have {num_bytes} bytes")
+    except (ValueError, SyntaxError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is not the World vocabulary: {error}") from None
+    return WorldTokenizer(name, _world_package().WorldTokenizer(str(path)), tuple(token_bytes))
+
+
+def save(tokenizer: Tokenizer, folder) -> str:
+    """Write the tokenizer into a folder, where `of_model` finds it; returns the file's name.
+
+    A `tokenizer.json`, which transformers' AutoTokenizer loads with the `tokenizer_config.json` beside it, or the
+    World vocabulary.
+    """
+    folder = Path(folder)
+    if isinstance(tokenizer, WorldTokenizer):
+        lines = (f"{i} {_literal(token)} {len(token)}\n" for i, token in enumerate(tokenizer.token_bytes) if token)
+        (folder / WORLD_FILE).write_text("".join(lines), encoding="utf-8", newline="")
+        return WORLD_FILE
+    library = _byte_library() if isinstance(tokenizer, ByteTokenizer) else tokenizer.library
+    data = (library.to_str(pretty=True) + "\n").encode()
+    if isinstance(tokenizer, FileTokenizer) and (source := Path(tokenizer.name)).is_file():
+        # A copy byte for byte, where that can be: what a run was trained with is known by the file's hash.
+        data = source.read_bytes() if _format(source) == "library" else data
+    (folder / TOKENIZER_FILE).write_bytes(data)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
+    roles = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
+    config |= {role: token for role, token in roles.items() if token in special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return TOKENIZER_FILE
+
+
+def _literal(token: bytes) -> str:
+    try:
+        return repr(token.decode())
+    except UnicodeDecodeError:
+        return repr(token)
+
+
+_NEOX_SIZE = 50_277
+_NEOX_HUB = "EleutherAI/gpt-neox-20b"
 
 
 def of_model(path, vocab_size: int) -> str:
-    """Name of the tokenizer of the model at `path`: the one that its workdir names, or "bytes" for 256 tokens.
+    """Name of the tokenizer of the model at `path`, for `get_tokenizer`.
+
+    It is the one that a workdir or Hugging Face folder carries. Otherwise it is guessed from the vocabulary's size,
+    which one line on stderr says: 256 is bytes, 65,536 World, 50,277 and its paddings up to 50,432 the NeoX-20B file,
+    looked for beside the model, in the current folder, and in the local Hugging Face cache.
 
     Raises:
+        FileNotFoundError: the NeoX-20B file is in none of these places.
         ValueError: neither tells.
     """
-    config = Path(path) / "config.json"
+    path = Path(path)
+    if path.is_dir() and (name := _carried(path)):
+        return name
+    if vocab_size == ByteTokenizer.vocab_size:
+        name = "bytes"
+    elif vocab_size == WorldTokenizer.vocab_size:
+        name = "world"
+    elif vocab_size == _NEOX_SIZE or (_NEOX_SIZE < vocab_size <= 50_432 and vocab_size % 8 == 0):
+        name = _find_neox(path if path.is_dir() else path.parent)
+    else:
+        raise ValueError(
+            f"{path} carries no tokenizer, and its vocabulary of {vocab_size} tells none: "
+            "expected --tokenizer=PATH of its tokenizer.json, or one of " + ", ".join(NAMES)
+        )
+    print(f"{path} carries no tokenizer: {name}, guessed from its vocabulary of {vocab_size}", file=sys.stderr)
+    return name
+
+
+def _carried(folder: Path) -> str | None:
+    config = folder / "config.json"
     name = json.loads(config.read_text()).get("tokenizer") if config.is_file() else None
-    if name is None and vocab_size != ByteTokenizer.vocab_size:
-        raise ValueError(f"expected --tokenizer=PATH of the tokenizer.json with this vocabulary of {vocab_size}")
-    return name or "bytes"
+    if name in NAMES:
+        return name
+    # What the config names may have stayed behind when the folder moved; what lies in the folder has not.
+    files = [folder / name] if isinstance(name, str) else []
+    files += [folder / TOKENIZER_FILE, folder / WORLD_FILE]
+    return next((str(file) for file in files if file.is_file()), name)
+
+
+def _find_neox(beside: Path) -> str:
+    from huggingface_hub import try_to_load_from_cache
+
+    folders = list(dict.fromkeys([beside, Path(".")]))
+    files = [folder / name for folder in folders for name in ("20B_tokenizer.json", TOKENIZER_FILE)]
+    if isinstance(cached := try_to_load_from_cache(_NEOX_HUB, TOKENIZER_FILE), str):
+        files.append(Path(cached))
+    for file in files:
+        if file.is_file() and get_tokenizer(str(file)).vocab_size == _NEOX_SIZE:
+            return str(file)
+    raise FileNotFoundError(
+        f"no NeoX-20B tokenizer in {' or '.join(map(str, folders))} or the Hugging Face cache: download "
+        f"20B_tokenizer.json of BlinkDL/RWKV-LM, or tokenizer.json of {_NEOX_HUB}, or pass --tokenizer=PATH"
+    )
 
 
 # An incomplete character is at most 3 tokens, so when this many wait, what they hold is not UTF-8.
@@ -151,8 +360,11 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character lacks bytes."""
-        self._tokens.append(int(token))
+        before, self._tokens = self._tokens, [*self._tokens, int(token)]
         text, num_shown = self._decode(self._tokens), self._num_shown
+        if before and self._decode([int(token)]) == "" and text == self._decode(before):
+            self._tokens = before  # an id without text is no context, and a character may go on after it
+            return ""
         if not text.endswith("\ufffd"):
             # What was new is the context of what comes: some decoders strip the first space of a text.
             self._restart(self._tokens[self._waiting_from :], 0)
