@@ -117,22 +117,24 @@ def assert_same(context, expected):
 # --------------------------------------------------------------------------------------------------- distribution
 
 
-@pytest.mark.parametrize("draft", ["near", "other"])
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"temperature": 0.7, "top_p": 0.8}, {"frequency_penalty": 1.5, "repetition_penalty": 1.3}],
-    ids=["plain", "top-p", "penalties"],
+    ("draft_is", "num_draft", "settings"),
+    [
+        ("near", 1, {}),
+        ("other", 2, {"temperature": 0.7, "top_p": 0.8}),
+        ("other", 1, {"frequency_penalty": 1.5, "repetition_penalty": 1.3}),
+    ],
 )
-def test_pairs_of_tokens_are_drawn_with_the_probabilities_of_the_model(draft, settings):
+def test_three_tokens_are_drawn_with_the_probabilities_of_the_model(draft_is, num_draft, settings):
     model, params = case("rwkv4", seed=1, scale=0.3)
-    guesser = case("rwkv4", seed=2, dim=8, scale=0.3)
-    if draft == "near":
+    draft = case("rwkv4", seed=2, dim=8, scale=0.8)
+    if draft_is == "near":
         rng = np.random.default_rng(5)
-        guesser = model, jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+        draft = model, jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
     prompt, B = PROMPTS[0], 6000
-    tokens = speculative.generate(
-        model, params, [prompt] * B, draft=guesser, num_draft=2, max_new_tokens=3, seed=list(range(B)), **settings
-    )
+    settings = {"draft": draft, "num_draft": num_draft, "max_new_tokens": 3, "seed": list(range(B))} | settings
+    tokens = speculative.generate(model, params, [prompt] * B, **settings)
+    settings = {name: x for name, x in settings.items() if name in ("temperature", "top_p") or "penalty" in name}
     expected = exact(model, params, prompt, settings)
     assert abs(expected.sum() - 1) < 1e-4
     counts = np.zeros((V,) * 3)

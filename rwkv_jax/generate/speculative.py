@@ -36,7 +36,7 @@ def generate(model, params, prompt_ids, *, draft, **settings) -> list[int] | lis
 
 
 def generate_with_context(
-    model, params, prompt_ids, *, draft, num_draft: int = 3, context: Context | None = None, **settings
+    model, params, prompt_ids, *, draft, num_draft: int = 4, context: Context | None = None, **settings
 ) -> tuple[list, Context]:
     """`generate`, and the context that has read the prompts and exactly its result. The draft reads prompts only."""
     models, params = zip(*(per_layer(*each) for each in ((model, params), draft)), strict=True)
