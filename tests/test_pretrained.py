@@ -53,6 +53,14 @@ def test_a_sampled_text_is_that_of_its_seed():
     )
 
 
+def test_a_draft_changes_the_time_and_not_the_greedy_text():
+    plain = lm().generate(["Hi", "Good morning"], temperature=0, max_new_tokens=20)
+    drafted = lm().generate(["Hi", "Good morning"], draft=lm("transformer"), temperature=0, max_new_tokens=20)
+    assert drafted == plain
+    with pytest.raises(ValueError, match="stop strings beside a draft"):
+        lm().generate("Hi", draft=lm(), stop="x")
+
+
 def test_a_document_ends_at_the_separator_unless_told_otherwise():
     nothing_else = {"logit_bias": {0: 1e6}, "max_new_tokens": 3}
     assert lm().generate([72], **nothing_else) == []

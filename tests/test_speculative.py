@@ -80,9 +80,18 @@ def test_the_state_after_some_tokens_of_a_pass(kind):
 # --------------------------------------------------------------------------------------------------- greedy
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("kind", "draft", "num_draft"),
-    [("rwkv4", near, 4), ("hybrid", near, 1), ("rwkv4", other, 1), ("hybrid", other, 4), ("rwkv4", same, 3)],
+    [
+        pytest.param("rwkv4", near, 4, marks=SLOW),
+        pytest.param("hybrid", near, 1, marks=SLOW),
+        pytest.param("rwkv4", other, 1, marks=SLOW),
+        ("hybrid", other, 4),
+        ("rwkv4", same, 3),
+    ],
 )
 def test_greedy_text_is_that_of_plain_decoding(kind, draft, num_draft):
     draft = draft(kind)
@@ -121,8 +130,8 @@ def assert_same(context, expected):
     ("draft_is", "num_draft", "settings"),
     [
         ("near", 1, {}),
-        ("other", 2, {"temperature": 0.7, "top_p": 0.8}),
-        ("other", 1, {"frequency_penalty": 1.5, "repetition_penalty": 1.3}),
+        pytest.param("other", 2, {"temperature": 0.7, "top_p": 0.8}, marks=SLOW),
+        pytest.param("other", 1, {"frequency_penalty": 1.5, "repetition_penalty": 1.3}, marks=SLOW),
     ],
 )
 def test_three_tokens_are_drawn_with_the_probabilities_of_the_model(draft_is, num_draft, settings):
