@@ -14,7 +14,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--model", required=True, help="a training workdir or an official .pth")
     parser.add_argument("--prompt", required=True, help="text to continue; empty: the beginning of a document")
-    parser.add_argument("--tokenizer", help="'bytes' or the path of a tokenizer.json; default: the workdir's")
+    parser.add_argument("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: what the model carries")
     parser.add_argument("--max_new_tokens", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this probability")

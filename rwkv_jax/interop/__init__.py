@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from rwkv_jax.interop import pth
+from rwkv_jax.interop import pth, states
 from rwkv_jax.interop.official import (
     activation_dtype,
     check,
@@ -21,7 +21,7 @@ from rwkv_jax.interop.official import (
 )
 from rwkv_jax.models import build, stack, unstack
 
-__all__ = ["from_official", "load", "save", "to_official"]
+__all__ = ["from_official", "load", "save", "states", "to_official"]
 
 
 def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True) -> tuple[nn.Module, Any]:
