@@ -83,7 +83,8 @@ class FileTokenizer:
     def _batch(self, texts: list[str]) -> list[list[int]]:
         try:
             encodings = self.library.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises nothing narrower: no id for a character, a lone surrogate
+        except Exception as error:  # the library raises nothing narrower
+            "".join(texts).encode()  # a lone surrogate: UnicodeEncodeError, a ValueError, says it better
             raise ValueError(f"tokenizer {self.name} cannot encode the text: {error}") from None
         return [encoding.ids for encoding in encodings]
 
@@ -294,7 +295,7 @@ def of_model(path, vocab_size: int) -> str:
         ValueError: neither tells.
     """
     path = Path(path)
-    if path.is_dir() and (name := _carried(path)):
+    if path.is_dir() and (name := carried(path)):
         return name
     if vocab_size == ByteTokenizer.vocab_size:
         name = "bytes"
@@ -311,7 +312,8 @@ def of_model(path, vocab_size: int) -> str:
     return name
 
 
-def _carried(folder: Path) -> str | None:
+def carried(folder: Path) -> str | None:
+    """What `get_tokenizer` takes for the tokenizer of a workdir or Hugging Face folder; None if it holds none."""
     config = folder / "config.json"
     name = json.loads(config.read_text()).get("tokenizer") if config.is_file() else None
     if name in NAMES:
