@@ -26,12 +26,13 @@ def test_smoke_measures_and_draws_every_suite_and_keeps_the_others(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results.keys() == {"train", "decode", "ops"}
+    assert results.keys() == {"train", "decode", "ops", "generation"}
 
     for row in results["train"]["models"].values():
         assert sum(row["parts"].values()) == pytest.approx(row["step_seconds"])
         assert all(t > 0 for name, t in row["parts"].items() if name != "elementwise and rest")
-    assert results["decode"]["rows"][0]["same_tokens"]
+    assert all(row["agreed"] for row in results["generation"]["rows"])
+    assert {row["state_bytes"] for row in results["generation"]["contexts"]} == {2 * 5 * 64 * 4}
     contexts = {model: set() for model in ("rwkv4", "transformer", "transformer, no cache")}
     for row in results["decode"]["sweep"]["rows"]:
         contexts[row["model"]].add(row["context"])

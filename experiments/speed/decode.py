@@ -1,6 +1,6 @@
-"""Decoding: beside the `rwkv` package, and time a token and bytes of state against context.
+"""Time a token and bytes of state against context.
 
-Against context: RWKV-4 after really reading that many tokens, the transformer with a cache of random keys and values
+RWKV-4 after really reading that many tokens, the transformer with a cache of random keys and values
 already filled so far, and the transformer without a cache, which computes the whole text again for each token. Caches
 have the size that `generate` gives them. `bytes_read` is the least that a token must read: parameters without the
 embedding, of which it takes a row, and the state; its rate over the measured read bandwidth says how far from the
@@ -10,7 +10,6 @@ machine's limit a side is. What would take too long or too much memory is left o
 import itertools
 import math
 import os
-import tempfile
 from functools import partial
 
 import jax
@@ -18,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import rwkv_jax
-from experiments.speed.timing import medians, ratio
+from experiments.speed.timing import medians
 from rwkv_jax import generate, hardware
 
-PACKAGE = {"num_layers": 12, "dim": 768, "vocab_size": 50277, "tokens": 32, "rounds": 7}
 # On a CPU half as deep as the 169M model, for which reading 131,072 tokens takes minutes and caching them 10 GB.
 CPU = {"num_layers": 6, "dim": 768, "vocab_size": 50277, "dtype": "float32", "tokens": 16, "rounds": 5}
 ACCELERATOR = CPU | {"num_layers": 12, "dtype": "bfloat16"}
@@ -35,16 +33,14 @@ CLAIMED = 8192  # tokens of context after which the cached transformer must be n
 
 
 def run(smoke):
-    """Rows beside the `rwkv` package, and the sweep over contexts."""
     on_cpu = jax.default_backend() == "cpu"
-    rows = [beside_the_package(SMOKE if smoke else PACKAGE)] if on_cpu else []
     shape = SMOKE if smoke else CPU if on_cpu else ACCELERATOR
     contexts = (0, 64, 512) if smoke else CONTEXTS
-    return {"rows": rows, "sweep": sweep(shape, contexts, BATCHES["cpu" if on_cpu else "other"])}
+    return {"rows": [], "sweep": sweep(shape, contexts, BATCHES["cpu" if on_cpu else "other"])}
 
 
 def report(results):
-    """What was measured besides `rows`, a line each."""
+    """What was measured, a line each."""
     found = results["sweep"]
     bandwidth = found["read_bytes_per_second"]
     lines = [f"reads {bandwidth / 1e9:.0f} GB/s"]
@@ -187,38 +183,3 @@ def without_cache(model, params, contexts, batch, left_out):
         side = {name: lambda tokens_BT: jax.block_until_ready(last(params, tokens_BT))}
         before = context, medians(side, (draw() for _ in itertools.count()), 3)[name]
         yield name, *before, None
-
-
-# ------------------------------------------------------------------------------------ beside the package
-
-
-def beside_the_package(shape):
-    """Tokens/s of one greedy stream, ours and the `rwkv` package's, from the same weights."""
-    os.environ.setdefault("RWKV_JIT_ON", "1")
-    os.environ.setdefault("RWKV_CUDA_ON", "0")
-    from rwkv.model import RWKV
-
-    model = rwkv_jax.build("rwkv4", scan=False, **{k: shape[k] for k in ("num_layers", "dim", "vocab_size")})
-    params = live(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"])
-    with tempfile.TemporaryDirectory() as folder:
-        rwkv_jax.save(f"{folder}/model.pth", model, params)
-        theirs = RWKV(model=f"{folder}/model", strategy="cpu fp32", verbose=False)
-
-    def ours(prompt):
-        return generate.generate(model, params, prompt, max_new_tokens=shape["tokens"], temperature=0)
-
-    def package(prompt):
-        logits, state = theirs.forward(prompt.tolist(), None)
-        out = []
-        for _ in range(shape["tokens"]):
-            out.append(int(logits.argmax()))
-            logits, state = theirs.forward(out[-1:], state)
-        return out
-
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(0, shape["vocab_size"], (2 * shape["rounds"] + 4, 1)).astype(np.int32)
-    agreed = ours(prompts[0]) == package(prompts[0])
-    name = 'rwkv package, "cpu fp32"'
-    seconds = medians({"rwkv4": ours, name: package}, prompts[1:], shape["rounds"])
-    speed = {side: shape["tokens"] / t for side, t in seconds.items()}
-    return ratio("decoding, tokens/s", "rwkv4", speed["rwkv4"], name, speed[name], 1.8) | {"same_tokens": agreed}
