@@ -348,6 +348,16 @@ def test_the_command_line_converts(tmp_path, small, capsys):
     assert not (tmp_path / "other.pth").exists()
 
 
+def test_a_folder_gets_the_tokenizer_of_the_source(tmp_path, capsys):
+    model = rwkv_jax.build("rwkv4", vocab_size=256, num_layers=1, dim=D)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    rwkv_jax.save(tmp_path / "model.pth", model, params)
+    assert command_line.main([str(tmp_path / "model.pth"), str(tmp_path / "folder")]) == 0
+    assert "bytes, guessed" in capsys.readouterr().err
+    lm = rwkv_jax.RWKVForCausalLM.from_pretrained(tmp_path / "folder")
+    assert lm.tokenizer.encode("é") == [195, 169] and capsys.readouterr().err == ""
+
+
 # ---- live judges
 
 

@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+from pathlib import Path
 
-from rwkv_jax.interop import FORMATS, load, save
+from rwkv_jax import tokenizers
+from rwkv_jax.interop import FORMATS, load, locate, save
 
 
 def main(argv=None) -> int:
@@ -14,12 +16,25 @@ def main(argv=None) -> int:
     parser.add_argument("--format", choices=FORMATS, help="if not what the suffix says; rwkv.cpp must be named")
     args = parser.parse_args(argv)
     try:
-        model, params = load(args.source, dtype=args.dtype)
+        source = locate(args.source)
+        model, params = load(source, dtype=args.dtype)
         save(args.destination, model, params, format=args.format)
+        if Path(args.destination).is_dir():
+            _carry_tokenizer(source, args.destination, model.vocab_size)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _carry_tokenizer(source, folder, vocab_size):
+    """Where a tokenizer is known it goes with the weights; where it is not, the weights go alone."""
+    try:
+        tokenizer = tokenizers.get_tokenizer(tokenizers.of_model(source, vocab_size))
+    except (ValueError, OSError) as error:
+        print(f"without a tokenizer: {error}", file=sys.stderr)
+    else:
+        tokenizers.save(tokenizer, folder)
 
 
 if __name__ == "__main__":
