@@ -57,6 +57,18 @@ def test_no_token_without_probability(logits_V, seed):
     assert np.exp(logits_V - logits_V.max())[tokens].all()
 
 
+def test_a_place_is_never_one_without_probability():
+    """Where the number drawn is 0, or is on a step of the running sum, whose rounding need not be monotonic."""
+    rng = np.random.default_rng(0)
+    p_N = np.float32(rng.random(filters.LANES) * (rng.random(filters.LANES) < 0.5))
+    p_N[:3] = p_N[-3:] = 0
+    steps = np.asarray(jnp.cumsum(p_N)) / np.asarray(jnp.cumsum(p_N)).max()
+    near = [np.nextafter(steps, np.float32(to)) for to in (0, 2)]
+    u_B = np.clip(np.concatenate([[0], steps, *near]), 0, 1 - 2**-24).astype(np.float32)
+    place_B = jax.jit(sampling._inverse)(np.tile(p_N, (len(u_B), 1)), u_B)
+    assert (p_N[place_B] > 0).all()
+
+
 def test_bfloat16_logits():
     logits_BV = jnp.array([[1.0, 3.0, 2.0]], jnp.bfloat16)
     assert draws(sampler(top_k=1), logits_BV).tolist() == [1]
