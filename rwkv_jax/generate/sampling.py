@@ -192,6 +192,7 @@ def draw(logits_BV, key_B):
 
 def _inverse(p_BN, u_B):
     """The first place where the running sum exceeds `u` times the whole; never one with p = 0."""
+    # a running sum added up as a tree is not monotonic: rounding alone may make it grow where p = 0
     sum_BN = jnp.where(p_BN > 0, jnp.cumsum(p_BN, axis=-1), 0)
     return jnp.argmax(sum_BN > (u_B * sum_BN.max(axis=-1))[:, None], axis=-1)
 
