@@ -2,10 +2,11 @@
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -113,3 +114,8 @@ def read_json(path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def can_be_a_shape(sizes: Sequence[int]) -> bool:
+    """Whether NumPy can express it; even an array of no elements may have too large a size."""
+    return len(sizes) <= 8 and math.prod(max(n, 1) for n in sizes) < 2**59

@@ -156,7 +156,7 @@ def _span(path, buffer, info: zipfile.ZipInfo) -> tuple[int, int]:
 def _view(path, buffer, span, name, tensor: _Tensor) -> np.ndarray:
     storage, offset, shape, strides = tensor
     sizes_valid = len(shape) == len(strides) and all(_is_size(n) for n in (offset, *shape, *strides))
-    if not isinstance(storage, _Storage) or not sizes_valid:
+    if not isinstance(storage, _Storage) or not sizes_valid or not files.can_be_a_shape(shape):
         raise ValueError(f"{path}: {name!r} is no strided view of a storage: {tuple(tensor)}")
     if span is None:
         raise ValueError(f"{path}: {name!r} needs record 'data/{storage.key}', which the file lacks")

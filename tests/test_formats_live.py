@@ -1,0 +1,112 @@
+"""Folders judged by transformers, in both directions, on random weights of several shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rwkv_jax
+from rwkv_jax.interop import huggingface
+
+pytestmark = pytest.mark.live
+SIZES = [(32, 2, 64, 256), (50, 3, 32, 96), (17, 8, 16, 64)]  # V, L, D, F; 8 layers pass transformers' rescaling
+
+
+@pytest.fixture(autouse=True)
+def quiet_libraries(monkeypatch):
+    """transformers and torch warn of their own deprecations, and a look at the hub would take minutes."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def random_model(V, L, D, F, dtype="float32"):
+    model = rwkv_jax.build("rwkv4", vocab_size=V, num_layers=L, dim=D, hidden_dim=F, matmul_precision="highest")
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    noise = lambda x: x + np.random.default_rng(x.size).normal(size=x.shape).astype(x.dtype) / 8
+    return model, jax.tree.map(noise, params)
+
+
+def tokens(V, T=24):
+    return np.random.default_rng(0).integers(0, V, (1, T))
+
+
+def our_logits(model, params, tokens_BT):
+    return np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(tokens_BT, jnp.int32))[0])
+
+
+def their_logits(theirs, tokens_BT):
+    import torch
+
+    with torch.no_grad():
+        return theirs(torch.tensor(tokens_BT)).logits.float().numpy()
+
+
+def assert_close(actual, expected):
+    assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def from_pretrained(path, **kw):
+    from transformers import RwkvForCausalLM
+
+    theirs, report = RwkvForCausalLM.from_pretrained(path, output_loading_info=True, **kw)
+    assert not any(report.values()), report
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("limit", [5 * 10**9, 20_000])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_ours_in_transformers_and_back_after_its_forward_pass(tmp_path, monkeypatch, sizes, limit):
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", limit)
+    model, params = random_model(*sizes)
+    rwkv_jax.save(tmp_path / "ours", model, params)
+    theirs = from_pretrained(tmp_path / "ours")
+    tokens_BT = tokens(sizes[0])
+    assert_close(our_logits(model, params, tokens_BT), their_logits(theirs, tokens_BT))
+    theirs.save_pretrained(tmp_path / "theirs")  # after a forward pass: our config asks for no rescaling
+    _, again = rwkv_jax.load(tmp_path / "theirs")
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("shard", ["5GB", "40KB"])
+@pytest.mark.filterwarnings("ignore")
+def test_theirs_in_ours(tmp_path, sizes, shard):
+    import torch
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    V, L, D, F = sizes
+    torch.manual_seed(0)
+    config = RwkvConfig(vocab_size=V, hidden_size=D, num_hidden_layers=L, intermediate_size=F, rescale_every=0)
+    theirs = RwkvForCausalLM(config).eval()
+    for x in theirs.parameters():
+        x.data += 0.1 * torch.randn_like(x)
+    tokens_BT = tokens(V)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+    assert ("index.json" in str(list((tmp_path / "theirs").iterdir()))) == (shard == "40KB")
+    model, params = rwkv_jax.load(tmp_path / "theirs")
+    assert (model.vocab_size, model.num_layers, model.dim, model.hidden_dim) == sizes
+    assert_close(our_logits(model, params, tokens_BT), their_logits(theirs, tokens_BT))
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    _, again = rwkv_jax.load(tmp_path / "pytorch_model.bin")
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.filterwarnings("ignore")
+def test_half_precision_arrives_bit_for_bit(tmp_path, dtype):
+    import torch
+
+    model, params = random_model(*SIZES[2])
+    rwkv_jax.save(tmp_path / "m.pth", model, params)
+    half, params = rwkv_jax.load(tmp_path / "m.pth", dtype=dtype)
+    rwkv_jax.save(tmp_path / "ours", half, params)
+    theirs = from_pretrained(tmp_path / "ours")
+    assert theirs.dtype == getattr(torch, dtype)
+    assert theirs.config.rescale_every == (6 if dtype == "float16" else 0)
+    theirs.save_pretrained(tmp_path / "theirs")
+    _, again = rwkv_jax.load(tmp_path / "theirs")
+    assert_same = lambda x, y: np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+    kept = [path[-1].key for path, x in jax.tree.leaves_with_path(again)]
+    for name, x, y in zip(kept, jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        if name not in ("time_decay", "time_first"):  # which transformers may round to its own dtype
+            assert_same(x, y)
