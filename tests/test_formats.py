@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import struct
 
 import jax
@@ -202,6 +203,8 @@ def test_large_models_are_written_in_parts(tmp_path, monkeypatch):
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
     for part in parts:
+        with safetensors.safe_open(part, "numpy") as file:
+            assert file.metadata() == {"format": "pt"}
         found = safetensors.numpy.load_file(part)
         assert sum(x.nbytes for x in found.values()) <= 3000
         assert all(index["weight_map"][name] == part.name for name in found)
@@ -223,6 +226,12 @@ def test_a_folder_appears_whole_and_keeps_what_is_not_weights(tmp_path, monkeypa
     broken = lambda *_: (_ for _ in ()).throw(OSError("disk full"))
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr(safetensors_file, "write", broken)
+        rwkv_jax.save(tmp_path / "m", model, twice)
+    assert_same(rwkv_jax.load(tmp_path / "m")[1], params)
+    rename = pathlib.Path.rename
+    only_the_old = lambda old, new: rename(old, new) if old.name == "m" or old.suffix == ".old" else broken()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(pathlib.Path, "rename", only_the_old)
         rwkv_jax.save(tmp_path / "m", model, twice)
     assert_same(rwkv_jax.load(tmp_path / "m")[1], params)
     rwkv_jax.save(tmp_path / "m", model, twice)

@@ -12,12 +12,6 @@ pytestmark = pytest.mark.live
 SIZES = [(32, 2, 64, 256), (50, 3, 32, 96), (17, 8, 16, 64)]  # V, L, D, F; 8 layers pass transformers' rescaling
 
 
-@pytest.fixture(autouse=True)
-def quiet_libraries(monkeypatch):
-    """transformers and torch warn of their own deprecations, and a look at the hub would take minutes."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def random_model(V, L, D, F, dtype="float32"):
     model = rwkv_jax.build("rwkv4", vocab_size=V, num_layers=L, dim=D, hidden_dim=F, matmul_precision="highest")
     params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]

@@ -115,7 +115,7 @@ def write(folder, tensors: Mapping[str, np.ndarray]) -> None:
         (new / "config.json").write_text(json.dumps(_config(tensors), indent=2) + "\n")
         tensors = {to_transformers(name): x for name, x in tensors.items()}
         shards = list(split(tensors, SHARD_BYTES))
-        metadata = {"format": "pt"}  # without which transformers refuses a file
+        metadata = {"format": "pt"}  # which transformers 4 insists on
         if len(shards) == 1:
             safetensors_file.write(new / _SINGLE, tensors, metadata)
             return
