@@ -21,7 +21,7 @@ from experiments.speed.timing import medians, ratio
 from rwkv_jax import generate, hardware
 
 SHAPE = {"num_layers": 12, "dim": 768, "vocab_size": 50277}
-FULL = {"fields": SHAPE, "tokens": 32, "prompt": 1024, "context": 131072, "rounds": 7}
+FULL = {"fields": SHAPE, "tokens": 128, "prompt": 1024, "context": 131072, "rounds": 5}
 SMOKE = {
     "fields": {"num_layers": 2, "dim": 64, "vocab_size": 256},
     "tokens": 4,
