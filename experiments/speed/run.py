@@ -7,7 +7,7 @@ with ours is fair; RWKV-4 against the transformer is reported with both FLOP cou
 decode: over contexts of 0 to 131,072 tokens (6 x 768) a token of RWKV-4 takes one time, and the transformer with its
 cache reads at 0.6 of the measured bandwidth or more at 8,192.
 generation: a 12 x 768 RWKV-4 with V 50,277 decodes at least 2 times, and reads 1,024 tokens 1.6 times as fast as the
-`rwkv` package's "cpu fp32"; it decodes at 0.75 or more of the measured read bandwidth, after 131,072 tokens too.
+`rwkv` package's "cpu fp32"; a token takes at most 1 / 0.75 of the time of reading its parameters alone.
 ops: WKV forward and backward at B 4, T 1,024, D 512 takes at most 0.35 of the time of autodiff through a plain scan, 3
 times its own forward pass, and a quarter of the temporary memory; time a token from 32k to 128k within 25 %. Three
 times its own forward pass is an aim: 3.3 on 2026-11-24.
