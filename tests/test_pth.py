@@ -199,6 +199,11 @@ def test_what_is_no_zip_says_what_it_is(tmp_path, content, message):
         ({"data.pkl": pickle.dumps({"step": 7})}, "'step' holds a int; expected a flat dict of tensors"),
         ({"data.pkl": pickle.dumps([1])}, "holds a list; expected a dict of tensors"),
         ({"data.pkl": b""}, "data.pkl is not the pickle of a state dict"),
+        (
+            {"data.pkl": b"\x80\x02}r\xff\xff\xff\x7f."},
+            "it remembers an object as number 2,147,483,647 and has 9 bytes",
+        ),
+        ({"data.pkl": b"\x80\x02Fa\nb."}, "not the pickle of a state dict: .*'a"),
         ({"data.pkl": b"\x80\x02}q"}, "data.pkl is not the pickle of a state dict"),
     ],
 )

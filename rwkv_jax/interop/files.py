@@ -119,3 +119,8 @@ def read_json(path) -> dict:
 def can_be_a_shape(sizes: Sequence[int]) -> bool:
     """Whether NumPy can express it; even an array of no elements may have too large a size."""
     return len(sizes) <= 8 and math.prod(max(n, 1) for n in sizes) < 2**59
+
+
+def one_line(error: Exception) -> str:
+    """The message of another library's error, or of one that quotes a stranger's file, fit to be part of ours."""
+    return " ".join(str(error).split())[:300]

@@ -6,6 +6,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors
 
+from rwkv_jax.interop import files
+
 _NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<file>[\w-][\w./-]*\.(?:pth|safetensors|bin)))?")
 _BESIDE = ["*.json", "*.txt"]  # config and index, and what tokenizers are made of
 
@@ -45,7 +47,7 @@ def download(name: str) -> Path:
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
         raise FileNotFoundError(f"{name}: no such file here, and on the hub none, or none you may read") from error
     except Exception as error:  # of whatever HTTP library is underneath
-        raise OSError(f"{name}: no such file here, and the hub failed: {' '.join(str(error).split())}") from error
+        raise OSError(f"{name}: no such file here, and the hub failed: {files.one_line(error)}") from error
     raise FileNotFoundError(
         f"{name}: the hub has it without model.safetensors and pytorch_model.bin; name a file: {name}/FILE.pth"
     )

@@ -17,6 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
+from rwkv_jax.interop import files
 from rwkv_jax.models import build
 
 # Parts of names that tell a later version, in this order: 6 and 7 have ln_x too.
@@ -75,7 +76,7 @@ def from_fields(
         model = build("rwkv4", **chosen)
         parameter_shapes(model)
     except Exception as error:  # a field of a wrong type can make a model raise nearly anything
-        raise ValueError(f"its fields are not those of a model: {error}") from error
+        raise ValueError(f"its fields are not those of a model: {files.one_line(error)}") from error
     check(tensors, model)
     return model, _placed(tensors, model, dtype, sharding)
 

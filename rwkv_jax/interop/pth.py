@@ -7,6 +7,7 @@ each storage, the numbers. A tensor is a strided view of a storage, so reading o
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -109,9 +110,11 @@ def read(path) -> dict[str, np.ndarray]:
 
     # A damaged pickle can raise nearly anything; all of it means one thing to the reader.
     try:
-        state = _Unpickler(io.BytesIO(record("data.pkl"))).load()
+        program = record("data.pkl")
+        _check_memo(program)
+        state = _Unpickler(io.BytesIO(program)).load()
     except Exception as error:
-        raise ValueError(f"{path}: data.pkl is not the pickle of a state dict: {error}") from error
+        raise ValueError(f"{path}: data.pkl is not the pickle of a state dict: {files.one_line(error)}") from error
 
     kind = lambda value: type(value).__name__.strip("_")
     if not isinstance(state, dict):
@@ -125,6 +128,13 @@ def read(path) -> dict[str, np.ndarray]:
         name: _view(path, buffer, spans.get(f"{root}data/{tensor.storage.key}"), name, tensor)
         for name, tensor in state.items()
     }
+
+
+def _check_memo(program: bytes) -> None:
+    """Refuse a pickle that numbers what it remembers beyond its own length: CPython makes a table of that size."""
+    for operation, number, _ in pickletools.genops(program):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > len(program):
+            raise ValueError(f"it remembers an object as number {number:,} and has {len(program):,} bytes")
 
 
 def _records(path, file) -> dict[str, zipfile.ZipInfo]:
