@@ -8,6 +8,7 @@ are only ever written behind what they hold, which is why a copy of everything e
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -66,19 +67,24 @@ def begin(model, context: Context | None, batch: int, room: int) -> Context:
 
 def check(model, context: Context, batch: int) -> None:
     """An error unless the context is one of this model and of B texts, whatever the length of its caches."""
+    if context.logits_BV.ndim != 2:
+        raise ValueError(f"the context has logits {context.logits_BV.shape}, expected [B, V]")
     B, V = context.logits_BV.shape
     wanted = jax.eval_shape(lambda: model.init_state(B, max_length=CACHE_STEP))
     good = model.vocab_size == V and jax.tree.structure(wanted) == jax.tree.structure(context.state)
     if good:
         sizes = lambda x, grows: [n for axis, n in enumerate(x.shape) if axis not in grows]
         leaves = zip(jax.tree.leaves(context.state), jax.tree.leaves(wanted), cache_axes(model), strict=True)
-        good = all(x.dtype == y.dtype and sizes(x, grows) == sizes(y, grows) for x, y, grows in leaves)
+        good = all(
+            x.dtype == y.dtype and x.ndim == y.ndim and sizes(x, grows) == sizes(y, grows) for x, y, grows in leaves
+        )
     if not good:
         raise ValueError("the context is not one of this model: its arrays have other names, shapes or dtypes")
     if batch != B:
         raise ValueError(f"the context holds {B} texts, expected one for each of the {batch} prompts")
 
 
+@lru_cache(maxsize=16)  # a stream asks before every token
 def cache_axes(model) -> list[tuple[int, ...]]:
     """The axes that grow with `max_length`, for each leaf of a state: none but in caches."""
     few, many = (jax.tree.leaves(jax.eval_shape(lambda n=n: model.init_state(1, max_length=n))) for n in (1, 2))

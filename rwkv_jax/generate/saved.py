@@ -69,16 +69,20 @@ def _context(path, model, arrays) -> Context:
     shapes = _named(wanted)
     if B == 0 or arrays.keys() != shapes.keys():
         raise ValueError(f"{path} is damaged: its arrays are not those of a context")
+    for name, shape in shapes.items():
+        if jnp.issubdtype(arrays[name].dtype, jnp.floating) != jnp.issubdtype(shape.dtype, jnp.floating):
+            raise ValueError(f"{path} is damaged: {name} is {arrays[name].dtype}, expected {shape.dtype}")
     leaves = [jnp.asarray(arrays[name], shape.dtype) for name, shape in shapes.items()]
     context = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
-    slots = {x.shape[axis] for x, axes in zip(jax.tree.leaves(context.state), cache_axes(model), strict=True)
-             for axis in axes if axis < x.ndim}  # fmt: skip
     try:
         check(model, context, B)
-        if len(slots) > 1:
-            raise ValueError("its caches have different lengths")
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    leaves = zip(jax.tree.leaves(context.state), cache_axes(model), strict=True)
+    slots = {x.shape[axis] for x, grows in leaves for axis in grows}
+    counts = np.array([(c.start_B, c.length_B) for c in (getattr(e, "cache", None) for e in context.state) if c])
+    if len(slots) > 1 or (counts < 0).any() or (counts > max(slots, default=0)).any():
+        raise ValueError(f"{path} is damaged: its caches are not those of one text")
     return context
 
 

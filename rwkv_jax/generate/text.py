@@ -226,9 +226,12 @@ def generate_texts(model, params, prompts: Sequence[str], tokenizer, **settings)
 
 def stop_strings(stop, B: int) -> list[tuple[str, ...]]:
     """The stop strings of each row, from those for all rows or one sequence for each."""
-    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    rows = [stop] * B if all(isinstance(string, str) for string in stop) else [tuple(row) for row in stop]
-    if len(rows) != B or not all(isinstance(string, str) and string for row in rows for string in row):
+    as_strings = lambda given: (given,) if isinstance(given, str) else tuple(given) if np.iterable(given) else given
+    given = as_strings(stop)
+    shared = not np.iterable(given) or all(isinstance(string, str) for string in given)
+    rows = [given] * B if shared else [as_strings(row) for row in given]
+    good = all(np.iterable(row) and all(isinstance(string, str) and string for string in row) for row in rows)
+    if len(rows) != B or not good:
         raise ValueError(f"stop is {stop!r}, expected strings, not empty, for all texts or for each of {B}")
     return rows
 
