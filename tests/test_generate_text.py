@@ -74,6 +74,7 @@ def test_a_stream_left_alone_is_valid(kind, num_pieces):
     if num_pieces < 1000:  # and the stream goes on, whatever was made of its context
         list(streamed)
         assert streamed.tokens == whole[:40]
+        assert_read(kind, context, list(prompt.encode()) + tokens)
 
 
 def test_a_stream_survives_an_interruption(monkeypatch):

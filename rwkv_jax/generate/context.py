@@ -170,7 +170,6 @@ class PrefixCache:
         if found:
             self._entries.move_to_end(found)
         self._entries[key] = context
-        self._entries.move_to_end(key)
         if len(self._entries) > self._max_entries:
             self._entries.popitem(last=False)
         return context
