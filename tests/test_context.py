@@ -48,6 +48,13 @@ def test_a_fork_disturbs_nothing(kind):
 
 
 @ALL
+def test_to_generate_nothing_is_to_read(kind):
+    tokens, context = generate_with_context(*unstacked(kind), [ids(5)], max_new_tokens=0)
+    assert tokens == [[]]
+    assert error_ratio(context.logits_BV, read(*unstacked(kind), ids(5)).logits_BV) == 0
+
+
+@ALL
 def test_rows_and_concatenate(kind):
     together = read(*unstacked(kind), [ids(n, seed=n) for n in (5, 9, 12)])
     for index, expected in ((1, [1]), (-1, [2]), (slice(1, None), [1, 2]), ([2, 0, 0], [2, 0, 0])):

@@ -241,7 +241,7 @@ def test_mistakes_are_named_when_asked_not_when_read():
         ({"prompt_ids": np.zeros((1, 3, 3), int)}, "expected ids"),
         ({"temperature": -1}, "temperature is -1, expected 0"),
         ({"top_p": 0}, "top_p is 0, expected"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
         ({"max_new_tokens": [1, 2]}, "one for each of 1 prompts"),
         ({"seed": -1}, "seed is -1"),

@@ -111,7 +111,7 @@ def prepare(
         raise ValueError(f"both a sampler and {next(iter(settings))}, expected one or the other")
     sampler = sampling.sampler(**settings) if sampler is None else sampler
     sampling.check_vocabulary(sampler, V)
-    left_B = _whole_numbers("max_new_tokens", max_new_tokens, B, 1)
+    left_B = _whole_numbers("max_new_tokens", max_new_tokens, B, 0)
     index_B = _whole_numbers("start", start, B, 0)
     seed_B = _whole_numbers("seed", seed, B, 0)
     stop_V = np.zeros(V, bool)
@@ -201,7 +201,7 @@ def generate(model, params, prompt_ids, **settings) -> list[int] | list[list[int
         prompt_ids: ids in [0, V): [T], [B, T], or B lists of any lengths. An empty prompt is what comes after the
             context; without one the separator, token 0, after which documents begin.
         context: a `Context` that the prompts continue; stays as it is.
-        max_new_tokens: at least 1; one number, or one for each row.
+        max_new_tokens: one number, 0 or more, or one for each row.
         sampler: a function, see `sampling`; by default `sampling.sampler(**settings)`: temperature, top_p, top_k,
             min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, bad_words_ids.
         seed: in [0, 2^32). A row's draws depend on its own seed and logits only. One number for several rows stands
