@@ -14,6 +14,13 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_file():
+    """Thousands of compiled programs in one process end in a crash: Linux allows 65,530 memory maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

@@ -51,8 +51,8 @@ def logits_after(kind, prompt, tokens):
     """Float32 logits [n, V] from which a plain reading draws each of the tokens."""
     model, params = case(kind, seed=1)
     line = np.array([[*prompt, *tokens]])
-    state = model.init_state(1, max_length=256)
-    return np.asarray(model.apply({"params": params}, line, state)[0][0, len(prompt) - 1 : -1])
+    logits_BTV, _ = jax.jit(model.apply)({"params": params}, line, model.init_state(1, max_length=256))
+    return np.asarray(logits_BTV[0, len(prompt) - 1 : -1])
 
 
 def assert_greedy(kind, prompt, tokens, near_tie=1e-3):
