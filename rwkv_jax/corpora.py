@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_jax.tokenizers import Tokenizer, get_tokenizer
+from rwkv_jax.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, save
 
 SEPARATOR = 0
 
@@ -113,24 +113,25 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes") -> Corpus:
             bytes. The files of a folder are split by the hash of their relative path or, when fewer than 20,
             laid end to end and cut like one file. Left out of a folder are hidden files, files that are not
             UTF-8 text, and files more than half of whose lines occur in files before them, by order of path.
-        tokenizer: "bytes" (a file may then hold any bytes), or the path of a tokenizer.json.
+        tokenizer: "bytes" (a file may then hold any bytes), "characters" (those of the training split; the result
+            names the file that lists them), or what else `get_tokenizer` takes.
 
     Raises:
         FileNotFoundError: no such source or tokenizer.
         ValueError: the source holds no text, too little for three splits, or no UTF-8 for this tokenizer.
     """
-    encoder = get_tokenizer(tokenizer)
-    encoder_id = "bytes" if tokenizer == "bytes" else hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+    encoder = None if tokenizer == "characters" else get_tokenizer(tokenizer)
+    named = encoder is None or encoder.name in NAMES
+    encoder_id = tokenizer if named else hashlib.sha256(Path(tokenizer).expanduser().read_bytes()).hexdigest()
     text = _stdlib() if source == "stdlib" else _local(Path(source).expanduser())
     key = hashlib.sha256(json.dumps([_FORMAT, text.identity, encoder_id]).encode()).hexdigest()
     folder = cache_dir() / f"{text.name[:40]}-{key[:16]}"
-    label = (text.name, encoder.name, encoder.vocab_size)
     bar = functools.partial(tqdm, disable=None, leave=False)
 
-    if corpus := _read(folder, label):
+    if corpus := _read(folder, text.name, encoder):
         return corpus
     with _only_builder(folder.parent):
-        if corpus := _read(folder, label):  # made by the process we waited for
+        if corpus := _read(folder, text.name, encoder):  # made by the process we waited for
             return corpus
         if folder.exists():
             _log.warning("tokens in %s are damaged: making them again", folder)
@@ -138,13 +139,16 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes") -> Corpus:
         partial = folder.with_name(folder.name + ".partial")
         partial.mkdir()
         try:
-            _write(partial, _split(text, source, encoder, bar), encoder, encoder_id, bar)
+            splits = _split(text, source, encoder, bar)
+            if encoder is None:
+                save(characters(map(_text, splits[0])), partial)
+            _write(partial, splits, encoder or get_tokenizer(str(partial / TOKENIZER_FILE)), encoder_id, bar)
             partial.rename(folder)
         except UnicodeDecodeError:
             raise ValueError(f"{source} is not UTF-8, which tokenizer {tokenizer} needs") from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return _read(folder, label)
+    return _read(folder, text.name, encoder)
 
 
 @contextlib.contextmanager
@@ -162,9 +166,14 @@ def _only_builder(cache: Path) -> Iterator[None]:
         yield
 
 
-def _read(folder: Path, label: tuple[str, str, int]) -> Corpus | None:
-    """None where there is no whole build."""
+def _text(document: _Document) -> str:
+    return b"".join(_blocks(document, lambda num_bytes: None)).decode()
+
+
+def _read(folder: Path, name: str, encoder: Tokenizer | None) -> Corpus | None:
+    """None where there is no whole build. Without an encoder the folder holds it, too."""
     try:
+        encoder = encoder or get_tokenizer(str(folder / TOKENIZER_FILE))
         meta = json.loads((folder / "meta.json").read_text())
         tokens = np.memmap(folder / "tokens.bin", meta["dtype"], mode="r")
         ends = list(accumulate(split["num_tokens"] for split in meta["splits"]))
@@ -174,7 +183,7 @@ def _read(folder: Path, label: tuple[str, str, int]) -> Corpus | None:
             Split(tokens[begin:end], np.array(s["starts"], np.int64), tuple(s["names"]), s["num_bytes"])
             for s, begin, end in zip(meta["splits"], [0, *ends], ends, strict=False)
         ]
-        return Corpus(*label, meta["sha256"], *splits)
+        return Corpus(name, encoder.name, encoder.vocab_size, meta["sha256"], *splits)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -255,7 +264,7 @@ def _files(root: Path, paths: Iterable[Path]) -> list[_Document]:
     return [file for file in files if file.end]
 
 
-def _split(text: _Source, source: str, encoder: Tokenizer, bar) -> list[list[_Document]]:
+def _split(text: _Source, source: str, encoder: Tokenizer | None, bar) -> list[list[_Document]]:
     documents = list(_distinct(bar(text.files, desc="files"))) if text.is_folder else text.files
     if not documents:
         raise ValueError(f"{source} holds no UTF-8 text")
@@ -264,7 +273,7 @@ def _split(text: _Source, source: str, encoder: Tokenizer, bar) -> list[list[_Do
         percent = int.from_bytes(hashlib.sha256(os.fsencode(document.name)).digest()[:8]) % 100
         splits[(percent >= 90) + (percent >= 95)].append(document)
     if len(documents) < _MIN_FILES or not all(splits):
-        splits = _by_position(documents, exact=encoder.name == "bytes")
+        splits = _by_position(documents, exact=encoder is not None and encoder.name == "bytes")
     if not all(splits):
         num_bytes = sum(document.end for document in documents)
         raise ValueError(f"{source} holds {num_bytes} bytes of text: too few for train, valid and test")

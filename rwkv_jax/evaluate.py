@@ -311,7 +311,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--model", required=True, dest="path", help="a training workdir or an official .pth")
     parser.add_argument("--data", required=True, help="a text file, all of it held out")
-    parser.add_argument("--tokenizer", help="'bytes' or the path of a tokenizer.json; default: the workdir's")
+    parser.add_argument("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: what the model carries")
     parser.add_argument("--seq_len", type=int, help="tokens of a window; default: the workdir's, or 1024")
     parser.add_argument("--batch_size", type=int, default=8, help="windows at a time (default: %(default)s)")
     parser.add_argument("--max_tokens", type=int, help="stop after this many tokens of the text")

@@ -26,7 +26,7 @@ def default():
         {
             "model": model | {"layers": placeholder(tuple)},
             "corpus": "stdlib",  # or the path of a text file or folder
-            "tokenizer": "bytes",  # or the path of a tokenizer.json
+            "tokenizer": "bytes",  # or characters, world, or the path of a tokenizer.json
             "seq_len": 256,
             "batch_size": 16,
             "steps": 1000,

@@ -27,7 +27,19 @@ import optax
 from flax import struct
 from tqdm import tqdm
 
-from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, models, optim, parallel, run_config
+from rwkv_jax import (
+    checkpoint,
+    corpora,
+    data,
+    evaluate,
+    hardware,
+    metrics,
+    models,
+    optim,
+    parallel,
+    run_config,
+    tokenizers,
+)
 
 # What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
 # each device of pmap draws its own).
@@ -120,7 +132,7 @@ def run(config, workdir) -> TrainState:
     model = models.build(**fields)
     parallel.check_divisible(config.batch_size, config.accumulation, config.strategy)
     lr = learning_rate(config, model)
-    corpus = corpora.prepare(config.corpus, config.tokenizer)
+    corpus = corpora.prepare(config.corpus, _tokenizer(config, workdir))
     if corpus.vocab_size > model.vocab_size:
         raise ValueError(
             f"model.vocab_size is {model.vocab_size}, expected at least {corpus.vocab_size}, "
@@ -247,13 +259,22 @@ def _restore(workdir, config, init):
     return state, step or 0
 
 
+def _tokenizer(config, workdir):
+    """The config's tokenizer, or the run's own copy of its file where that is gone."""
+    carried = workdir / tokenizers.TOKENIZER_FILE
+    named = config.tokenizer in (*tokenizers.NAMES, "characters")
+    return (
+        str(carried) if not named and carried.is_file() and not Path(config.tokenizer).is_file() else config.tokenizer
+    )
+
+
 def _write_config(workdir, config, fields, corpus):
     """`config.json` of a new workdir; in an old one, every field that the numbers depend on must be the same."""
     path = workdir / "config.json"
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
     record = {
         "model": fields,
-        "tokenizer": config.tokenizer if config.tokenizer == "bytes" else os.path.abspath(config.tokenizer),
+        "tokenizer": corpus.tokenizer if corpus.tokenizer in tokenizers.NAMES else tokenizers.TOKENIZER_FILE,
         "seq_len": config.seq_len,
         "corpus": {"name": corpus.name, "sha256": corpus.sha256},
         "config": config.to_dict(),
@@ -265,6 +286,8 @@ def _write_config(workdir, config, fields, corpus):
     if path.exists() and (checkpoint.steps(workdir / "checkpoints") or _rows(workdir / "metrics.jsonl")):
         old = json.loads(path.read_text())
         free = set(FREE_FIELDS) - ({"strategy"} if config.model.dropout else set())
+        if old["corpus"]["sha256"] == corpus.sha256:
+            free.add("tokenizer")  # the same one, perhaps under another path
         flat = lambda r: _flatten({"config": r["config"], "corpus": r["corpus"]})
         before, now = flat(old), flat(record)
         changed = [
@@ -275,6 +298,8 @@ def _write_config(workdir, config, fields, corpus):
         if changed:
             raise ValueError(f"{workdir} holds a run of another config: {'; '.join(changed)}")
         return
+    if corpus.tokenizer not in tokenizers.NAMES:
+        tokenizers.save(tokenizers.get_tokenizer(corpus.tokenizer), workdir)
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(beside, path)

@@ -97,7 +97,7 @@ def _parser():
     source.add_argument("--prompt_file", help="a file with the text to continue")
     add("--chat", action="store_true", help="several turns on standard input, the state kept between them")
     add("--template", choices=list(TEMPLATES), help="who speaks in a chat; default: by the vocabulary's size")
-    add("--tokenizer", help="'bytes' or the path of a tokenizer.json; default: the model's")
+    add("--tokenizer", help="'bytes', 'world' or the path of a tokenizer.json; default: the model's")
     add("--context", help="a saved context that the prompt continues")
     add("--save_context", dest="save_context_to", help="file for what was read: context, prompt and continuation")
     add("--max_new_tokens", type=int, default=100, help="default: %(default)s")

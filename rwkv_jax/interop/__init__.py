@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from rwkv_jax.interop import files, huggingface, pth, rwkv_cpp, safetensors_file
+from rwkv_jax.interop import files, huggingface, pth, rwkv_cpp, safetensors_file, states
 from rwkv_jax.interop.official import (
     activation_dtype,
     check,
@@ -26,7 +26,7 @@ from rwkv_jax.interop.official import (
 )
 from rwkv_jax.models import build, stack, unstack
 
-__all__ = ["from_official", "load", "locate", "parameter_shapes", "save", "to_official"]
+__all__ = ["from_official", "load", "locate", "parameter_shapes", "save", "states", "to_official"]
 
 FORMATS = ("pth", "safetensors", "huggingface", "rwkv.cpp")
 _FIELDS = "rwkv_jax"  # where a .safetensors of ours has the fields of its model, in the metadata
