@@ -294,7 +294,7 @@ def of_model(path, vocab_size: int) -> str:
         ValueError: neither tells.
     """
     path = Path(path)
-    if path.is_dir() and (name := _carried(path)):
+    if path.is_dir() and (name := carried(path)):
         return name
     if vocab_size == ByteTokenizer.vocab_size:
         name = "bytes"
@@ -311,7 +311,8 @@ def of_model(path, vocab_size: int) -> str:
     return name
 
 
-def _carried(folder: Path) -> str | None:
+def carried(folder: Path) -> str | None:
+    """What `get_tokenizer` takes for the tokenizer of a workdir or Hugging Face folder; None if it holds none."""
     config = folder / "config.json"
     name = json.loads(config.read_text()).get("tokenizer") if config.is_file() else None
     if name in NAMES:

@@ -261,11 +261,9 @@ def _restore(workdir, config, init):
 
 def _tokenizer(config, workdir):
     """The config's tokenizer, or the run's own copy of its file where that is gone."""
-    carried = workdir / tokenizers.TOKENIZER_FILE
-    named = config.tokenizer in (*tokenizers.NAMES, "characters")
-    return (
-        str(carried) if not named and carried.is_file() and not Path(config.tokenizer).is_file() else config.tokenizer
-    )
+    if config.tokenizer in (*tokenizers.NAMES, "characters") or Path(config.tokenizer).expanduser().is_file():
+        return config.tokenizer
+    return tokenizers.carried(workdir) or config.tokenizer
 
 
 def _write_config(workdir, config, fields, corpus):
@@ -274,7 +272,6 @@ def _write_config(workdir, config, fields, corpus):
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
     record = {
         "model": fields,
-        "tokenizer": corpus.tokenizer if corpus.tokenizer in tokenizers.NAMES else tokenizers.TOKENIZER_FILE,
         "seq_len": config.seq_len,
         "corpus": {"name": corpus.name, "sha256": corpus.sha256},
         "config": config.to_dict(),
@@ -298,8 +295,10 @@ def _write_config(workdir, config, fields, corpus):
         if changed:
             raise ValueError(f"{workdir} holds a run of another config: {'; '.join(changed)}")
         return
-    if corpus.tokenizer not in tokenizers.NAMES:
-        tokenizers.save(tokenizers.get_tokenizer(corpus.tokenizer), workdir)
+    name = corpus.tokenizer
+    record["tokenizer"] = (
+        name if name in tokenizers.NAMES else tokenizers.save(tokenizers.get_tokenizer(name), workdir)
+    )
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(beside, path)
