@@ -83,7 +83,8 @@ class FileTokenizer:
     def _batch(self, texts: list[str]) -> list[list[int]]:
         try:
             encodings = self.library.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises nothing narrower: no id for a character, a lone surrogate
+        except Exception as error:  # the library raises nothing narrower
+            "".join(texts).encode()  # a lone surrogate: UnicodeEncodeError, a ValueError, says it better
             raise ValueError(f"tokenizer {self.name} cannot encode the text: {error}") from None
         return [encoding.ids for encoding in encodings]
 

@@ -1,8 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rwkv_jax.tokenizers import TextStream, get_tokenizer
+from rwkv_jax.tokenizers import TextStream, characters, get_tokenizer, save
 
 TEXT = "Ein Käfer sang: 日本語, naïve 😀 family 👩‍👩‍👧, Ελληνικά.\n\n  indented   \t x\n\nreturn value\n"
 
@@ -24,9 +28,21 @@ def bpe(tmp_path_factory):
     return get_tokenizer(str(path))
 
 
-@pytest.fixture(params=["bytes", "bpe"])
+@pytest.fixture(scope="module")
+def chars(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("characters")
+    return get_tokenizer(str(folder / save(characters([TEXT]), folder)))
+
+
+@pytest.fixture(scope="module")
+def world():
+    pytest.importorskip("pyrwkv_tokenizer", reason="the World tokenizer is an extra")
+    return get_tokenizer("world")
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe", "chars", "world"])
 def tokenizer(request):
-    return get_tokenizer("bytes") if request.param == "bytes" else request.getfixturevalue("bpe")
+    return get_tokenizer("bytes") if request.param == "bytes" else request.getfixturevalue(request.param)
 
 
 def test_byte_ids_are_the_utf8_bytes():
@@ -114,14 +130,29 @@ def test_stream_of_text_never_shows_a_broken_character(tokenizer):
 
 
 def test_stream_of_any_tokens_equals_decode(tokenizer):
-    rng = np.random.default_rng(0)
-    single_bytes = np.array([tokenizer.encode("é")[0], *range(128, 256)])
-    for draw in range(200):
-        vocabulary = single_bytes if draw % 2 else np.arange(tokenizer.vocab_size)
-        ids = rng.choice(vocabulary, rng.integers(1, 60))
-        stream = TextStream(tokenizer)
-        pieces = [stream.push(token) for token in ids]
-        assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+    beyond = 0 if tokenizer.name == "bytes" else 40  # ids that only a padded vocabulary has: no text
+    last = tokenizer.vocab_size - 1 + (0 if tokenizer.name == "world" else beyond)
+    parts = [piece for text in ("é日😀a", TEXT) for piece in tokenizer.encode(text)]
+    torn = st.sampled_from([*parts, *range(min(257, last)), 0, last])
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(st.lists(st.integers(0, last), max_size=60) | st.lists(torn, max_size=60))
+    def check(ids):
+        stream, shown = TextStream(tokenizer), ""
+        for n, token in enumerate(ids, start=1):
+            shown += stream.push(token)
+            now = tokenizer.decode(ids[:n])
+            assert now.startswith(shown) and (now == shown or now.endswith("\ufffd"))
+        assert shown + stream.flush() == tokenizer.decode(ids)
+
+    check()
+
+
+def test_stream_goes_on_with_a_character_after_any_number_of_ids_without_text(bpe):
+    first, *rest = bpe.encode("é")
+    stream = TextStream(bpe)
+    assert [stream.push(token) for token in [first, *[bpe.vocab_size] * 30]] == [""] * 31
+    assert "".join(map(stream.push, rest)) + stream.flush() == "é"
 
 
 def test_stream_of_a_sentencepiece_model_keeps_spaces_and_characters(tmp_path):
@@ -175,3 +206,60 @@ def test_mistakes(tmp_path):
     with pytest.raises(ValueError, match=r"broken\.json is not a file that the tokenizers library reads: ") as e:
         get_tokenizer(str(tmp_path / "broken.json"))
     assert "\n" not in str(e.value)
+
+
+# ---- characters
+
+
+def test_characters_are_numbered_by_code_point_after_the_separator_and_the_unknown():
+    tokenizer = characters(["banana\n", "é😀"])
+    assert tokenizer.encode("\nabné😀") == [2, 3, 4, 5, 6, 7] and tokenizer.vocab_size == 8
+    assert tokenizer.encode("\0x") == [0, 1] and tokenizer.decode([0, 1, 3]) == "\0\ufffda"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16le", "utf-16", "utf-8"])
+def test_the_list_of_characters_of_the_released_code(encoding, tmp_path):
+    path = tmp_path / "vocab.json"
+    path.write_text(json.dumps({str(i): c for i, c in enumerate("\n é日😀")}, ensure_ascii=False), encoding=encoding)
+    tokenizer = get_tokenizer(str(path))
+    assert tokenizer.vocab_size == 5 and tokenizer.encode("日 é\n😀") == [3, 1, 2, 0, 4]
+    assert tokenizer.decode([3, 1, 2, 0, 4]) == "日 é\n😀"
+    with pytest.raises(ValueError, match=r"vocab\.json cannot encode the text: .*not found in the vocabulary"):
+        tokenizer.encode("x")
+
+
+@pytest.mark.parametrize("text", ['{"0": "ab"}', '{"0": "a", "1": "a"}', '{"0": 1}', '{"0": "a"', '{"0": {}}'])
+def test_a_list_of_characters_that_is_none(text, tmp_path):
+    (tmp_path / "vocab.json").write_text(text)
+    with pytest.raises(ValueError, match=r"vocab\.json: expected a list of characters, "):
+        get_tokenizer(str(tmp_path / "vocab.json"))
+
+
+# ---- World
+
+
+def test_world_ids(world):
+    assert (world.name, world.vocab_size) == ("world", 65_536)
+    assert world.encode("a\0") == [98, 1] and world.encode("Hello world") == [33155, 40213]
+    assert world.decode([0]) == world.decode([65_530, 65_535]) == ""
+    # byte b is id b + 1; decoding looks at bytes, not at tokens
+    assert world.decode([0xE6 + 1, 0x97 + 1, 0xA5 + 1]) == "日"
+    assert world.decode([0xE6 + 1, 0, 0x97 + 1]) == "\ufffd" and world.decode([0x80 + 1, 98]) == "\ufffda"
+
+
+def test_world_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyrwkv_tokenizer", None)
+    with pytest.raises(ValueError, match=r"pip install pyrwkv-tokenizer$"):
+        get_tokenizer("world")
+
+
+@pytest.mark.parametrize("line", ["1 'a' 2\n", "70000 'a' 1\n", "1 'a\n", "1 'a' 1\nrubbish\n"])
+def test_a_world_vocabulary_that_is_none(line, tmp_path):
+    (tmp_path / "vocab.txt").write_text(line)
+    with pytest.raises(ValueError, match=r"vocab\.txt is not the World vocabulary: "):
+        get_tokenizer(str(tmp_path / "vocab.txt"))
+
+
+def test_text_without_ids_is_a_value_error(tokenizer):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        tokenizer.encode("\ud800")
