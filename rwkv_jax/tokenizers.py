@@ -28,6 +28,7 @@ import tokenizers
 
 TOKENIZER_FILE = "tokenizer.json"
 WORLD_FILE = "rwkv_vocab_v20230424.txt"  # as the released World models carry it
+_CONFIG_FILE = "tokenizer_config.json"
 NAMES = ("bytes", "world")  # those that need no file
 
 
@@ -251,10 +252,13 @@ def save(tokenizer: Tokenizer, folder) -> str:
     """Write the tokenizer into a folder, where `of_model` finds it; returns the file's name.
 
     A `tokenizer.json`, which transformers' AutoTokenizer loads with the `tokenizer_config.json` beside it, or the
-    World vocabulary.
+    World vocabulary. One of the other kind, from an earlier save, is removed.
     """
     folder = Path(folder)
-    if isinstance(tokenizer, WorldTokenizer):
+    is_world = isinstance(tokenizer, WorldTokenizer)
+    for other in (TOKENIZER_FILE, _CONFIG_FILE) if is_world else (WORLD_FILE,):
+        (folder / other).unlink(missing_ok=True)
+    if is_world:
         lines = (f"{i} {_literal(token)} {len(token)}\n" for i, token in enumerate(tokenizer.token_bytes) if token)
         (folder / WORLD_FILE).write_text("".join(lines), encoding="utf-8", newline="")
         return WORLD_FILE
@@ -268,7 +272,7 @@ def save(tokenizer: Tokenizer, folder) -> str:
     special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
     roles = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
     config |= {role: token for role, token in roles.items() if token in special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
     return TOKENIZER_FILE
 
 
@@ -306,7 +310,7 @@ def of_model(path, vocab_size: int) -> str:
     else:
         raise ValueError(
             f"{path} carries no tokenizer, and its vocabulary of {vocab_size} tells none: "
-            "expected --tokenizer=PATH of its tokenizer.json, or one of " + ", ".join(NAMES)
+            "expected tokenizer='bytes', 'world' or the path of its tokenizer.json"
         )
     print(f"{path} carries no tokenizer: {name}, guessed from its vocabulary of {vocab_size}", file=sys.stderr)
     return name
@@ -336,7 +340,7 @@ def _find_neox(beside: Path) -> str:
             return str(file)
     raise FileNotFoundError(
         f"no NeoX-20B tokenizer in {' or '.join(map(str, folders))} or the Hugging Face cache: download "
-        f"20B_tokenizer.json of BlinkDL/RWKV-LM, or tokenizer.json of {_NEOX_HUB}, or pass --tokenizer=PATH"
+        f"20B_tokenizer.json of BlinkDL/RWKV-LM, or tokenizer.json of {_NEOX_HUB}, or pass tokenizer=PATH"
     )
 
 

@@ -81,6 +81,9 @@ def test_a_folder_carries_the_world_vocabulary(tmp_path, capsys):
     carried = get_tokenizer(of_model(tmp_path, 65_536))
     assert carried.name == str(tmp_path / own.name) and carried.token_bytes == world.token_bytes
     assert carried.encode(TEXT) == world.encode(TEXT)
+    for other in (ByteTokenizer(), world):  # the last one saved counts
+        save(other, tmp_path)
+        assert get_tokenizer(of_model(tmp_path, other.vocab_size)).vocab_size == other.vocab_size
     assert capsys.readouterr().err == ""
 
 
@@ -107,7 +110,7 @@ def test_a_size_that_tells_is_said_in_one_line(vocab_size, name, folder, tmp_pat
 
 @pytest.mark.parametrize("vocab_size", [1, 255, 300, 50_276, 50_278, 50_440, 65_535])
 def test_a_size_that_tells_nothing_says_what_to_pass(vocab_size, tmp_path, neox):
-    with pytest.raises(ValueError, match=rf"vocabulary of {vocab_size} tells none: expected --tokenizer=PATH"):
+    with pytest.raises(ValueError, match=rf"vocabulary of {vocab_size} tells none: expected tokenizer='bytes', "):
         of_model(tmp_path / "model.pth", vocab_size)
 
 
