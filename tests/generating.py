@@ -5,10 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import rwkv_jax
 
 LAYERS = {"rwkv4": ("rwkv4",), "transformer": ("attention",), "hybrid": ("rwkv4", "attention")}
+# The hybrid has all that the transformer has; the transformer by itself belongs to make test-all.
+KINDS = pytest.mark.parametrize("kind", ["rwkv4", "hybrid", pytest.param("transformer", marks=pytest.mark.slow)])
 FIELDS = {"vocab_size": 256, "dim": 16, "matmul_precision": "highest"}
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from generating import LAYERS, case, ids, unstacked
+from generating import KINDS, case, ids, unstacked
 from judge import error_ratio
 
 from rwkv_jax.generate import (
@@ -22,8 +22,6 @@ from rwkv_jax.generate import (
     save_context,
 )
 
-ALL = pytest.mark.parametrize("kind", LAYERS)
-
 
 def assert_equal(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
@@ -35,7 +33,7 @@ def assert_equal(actual, expected):
 # -------------------------------------------------------------------------------------------------- values
 
 
-@ALL
+@KINDS
 def test_a_fork_disturbs_nothing(kind):
     context = read(*unstacked(kind), ids(5))
     going = lambda more: generate_with_context(*unstacked(kind), more, context=context, max_new_tokens=40, seed=1)
@@ -47,14 +45,14 @@ def test_a_fork_disturbs_nothing(kind):
     assert_equal(context, read(*unstacked(kind), ids(5)))
 
 
-@ALL
+@KINDS
 def test_to_generate_nothing_is_to_read(kind):
     tokens, context = generate_with_context(*unstacked(kind), [ids(5)], max_new_tokens=0)
     assert tokens == [[]]
     assert error_ratio(context.logits_BV, read(*unstacked(kind), ids(5)).logits_BV) == 0
 
 
-@ALL
+@KINDS
 def test_rows_and_concatenate(kind):
     together = read(*unstacked(kind), [ids(n, seed=n) for n in (5, 9, 12)])
     for index, expected in ((1, [1]), (-1, [2]), (slice(1, None), [1, 2]), ([2, 0, 0], [2, 0, 0])):
@@ -69,7 +67,7 @@ def test_rows_and_concatenate(kind):
         concatenate([together, read(*unstacked("hybrid" if kind != "hybrid" else "rwkv4"), [1])])
 
 
-@ALL
+@KINDS
 def test_contexts_of_any_lengths_go_on_together(kind):
     long, short = read(*unstacked(kind), ids(300)), read(*unstacked(kind), ids(3))
     both = concatenate([short, long])
@@ -81,7 +79,7 @@ def test_contexts_of_any_lengths_go_on_together(kind):
 # -------------------------------------------------------------------------------------------------- files
 
 
-@ALL
+@KINDS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_file_holds_a_context(kind, dtype, tmp_path):
     model, params = unstacked(kind)
@@ -126,7 +124,7 @@ def test_another_models_context_is_refused(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-@ALL
+@KINDS
 def test_a_damaged_file_is_refused(kind, tmp_path):
     model, params = unstacked(kind)
     save_context(tmp_path / "good", read(model, params, ids(5)), model, params, "text")
@@ -143,7 +141,7 @@ def test_a_damaged_file_is_refused(kind, tmp_path):
         load_context(path, model, params)
 
 
-@ALL
+@KINDS
 def test_a_file_of_other_arrays_is_refused(kind, tmp_path):
     model, params = unstacked(kind)
     save_context(tmp_path / "a", read(model, params, ids(5)), model, params)
@@ -166,7 +164,7 @@ def test_a_file_of_other_arrays_is_refused(kind, tmp_path):
 # -------------------------------------------------------------------------------------------------- fingerprints
 
 
-@ALL
+@KINDS
 def test_a_fingerprint_knows_neither_layout_nor_dtype(kind):
     model, params = case(kind)
     expected = fingerprint(model, params)
@@ -175,7 +173,7 @@ def test_a_fingerprint_knows_neither_layout_nor_dtype(kind):
     assert fingerprint(model.clone(dtype="bfloat16", param_dtype="bfloat16"), half) == expected
 
 
-@ALL
+@KINDS
 def test_a_fingerprint_tells_models_apart(kind):
     model, params = unstacked(kind)
     seen = {fingerprint(model, params)}
@@ -191,7 +189,7 @@ def test_a_fingerprint_tells_models_apart(kind):
 # -------------------------------------------------------------------------------------------------- prefixes
 
 
-@ALL
+@KINDS
 def test_a_prefix_is_read_once(kind, monkeypatch):
     cache, seen = PrefixCache(*case(kind)), []
     from rwkv_jax.generate import decode

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generating import LAYERS, case, forward, ids, unstacked
+from generating import KINDS, case, forward, ids, unstacked
 from judge import error_ratio
 
 import rwkv_jax
@@ -23,7 +23,6 @@ from rwkv_jax.generate import (
 )
 from rwkv_jax.tokenizers import ByteTokenizer
 
-KINDS = pytest.mark.parametrize("kind", ["rwkv4", "hybrid"])
 GREEDY = {"temperature": 0}
 assert_equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
 
@@ -49,7 +48,7 @@ def test_reading_is_one_pass_over_the_prompt(kind, length):
     assert_near((context.logits_BV, context.state), (expected_BTV[:, -1], expected_state))
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@KINDS
 def test_prompts_of_different_lengths(kind):
     """One of them has chunks that are all padding, one ends a chunk early, one is empty."""
     prompts = [ids(3), ids(2 * PROMPT_CHUNK + 5, seed=3), ids(PROMPT_CHUNK + 5, seed=4), []]
@@ -103,7 +102,7 @@ def test_an_empty_prompt_leaves_its_row_as_it_is(kind):
 # -------------------------------------------------------------------------------------------------- decoding
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@KINDS
 def test_each_token_follows_from_one_full_pass(kind):
     model, params = case(kind)
     prompt, num_new = ids(5), DISPATCH + 8
@@ -128,7 +127,7 @@ def test_layouts_of_the_parameters_and_batches_agree(kind):
         assert tokens == generate(*unstacked(kind), row, max_new_tokens=20, **GREEDY)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@KINDS
 def test_a_row_is_its_single_run(kind):
     """Each with its own prompt, seed and limit; a batch of one seed has a seed for every row."""
     prompts, seeds, limits = [ids(5), ids(40, seed=3), ids(5), ids(5)], [7, 8, 7, 9], [50, 3, 50, 20]
@@ -143,7 +142,7 @@ def test_a_row_is_its_single_run(kind):
     assert first == together[0] and first != second
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@KINDS
 def test_stop_tokens_end_a_row_and_are_not_read(kind):
     prompts = [ids(5), ids(9, seed=3), ids(2, seed=4)]
     whole = generate(*unstacked(kind), prompts, max_new_tokens=60)
@@ -157,7 +156,7 @@ def test_stop_tokens_end_a_row_and_are_not_read(kind):
         assert error_ratio(context.logits_BV[b : b + 1], alone.logits_BV) < 1e-5
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@KINDS
 def test_what_has_ended_does_not_change(kind):
     """Bit for bit: the row that stopped at once has the context from before."""
     before = read(*unstacked(kind), [ids(5), ids(5, seed=3)])

@@ -4,7 +4,7 @@ import functools
 import itertools
 
 import pytest
-from generating import LAYERS, cycling, unstacked
+from generating import KINDS, cycling, unstacked
 from hypothesis import given
 from hypothesis import strategies as st
 from judge import error_ratio
@@ -15,7 +15,6 @@ from rwkv_jax.generate.text import StoppedText
 from rwkv_jax.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
-KINDS = pytest.mark.parametrize("kind", ["rwkv4", "hybrid"])
 GREEDY = {"temperature": 0}
 decoded = lambda tokens: bytes(tokens).decode(errors="replace")
 
@@ -56,7 +55,7 @@ def test_stream_computes_nothing_ahead():
     assert first == list(itertools.islice(stream(*unstacked("rwkv4"), "abc", BYTES), 5))
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@KINDS
 @pytest.mark.parametrize("num_pieces", [0, 3, 1000])
 def test_a_stream_left_alone_is_valid(kind, num_pieces):
     prompt, settings = "日本", {"seed": 5, "temperature": 1.3}
@@ -127,7 +126,9 @@ def test_what_may_be_a_stop_string_is_held_back():
     assert streamed.text == "ab" == decoded(streamed.tokens)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    "kind", ["rwkv4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hybrid", "transformer"))]
+)
 def test_the_context_has_read_no_stop_string(kind):
     """Rows stop in different dispatches, at the beginning, across the end of a dispatch, and not at all."""
     prompts = ["ab", "x" * 300, "日本", "q", "m"]

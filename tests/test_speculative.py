@@ -89,7 +89,7 @@ SLOW = pytest.mark.slow
         pytest.param("rwkv4", near, 4, marks=SLOW),
         pytest.param("hybrid", near, 1, marks=SLOW),
         pytest.param("rwkv4", other, 1, marks=SLOW),
-        ("hybrid", other, 4),
+        pytest.param("hybrid", other, 4, marks=SLOW),
         ("rwkv4", same, 3),
     ],
 )
@@ -129,7 +129,7 @@ def assert_same(context, expected):
 @pytest.mark.parametrize(
     ("draft_is", "num_draft", "settings"),
     [
-        ("near", 1, {}),
+        pytest.param("near", 1, {}, marks=SLOW),
         pytest.param("other", 2, {"temperature": 0.7, "top_p": 0.8}, marks=SLOW),
         pytest.param("other", 1, {"frequency_penalty": 1.5, "repetition_penalty": 1.3}, marks=SLOW),
     ],
