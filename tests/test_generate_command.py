@@ -69,6 +69,7 @@ def test_command_line_stops_when_told(workdir, ending, tmp_path):
     assert text.startswith("a" + out.decode(errors="ignore").rstrip("\n"))
 
 
+@pytest.mark.slow
 def test_every_setting_arrives(workdir, capsys):
     settings = {"temperature": 1.2, "top_p": 0.9, "top_k": 40, "min_p": 0.001, "typical_p": 0.95, "seed": 3,
                 "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3,
