@@ -84,7 +84,7 @@ def beside_the_package(model, params, shape):
         rng = np.random.default_rng(0)
         prompts = rng.integers(0, model.vocab_size, (2 * shape["rounds"] + 4, prompt)).astype(np.int32)
         agreed = np.allclose(ours(prompts[0]), theirs(prompts[0]), rtol=0, atol=1e-3)
-        seconds = medians({"rwkv4": ours, PACKAGE: theirs}, prompts[1:], shape["rounds"])
+        seconds = medians({"rwkv4": ours, PACKAGE: theirs}, prompts[1:], shape["rounds"], pause=0.5)
         ours_per_second, theirs_per_second = (tokens / seconds[side] for side in ("rwkv4", PACKAGE))
         return ratio(what, "rwkv4", ours_per_second, PACKAGE, theirs_per_second, wanted) | {"agreed": agreed}
 

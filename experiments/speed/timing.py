@@ -4,12 +4,14 @@ import statistics
 import time
 
 
-def medians(sides, inputs, rounds):
+def medians(sides, inputs, rounds, pause=0.0):
     """Seconds of each side, the median over `rounds` in turn: A B A B, so that a slow moment hits both.
 
     Args:
         sides: functions of one input by name, finished when they return. The first call of each is not timed.
         inputs: at least (rounds + 1) * len(sides) of them, all different: no side may cache anything but its program.
+        pause: seconds of rest before each run, for sides with threads of their own: those of OpenMP go on spinning
+            for a while after torch has finished, and would take a core from who comes next.
     """
     inputs = iter(inputs)
     for run in sides.values():
@@ -18,6 +20,7 @@ def medians(sides, inputs, rounds):
     for _ in range(rounds):
         for name, run in sides.items():
             given = next(inputs)
+            time.sleep(pause)
             start = time.perf_counter()
             run(given)
             times[name].append(time.perf_counter() - start)
