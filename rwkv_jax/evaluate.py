@@ -277,10 +277,11 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
 
 
 def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
-    config = Path(path) / "config.json"
+    folder = interop.locate(path)
+    config = folder / "config.json"
     run = json.loads(config.read_text()) if config.is_file() else {}
-    model, params = interop.load(path)
-    name = tokenizer or tokenizers.of_model(path, model.vocab_size)
+    model, params = interop.load(folder)
+    name = tokenizer or tokenizers.of_model(folder, model.vocab_size)
     tokenizer, seq_len = tokenizers.get_tokenizer(name), seq_len or run.get("seq_len", 1024)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
@@ -309,7 +310,7 @@ def main(argv=None) -> int:
         description="Bits per byte and perplexity of held-out text: in windows of the training length from an empty "
         "past, and as the model predicts best (recurrent: state carried; attention: sliding windows).",
     )
-    parser.add_argument("--model", required=True, dest="path", help="a training workdir or an official .pth")
+    parser.add_argument("--model", required=True, dest="path", help="whatever rwkv_jax.load reads")
     parser.add_argument("--data", required=True, help="a text file, all of it held out")
     parser.add_argument("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: what the model carries")
     parser.add_argument("--seq_len", type=int, help="tokens of a window; default: the workdir's, or 1024")

@@ -41,7 +41,8 @@ def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop,
     chat(model, params, tokenizer, template, conversation, seed, **settings)
 
 
-def _load(path, tokenizer):
+def _load(name, tokenizer):
+    path = interop.locate(name)
     model, params = interop.load(path, scan=False)
     return model, params, tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
 
@@ -91,7 +92,7 @@ def _parser():
     )
     parser.error = _refuse
     add = parser.add_argument
-    add("--model", required=True, help="a training workdir, or a file or folder of weights")
+    add("--model", required=True, help="whatever rwkv_jax.load reads")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue; -: standard input; empty: the beginning of a document")
     source.add_argument("--prompt_file", help="a file with the text to continue")
