@@ -134,7 +134,7 @@ def test_a_damaged_file_is_refused(kind, tmp_path):
     cuts = [*range(0, 40), *range(40, len(good), 997), len(good) - 1]
     for content in (*(good[:cut] for cut in cuts), good + b"x", b"<html>" * 99, b"\xff" * 100):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="bad is damaged or no safetensors file"):
+        with pytest.raises(ValueError, match=r"bad: (truncated|damaged)"):
             load_context(path, model, params)
     safetensors.numpy.save_file({"a": np.zeros(2)}, path)
     with pytest.raises(ValueError, match="bad is not a saved context, or one of another version"):

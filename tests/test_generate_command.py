@@ -129,7 +129,7 @@ def test_command_line_says_what_is_wrong_in_one_line(workdir, tmp_path, capsys):
         ({"prompt": None, "prompt_file": tmp_path / "none"}, "none"),
         ({"context": tmp_path / "none"}, "none: no such file"),
         ({"context": other}, "other is the context of another model"),
-        ({"context": binary}, "binary is damaged"),
+        ({"context": binary}, "binary: truncated"),
         ({"save_context": tmp_path / "none" / "c"}, "no such folder"),
         ({"wrong": 1}, "unrecognized arguments: --wrong=1"),
     ):

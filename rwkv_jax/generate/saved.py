@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError, safe_open
 
 from rwkv_jax.generate.context import CACHE_STEP, Context, cache_axes, check
+from rwkv_jax.interop import safetensors_file
 from rwkv_jax.models import unstack
 
 FORMAT = "rwkv_jax context 1"
@@ -26,16 +24,7 @@ def save_context(path, context: Context, model, params, text: str | None = None)
     metadata = {"format": FORMAT, "fingerprint": fingerprint(model, params), "model": json.dumps(chosen)}
     if text is not None:
         metadata["text"] = text
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder to save a context in")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        arrays = {name: np.ascontiguousarray(leaf) for name, leaf in _named(context).items()}
-        safetensors.numpy.save_file(arrays, beside, metadata=metadata)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    safetensors_file.write(path, _named(context), metadata)
 
 
 def load_context(path, model, params) -> tuple[Context, str | None]:
@@ -48,16 +37,11 @@ def load_context(path, model, params) -> tuple[Context, str | None]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a saved context")
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a saved context, or one of another version: expected {FORMAT!r}")
-            if metadata.get("fingerprint") != fingerprint(model, params):
-                raise ValueError(f"{path} is the context of another model: {metadata.get('model')}")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    arrays, metadata = safetensors_file.read(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a saved context, or one of another version: expected {FORMAT!r}")
+    if metadata.get("fingerprint") != fingerprint(model, params):
+        raise ValueError(f"{path} is the context of another model: {metadata.get('model')}")
     return _context(path, model, arrays), metadata.get("text")
 
 
@@ -72,7 +56,7 @@ def _context(path, model, arrays) -> Context:
     for name, shape in shapes.items():
         if jnp.issubdtype(arrays[name].dtype, jnp.floating) != jnp.issubdtype(shape.dtype, jnp.floating):
             raise ValueError(f"{path} is damaged: {name} is {arrays[name].dtype}, expected {shape.dtype}")
-    leaves = [jnp.asarray(arrays[name], shape.dtype) for name, shape in shapes.items()]
+    leaves = [jnp.array(arrays[name], shape.dtype) for name, shape in shapes.items()]
     context = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
     try:
         check(model, context, B)
