@@ -185,10 +185,7 @@ def test_history(data):
     prompts = [data.draw(st.lists(tokens, max_size=20)) for _ in range(2)]
     continuation = data.draw(st.lists(st.tuples(tokens, tokens), max_size=6))
     decay_B = np.float32([0.5, 1.0])
-    T = max(map(len, prompts))
-    prompt_BT = np.array([[7] * (T - len(row)) + row for row in prompts], int).reshape(2, T)
-    valid_BT = np.array([[False] * (T - len(row)) + [True] * len(row) for row in prompts], bool).reshape(2, T)
-    at = history(2, V, prompt_BT, valid_BT, decay_B)
+    at = history(2, V, prompts, decay_B)
     for token_B in continuation:
         at = _add(at, np.array(token_B, np.int32))
     for b in range(2):

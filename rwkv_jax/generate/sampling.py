@@ -72,10 +72,11 @@ class History(NamedTuple):
         return History(seen_BV, counts_BV, recent_BR, decay_B)
 
 
-def history(B: int, V: int, prompt_BT=None, valid_BT=None, decay=1.0, sampler=None) -> History:
-    """The history after a prompt: arrays on the host, ids in [0, V), where `valid_BT` is true; None is all of it.
+def history(B: int, V: int, prompts=None, decay=1.0, sampler=None) -> History:
+    """The history after B prompts.
 
     Args:
+        prompts: arrays or lists of ids in [0, V), of any lengths; None is no tokens.
         decay: of the counts, in [0, 1], one number or [B].
         sampler: leaves that it does not read are None; without one, or with a function of one's own, all are there.
     """
@@ -83,9 +84,8 @@ def history(B: int, V: int, prompt_BT=None, valid_BT=None, decay=1.0, sampler=No
     if not np.all((decay_B >= 0) & (decay_B <= 1)):
         raise ValueError(f"the decay of penalties is {decay}, expected 0 to 1")
     seen_BV, recent_BR = np.zeros((B, V), bool), np.full((B, RECENT), -1, np.int32)
-    for b in range(B if prompt_BT is not None else 0):
-        row = np.asarray(prompt_BT[b], np.int32)  # an empty list is float64 otherwise
-        row = row if valid_BT is None else row[np.asarray(valid_BT[b])]
+    for b, prompt in enumerate(prompts or ()):
+        row = np.asarray(prompt, np.int32)  # an empty list is float64 otherwise
         seen_BV[b, row] = True
         recent_BR[b, RECENT - len(row[-RECENT:]) :] = row[-RECENT:]
     names = {READS[name] for name in sampler.keywords if name in READS} if _ours(sampler) else set(READS.values())

@@ -20,20 +20,19 @@ from rwkv_jax.models.rwkv4 import LayerState
 from rwkv_jax.ops.wkv4 import EMPTY, WKV4State
 
 NAMES = ("att_last", "num", "den", "log_scale", "ffn_last")
-_RWKV = (0, 1, 2, 3, 4)
 _OTHERS = (4, 0, 1, 2, 3)  # ffn_last first
 
 
 def to_rwkv(state) -> list[np.ndarray]:
     """For `rwkv.model.RWKV.forward`, as tensors. ValueError unless the state is RWKV-4, finite and of batch 1."""
-    values_L5D = _one_row(_vectors(state, -1e30))[:, _RWKV]
+    values_L5D = _one_row(_vectors(state, -1e30))
     return [values_D.copy() for values_5D in values_L5D for values_D in values_5D]
 
 
 def from_rwkv(arrays: Sequence) -> tuple[LayerState, ...]:
     """Our state, B = 1. ValueError unless `arrays` are 5 L finite vectors of one length."""
     values_ND = _stacked(arrays, "5 vectors [D] a layer", ndim=1)
-    return _layers(_per_layer(values_ND)[:, _RWKV, None])
+    return _layers(_per_layer(values_ND)[:, :, None])
 
 
 def to_transformers(state) -> list[np.ndarray]:
