@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import drawn
 
 import rwkv_jax
 
@@ -17,15 +18,7 @@ FIELDS = {"vocab_size": 256, "dim": 16, "matmul_precision": "highest"}
 
 @functools.cache
 def case(kind):
-    """A model and parameters with which nothing is zero, and that remember long."""
-    model = rwkv_jax.build("rwkv4", layers=LAYERS[kind], num_layers=len(LAYERS[kind]), **FIELDS)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    rng = np.random.default_rng(1)
-
-    def draw(path, leaf):
-        return (-4 if path[-1].key == "time_decay" else 0) + 0.5 * rng.standard_normal(leaf.shape, np.float32)
-
-    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+    return drawn(rwkv_jax.build("rwkv4", layers=LAYERS[kind], num_layers=len(LAYERS[kind]), **FIELDS))
 
 
 @functools.cache
@@ -49,8 +42,3 @@ def cycling(text):
     params["ln0"]["scale"] = params["ln_out"]["scale"] = np.ones(256, np.float32)
     params["head"]["kernel"][cycle, cycle[1:] + cycle[:1]] = 1
     return model, params
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def forward(model, params, tokens_BT):
-    return model.apply({"params": params}, tokens_BT)[0]

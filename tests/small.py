@@ -32,6 +32,17 @@ def made(kind, **overrides):
     return model, jax.tree.unflatten(tree, leaves)
 
 
+def drawn(model, seed=1, scale=0.5):
+    """(model, params) with which nothing is zero, and that remember long."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        return (-4 if path[-1].key == "time_decay" else 0) + scale * rng.standard_normal(leaf.shape, np.float32)
+
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, tokens_BT, state=None, reset_BT=None, valid_BT=None):
     return model.apply({"params": params}, tokens_BT, state, reset_BT=reset_BT, valid_BT=valid_BT)

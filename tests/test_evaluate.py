@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 from judge import error_ratio
+from small import drawn
 
 import rwkv_jax
 from rwkv_jax import checkpoint, evaluate
@@ -31,15 +32,7 @@ log_likelihoods = jax.jit(evaluate.log_likelihoods, static_argnums=0)
 
 @functools.cache
 def case(kind):
-    """A model and parameters with which nothing is zero, and that remember long."""
-    model = rwkv_jax.build(kind, **FIELDS)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    rng = np.random.default_rng(1)
-
-    def draw(path, leaf):
-        return (-4 if path[-1].key == "time_decay" else 0) + 0.5 * rng.standard_normal(leaf.shape, np.float32)
-
-    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+    return drawn(rwkv_jax.build(kind, **FIELDS))
 
 
 @functools.cache

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generating import KINDS, case, forward, ids, unstacked
+from generating import KINDS, case, ids, unstacked
 from judge import error_ratio
+from small import forward
 
 import rwkv_jax
 from rwkv_jax.generate import (
@@ -106,7 +107,7 @@ def test_an_empty_prompt_leaves_its_row_as_it_is(kind):
 def test_each_token_follows_from_one_full_pass(kind):
     model, params = case(kind)
     prompt, num_new = ids(5), DISPATCH + 8
-    logits = lambda tokens: forward(model, params, np.array([prompt + tokens[:-1]]))[0][len(prompt) - 1 :]
+    logits = lambda tokens: forward(model, params, np.array([prompt + tokens[:-1]]))[0][0, len(prompt) - 1 :]
 
     tokens = generate(model, params, prompt, max_new_tokens=num_new, **GREEDY)
     assert tokens == logits(tokens).argmax(-1).tolist()
@@ -211,7 +212,7 @@ def test_penalties_know_prompt_and_continuation():
 
 def test_a_sampler_of_ones_own():
     tokens = generate(*unstacked("rwkv4"), ids(5), max_new_tokens=3, sampler=lambda x, key, history: x.argmin(-1))
-    logits = forward(*case("rwkv4"), np.array([ids(5) + tokens[:-1]]))[0][4:]
+    logits = forward(*case("rwkv4"), np.array([ids(5) + tokens[:-1]]))[0][0, 4:]
     assert tokens == logits.argmin(-1).tolist()
 
 

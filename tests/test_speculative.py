@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from judge import error_ratio
 from scipy import stats
+from small import drawn
 
 import rwkv_jax
 from rwkv_jax import generate
@@ -20,16 +21,8 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6]]
 
 @functools.cache
 def case(kind, seed, dim=16, scale=0.7):
-    """A model and parameters with which nothing is zero and that remember long; seeds differ in every weight."""
     fields = {"num_layers": 2, "token_shift": True, "matmul_precision": "highest", "scan": False}
-    model = rwkv_jax.build("rwkv4", layers=LAYERS[kind], vocab_size=V, dim=dim, **fields)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        return (-4 if path[-1].key == "time_decay" else 0) + scale * rng.standard_normal(leaf.shape, np.float32)
-
-    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+    return drawn(rwkv_jax.build("rwkv4", layers=LAYERS[kind], vocab_size=V, dim=dim, **fields), seed, scale)
 
 
 def near(kind):
