@@ -36,7 +36,7 @@ def run(smoke):
     on_cpu = jax.default_backend() == "cpu"
     shape = SMOKE if smoke else CPU if on_cpu else ACCELERATOR
     contexts = (0, 64, 512) if smoke else CONTEXTS
-    return {"rows": [], "sweep": sweep(shape, contexts, BATCHES["cpu" if on_cpu else "other"])}
+    return {"sweep": sweep(shape, contexts, BATCHES["cpu" if on_cpu else "other"])}
 
 
 def report(results):

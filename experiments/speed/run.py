@@ -44,7 +44,7 @@ def measure(suite, args):
         return results, ops.report(results)
     module = {"train": train, "decode": decode, "generation": generation}[suite]
     results = module.run(args.smoke)
-    return results, [line(row) for row in results["rows"]] + module.report(results)
+    return results, [line(row) for row in results.get("rows", [])] + module.report(results)
 
 
 def line(row):

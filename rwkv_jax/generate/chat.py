@@ -28,7 +28,7 @@ class Template(NamedTuple):
     assistant: str
 
 
-# World: the model card of BlinkDL/rwkv-4-world. Raven: the prompts of ChatRWKV's v2/chat.py.
+# World: the model card of BlinkDL/rwkv-4-world. Raven: v2/prompt/default/English-2.py of BlinkDL/ChatRWKV.
 TEMPLATES = {"world": Template("Question", "Answer"), "raven": Template("Bob", "Alice")}
 
 

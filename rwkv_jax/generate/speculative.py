@@ -5,6 +5,11 @@ model reads them all in one pass, which costs little more than one token as long
 the time. With p the distribution of the model's sampler and q the draft's, a guess x stays with probability
 min(1, p(x) / q(x)); at the first that does not, the next token is drawn from max(p - q, 0), or from p if all stay.
 Each token is then distributed as p, whatever the draft. Both states go back to the last token that stays.
+
+Batch 1, 12 x 768 in float32 on 2 cores of an AMD EPYC, drafts of 2 x 128, temperature 1 (jax 0.10.2, 2026-11-24):
+1.7 to 2.6 times as fast as plain decoding at V 256, 1.5 to 2.1 at V 50,277, where 0.70 to 0.83 of the guesses stay.
+The large model was a trained 4 x 256 widened without changing its function; how far released models agree was not
+measured. A pass over 5 tokens takes 1.4 times that over one, so a useless draft makes decoding slower.
 """
 
 from functools import partial
