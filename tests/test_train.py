@@ -14,6 +14,8 @@ import pytest
 
 import rwkv_jax
 from rwkv_jax import checkpoint, metrics, run_config, train
+from rwkv_jax.train import loop
+from rwkv_jax.train.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -138,13 +140,13 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(finished, te
 
 
 def test_the_step_is_traced_once_over_interruption_and_resume(text, tmp_path, monkeypatch):
-    traces, make_step = [], train.make_step
+    traces, make_step = [], loop.make_step
 
     def counting(*args, **kwargs):
         step = make_step(*args, **kwargs)
         return lambda *a, **k: (traces.append(1), step(*a, **k))[1]
 
-    monkeypatch.setattr(train, "make_step", counting)
+    monkeypatch.setattr(loop, "make_step", counting)
     train.run(_config(text, seed=1), tmp_path)  # a seed of its own: its program is not compiled yet
     assert len(traces) == 1
 
@@ -278,7 +280,7 @@ def test_mistakes_without_a_process_each(text, tmp_path, capsys):
         command = _tiny(
             text, tmp_path / "run", *(a.format(empty=tmp_path / "empty", short=tmp_path / "short") for a in more)
         )
-        assert train.main(command[5:]) == 2, mistake
+        assert main(command[5:]) == 2, mistake
         assert expected in capsys.readouterr().err.splitlines()[-1], mistake
 
 
@@ -313,7 +315,7 @@ def test_a_value_out_of_range_is_named_before_anything_is_written(field, value, 
 )
 def test_a_config_file_that_is_none_is_one_line(program, expected, tmp_path, capsys):
     (tmp_path / "config.py").write_text(program)
-    assert train.main([f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run"]) == 2
+    assert main([f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "config.py: " in err and expected in err
     assert not (tmp_path / "run").exists()
@@ -339,7 +341,7 @@ def test_all_checkpoints_damaged_is_one_line(finished, text, tmp_path, capsys):
     for path in (tmp_path / "checkpoints").rglob("manifest.json"):
         newest = max((p for p in path.parent.rglob("*") if p.is_file() and p != path), key=lambda p: p.stat().st_size)
         newest.write_bytes(newest.read_bytes()[:-1])
-    assert train.main(_tiny(text, tmp_path)[5:]) == 2
+    assert main(_tiny(text, tmp_path)[5:]) == 2
     assert "no valid checkpoint" in capsys.readouterr().err.splitlines()[-1]
 
 

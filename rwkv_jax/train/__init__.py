@@ -1,0 +1,13 @@
+"""Training: the state, one step, one loop.
+
+    python -m rwkv_jax.train --config=configs/tiny.py --workdir=runs/tiny [--config.optim.lr=6e-4 ...]
+
+A workdir holds `config.json` (model, tokenizer, corpus hash, versions, the whole config), `metrics.jsonl` (one
+object a log step) and `checkpoints/`. The same command again resumes it, bit for bit on a CPU or TPU.
+"""
+
+from rwkv_jax.train.loop import learning_rate, run
+from rwkv_jax.train.step import TrainState, apply_gradient, make_init, make_step
+from rwkv_jax.train.workdir import claimed
+
+__all__ = ["TrainState", "apply_gradient", "claimed", "learning_rate", "make_init", "make_step", "run"]

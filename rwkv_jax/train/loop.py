@@ -1,0 +1,153 @@
+"""One loop that reads top to bottom, and what a run needs before it."""
+
+import contextlib
+import functools
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, models, optim, parallel, run_config
+from rwkv_jax.train.step import TrainState, make_init, make_step
+from rwkv_jax.train.workdir import claimed, restore, rows, tokenizer, write_config
+
+
+def run(config, workdir) -> TrainState:
+    """Train to `config.steps`, resuming what `workdir` holds; SIGINT and SIGTERM save and return early."""
+    if not str(workdir):
+        raise ValueError("workdir is empty, expected a folder for the run")
+    workdir = Path(workdir)
+    run_config.check(config)
+    fields = {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
+    model = models.build(**fields)
+    parallel.check_divisible(config.batch_size, config.accumulation, config.strategy)
+    lr = learning_rate(config, model)
+    corpus = corpora.prepare(config.corpus, tokenizer(config, workdir))
+    if corpus.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {model.vocab_size}, expected at least {corpus.vocab_size}, "
+            f"the vocabulary of tokenizer {config.tokenizer!r}"
+        )
+    batches = data.dataset(corpus.train.tokens, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+    o = config.optim
+    recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
+    init, step, put = _programs(model, recipe, config.strategy, config.accumulation, config.seed, o.l2wrap)
+
+    with claimed(workdir):
+        write_config(workdir, config, fields, corpus)
+        state, start = restore(workdir, config, init)
+        with _stop_signals() as stop:
+            return _loop(workdir, config, model, corpus, batches, lr, (step, put), state, start, stop)
+
+
+@functools.cache
+def _programs(model, recipe, strategy, accumulation, seed, l2wrap):
+    """(init, step, put), compiled once a process: further runs of the same model start at once."""
+    tx = optim.optimiser(*recipe)
+    step = make_step(model, tx, accumulation=accumulation, seed=seed, l2wrap=l2wrap)
+    return parallel.STRATEGIES[strategy](make_init(model, tx), step)
+
+
+def learning_rate(config, model):
+    """The schedule of a run: learning rate of each step."""
+    o, steps = config.optim, config.steps
+    lr = optim.default_lr(model.layers[0], model.dim) if o.lr is None else o.lr
+    lr_end = lr / 10 if o.lr_end is None else o.lr_end
+    warmup, decay_start = round(o.warmup * steps), steps - round(o.decay * steps)
+    return optim.schedule(o.schedule, lr, lr_end, steps, warmup, decay_start)
+
+
+def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, start, stop):
+    step, put = step_and_put
+    path, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
+    tokens_per_step = config.batch_size * config.seq_len
+    devices = 1 if config.strategy == "single" else jax.device_count()
+    peak = hardware.peak_flops(jax.devices()[0])
+    flops = hardware.flops_per_token(model, config.seq_len)
+    train_seconds = next((r["train_seconds"] for r in reversed(rows(path)) if "train_seconds" in r), 0.0)
+    seconds, timed = 0.0, 0  # since the last row, without compilation, evaluation and saving
+    done = saved = start
+    due = lambda every: every and done % every == 0
+
+    def evaluate_step():
+        held_out = corpus.valid.tokens[: config.eval_tokens]
+        with parallel.beside_the_step(config.strategy):
+            nll = evaluate.windows(model, state.params, held_out, config.seq_len, config.batch_size)
+        losses = _losses(nll[1:].mean(), config)
+        metrics.append(path, {"step": done} | {f"valid_{k}": v for k, v in losses.items()})
+
+    to_evaluate = lambda: config.eval_tokens and (done == config.steps or due(config.eval_every))
+    evaluated = {r["step"] for r in rows(path) if "valid_loss_nats" in r}
+    if start in checkpoint.steps(folder) and start not in evaluated and to_evaluate():
+        evaluate_step()  # killed between saving this step and evaluating it
+
+    with tqdm(total=config.steps, initial=start, unit="step", disable=None) as bar:
+        for done, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(batches, start), strict=False):
+            began, rate = time.perf_counter(), lr(done - 1)
+            state, values = step(state, put(batch), np.float32(rate))
+            stopping = stop.is_set()  # once a step: what is asked for from here on is the next step's business
+            last = done == config.steps or stopping
+            log, evaluating, saving = last or due(config.log_every), to_evaluate(), last or due(config.save_every)
+            if log or evaluating or saving or done == start + 1:
+                values = jax.device_get(values)
+            if done > start + 1:
+                seconds, timed = seconds + time.perf_counter() - began, timed + 1
+            bar.update()
+            if log:
+                train_seconds += seconds
+                row = {
+                    "step": done,
+                    "tokens": done * tokens_per_step,
+                    **_losses(values.pop("loss_nats"), config),
+                    **values,
+                    "lr": rate,
+                    "train_seconds": round(train_seconds, 3),
+                    "tokens_per_second": timed * tokens_per_step / seconds if timed else None,
+                    "batch_hash": data.batch_hash(batch),
+                }
+                if peak and timed:
+                    row["mfu"] = flops * row["tokens_per_second"] / (peak * devices)
+                metrics.append(path, row)
+                bar.set_postfix_str(f"loss {row['loss_nats']:.3f}")
+                seconds, timed = 0.0, 0
+            if saving:
+                checkpoint.save(folder, done, state, keep=config.keep)
+                saved = done
+            if evaluating:
+                evaluate_step()
+            if stopping:
+                line = f"stopped at step {saved} of {config.steps}, saved; the same command resumes it"
+                print(line, file=sys.stderr)
+                break
+    return state
+
+
+def _losses(nats, config):
+    per_byte = {"bits_per_byte": float(nats) / np.log(2)} if config.tokenizer == "bytes" else {}
+    return {"loss_nats": float(nats)} | per_byte
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """An event that SIGINT and SIGTERM set, for the loop to end after its step; a second one interrupts at once."""
+    stop = threading.Event()
+
+    def request(signum, frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)

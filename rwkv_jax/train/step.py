@@ -1,0 +1,84 @@
+"""The state of a run and one step of it: pure functions that every strategy runs."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from rwkv_jax import optim
+
+
+class TrainState(struct.PyTreeNode):
+    step: jax.Array  # steps taken, counting the skipped
+    params: dict
+    opt_state: tuple
+    skipped: jax.Array  # steps whose loss or gradient was not finite: they changed nothing
+
+
+def make_init(model, tx):
+    """`init(key) -> TrainState`."""
+
+    def init(key):
+        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, tx.init(params), zero)
+
+    return init
+
+
+def make_step(model, tx, *, accumulation=1, seed=0, l2wrap=True):
+    """`step(state, batch, lr, axis_name=None) -> (state, metrics)` on tokens [B, T+1] and a loss mask [B, T].
+
+    Loss and gradient are sums, divided once by the number of masked-in targets of the whole step: over micro-batches
+    and devices too, so that neither changes what a ragged mask means.
+    """
+
+    def objective(params, batch, key):
+        tokens_BT, mask_BT = batch["tokens"], batch["mask"]
+        rngs = {"dropout": key} if model.dropout else None
+        logits_BTV, _ = model.apply({"params": params}, tokens_BT[:, :-1], rngs=rngs)
+        nll_BT = jnp.where(mask_BT, optim.cross_entropy(logits_BTV, tokens_BT[:, 1:]), 0)
+        penalty_BT = jnp.where(mask_BT, optim.l2wrap(logits_BTV), 0) if l2wrap else 0
+        return (nll_BT + penalty_BT).sum(), (nll_BT.sum(), mask_BT.sum())
+
+    gradient = jax.grad(objective, has_aux=True)
+
+    def sums(params, batch, key):
+        if accumulation == 1:
+            return gradient(params, batch, key)
+        micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(total, i_and_batch):
+            i, batch = i_and_batch
+            return jax.tree.map(jnp.add, total, gradient(params, batch, jax.random.fold_in(key, i))), None
+
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, (jnp.arange(accumulation), micro))[0]
+
+    def step(state, batch, lr, axis_name=None):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        totals = sums(state.params, batch, key)
+        if axis_name is not None:
+            totals = jax.lax.psum(totals, axis_name)
+        grads, (nll, count) = totals
+        grads = jax.tree.map(lambda g: g / count, grads)
+        return apply_gradient(tx, state, grads, nll / count, lr)
+
+    return step
+
+
+def apply_gradient(tx, state, grads, loss, lr):
+    """The state after a step along `grads`, unchanged where that or the loss is not finite, and the step's metrics."""
+    grad_norm = optax.tree.norm(grads)
+    direction, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(direction))
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    values = {"loss_nats": loss, "grad_norm": grad_norm, "skipped": skipped}
+    return TrainState(state.step + 1, params, opt_state, skipped), values

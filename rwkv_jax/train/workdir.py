@@ -1,0 +1,102 @@
+"""A workdir: `config.json`, `metrics.jsonl` and `checkpoints/`, held by one run at a time."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+from rwkv_jax import checkpoint, metrics, tokenizers
+
+# What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
+# each device of pmap draws its own).
+FREE_FIELDS = ("log_every", "eval_every", "eval_tokens", "save_every", "keep", "strategy")
+
+
+@contextlib.contextmanager
+def claimed(workdir):
+    """One process at a time in a workdir."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{workdir} is in use by another run") from None
+        yield
+
+
+def write_config(workdir, config, fields, corpus):
+    """`config.json` of a new workdir; in an old one, every field that the numbers depend on must be the same."""
+    path = workdir / "config.json"
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
+    record = {
+        "model": fields,
+        "seq_len": config.seq_len,
+        "corpus": {"name": corpus.name, "sha256": corpus.sha256},
+        "config": config.to_dict(),
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in packages},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),  # on a GPU resume is exact only with deterministic ops
+    }
+    record = json.loads(json.dumps(record))
+    if path.exists() and (checkpoint.steps(workdir / "checkpoints") or rows(workdir / "metrics.jsonl")):
+        old = json.loads(path.read_text())
+        free = set(FREE_FIELDS) - ({"strategy"} if config.model.dropout else set())
+        if old["corpus"]["sha256"] == corpus.sha256:
+            free.add("tokenizer")  # the same one, perhaps under another path
+        flat = lambda r: _flatten({"config": r["config"], "corpus": r["corpus"]})
+        before, now = flat(old), flat(record)
+        changed = [
+            f"{key.removeprefix('config.')} was {before.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(before | now)
+            if before.get(key) != now.get(key) and key.removeprefix("config.") not in free
+        ]
+        if changed:
+            raise ValueError(f"{workdir} holds a run of another config: {'; '.join(changed)}")
+        return
+    name = corpus.tokenizer
+    record["tokenizer"] = (
+        name if name in tokenizers.NAMES else tokenizers.save(tokenizers.get_tokenizer(name), workdir)
+    )
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+def _flatten(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, x in tree.items() for k, v in _flatten(x, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def restore(workdir, config, init):
+    """(state, steps taken): the newest valid checkpoint, else the trunk that the run branches from, else step 0."""
+    state = init(jax.random.key(config.seed))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    folder, step = workdir / "checkpoints", None
+    if checkpoint.steps(folder):
+        step, state = checkpoint.restore(folder, like)
+    elif config.branch_from:
+        trunk = Path(config.branch_from)
+        if not trunk.name.isdecimal():
+            raise ValueError(f"branch_from is {config.branch_from!r}, expected <workdir>/checkpoints/<step>")
+        step, state = checkpoint.restore(trunk.parent, like, int(trunk.name))
+        if step >= config.steps:
+            raise ValueError(f"steps is {config.steps}, expected more than the {step} of branch_from")
+    metrics.cut_back(workdir / "metrics.jsonl", step or 0)
+    return state, step or 0
+
+
+def tokenizer(config, workdir):
+    """The config's tokenizer, or the run's own copy of its file where that is gone."""
+    if config.tokenizer in (*tokenizers.NAMES, "characters") or Path(config.tokenizer).expanduser().is_file():
+        return config.tokenizer
+    return tokenizers.carried(workdir) or config.tokenizer
+
+
+def rows(path):
+    return metrics.read(path) if path.exists() else []
