@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, models, optim, parallel, run_config
+from rwkv_jax.train import progress
 from rwkv_jax.train.step import TrainState, make_init, make_step
 from rwkv_jax.train.workdir import claimed, restore, rows, tokenizer, write_config
 
@@ -21,7 +21,7 @@ def run(config, workdir) -> TrainState:
     """Train to `config.steps`, resuming what `workdir` holds; SIGINT and SIGTERM save and return early."""
     if not str(workdir):
         raise ValueError("workdir is empty, expected a folder for the run")
-    workdir = Path(workdir)
+    workdir, began = Path(workdir), time.time()
     run_config.check(config)
     fields = {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
     model = models.build(**fields)
@@ -40,9 +40,12 @@ def run(config, workdir) -> TrainState:
 
     with claimed(workdir):
         write_config(workdir, config, fields, corpus)
+        before = rows(workdir / "metrics.jsonl")
         state, start = restore(workdir, config, init)
+        clock = progress.Clock(before, start, began)
+        clock.lap("startup")
         with _stop_signals() as stop:
-            return _loop(workdir, config, model, corpus, batches, lr, (step, put), state, start, stop)
+            return _loop(workdir, config, model, corpus, batches, lr, (step, put), state, start, clock, stop)
 
 
 @functools.cache
@@ -62,17 +65,38 @@ def learning_rate(config, model):
     return optim.schedule(o.schedule, lr, lr_end, steps, warmup, decay_start)
 
 
-def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, start, stop):
+def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, start, clock, stop):
     step, put = step_and_put
     path, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
     tokens_per_step = config.batch_size * config.seq_len
     devices = 1 if config.strategy == "single" else jax.device_count()
     peak = hardware.peak_flops(jax.devices()[0])
     flops = hardware.flops_per_token(model, config.seq_len)
-    train_seconds = next((r["train_seconds"] for r in reversed(rows(path)) if "train_seconds" in r), 0.0)
     seconds, timed = 0.0, 0  # since the last row, without compilation, evaluation and saving
-    done = saved = start
+    done = start
     due = lambda every: every and done % every == 0
+
+    def settle(number, batch, rate, values, log):
+        """Wait for a step that was dispatched, and log it where that is due."""
+        nonlocal seconds, timed
+        values = jax.device_get(values)
+        if number == start + 1:
+            clock.lap("compile")
+            # not before a step has worked: until there is a row, the workdir takes another config
+            metrics.append(path, {"step": start, "began": clock.began, "starts": clock.starts} | clock.row())
+        else:
+            seconds, timed = seconds + clock.lap("train"), timed + 1
+        losses = _losses(values.pop("loss_nats"), config)
+        show(number, f"loss {losses['loss_nats']:.3f}")
+        if not log:
+            return
+        speed = timed * tokens_per_step / seconds if timed else None
+        row = {"step": number, "tokens": number * tokens_per_step, **losses, **values, "lr": rate}
+        row |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed and speed / devices}
+        if peak and timed:
+            row["mfu"] = flops * speed / (peak * devices)
+        metrics.append(path, row | clock.row() | {"batch_hash": data.batch_hash(batch)})
+        seconds, timed = 0.0, 0
 
     def evaluate_step():
         held_out = corpus.valid.tokens[: config.eval_tokens]
@@ -80,48 +104,35 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
             nll = evaluate.windows(model, state.params, held_out, config.seq_len, config.batch_size)
         losses = _losses(nll[1:].mean(), config)
         metrics.append(path, {"step": done} | {f"valid_{k}": v for k, v in losses.items()})
+        clock.lap("evaluate")
 
     to_evaluate = lambda: config.eval_tokens and (done == config.steps or due(config.eval_every))
     evaluated = {r["step"] for r in rows(path) if "valid_loss_nats" in r}
     if start in checkpoint.steps(folder) and start not in evaluated and to_evaluate():
         evaluate_step()  # killed between saving this step and evaluating it
 
-    with tqdm(total=config.steps, initial=start, unit="step", disable=None) as bar:
+    with progress.shown(start, config.steps) as show:
+        waiting = None  # the step dispatched last, whose metrics the host has not seen
         for done, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(batches, start), strict=False):
-            began, rate = time.perf_counter(), lr(done - 1)
+            rate = lr(done - 1)
+            # The step before is still running: this batch travels meanwhile, and its step follows without a pause.
             state, values = step(state, put(batch), np.float32(rate))
+            if waiting:
+                settle(*waiting)
             stopping = stop.is_set()  # once a step: what is asked for from here on is the next step's business
             last = done == config.steps or stopping
-            log, evaluating, saving = last or due(config.log_every), to_evaluate(), last or due(config.save_every)
-            if log or evaluating or saving or done == start + 1:
-                values = jax.device_get(values)
-            if done > start + 1:
-                seconds, timed = seconds + time.perf_counter() - began, timed + 1
-            bar.update()
-            if log:
-                train_seconds += seconds
-                row = {
-                    "step": done,
-                    "tokens": done * tokens_per_step,
-                    **_losses(values.pop("loss_nats"), config),
-                    **values,
-                    "lr": rate,
-                    "train_seconds": round(train_seconds, 3),
-                    "tokens_per_second": timed * tokens_per_step / seconds if timed else None,
-                    "batch_hash": data.batch_hash(batch),
-                }
-                if peak and timed:
-                    row["mfu"] = flops * row["tokens_per_second"] / (peak * devices)
-                metrics.append(path, row)
-                bar.set_postfix_str(f"loss {row['loss_nats']:.3f}")
-                seconds, timed = 0.0, 0
+            saving, evaluating = last or due(config.save_every), to_evaluate()
+            waiting = (done, batch, rate, values, last or due(config.log_every))
+            if saving or evaluating or done == start + 1:
+                settle(*waiting)
+                waiting = None
             if saving:
                 checkpoint.save(folder, done, state, keep=config.keep)
-                saved = done
+                clock.lap("save")
             if evaluating:
                 evaluate_step()
             if stopping:
-                line = f"stopped at step {saved} of {config.steps}, saved; the same command resumes it"
+                line = f"stopped at step {done} of {config.steps}, saved; the same command resumes it"
                 print(line, file=sys.stderr)
                 break
     return state

@@ -1,0 +1,85 @@
+"""How far a run is, and where its time went, over all its starts."""
+
+import contextlib
+import sys
+import time
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0  # between two lines where there is no terminal
+LOST = ("startup", "compile", "evaluate", "save", "redone", "down")
+
+
+class Clock:
+    """Wall time of a run since its first start, every moment of it counted once, in seconds.
+
+    `train` is the time of the steps that the run still has. The rest is `lost`:
+
+        startup     corpus, model and checkpoint, up to the first step
+        compile     the first step of each start, which compiles
+        evaluate, save
+        redone      steps that a later start had to repeat, as it went back to a checkpoint
+        down        between the starts, and what a killed start had not logged
+
+    Args:
+        rows: of `metrics.jsonl`, before it is cut back to `step`.
+        step: where this start goes on.
+        began: `time.time()` when this start began.
+    """
+
+    def __init__(self, rows, step, began):
+        logged = [row for row in rows if "train_seconds" in row]
+        reached = logged[-1]["train_seconds"] if logged else 0.0
+        self.train = next((row["train_seconds"] for row in reversed(logged) if row["step"] <= step), 0.0)
+        self.lost = dict.fromkeys(LOST, 0.0) | (logged[-1].get("lost_seconds", {}) if logged else {})
+        self.lost["redone"] += reached - self.train
+        self.began = next((row["began"] for row in rows if "began" in row), round(began - reached, 3))
+        self.starts = 1 + sum("began" in row for row in rows)
+        self.last = began
+
+    def lap(self, part) -> float:
+        """Count the time since the last lap as spent on `part`."""
+        now = time.time()
+        seconds, self.last = now - self.last, now
+        if part == "train":
+            self.train += seconds
+        else:
+            self.lost[part] += seconds
+        return seconds
+
+    def row(self) -> dict:
+        """`train_seconds`, `wall_seconds`, their ratio `goodput`, and `lost_seconds` by what they went to."""
+        wall = self.last - self.began
+        self.lost["down"] = max(0.0, wall - self.train - sum(self.lost[part] for part in LOST if part != "down"))
+        return {
+            "train_seconds": round(self.train, 3),
+            "wall_seconds": round(wall, 3),
+            "goodput": round(self.train / wall, 4) if wall else 0.0,
+            "lost_seconds": {part: round(seconds, 3) for part, seconds in self.lost.items()},
+        }
+
+
+@contextlib.contextmanager
+def shown(start, steps):
+    """`show(done, text)`: a bar with rate and time left on a terminal, elsewhere a line every `LINE_SECONDS`."""
+    if sys.stderr.isatty():
+        with tqdm(total=steps, initial=start, unit="step") as bar:
+
+            def show(done, text):
+                bar.set_postfix_str(text, refresh=False)
+                bar.update(done - bar.n)
+
+            yield show
+        return
+    began = printed = time.monotonic()
+
+    def show(done, text):
+        nonlocal printed
+        now = time.monotonic()
+        if now - printed >= LINE_SECONDS or done == steps:
+            printed = now
+            line = "{n_fmt}/{total_fmt} steps [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+            meter = {"initial": start, "unit": "step", "postfix": text, "bar_format": line}
+            print(tqdm.format_meter(done, steps, now - began, **meter), file=sys.stderr, flush=True)
+
+    yield show
