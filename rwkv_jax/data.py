@@ -17,26 +17,26 @@ Batch = dict[str, np.ndarray]
 
 
 def dataset(
-    tokens: np.ndarray, *, seq_len: int, batch_size: int, seed: int, host: int = 0, hosts: int = 1
+    tokens: np.ndarray, *, seq_len: int, batch_size: int, seed: int, rows: np.ndarray | None = None
 ) -> grain.MapDataset:
-    """`ds[step]` is the batch of that step, or this host's rows of it.
+    """`ds[step]` is the batch of that step, or some rows of it; no others are read.
 
     Args:
         tokens: [tokens] unsigned integers, memory-mapped or not.
         seq_len: T.
-        batch_size: B of all hosts together. The stream of windows does not depend on `hosts`: host p has rows p,
-            p + hosts, p + 2·hosts, ... of the global batch.
+        batch_size: B of all hosts together.
         seed: of the order of the windows, in [0, 2³²).
+        rows: which rows of the batch, in [0, B): those that this host's devices take (`parallel.rows`), so that
+            the batch is the same on any number of hosts and devices. None: all.
 
     Raises:
-        ValueError: fewer tokens than one window, or a batch that the hosts cannot share equally.
+        ValueError: fewer tokens than one window, or rows that no batch has.
     """
     if min(seq_len, batch_size) < 1:
         raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}: both must be at least 1")
-    if not 0 <= host < hosts:
-        raise ValueError(f"host is {host}: expected 0 to {hosts - 1}, for hosts={hosts}")
-    if batch_size % hosts:
-        raise ValueError(f"batch_size is {batch_size}: expected a multiple of the number of hosts, {hosts}")
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if rows.size == 0 or rows.min() < 0 or rows.max() >= batch_size:
+        raise ValueError(f"rows are {rows.tolist()}: expected some of 0 to {batch_size - 1}")
     num_windows = (len(tokens) - 1) // seq_len
     if num_windows < 1:
         raise ValueError(f"corpus has {len(tokens)} tokens: shorter than one window of {seq_len + 1}")
@@ -49,7 +49,7 @@ def dataset(
         }
 
     windows = grain.MapDataset.range(num_windows).seed(seed).shuffle().repeat()
-    return windows[host::hosts].batch(batch_size // hosts).map(gather)
+    return windows.batch(batch_size).map(lambda batch: gather(batch[rows]))
 
 
 def read_ahead(ds: grain.MapDataset, start_step: int) -> Iterator[Batch]:

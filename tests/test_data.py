@@ -56,14 +56,11 @@ def test_a_second_reader_resumes_in_the_middle():
         assert_same(a, b)
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_together_have_the_global_batch(hosts):
+def test_some_rows_are_those_of_the_whole_batch():
     for step in (0, 5, 12, 30):  # beyond the first epoch too
         whole = make()[step]
-        for host in range(hosts):
-            rows = make(host=host, hosts=hosts)[step]
-            assert rows["tokens"].shape == (B // hosts, T + 1)
-            assert_same(rows, {name: array[host::hosts] for name, array in whole.items()})
+        for rows in ([0, 1], [2, 3], [3, 0]):
+            assert_same(make(rows=rows)[step], {name: array[rows] for name, array in whole.items()})
 
 
 def test_reads_from_a_memory_map(tmp_path):
@@ -83,8 +80,8 @@ def test_one_window_is_enough():
     ("changes", "line"),
     [
         ({"seq_len": 405}, r"^corpus has 405 tokens: shorter than one window of 406$"),
-        ({"batch_size": 6, "hosts": 4}, r"^batch_size is 6: expected a multiple of the number of hosts, 4$"),
-        ({"host": 2, "hosts": 2}, r"^host is 2: expected 0 to 1, for hosts=2$"),
+        ({"rows": [0, 4]}, r"^rows are \[0, 4\]: expected some of 0 to 3$"),
+        ({"rows": []}, r"^rows are \[\]: expected some of 0 to 3$"),
         ({"batch_size": 0}, r"^seq_len is 8 and batch_size 0: both must be at least 1$"),
         ({"seq_len": 0}, r"^seq_len is 0 and batch_size 4: both must be at least 1$"),
     ],
