@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from rwkv_jax import corpora, interop, tokenizers
@@ -182,6 +183,8 @@ def _nats(model, params, tokens, batches, state, name) -> np.ndarray:
             tokens_BT = tokens[np.minimum(read_BT, last)].astype(np.int32)
             loglik_BT, new = _log_likelihoods(model, params, tokens_BT, state, reset_BT=reset_BT)
             state = None if state is None else new
+            if not loglik_BT.is_fully_addressable:
+                loglik_BT = multihost_utils.process_allgather(loglik_BT, tiled=True)
             nats_N[at_BT[counts_BT] + 1] = -np.asarray(loglik_BT)[counts_BT]
             bar.update(int(counts_BT.sum()))
     return nats_N

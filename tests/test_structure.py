@@ -14,7 +14,7 @@ SOURCES = sorted(path for folder in ("rwkv_jax", "configs", "experiments") for p
 ORDER = (
     {"experiments"},
     {"configs"},
-    {"train", "pretrained", "finetune"},
+    {"train", "launch", "pretrained", "finetune"},
     {"run_config"},
     {"generate", "evaluate", "interop", "checkpoint", "parallel", "optim", "metrics", "hardware"},
     {"data", "corpora", "tokenizers", "models"},

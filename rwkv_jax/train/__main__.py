@@ -1,9 +1,13 @@
 """python -m rwkv_jax.train --config=configs/tiny.py --workdir=runs/tiny [--config.optim.lr=6e-4 ...]"""
 
 import argparse
+import os
 import sys
 
+import jax
+
 from rwkv_jax import run_config
+from rwkv_jax.train import hosts
 from rwkv_jax.train.loop import run
 
 
@@ -15,17 +19,37 @@ def main(argv=None) -> int:
         epilog="--config.FIELD=VALUE sets any field of the config, for instance --config.optim.lr=6e-4",
     )
     parser.add_argument("--config", metavar="FILE.py[:ARG]", required=True)
-    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--workdir", required=True, help="of several hosts: a folder that all of them share")
+    several = parser.add_argument_group("several hosts, the same command on each")
+    several.add_argument("--distributed", action="store_true", help="as the cluster says: TPU pod, SLURM, Open MPI")
+    several.add_argument("--coordinator", metavar="ADDRESS:PORT", help="of host 0; with the next two, by hand")
+    several.add_argument("--num_hosts", type=int, metavar="N")
+    several.add_argument("--host", type=int, metavar="I", help="this one, 0 to N - 1")
     args, overrides = parser.parse_known_args(argv)
     try:
+        hosts.join(args.distributed, args.coordinator, args.num_hosts, args.host)
         run(run_config.read(args.config, overrides), args.workdir)
     except KeyboardInterrupt:
         print("stopped; what was saved before stays", file=sys.stderr)
-        return 130
+        return _left_alone(130)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        what = f"error: {str(error).splitlines()[0]}; if another host ended first, its output says why"
+        print(f"{what}; the same command resumes", file=sys.stderr)
+        return _left_alone(1)
     return 0
+
+
+def _left_alone(code):
+    """An end that the other hosts do not share: leaving in good order would wait for them."""
+    if jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

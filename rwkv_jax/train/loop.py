@@ -2,17 +2,16 @@
 
 import contextlib
 import functools
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, models, optim, parallel, run_config
-from rwkv_jax.train import progress
+from rwkv_jax.train import hosts, progress
 from rwkv_jax.train.step import TrainState, make_init, make_step
 from rwkv_jax.train.workdir import claimed, restore, rows, tokenizer, write_config
 
@@ -22,30 +21,37 @@ def run(config, workdir) -> TrainState:
     if not str(workdir):
         raise ValueError("workdir is empty, expected a folder for the run")
     workdir, began = Path(workdir), time.time()
-    run_config.check(config)
-    fields = {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
-    model = models.build(**fields)
-    parallel.check_divisible(config.batch_size, config.accumulation, config.strategy)
-    lr = learning_rate(config, model)
-    corpus = corpora.prepare(config.corpus, tokenizer(config, workdir))
-    if corpus.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size is {model.vocab_size}, expected at least {corpus.vocab_size}, "
-            f"the vocabulary of tokenizer {config.tokenizer!r}"
-        )
-    batches = data.dataset(corpus.train.tokens, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
-    o = config.optim
-    recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
-    init, step, put = _programs(model, recipe, config.strategy, config.accumulation, config.seed, o.l2wrap)
+    with hosts.together():
+        run_config.check(config)
+        fields = {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
+        model = models.build(**fields)
+        parallel.check_divisible(config.batch_size, config.accumulation, config.strategy)
+        lr = learning_rate(config, model)
+        corpus = corpora.prepare(config.corpus, tokenizer(config, workdir))
+        if corpus.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size is {model.vocab_size}, expected at least {corpus.vocab_size}, "
+                f"the vocabulary of tokenizer {config.tokenizer!r}"
+            )
+        shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
+        stream = functools.partial(data.dataset, corpus.train.tokens, **shape, seed=config.seed)
+        batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size))
+        o = config.optim
+        recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
+        init, step, put = _programs(model, recipe, config.strategy, config.accumulation, config.seed, o.l2wrap)
+    hosts.check_same("the config or corpus", f"{config}{corpus.sha256}")
 
-    with claimed(workdir):
-        write_config(workdir, config, fields, corpus)
+    with contextlib.ExitStack() as held:
+        with hosts.together():
+            held.enter_context(claimed(workdir))
+            write_config(workdir, config, fields, corpus)
+        hosts.check_shared(workdir)
         before = rows(workdir / "metrics.jsonl")
         state, start = restore(workdir, config, init)
         clock = progress.Clock(before, start, began)
         clock.lap("startup")
-        with _stop_signals() as stop:
-            return _loop(workdir, config, model, corpus, batches, lr, (step, put), state, start, clock, stop)
+        stop = held.enter_context(hosts.stop_signals())
+        return _loop(workdir, config, model, corpus, (batches, mine), lr, (step, put), state, start, clock, stop)
 
 
 @functools.cache
@@ -65,8 +71,9 @@ def learning_rate(config, model):
     return optim.schedule(o.schedule, lr, lr_end, steps, warmup, decay_start)
 
 
-def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, start, clock, stop):
-    step, put = step_and_put
+def _loop(workdir, config, model, corpus, batches_and_mine, lr, step_and_put, state, start, clock, stop):
+    (batches, mine), (step, put) = batches_and_mine, step_and_put
+    first_host = jax.process_index() == 0  # alone in writing the log and on the terminal
     path, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
     tokens_per_step = config.batch_size * config.seq_len
     devices = 1 if config.strategy == "single" else jax.device_count()
@@ -76,14 +83,18 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
     done = start
     due = lambda every: every and done % every == 0
 
-    def settle(number, batch, rate, values, log):
+    def write(row):
+        if first_host:
+            metrics.append(path, row)
+
+    def settle(number, rate, values, log):
         """Wait for a step that was dispatched, and log it where that is due."""
         nonlocal seconds, timed
         values = jax.device_get(values)
         if number == start + 1:
             clock.lap("compile")
             # not before a step has worked: until there is a row, the workdir takes another config
-            metrics.append(path, {"step": start, "began": clock.began, "starts": clock.starts} | clock.row())
+            write({"step": start, "began": clock.began, "starts": clock.starts} | clock.row())
         else:
             seconds, timed = seconds + clock.lap("train"), timed + 1
         losses = _losses(values.pop("loss_nats"), config)
@@ -95,7 +106,9 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
         row |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed and speed / devices}
         if peak and timed:
             row["mfu"] = flops * speed / (peak * devices)
-        metrics.append(path, row | clock.row() | {"batch_hash": data.batch_hash(batch)})
+        # of the rows of all hosts, the same on any number of them; only the host that logs it reads them
+        hashed = data.batch_hash(batches[number - 1]) if first_host else None
+        write(row | clock.row() | {"batch_hash": hashed})
         seconds, timed = 0.0, 0
 
     def evaluate_step():
@@ -103,26 +116,28 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
         with parallel.beside_the_step(config.strategy):
             nll = evaluate.windows(model, state.params, held_out, config.seq_len, config.batch_size)
         losses = _losses(nll[1:].mean(), config)
-        metrics.append(path, {"step": done} | {f"valid_{k}": v for k, v in losses.items()})
+        write({"step": done} | {f"valid_{k}": v for k, v in losses.items()})
         clock.lap("evaluate")
 
     to_evaluate = lambda: config.eval_tokens and (done == config.steps or due(config.eval_every))
     evaluated = {r["step"] for r in rows(path) if "valid_loss_nats" in r}
-    if start in checkpoint.steps(folder) and start not in evaluated and to_evaluate():
+    missing = start in checkpoint.steps(folder) and start not in evaluated and to_evaluate()
+    if multihost_utils.broadcast_one_to_all(np.array(bool(missing))):
         evaluate_step()  # killed between saving this step and evaluating it
 
-    with progress.shown(start, config.steps) as show:
+    shown = progress.shown(start, config.steps) if first_host else contextlib.nullcontext(lambda done, text: None)
+    with shown as show:
         waiting = None  # the step dispatched last, whose metrics the host has not seen
-        for done, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(batches, start), strict=False):
+        for done, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(mine, start), strict=False):
             rate = lr(done - 1)
             # The step before is still running: this batch travels meanwhile, and its step follows without a pause.
             state, values = step(state, put(batch), np.float32(rate))
             if waiting:
                 settle(*waiting)
-            stopping = stop.is_set()  # once a step: what is asked for from here on is the next step's business
+            stopping = stop(done - start)  # once a step: what is asked for from here on is the next step's business
             last = done == config.steps or stopping
             saving, evaluating = last or due(config.save_every), to_evaluate()
-            waiting = (done, batch, rate, values, last or due(config.log_every))
+            waiting = (done, rate, values, last or due(config.log_every))
             if saving or evaluating or done == start + 1:
                 settle(*waiting)
                 waiting = None
@@ -133,7 +148,8 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
                 evaluate_step()
             if stopping:
                 line = f"stopped at step {done} of {config.steps}, saved; the same command resumes it"
-                print(line, file=sys.stderr)
+                if first_host:
+                    print(line, file=sys.stderr)
                 break
     return state
 
@@ -141,24 +157,3 @@ def _loop(workdir, config, model, corpus, batches, lr, step_and_put, state, star
 def _losses(nats, config):
     per_byte = {"bits_per_byte": float(nats) / np.log(2)} if config.tokenizer == "bytes" else {}
     return {"loss_nats": float(nats)} | per_byte
-
-
-@contextlib.contextmanager
-def _stop_signals():
-    """An event that SIGINT and SIGTERM set, for the loop to end after its step; a second one interrupts at once."""
-    stop = threading.Event()
-
-    def request(signum, frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)

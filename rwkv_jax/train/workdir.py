@@ -9,6 +9,8 @@ import platform
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from rwkv_jax import checkpoint, metrics, tokenizers
 
@@ -19,7 +21,10 @@ FREE_FIELDS = ("log_every", "eval_every", "eval_tokens", "save_every", "keep", "
 
 @contextlib.contextmanager
 def claimed(workdir):
-    """One process at a time in a workdir."""
+    """One run at a time in a workdir: its first host holds it."""
+    if jax.process_index() != 0:
+        yield
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / ".lock").open("w") as lock:
         try:
@@ -31,6 +36,8 @@ def claimed(workdir):
 
 def write_config(workdir, config, fields, corpus):
     """`config.json` of a new workdir; in an old one, every field that the numbers depend on must be the same."""
+    if jax.process_index() != 0:
+        return
     path = workdir / "config.json"
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
     record = {
@@ -78,7 +85,7 @@ def restore(workdir, config, init):
     state = init(jax.random.key(config.seed))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     folder, step = workdir / "checkpoints", None
-    if checkpoint.steps(folder):
+    if multihost_utils.broadcast_one_to_all(np.array(bool(checkpoint.steps(folder)))):
         step, state = checkpoint.restore(folder, like)
     elif config.branch_from:
         trunk = Path(config.branch_from)
@@ -87,7 +94,8 @@ def restore(workdir, config, init):
         step, state = checkpoint.restore(trunk.parent, like, int(trunk.name))
         if step >= config.steps:
             raise ValueError(f"steps is {config.steps}, expected more than the {step} of branch_from")
-    metrics.cut_back(workdir / "metrics.jsonl", step or 0)
+    if jax.process_index() == 0:
+        metrics.cut_back(workdir / "metrics.jsonl", step or 0)
     return state, step or 0
 
 
