@@ -33,6 +33,7 @@ def default():
             "seed": 0,
             "strategy": "single",  # single, pmap, fsdp
             "accumulation": 1,  # micro-batches a step
+            "loss_chunk": placeholder(int),  # tokens whose logits exist at one time on a device; None: by vocab_size
             "optim": {
                 "lr": placeholder(float),  # None: `optim.default_lr` of the width
                 "lr_end": placeholder(float),  # None: a tenth of lr
@@ -66,6 +67,7 @@ RANGES = {
     "steps": _AT_LEAST(1),
     "seed": (lambda x: 0 <= x < 2**32, "0 to 2^32 - 1"),
     "accumulation": _AT_LEAST(1),
+    "loss_chunk": _AT_LEAST(1),
     "log_every": _AT_LEAST(0),
     "eval_every": _AT_LEAST(0),
     "eval_tokens": (lambda x: x == 0 or x >= 2, "0, or 2 tokens and more"),

@@ -38,7 +38,9 @@ def run(config, workdir) -> TrainState:
         batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size))
         o = config.optim
         recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
-        init, step, put = _programs(model, recipe, config.strategy, config.accumulation, config.seed, o.l2wrap)
+        init, step, put = _programs(
+            model, recipe, config.strategy, config.accumulation, config.seed, o.l2wrap, config.loss_chunk
+        )
     hosts.check_same("the config or corpus", f"{config}{corpus.sha256}")
 
     with contextlib.ExitStack() as held:
@@ -55,10 +57,10 @@ def run(config, workdir) -> TrainState:
 
 
 @functools.cache
-def _programs(model, recipe, strategy, accumulation, seed, l2wrap):
+def _programs(model, recipe, strategy, accumulation, seed, l2wrap, loss_chunk):
     """(init, step, put), compiled once a process: further runs of the same model start at once."""
     tx = optim.optimiser(*recipe)
-    step = make_step(model, tx, accumulation=accumulation, seed=seed, l2wrap=l2wrap)
+    step = make_step(model, tx, accumulation=accumulation, seed=seed, l2wrap=l2wrap, loss_chunk=loss_chunk)
     return parallel.STRATEGIES[strategy](make_init(model, tx), step)
 
 

@@ -6,6 +6,7 @@ import optax
 from flax import struct
 
 from rwkv_jax import optim
+from rwkv_jax.models.layers import on_own_rows
 
 
 class TrainState(struct.PyTreeNode):
@@ -26,19 +27,25 @@ def make_init(model, tx):
     return init
 
 
-def make_step(model, tx, *, accumulation=1, seed=0, l2wrap=True):
+def make_step(model, tx, *, accumulation=1, seed=0, l2wrap=True, loss_chunk=None):
     """`step(state, batch, lr, axis_name=None) -> (state, metrics)` on tokens [B, T+1] and a loss mask [B, T].
 
     Loss and gradient are sums, divided once by the number of masked-in targets of the whole step: over micro-batches
-    and devices too, so that neither changes what a ragged mask means.
+    and devices too, so that neither changes what a ragged mask means. `loss_chunk`: see `optim.token_losses`.
     """
+
+    def token_losses(head_params, rows):
+        head = lambda x: model.apply({"params": {"head": head_params}}, x, method="logits")
+        return optim.token_losses(head, *rows, loss_chunk)
 
     def objective(params, batch, key):
         tokens_BT, mask_BT = batch["tokens"], batch["mask"]
         rngs = {"dropout": key} if model.dropout else None
-        logits_BTV, _ = model.apply({"params": params}, tokens_BT[:, :-1], rngs=rngs)
-        nll_BT = jnp.where(mask_BT, optim.cross_entropy(logits_BTV, tokens_BT[:, 1:]), 0)
-        penalty_BT = jnp.where(mask_BT, optim.l2wrap(logits_BTV), 0) if l2wrap else 0
+        x_BTD, _ = model.apply({"params": params}, tokens_BT[:, :-1], rngs=rngs, method="hidden")
+        # every device gathers the head once and chunks its own rows: the head's gradient is reduced once too
+        nll_BT, penalty_BT = on_own_rows(token_losses)(params["head"], (x_BTD, tokens_BT[:, 1:]))
+        nll_BT = jnp.where(mask_BT, nll_BT, 0)
+        penalty_BT = jnp.where(mask_BT, penalty_BT, 0) if l2wrap else 0
         return (nll_BT + penalty_BT).sum(), (nll_BT.sum(), mask_BT.sum())
 
     gradient = jax.grad(objective, has_aux=True)

@@ -16,7 +16,7 @@ from rwkv_jax import checkpoint, metrics, tokenizers
 
 # What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
 # each device of pmap draws its own).
-FREE_FIELDS = ("log_every", "eval_every", "eval_tokens", "save_every", "keep", "strategy")
+FREE_FIELDS = ("log_every", "eval_every", "eval_tokens", "save_every", "keep", "strategy", "loss_chunk")
 
 
 @contextlib.contextmanager
