@@ -1,12 +1,17 @@
 """Settings that hold for every test, made before jax is imported."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"
 # Most programs here run for milliseconds and compile for seconds; without LLVM's optimisations for a third of that.
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the suite on what users run; it passes either way.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# A program that one test has compiled is read back by the next, and by the next run: a third of the suite's time.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**29))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
