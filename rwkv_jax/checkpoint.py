@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +23,93 @@ from jax.experimental import multihost_utils
 
 MANIFEST = "manifest.json"
 
-# Orbax narrates every save through absl's one logger. Its warnings stay, and so does what others log there.
-logging.getLogger("absl").addFilter(lambda r: r.levelno >= logging.WARNING or "/orbax/" not in r.pathname)
+# Orbax narrates every save through absl's one logger. Its warnings stay, and so does what others log there; the
+# tracebacks of its threads go, as the caller is told of the same error.
+logging.getLogger("absl").addFilter(
+    lambda r: "/orbax/" not in r.pathname or (r.levelno >= logging.WARNING and not r.exc_info)
+)
+
+_writer = ThreadPoolExecutor(1, "checkpoint")
 
 
 def save(folder, step: int, tree: Any, keep: int = 2) -> None:
-    """Write `tree` as the checkpoint of `step`; returns once it is complete on disk.
+    """`save_async`, returning once the checkpoint is complete on disk."""
+    save_async(folder, step, tree, keep).result()
 
-    The step's folder appears whole, by a rename, once everything in it is synchronised. Only then are others
-    removed: all but the newest `keep` up to `step`, and any beyond it, which a run that went back has
-    abandoned. A save that is killed leaves the checkpoints before it untouched; the next one clears it away.
+
+def save_async(folder, step: int, tree: Any, keep: int = 2) -> Future:
+    """Write `tree` as the checkpoint of `step`; returns once the arrays are copied to the host.
+
+    The rest goes on behind the caller, who may donate the arrays meanwhile; the next save waits for it. (On a CPU the
+    host's copy is the device's buffer itself, which JAX then does not donate but copies.) The step's folder appears
+    whole, by a rename, once everything in it is synchronised. Only then are others removed: all but the newest `keep`
+    up to `step`, and any beyond it, which a run that went back has abandoned. A save that fails or is killed leaves
+    the checkpoints before it untouched; what it wrote is removed at once, or by the next save.
 
     Args:
       folder: shared by all hosts, every one of which must call this.
       step: >= 0. An existing checkpoint of the same step is replaced.
       tree: any pytree of `jax.Array`s, NumPy arrays or scalars.
       keep: >= 1.
+
+    Returns:
+      a future, done when the checkpoint is complete on disk; its `result()` raises OSError, naming the checkpoint,
+      where that could not be written, for instance on a full disk.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, expected at least 1 checkpoint to keep")
     folder = Path(folder).absolute()
-    complete, partial = folder / str(step), folder / f"{step}.partial"
-    first_host = jax.process_index() == 0
-    if first_host:
+    wait()
+    problem = _prepare(folder, tree) if jax.process_index() == 0 else "see the first host"
+    if multihost_utils.broadcast_one_to_all(np.int32(bool(problem))):  # and no host writes before the folder is clear
+        unsaved = Future()
+        unsaved.set_exception(OSError(f"{folder / str(step)}: not saved: {problem}"))
+        return unsaved
+    orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    orbax.save(folder / f"{step}.partial", args=ocp.args.PyTreeSave(tree))
+    return _writer.submit(_complete, orbax, folder, step, keep)
+
+
+def wait() -> None:
+    """Returns once the saves that this process has begun are done, well or not."""
+    _writer.submit(int).result()
+
+
+def _prepare(folder: Path, tree: Any) -> str:
+    """Clear away what killed saves left; what is wrong with the folder, or nothing.
+
+    Orbax would fill the last byte of a disk before it failed, and what else is written there would fail with it.
+    """
+    needed = sum(getattr(x, "nbytes", 8) for x in jax.tree.leaves(tree))
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            if re.fullmatch(r"\d+\.partial.*", path.name):
-                shutil.rmtree(path)
-    multihost_utils.sync_global_devices("checkpoint folder cleared")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        orbax.save(partial, args=ocp.args.PyTreeSave(tree))
-    if first_host:
-        _write_manifest(partial)
-        if complete.exists():
-            _remove(complete)
-        os.replace(partial, complete)
-        _synchronise(folder)
-        kept = [s for s in steps(folder) if s <= step][-keep:]
-        for stale in set(steps(folder)) - set(kept):
-            _remove(folder / str(stale))
-    multihost_utils.sync_global_devices("checkpoint complete")
+        _remove_partial(folder)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return str(error)
+    return f"it takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free" if free < needed else ""
+
+
+def _complete(orbax, folder: Path, step: int, keep: int) -> None:
+    """Wait until Orbax has committed on every host; the first then makes a checkpoint of it."""
+    complete, partial = folder / str(step), folder / f"{step}.partial"
+    try:
+        with orbax:
+            orbax.wait_until_finished()
+        if jax.process_index() == 0:
+            _write_manifest(partial)
+            if complete.exists():
+                _remove(complete)
+            os.replace(partial, complete)
+            _synchronise(folder)
+            kept = [s for s in steps(folder) if s <= step][-keep:]
+            for stale in set(steps(folder)) - set(kept):
+                _remove(folder / str(stale))
+    except Exception as error:  # Orbax and TensorStore raise many types for what a file system refuses
+        if jax.process_index() == 0:
+            _remove_partial(folder)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"{complete}: not saved: {reason}") from error
 
 
 def steps(folder) -> list[int]:
@@ -201,6 +248,12 @@ def _synchronise(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove_partial(folder: Path) -> None:
+    for path in folder.iterdir():
+        if re.fullmatch(r"\d+\.partial.*", path.name):
+            shutil.rmtree(path)
 
 
 def _remove(path: Path) -> None:

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+# What a run goes on from, and hence must be of its type.
+_RESUMED = {"step": int, "began": int | float, "train_seconds": int | float, "lost_seconds": dict}
+
 
 def append(path, row: dict[str, Any]) -> None:
     """Add `row` as one line, handed to the operating system before this returns.
@@ -54,6 +57,11 @@ def _rows(path):
                 raise ValueError(f"{path}: line {number} is no JSON object: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}: line {number} is {type(row).__name__}, expected a JSON object")
+            for name, kind in _RESUMED.items():
+                if name in row and not isinstance(row[name], kind):
+                    raise ValueError(
+                        f"{path}: line {number}: {name} is {row[name]!r}, expected {getattr(kind, '__name__', kind)}"
+                    )
             yield row, line
 
 

@@ -70,6 +70,29 @@ def test_round_trip_is_bit_exact(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_is_saved_is_what_was_there_though_the_next_steps_take_its_buffers(tmp_path):
+    """40 MB, so that the steps run while they are written."""
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {f"w{i}": jnp.full(1_000_000, i, jnp.float32) for i in range(10)}
+    state = overwrite(overwrite(state))  # compiled, and an output of a step as in training
+    saving = checkpoint.save_async(tmp_path, 1, state)
+    for _ in range(3):
+        state = overwrite(state)
+    jax.block_until_ready(state)
+    assert not saving.done() and checkpoint.steps(tmp_path) == []
+    assert float(state["w7"][0]) == 12
+    saving.result()
+    restored = checkpoint.restore(tmp_path, state)[1]
+    assert all((np.asarray(restored[f"w{i}"]) == i + 2).all() for i in range(10))
+
+
+def test_a_save_waits_for_the_one_before(tmp_path):
+    saves = [checkpoint.save_async(tmp_path, step, train_state(step), keep=3) for step in (1, 2, 3)]
+    assert saves[0].done() and saves[1].done()
+    checkpoint.wait()
+    assert saves[2].done() and checkpoint.steps(tmp_path) == [1, 2, 3]
+
+
 def test_the_newest_are_kept_and_a_named_step_is_restored(tmp_path):
     for step in (1, 2, 10):
         checkpoint.save(tmp_path, step, train_state(step), keep=2)

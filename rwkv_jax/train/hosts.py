@@ -75,7 +75,7 @@ def together():
     if mistake:
         raise mistake
     if len(failed):
-        raise ValueError(f"host {failed[0]} could not start; its own line says why")
+        raise ValueError(f"host {failed[0]} failed; its own line says why")
 
 
 def check_same(what: str, value: str) -> None:

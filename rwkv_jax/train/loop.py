@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, models, optim, parallel, run_config
 from rwkv_jax.train import hosts, progress
@@ -46,6 +47,7 @@ def run(config, workdir) -> TrainState:
     with contextlib.ExitStack() as held:
         with hosts.together():
             held.enter_context(claimed(workdir))
+            held.callback(checkpoint.wait)  # nothing of this run writes there any more when another may
             write_config(workdir, config, fields, corpus)
         hosts.check_shared(workdir)
         before = rows(workdir / "metrics.jsonl")
@@ -82,7 +84,7 @@ def _loop(workdir, config, model, corpus, batches_and_mine, lr, step_and_put, st
     peak = hardware.peak_flops(jax.devices()[0])
     flops = hardware.flops_per_token(model, config.seq_len)
     seconds, timed = 0.0, 0  # since the last row, without compilation, evaluation and saving
-    done = start
+    done, saving_behind = start, None  # the save that may still be going on
     due = lambda every: every and done % every == 0
 
     def write(row):
@@ -144,15 +146,20 @@ def _loop(workdir, config, model, corpus, batches_and_mine, lr, step_and_put, st
                 settle(*waiting)
                 waiting = None
             if saving:
-                checkpoint.save(folder, done, state, keep=config.keep)
+                if first_host and saving_behind and (error := saving_behind.exception()):
+                    tqdm.write(f"{error}; training goes on, this save tries again", file=sys.stderr)
+                saving_behind = checkpoint.save_async(folder, done, state, keep=config.keep)
                 clock.lap("save")
             if evaluating:
                 evaluate_step()
             if stopping:
-                line = f"stopped at step {done} of {config.steps}, saved; the same command resumes it"
-                if first_host:
-                    print(line, file=sys.stderr)
                 break
+    with hosts.together():
+        if saving_behind and (error := saving_behind.exception()):
+            newest = f"step {checkpoint.steps(folder)[-1]}" if checkpoint.steps(folder) else "none"
+            raise OSError(f"{error}; the newest checkpoint is {newest}")
+    if done < config.steps and first_host:
+        print(f"stopped at step {done} of {config.steps}, saved; the same command resumes it", file=sys.stderr)
     return state
 
 

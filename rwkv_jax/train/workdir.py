@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rwkv_jax import checkpoint, metrics, tokenizers
+from rwkv_jax import checkpoint, metrics, run_config, tokenizers
 
 # What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
 # each device of pmap draws its own).
@@ -51,12 +51,13 @@ def write_config(workdir, config, fields, corpus):
     }
     record = json.loads(json.dumps(record))
     if path.exists() and (checkpoint.steps(workdir / "checkpoints") or rows(workdir / "metrics.jsonl")):
-        old = json.loads(path.read_text())
+        old = _read_config(path)
         free = set(FREE_FIELDS) - ({"strategy"} if config.model.dropout else set())
         if old["corpus"]["sha256"] == corpus.sha256:
             free.add("tokenizer")  # the same one, perhaps under another path
         flat = lambda r: _flatten({"config": r["config"], "corpus": r["corpus"]})
-        before, now = flat(old), flat(record)
+        absent = json.loads(json.dumps(run_config.default().to_dict()))  # fields younger than the workdir
+        before, now = flat(old | {"config": absent}) | flat(old), flat(record)
         changed = [
             f"{key.removeprefix('config.')} was {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(before | now)
@@ -72,6 +73,19 @@ def write_config(workdir, config, fields, corpus):
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(beside, path)
+
+
+def _read_config(path):
+    try:
+        old = json.loads(path.read_text())
+        if not isinstance(old["config"], dict) or not isinstance(old["corpus"]["sha256"], str):
+            raise TypeError("config or corpus is of another type")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}); "
+            "without the file, the config of this command counts as the run's"
+        ) from error
+    return old
 
 
 def _flatten(tree, prefix=""):
