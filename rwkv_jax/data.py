@@ -17,7 +17,13 @@ Batch = dict[str, np.ndarray]
 
 
 def dataset(
-    tokens: np.ndarray, *, seq_len: int, batch_size: int, seed: int, rows: np.ndarray | None = None
+    tokens: np.ndarray,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    rows: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
 ) -> grain.MapDataset:
     """`ds[step]` is the batch of that step, or some rows of it; no others are read.
 
@@ -28,6 +34,7 @@ def dataset(
         seed: of the order of the windows, in [0, 2³²).
         rows: which rows of the batch, in [0, B): those that this host's devices take (`parallel.rows`), so that
             the batch is the same on any number of hosts and devices. None: all.
+        mask: [tokens] 0 for those that do not count as targets. None: all count.
 
     Raises:
         ValueError: fewer tokens than one window, or rows that no batch has.
@@ -43,10 +50,9 @@ def dataset(
     tokens = np.asarray(tokens)
 
     def gather(windows: np.ndarray) -> Batch:
-        return {
-            "tokens": tokens[windows[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int32),
-            "mask": np.ones((len(windows), seq_len), bool),
-        }
+        at = windows[:, None] * seq_len + np.arange(seq_len + 1)
+        counts = np.ones((len(windows), seq_len), bool) if mask is None else mask[at[:, 1:]] != 0
+        return {"tokens": tokens[at].astype(np.int32), "mask": counts}
 
     windows = grain.MapDataset.range(num_windows).seed(seed).shuffle().repeat()
     return windows.batch(batch_size).map(lambda batch: gather(batch[rows]))

@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -78,8 +78,7 @@ class FileTokenizer:
 
     def encode_documents(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[int, np.ndarray]]:
         """uint32 arrays, by all threads of the library; UnicodeDecodeError unless the bytes are UTF-8."""
-        cut = _pieces if self.cuttable else lambda blocks: filter(None, [b"".join(blocks)])
-        return _encode_pieces(self._batch, cut, documents)
+        return _encode_pieces(self._batch, partial(pieces, self), documents)
 
     def _batch(self, texts: list[str]) -> list[list[int]]:
         try:
@@ -107,7 +106,7 @@ class WorldTokenizer:
 
     def encode_documents(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[int, np.ndarray]]:
         """uint32 arrays, by all threads of the library; UnicodeDecodeError unless the bytes are UTF-8."""
-        return _encode_pieces(self.library.encode_batch, _pieces, documents)  # no token reaches across a cut
+        return _encode_pieces(self.library.encode_batch, partial(pieces, self), documents)
 
 
 def _encode_pieces(encode_batch, cut, documents) -> Iterator[tuple[int, np.ndarray]]:
@@ -118,12 +117,18 @@ def _encode_pieces(encode_batch, cut, documents) -> Iterator[tuple[int, np.ndarr
             yield index, np.array(ids, np.uint32)
 
 
-def _pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
+def pieces(tokenizer, blocks: Iterable[bytes], num_bytes: int = _PIECE_BYTES) -> Iterator[bytes]:
+    """A text in pieces that are not much longer than `num_bytes`, whose tokens joined are those of the whole."""
+    if isinstance(tokenizer, ByteTokenizer):
+        yield from blocks
+        return
+    if isinstance(tokenizer, FileTokenizer) and not tokenizer.cuttable:  # no token of World reaches across a cut
+        blocks, num_bytes = [b"".join(blocks)], sys.maxsize
     rest = b""
     for block in blocks:
         rest += block
         begin = 0
-        while cut := _CUT.search(rest, begin + _PIECE_BYTES):
+        while cut := _CUT.search(rest, begin + num_bytes):
             yield rest[begin : cut.start()]
             begin = cut.start()
         rest = rest[begin:]

@@ -229,35 +229,45 @@ def test_the_hash_is_of_the_content(tmp_path):
     assert prepare(str(tmp_path / "a.txt")).sha256 == prepare(str(tmp_path / "b.txt")).sha256
 
 
-def cut_tokens(folder):
-    os.truncate(folder / "tokens.bin", 100)
+def cut(path):
+    os.truncate(path, 100)
 
 
-def cut_meta(folder):
-    os.truncate(folder / "meta.json", 100)
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
-def lose_tokens(folder):
-    (folder / "tokens.bin").unlink()
+def change_a_number(path):
+    meta = json.loads(path.read_text())
+    meta["record"]["splits"]["valid"]["num_bytes"] += 1
+    path.write_text(json.dumps(meta))
 
 
-def lose_a_key(folder):
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["splits"][1]["starts"]
-    (folder / "meta.json").write_text(json.dumps(meta))
-
-
-@pytest.mark.parametrize("damage", [cut_tokens, cut_meta, lose_tokens, lose_a_key])
-def test_a_damaged_cache_is_rebuilt_with_a_word(tmp_path, caplog, damage):
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (cut, "train.bin"),
+        (cut, "meta.json"),
+        (Path.unlink, "train.bin"),
+        (Path.unlink, "meta.json"),
+        (flip_a_bit, "train.bin"),
+        (flip_a_bit, "test.bin"),
+        (flip_a_bit, "valid.starts"),
+        (change_a_number, "meta.json"),
+    ],
+)
+def test_a_damaged_cache_is_rebuilt_with_a_word(tmp_path, caplog, damage, name):
     (tmp_path / "text.txt").write_text(prose(0))
     first = prepare(str(tmp_path / "text.txt"))
     expected = [documents(split) for split in splits_of(first)]
     folder = Path(first.train.tokens.filename).parent
     del first
-    damage(folder)
+    damage(folder / name)
     again = prepare(str(tmp_path / "text.txt"))
     assert [documents(split) for split in splits_of(again)] == expected
-    assert [record.message for record in caplog.records] == [f"tokens in {folder} are damaged: making them again"]
+    assert [record.message for record in caplog.records] == [f"{folder / name} is damaged: making it again"]
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
@@ -292,7 +302,7 @@ def make_nothing(path):
 @pytest.mark.parametrize(
     ("make", "error", "line"),
     [
-        (make_nothing, FileNotFoundError, "no corpus {}: expected 'stdlib' or the path of a text file or folder"),
+        (make_nothing, FileNotFoundError, "no corpus {}: expected 'stdlib' or the path of a file or folder"),
         (make_empty_folder, ValueError, "{} is empty: expected a text file, or a folder of visible text files"),
         (make_empty_file, ValueError, "{} is empty: expected a text file, or a folder of visible text files"),
         (make_binary_folder, ValueError, "{} holds no UTF-8 text"),
@@ -350,13 +360,13 @@ def test_a_killed_build_leaves_nothing_that_counts(tmp_path, cache, bpe):
     source = tmp_path / "text.txt"
     source.write_text(prose(0, lines=60_000))
     build = start_build(str(source), bpe)
-    while not any(tokens.stat().st_size for tokens in cache.glob("*.partial/tokens.bin")):
+    while not any(tokens.stat().st_size for tokens in cache.glob("*.partial/train.bin")):
         assert build.poll() is None, build.communicate()
         time.sleep(0.001)
     build.kill()
     build.communicate()
     [leftover] = cache.glob("*.partial")
-    assert (leftover / "tokens.bin").exists() and not (leftover / "meta.json").exists()
+    assert (leftover / "train.bin").exists() and not (leftover / "meta.json").exists()
 
     # Whichever corpus is made next clears it away.
     (tmp_path / "other.txt").write_text(prose(1))

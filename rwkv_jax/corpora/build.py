@@ -1,153 +1,211 @@
-"""Text -> one memory-mapped token file in the cache, made once for each text and tokenizer.
+"""Text -> memory-mapped token files in the cache, made once for each text and tokenizer.
 
-    <cache>/<name>-<key>/tokens.bin     the tokens of train, valid and test, in this order
-    <cache>/<name>-<key>/meta.json      what they are
-
-A folder without both, and whole, is made anew.
+<cache>/<name>-<key>/train.bin      the tokens of this split; valid and test likewise
+<cache>/<name>-<key>/train.starts   int64, where its documents begin
+<cache>/<name>-<key>/train.mask     uint8, 0 where a token is given; only of sources with prompts
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
-import logging
-import os
-import shutil
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from rwkv_jax.corpora import cache, jsonl, megatron, tokenfiles
 from rwkv_jax.corpora import text as texts
-from rwkv_jax.corpora.corpus import SEPARATOR, Corpus, Split
-from rwkv_jax.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, save
+from rwkv_jax.corpora.corpus import SEPARATOR, SPLITS, Corpus, Document, Source, Split
+from rwkv_jax.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, pieces, save
 
-_FORMAT = 1
+_SHARD_BYTES = 1 << 23
 
-_log = logging.getLogger(__name__)
-
-
-def cache_dir() -> Path:
-    """$RWKV_JAX_CACHE, or rwkv_jax in $XDG_CACHE_HOME, or ~/.cache/rwkv_jax."""
-    if folder := os.environ.get("RWKV_JAX_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv_jax"
+_bar = functools.partial(tqdm, disable=None, leave=False)
 
 
-def prepare(source: str = "stdlib", tokenizer: str = "bytes") -> Corpus:
+def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text", prompt: str = "") -> Corpus:
     """The tokens of `source`, from the cache or made now.
 
     Args:
-        source: "stdlib", or the path of a file or folder. A file is cut by position, at 90 and 95 % of its
-            bytes. The files of a folder are split by the hash of their relative path or, when fewer than 20,
-            laid end to end and cut like one file. Left out of a folder are hidden files, files that are not
-            UTF-8 text, and files more than half of whose lines occur in files before them, by order of path.
+        source: "stdlib", or a path:
+            a text file: cut by position, at 90 and 95 % of its bytes;
+            a folder of text files: split by the hash of their relative path or, when fewer than 20, laid end to end
+            and cut like one file. Left out are hidden files, files that are not UTF-8 text, and files more than half
+            of whose lines occur in files before them, by order of path;
+            `.jsonl`, `.jsonl.gz` or a folder of such: see `corpora.jsonl`;
+            `.npy`, or a Megatron pair by either file or its prefix: tokens, see `corpora.tokenfiles`.
         tokenizer: "bytes" (a file may then hold any bytes), "characters" (those of the training split; the result
-            names the file that lists them), or what else `get_tokenizer` takes.
+            names the file that lists them), or what else `get_tokenizer` takes; of a file of tokens, what made it.
+        text: of JSONL, the field or template of the text.
+        prompt: of JSONL, the field or template of what comes before the text and is not to be predicted.
 
     Raises:
         FileNotFoundError: no such source or tokenizer.
-        ValueError: the source holds no text, too little for three splits, or no UTF-8 for this tokenizer.
+        ValueError: the source is damaged, holds no text, too little for three splits, or no UTF-8 for this tokenizer.
     """
     encoder = None if tokenizer == "characters" else get_tokenizer(tokenizer)
     named = encoder is None or encoder.name in NAMES
     encoder_id = tokenizer if named else hashlib.sha256(Path(tokenizer).expanduser().read_bytes()).hexdigest()
-    text = texts.stdlib() if source == "stdlib" else texts.local(Path(source).expanduser())
-    key = hashlib.sha256(json.dumps([_FORMAT, text.identity, encoder_id]).encode()).hexdigest()
-    folder = cache_dir() / f"{text.name[:40]}-{key[:16]}"
-    bar = functools.partial(tqdm, disable=None, leave=False)
+    path = Path(source).expanduser()
+    if source != "stdlib" and (file := tokenfiles.find(path)):
+        if encoder is None:
+            raise ValueError(f"{source} holds tokens, not text: name the tokenizer that made them")
+        return tokenfiles.read(file, encoder, encoder_id, _bar)
+    found = _find(source, path, tokenizer, text, prompt)
+    folder = cache.folder(found.name, [found.identity, encoder_id])
 
-    if corpus := _read(folder, text.name, encoder):
-        return corpus
-    with _only_builder(folder.parent):
-        if corpus := _read(folder, text.name, encoder):  # made by the process we waited for
-            return corpus
-        if folder.exists():
-            _log.warning("tokens in %s are damaged: making them again", folder)
-            shutil.rmtree(folder)
-        partial = folder.with_name(folder.name + ".partial")
-        partial.mkdir()
-        try:
-            splits = texts.split(text, source, tokenizer == "bytes", bar)
-            if encoder is None:
-                save(characters(map(_text, splits[0])), partial)
-            _write(partial, splits, encoder or get_tokenizer(str(partial / TOKENIZER_FILE)), encoder_id, bar)
-            partial.rename(folder)
-        except UnicodeDecodeError:
-            raise ValueError(f"{source} is not UTF-8, which tokenizer {tokenizer} needs") from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return _read(folder, text.name, encoder)
+    def make(partial: Path) -> dict:
+        if encoder is None:
+            save(characters(b"".join(d.blocks).decode() for d in found.documents() if d.split == 0), partial)
+        return _write(partial, found, source, encoder or get_tokenizer(str(partial / TOKENIZER_FILE)), encoder_id)
 
-
-@contextlib.contextmanager
-def _only_builder(cache: Path) -> Iterator[None]:
-    """One builder at a time, so that any unfinished folder is a dead one's."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.warning("waiting for another process that prepares a corpus in %s", cache)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in cache.glob("*.partial"):
-            shutil.rmtree(leftover)
-        yield
-
-
-def _text(document: texts.Document) -> str:
-    return b"".join(texts.blocks(document, lambda num_bytes: None)).decode()
-
-
-def _read(folder: Path, name: str, encoder: Tokenizer | None) -> Corpus | None:
-    """None where there is no whole build. Without an encoder the folder holds it, too."""
     try:
-        encoder = encoder or get_tokenizer(str(folder / TOKENIZER_FILE))
-        meta = json.loads((folder / "meta.json").read_text())
-        tokens = np.memmap(folder / "tokens.bin", meta["dtype"], mode="r")
-        ends = list(accumulate(split["num_tokens"] for split in meta["splits"]))
-        if len(tokens) != ends[-1]:
-            return None
-        splits = [
-            Split(tokens[begin:end], np.array(s["starts"], np.int64), tuple(s["names"]), s["num_bytes"])
-            for s, begin, end in zip(meta["splits"], [0, *ends], ends, strict=False)
-        ]
-        return Corpus(name, encoder.name, encoder.vocab_size, meta["sha256"], *splits)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+        record = cache.made(folder, make)
+    except UnicodeDecodeError:
+        raise ValueError(f"{source} is not UTF-8, which tokenizer {tokenizer} needs") from None
+    encoder = encoder or get_tokenizer(str(folder / TOKENIZER_FILE))
+    splits = [_read(folder, split, record) for split in SPLITS]
+    return Corpus(found.name, encoder.name, encoder.vocab_size, record["sha256"], *splits)
 
 
-def _write(folder: Path, splits: list[list[texts.Document]], encoder: Tokenizer, encoder_id: str, bar) -> None:
+def _read(folder: Path, split: str, record: dict) -> Split:
+    tokens = np.memmap(folder / f"{split}.bin", record["dtype"], mode="r")
+    mask = np.memmap(folder / f"{split}.mask", np.uint8, mode="r") if record["has_prompts"] else None
+    its = record["splits"][split]
+    return Split(
+        tokens, np.fromfile(folder / f"{split}.starts", np.int64), tuple(its["names"]), its["num_bytes"], mask
+    )
+
+
+def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") -> int:
+    """Write the documents of `source` to `PREFIX.bin` and `PREFIX.idx`, in its order; returns their number.
+
+    The files are those of the released converters, byte for byte: each document is followed by token 0, and tokens
+    are uint16 where that holds the vocabulary, else int32.
+
+    Args:
+        source: text or JSONL, as for `prepare`.
+    """
+    encoder = get_tokenizer(tokenizer)
+    found = _find(source, Path(source).expanduser(), tokenizer, text, "")
+
+    def documents():
+        with _bar(desc="tokens", total=found.num_bytes, unit="B", unit_scale=True) as progress:
+            parts = []
+            for shard in _shards(_pieces(found.documents(), encoder)):
+                for piece, tokens in zip(shard, _encode(encoder, [piece.text for piece in shard]), strict=True):
+                    if piece.name is not None and parts:
+                        yield np.concatenate([*parts, [SEPARATOR]])
+                        parts = []
+                    parts.append(tokens)
+                    progress.update(len(piece.text))
+            yield np.concatenate([*parts, [SEPARATOR]])
+
+    try:
+        return megatron.write(
+            Path(prefix).expanduser(), documents(), np.uint16 if encoder.vocab_size <= 1 << 16 else np.int32
+        )
+    except UnicodeDecodeError:
+        raise ValueError(f"{source} is not UTF-8, which tokenizer {tokenizer} needs") from None
+
+
+def _find(source: str, path: Path, tokenizer: str, text: str, prompt: str) -> Source:
+    if source != "stdlib" and path.exists() and jsonl.is_jsonl(path):
+        return jsonl.source(path.resolve(), text, prompt)
+    return texts.source(source, exact=tokenizer == "bytes", bar=_bar)
+
+
+class _Piece(NamedTuple):
+    """Some text of a document, so cut that no token reaches across."""
+
+    split: int
+    text: bytes
+    given: bool  # not to be predicted
+    name: str | None  # of the document that begins here; None: it goes on
+
+
+def _pieces(documents: Iterable[Document], encoder: Tokenizer) -> Iterator[_Piece]:
+    for document in documents:
+        name = document.name
+        for blocks, given in (([document.prompt], True), (document.blocks, False)):
+            for piece in pieces(encoder, filter(None, blocks)):
+                yield _Piece(document.split, piece, given, name)
+                name = None
+
+
+def _shards(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    shard, num_bytes = [], 0
+    for piece in pieces:
+        shard.append(piece)
+        num_bytes += len(piece.text)
+        if num_bytes >= _SHARD_BYTES:
+            yield shard
+            shard, num_bytes = [], 0
+    if shard:
+        yield shard
+
+
+def _encode(encoder: Tokenizer, texts: list[bytes]) -> list[np.ndarray]:
     dtype = np.min_scalar_type(encoder.vocab_size - 1)
-    sha256, records = hashlib.sha256(), []
-    sizes = [sum(document.end - document.begin for document in documents) for documents in splits]
-    progress = bar(desc="tokens", total=sum(sizes), unit="B", unit_scale=True)
-    with progress, open(folder / "tokens.bin", "wb") as out:
+    tokens = [[np.empty(0, dtype)] for _ in texts]
+    for index, ids in encoder.encode_documents([text] for text in texts):
+        tokens[index].append(ids.astype(dtype, copy=False))
+    return [np.concatenate(parts) for parts in tokens]
 
-        def put(tokens: np.ndarray) -> int:
-            data = tokens.astype(dtype, copy=False).data
-            sha256.update(data)
-            out.write(data)
-            return len(tokens)
 
-        for documents, num_bytes in zip(splits, sizes, strict=True):
-            starts, num_tokens = [], 0
-            blocks = (texts.blocks(document, progress.update) for document in documents)
-            for index, tokens in encoder.encode_documents(blocks):
-                if index == len(starts):
-                    starts.append(num_tokens)
-                    num_tokens += put(np.array([SEPARATOR]))
-                num_tokens += put(tokens)
-            record = {"num_tokens": num_tokens, "num_bytes": num_bytes, "starts": starts}
-            records.append(record | {"names": [document.name for document in documents]})
-        out.flush()
-        os.fsync(out.fileno())
-    bounds = [(record["num_tokens"], record["starts"]) for record in records]
+class _Out:
+    """The growing files of one split."""
+
+    def __init__(self, create: Callable, split: str, dtype, has_prompts: bool):
+        self.tokens = create(f"{split}.bin")
+        self.mask = create(f"{split}.mask") if has_prompts else None
+        self.separator = np.array([SEPARATOR], dtype)
+        self.starts, self.names, self.num_tokens, self.num_bytes = [], [], 0, 0
+
+    def put(self, piece: _Piece, tokens: np.ndarray) -> None:
+        if piece.name is not None:
+            self.starts.append(self.num_tokens)
+            self.names.append(piece.name)
+            self._append(self.separator, True)  # that a document ends is to be predicted
+        self._append(tokens, not piece.given)
+        self.num_bytes += len(piece.text)
+
+    def _append(self, tokens: np.ndarray, predicted: bool) -> None:
+        self.tokens.write(tokens.data)
+        self.num_tokens += len(tokens)
+        if self.mask:
+            self.mask.write(bytes([predicted]) * len(tokens))
+
+
+def _write(folder: Path, found: Source, source: str, encoder: Tokenizer, encoder_id: str) -> dict:
+    dtype = np.min_scalar_type(encoder.vocab_size - 1)
+    with contextlib.ExitStack() as stack:
+        create = lambda name: stack.enter_context((folder / name).open("wb"))
+        outs = [_Out(create, split, dtype, found.has_prompts) for split in SPLITS]
+        progress = stack.enter_context(_bar(desc="tokens", total=found.num_bytes, unit="B", unit_scale=True))
+        for shard in _shards(_pieces(found.documents(), encoder)):
+            for piece, tokens in zip(shard, _encode(encoder, [piece.text for piece in shard]), strict=True):
+                outs[piece.split].put(piece, tokens)
+                progress.update(len(piece.text))
+        for out in outs:
+            for file in filter(None, [out.tokens, out.mask]):
+                cache.sync(file)
+    if not all(out.starts for out in outs):
+        num_documents = sum(len(out.starts) for out in outs)
+        raise ValueError(f"{source} holds {num_documents} documents with text: too few for train, valid and test")
+    sha256 = hashlib.sha256()
+    for kind in (".bin", ".mask") if found.has_prompts else (".bin",):
+        for split in SPLITS:
+            with open(folder / f"{split}{kind}", "rb") as file:
+                while block := file.read(1 << 24):
+                    sha256.update(block)
+    bounds = [(out.num_tokens, out.starts) for out in outs]
     sha256.update(json.dumps([encoder_id, dtype.name, bounds]).encode())
-    with open(folder / "meta.json", "w") as out:
-        json.dump({"sha256": sha256.hexdigest(), "dtype": dtype.name, "splits": records}, out)
-        out.flush()
-        os.fsync(out.fileno())
+    splits = {}
+    for out, split in zip(outs, SPLITS, strict=True):
+        np.array(out.starts, np.int64).tofile(folder / f"{split}.starts")
+        splits[split] = {"num_bytes": out.num_bytes, "names": out.names if any(out.names) else []}
+    return {"sha256": sha256.hexdigest(), "dtype": dtype.name, "has_prompts": found.has_prompts, "splits": splits}

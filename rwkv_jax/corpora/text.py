@@ -12,12 +12,14 @@ import platform
 import sysconfig
 import zlib
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from rwkv_jax.corpora.corpus import Document, Source
 
 _BLOCK_BYTES = 1 << 20
 # The usual split of enwik8 is by megabytes, wherever in a character they end.
@@ -46,34 +48,44 @@ zipimport zoneinfo
 """.split()  # noqa: SIM905 (quotes and commas would bury the names)
 
 
-class Document(NamedTuple):
+class _File(NamedTuple):
     name: str
     path: str
     begin: int  # bytes of the file at `path`
     end: int
 
 
-class Source(NamedTuple):
-    name: str
-    files: list[Document]  # that are not empty, in the order of their names
-    identity: list  # JSON values that change when the text does
-    is_folder: bool
+def source(name: str, exact: bool, bar) -> Source:
+    """Of "stdlib" or a path.
+
+    Args:
+        exact: whether it may be cut inside a character.
+    """
+    path = Path(name).expanduser()
+    title, identity, files = _stdlib() if name == "stdlib" else _local(path)
+    is_folder = name == "stdlib" or path.is_dir()
+
+    def documents():
+        for split, parts in enumerate(_split(files, is_folder, name, exact, bar)):
+            for part in parts:
+                yield Document(split, _blocks(part), name=part.name)
+
+    return Source(title, identity, sum(file.end for file in files), documents)
 
 
-def blocks(document: Document, advance: Callable[[int], object]) -> Iterator[bytes]:
-    with open(document.path, "rb") as file:
-        file.seek(document.begin)
-        missing = document.end - document.begin
+def _blocks(file: _File) -> Iterator[bytes]:
+    with open(file.path, "rb") as opened:
+        opened.seek(file.begin)
+        missing = file.end - file.begin
         while missing:
-            block = file.read(min(missing, _BLOCK_BYTES))
+            block = opened.read(min(missing, _BLOCK_BYTES))
             if not block:
-                raise ValueError(f"{document.path} became shorter while it was read")
+                raise ValueError(f"{file.path} became shorter while it was read")
             missing -= len(block)
-            advance(len(block))
             yield block
 
 
-def stdlib() -> Source:
+def _stdlib() -> tuple[str, list, list[_File]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [root / f"{module}.py" for module in _STDLIB]
     paths += [path for module in _STDLIB for path in (root / module).rglob("*.py")]
@@ -82,29 +94,29 @@ def stdlib() -> Source:
         raise ValueError(f"no source of the standard library in {root}: name a text file or folder instead")
     name = f"stdlib-{platform.python_version()}"
     contents = [(file.name, hashlib.sha256(Path(file.path).read_bytes()).hexdigest()) for file in files]
-    return Source(name, files, [name, contents], is_folder=True)
+    return name, [name, contents], files
 
 
-def local(path: Path) -> Source:
+def _local(path: Path) -> tuple[str, list, list[_File]]:
     if not path.exists():
-        raise FileNotFoundError(f"no corpus {path}: expected 'stdlib' or the path of a text file or folder")
+        raise FileNotFoundError(f"no corpus {path}: expected 'stdlib' or the path of a file or folder")
     path = path.resolve()
     visible = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
     files = _files(path, visible) if path.is_dir() else _files(path.parent, [path])
     if not files:
         raise ValueError(f"{path} is empty: expected a text file, or a folder of visible text files")
     identity = [(file.name, file.end, os.stat(file.path).st_mtime_ns) for file in files]
-    return Source(path.name, files, [str(path), identity], path.is_dir())
+    return path.name, [str(path), identity], files
 
 
-def _files(root: Path, paths: Iterable[Path]) -> list[Document]:
+def _files(root: Path, paths: Iterable[Path]) -> list[_File]:
     named = sorted((path.relative_to(root).as_posix(), path) for path in paths if path.is_file())
-    files = [Document(name, str(path), 0, path.stat().st_size) for name, path in named]
+    files = [_File(name, str(path), 0, path.stat().st_size) for name, path in named]
     return [file for file in files if file.end]
 
 
-def split(text: Source, source: str, exact: bool, bar) -> list[list[Document]]:
-    documents = list(_distinct(bar(text.files, desc="files"))) if text.is_folder else text.files
+def _split(files: list[_File], is_folder: bool, source: str, exact: bool, bar) -> list[list[_File]]:
+    documents = list(_distinct(bar(files, desc="files"))) if is_folder else files
     if not documents:
         raise ValueError(f"{source} holds no UTF-8 text")
     splits = [[], [], []]
@@ -119,7 +131,7 @@ def split(text: Source, source: str, exact: bool, bar) -> list[list[Document]]:
     return splits
 
 
-def _by_position(documents: list[Document], exact: bool) -> list[list[Document]]:
+def _by_position(documents: list[_File], exact: bool) -> list[list[_File]]:
     """Cut at 90 and 95 % of the bytes, or up to 3 bytes before, where a UTF-8 character begins."""
     begins = list(accumulate((document.end for document in documents), initial=0))
     total = begins.pop()
@@ -147,7 +159,7 @@ def _cut_bytes(path: str, position: int) -> int:
     return len(decoder.getstate()[0])
 
 
-def _distinct(files: Iterable[Document]) -> Iterator[Document]:
+def _distinct(files: Iterable[_File]) -> Iterator[_File]:
     """The text files that do not mostly repeat lines of those before them.
 
     Lines are 29-bit hashes in a bit map of 64 MiB: at 1 GB of text, one new line in 50 seems repeated.

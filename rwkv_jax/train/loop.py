@@ -28,14 +28,15 @@ def run(config, workdir) -> TrainState:
         model = models.build(**fields)
         parallel.check_divisible(config.batch_size, config.accumulation, config.strategy)
         lr = learning_rate(config, model)
-        corpus = corpora.prepare(config.corpus, tokenizer(config, workdir))
+        corpus = corpora.prepare(config.corpus, tokenizer(config, workdir), **config.data)
         if corpus.vocab_size > model.vocab_size:
             raise ValueError(
                 f"model.vocab_size is {model.vocab_size}, expected at least {corpus.vocab_size}, "
                 f"the vocabulary of tokenizer {config.tokenizer!r}"
             )
         shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
-        stream = functools.partial(data.dataset, corpus.train.tokens, **shape, seed=config.seed)
+        train = corpus.train
+        stream = functools.partial(data.dataset, train.tokens, mask=train.mask, **shape, seed=config.seed)
         batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size))
         o = config.optim
         recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
@@ -116,10 +117,11 @@ def _loop(workdir, config, model, corpus, batches_and_mine, lr, step_and_put, st
         seconds, timed = 0.0, 0
 
     def evaluate_step():
-        held_out = corpus.valid.tokens[: config.eval_tokens]
+        held_out, mask = corpus.valid.tokens[: config.eval_tokens], corpus.valid.mask
         with parallel.beside_the_step(config.strategy):
             nll = evaluate.windows(model, state.params, held_out, config.seq_len, config.batch_size)
-        losses = _losses(nll[1:].mean(), config)
+        counts = slice(None) if mask is None else mask[1 : len(held_out)] != 0
+        losses = _losses(nll[1:][counts].mean(), config)
         write({"step": done} | {f"valid_{k}": v for k, v in losses.items()})
         clock.lap("evaluate")
 

@@ -15,8 +15,11 @@ from jax.experimental import multihost_utils
 from rwkv_jax import checkpoint, metrics, run_config, tokenizers
 
 # What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
-# each device of pmap draws its own).
-FREE_FIELDS = ("log_every", "eval_every", "eval_tokens", "save_every", "keep", "strategy", "loss_chunk")
+# each device of pmap draws its own). What becomes of the text is in the corpus' hash.
+FREE_FIELDS = (
+    *("log_every", "eval_every", "eval_tokens", "save_every", "keep", "strategy", "loss_chunk"),
+    *("data.text", "data.prompt"),
+)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,104 @@
+"""Tokens that somebody else made: Megatron pairs and `.npy` files, read in place.
+
+They are read through once, for their SHA-256 and against the vocabulary; what that found lies in the cache.
+Documents stay whole where there are some: the splits are cut at the first beginnings after 90 and 95 % of the tokens.
+"""
+
+import hashlib
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_jax.corpora import cache, megatron
+from rwkv_jax.corpora.corpus import SEPARATOR, Corpus, Split
+from rwkv_jax.tokenizers import Tokenizer
+
+_BLOCK_TOKENS = 1 << 22
+
+
+def find(path: Path) -> Path | None:
+    """The file that stands for these tokens, or None if `path` names none."""
+    if path.suffix == ".npy":
+        return path
+    prefix = megatron.prefix_of(path)
+    return prefix and megatron.with_ending(prefix, ".bin")
+
+
+def read(path: Path, tokenizer: Tokenizer, tokenizer_id: str, bar) -> Corpus:
+    """The corpus of a file that `find` returned.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, holds no integers, or tokens outside the tokenizer's vocabulary.
+    """
+    path = path.resolve()
+    tokens, starts = _npy(path) if path.suffix == ".npy" else megatron.read(path.with_suffix(""))
+    files = [path] if starts is None else [path, path.with_suffix(".idx")]
+    identity = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    folder = cache.folder(path.stem, identity)
+    found = cache.made(folder, lambda partial: _scan(partial, path, tokens, starts, bar))
+    low, high = found["range"]
+    if low < 0 or high >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{path} holds token {low if low < 0 else high}, outside the vocabulary of {tokenizer.vocab_size} "
+            f"of tokenizer {tokenizer.name}: name the tokenizer that made it"
+        )
+    starts = np.fromfile(folder / "starts", np.int64)
+    splits = []
+    for begin, end in pairwise([0, *_cuts(path, starts, len(tokens)), len(tokens)]):
+        inside = starts[(starts > begin) & (starts < end)] - begin
+        splits.append(
+            Split(tokens[begin:end], np.concatenate([[0], inside]), (), _num_bytes(tokenizer, inside, begin, end))
+        )
+    sha256 = hashlib.sha256(json.dumps([tokenizer_id, found["sha256"]]).encode()).hexdigest()
+    return Corpus(path.stem, tokenizer.name, tokenizer.vocab_size, sha256, *splits)
+
+
+def _npy(path: Path):
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or not a .npy file: {error}") from None
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
+        raise ValueError(f"{path} holds {tokens.dtype} {list(tokens.shape)}, expected integers of one dimension")
+    return tokens, None
+
+
+def _scan(folder: Path, path: Path, tokens, begins, bar) -> dict:
+    """What one reading tells; where the documents' separators are goes to the file `starts`."""
+    sha256, separators, low, high = hashlib.sha256(), [], 0, 0
+    with bar(desc=f"reading {path.name}", total=len(tokens), unit="token", unit_scale=True) as progress:
+        for at in range(0, len(tokens), _BLOCK_TOKENS):
+            block = tokens[at : at + _BLOCK_TOKENS]
+            sha256.update(np.ascontiguousarray(block).data)
+            low, high = min(low, int(block.min())), max(high, int(block.max()))
+            separators.append(at + np.flatnonzero(block == SEPARATOR))
+            progress.update(len(block))
+    separators = np.concatenate(separators)
+    if begins is None:
+        starts = np.union1d([0], separators)
+    else:  # the separator lies before the document, or there is none
+        before = np.minimum(np.searchsorted(separators, begins - 1), max(0, len(separators) - 1))
+        preceded = separators[before] == begins - 1 if len(separators) else np.zeros(len(begins), bool)
+        starts = np.where(preceded, begins - 1, begins)
+    starts = starts.astype(np.int64)
+    sha256.update(json.dumps([tokens.dtype.str, len(starts)]).encode())
+    sha256.update(starts.data)
+    starts.tofile(folder / "starts")
+    return {"range": [low, high], "sha256": sha256.hexdigest()}
+
+
+def _cuts(path: Path, starts, num_tokens: int) -> list[int]:
+    """Where documents begin, or by position where there are too few of them."""
+    cuts = [num_tokens * percent // 100 for percent in (90, 95)]
+    whole = [int(starts[min(np.searchsorted(starts, cut), len(starts) - 1)]) for cut in cuts]
+    cuts = whole if 0 < whole[0] < whole[1] < num_tokens else cuts
+    if not 0 < cuts[0] < cuts[1] < num_tokens:
+        raise ValueError(f"{path} holds {num_tokens} tokens: too few for train, valid and test")
+    return cuts
+
+
+def _num_bytes(tokenizer, inside, begin, end):
+    return end - begin - len(inside) - 1 if tokenizer.name == "bytes" else None
