@@ -1,8 +1,15 @@
-"""`metrics.jsonl`: one JSON object a log step, readable while the run still writes it."""
+"""`metrics.jsonl`: one JSON object a log step, readable while the run still writes it; TensorBoard and W&B beside it.
 
+A row has its `step`, and numbers by name; a dictionary or list of numbers under one name is a curve for each.
+"""
+
+import contextlib
+import importlib.util
 import json
 import math
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +17,78 @@ from typing import Any
 _RESUMED = {"step": int, "began": int | float, "train_seconds": int | float, "lost_seconds": dict}
 
 
+def check_installed(tensorboard: bool = False, wandb_project: str = "") -> None:
+    """ValueError with the command that installs what a config asks for and is missing."""
+    for wanted, field, package in (
+        (tensorboard, "tensorboard", "tensorboardX"),
+        (wandb_project, "wandb_project", "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"config field logging.{field} needs a package that is not here: pip install {package}")
+
+
+@contextlib.contextmanager
+def opened(workdir, step: int = 0, config: dict | None = None, *, tensorboard: bool = False, wandb_project: str = ""):
+    """`write(row)`: appends to `workdir/metrics.jsonl`, and to what else is asked for.
+
+    Args:
+      step: where the run starts or goes on: what TensorBoard shows beyond it is replaced.
+      config: of the run, shown by W&B.
+      tensorboard: events in `workdir/tensorboard`, on disk within a second.
+      wandb_project: a run of that project, the same one after a restart (`workdir/wandb_id`). Its x-axis is "step",
+        and steps that are done again come again. `WANDB_MODE=offline` and the like are W&B's own.
+    """
+    workdir, writers = Path(workdir), []
+    with contextlib.ExitStack() as stack:
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            more = {"flush_secs": 1, "filename_suffix": f".{step}"}  # it would overwrite a file of the same second
+            board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, **more)
+            stack.enter_context(board)
+            writers.append(lambda row: [board.add_scalar(name, x, row["step"]) for name, x in scalars(row)])
+        if wandb_project:
+            import wandb
+
+            run = wandb.init(
+                project=wandb_project, id=_wandb_id(workdir), resume="allow", dir=str(workdir), config=config
+            )
+            stack.callback(run.finish)
+            run.define_metric("*", step_metric="step")
+            writers.append(lambda row: run.log({"step": row["step"], **dict(scalars(row))}))
+
+        def write(row):
+            append(workdir / "metrics.jsonl", row)
+            for to in writers:
+                to(row)
+
+        yield write
+
+
+def _wandb_id(workdir):
+    path = workdir / "wandb_id"
+    if not path.exists():
+        beside = path.with_suffix(".partial")
+        beside.write_text(secrets.token_hex(4))
+        os.replace(beside, path)
+    return path.read_text()
+
+
+def scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a row but for its step, those inside others named by a path: "lost_seconds/save", "k_max/3"."""
+    for name, value in row.items():
+        value = _plain(value)
+        if isinstance(value, dict | list):
+            inner = value if isinstance(value, dict) else dict(enumerate(value))
+            yield from ((f"{name}/{key}", x) for key, x in scalars(inner))
+        elif isinstance(value, int | float) and name != "step":
+            yield name, value
+
+
 def append(path, row: dict[str, Any]) -> None:
     """Add `row` as one line, handed to the operating system before this returns.
 
-    Values are JSON's own, or NumPy and JAX scalars. A number that is not finite becomes null.
+    Values are JSON's own, or NumPy and JAX arrays. A number that is not finite becomes null.
     """
     line = json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False)
     with Path(path).open("a", encoding="utf-8") as file:
@@ -66,5 +141,9 @@ def _rows(path):
 
 
 def _plain(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

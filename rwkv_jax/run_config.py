@@ -51,10 +51,13 @@ def default():
             },
             "branch_from": "",  # <workdir>/checkpoints/<step> of a trunk to start from, its step included
             "log_every": 10,
+            "logging": {"tensorboard": False, "wandb_project": ""},  # beside metrics.jsonl: see `metrics.opened`
+            "diagnostics_every": 0,  # see `diagnostics.make_diagnose`; each costs about a step
             "eval_every": 250,
             "eval_tokens": 65536,
             "save_every": 250,
             "keep": 2,  # newest checkpoints that stay
+            "compilation_cache": placeholder(bool),  # None: on, but for CPUs (see `train.loop`)
         }
     )
 
@@ -71,6 +74,7 @@ RANGES = {
     "accumulation": _AT_LEAST(1),
     "loss_chunk": _AT_LEAST(1),
     "log_every": _AT_LEAST(0),
+    "diagnostics_every": _AT_LEAST(0),
     "eval_every": _AT_LEAST(0),
     "eval_tokens": (lambda x: x == 0 or x >= 2, "0, or 2 tokens and more"),
     "save_every": _AT_LEAST(0),

@@ -1,4 +1,6 @@
 import json
+import struct
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,3 +54,82 @@ def test_a_damaged_line_is_named(tmp_path, line):
     path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 "):
         metrics.read(path)
+
+
+def test_inner_numbers_are_curves_of_their_own():
+    row = {
+        "step": 3,
+        "loss": 2.5,
+        "norm": {"head": jnp.float32(0.5)},
+        "k_max": np.array([1.0, 2.0]),
+        "hash": "a",
+        "x": None,
+    }
+    assert dict(metrics.scalars(row)) == {"loss": 2.5, "norm/head": 0.5, "k_max/0": 1.0, "k_max/1": 2.0}
+
+
+def test_inner_numbers_that_are_not_finite_are_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics.append(path, {"step": 1, "norm": {"head": np.float32("inf")}, "k_max": [1.0, np.nan]})
+    assert metrics.read(path) == [{"step": 1, "norm": {"head": None}, "k_max": [1.0, None]}]
+
+
+@pytest.mark.parametrize(
+    "wanted, command",
+    [({"tensorboard": True}, "pip install tensorboardX"), ({"wandb_project": "x"}, "pip install wandb")],
+)
+def test_a_missing_package_is_one_line(wanted, command, monkeypatch):
+    for package in ("tensorboardX", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    metrics.check_installed()
+    with pytest.raises(ValueError, match=f"config field logging.{next(iter(wanted))} .*: {command}$"):
+        metrics.check_installed(**wanted)
+
+
+def _events(folder):
+    """(step, name, value) as TensorBoard reads them: what precedes a restart is dropped from its step on."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    shown = []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:  # records: length, its checksum, the event, its checksum
+            (length,) = struct.unpack("<Q", content[:8])
+            event, content = Event.FromString(content[12 : 12 + length]), content[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                shown = [e for e in shown if e[0] < event.step]
+            shown += [(event.step, v.tag, round(v.simple_value, 6)) for v in event.summary.value]
+    return shown
+
+
+def test_tensorboard_goes_on_where_the_run_does(tmp_path):
+    row = lambda step: {"step": step, "loss_nats": step / 2, "k_max": [1.0], "batch_hash": "a"}
+    with metrics.opened(tmp_path, tensorboard=True) as write:
+        for step in (1, 2, 3):
+            write(row(step))
+    shown = _events(tmp_path / "tensorboard")
+    assert shown == [(s, *x) for s in (1, 2, 3) for x in (("loss_nats", s / 2), ("k_max/0", 1.0))]
+    metrics.cut_back(tmp_path / "metrics.jsonl", 2)
+    with metrics.opened(tmp_path, 2, tensorboard=True) as write:
+        write(row(4))
+    assert [step for step, name, _ in _events(tmp_path / "tensorboard") if name == "loss_nats"] == [1, 2, 4]
+    assert [r["step"] for r in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 4]
+
+
+@pytest.mark.live
+@pytest.mark.filterwarnings("default")  # those of wandb's own dependencies
+def test_wandb_offline_keeps_its_run_over_a_restart(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for start in (0, 2):
+        with metrics.opened(tmp_path, start, {"seed": 7}, wandb_project="rwkv") as write:
+            assert wandb.run.project == "rwkv" and wandb.run.config["seed"] == 7
+            for step in (1, 2):
+                write({"step": start + step, "loss_nats": 0.5, "k_max": [1.0], "batch_hash": "a"})
+            assert wandb.run.summary["loss_nats"] == 0.5 and wandb.run.summary["k_max/0"] == 1.0
+            assert wandb.run.id == (tmp_path / "wandb_id").read_text()
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert [path.stem for path in files] == [f"run-{(tmp_path / 'wandb_id').read_text()}"] * 2
+    assert all(path.stat().st_size > 100 for path in files)

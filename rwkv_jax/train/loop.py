@@ -24,6 +24,7 @@ def run(config, workdir) -> TrainState:
     workdir, began = Path(workdir), time.time()
     with hosts.together():
         run_config.check(config)
+        metrics.check_installed(**config.logging)
         fields = {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
         model = models.build(**fields)
         parallel.check_divisible(config.batch_size, config.accumulation, config.strategy)
@@ -56,7 +57,11 @@ def run(config, workdir) -> TrainState:
         clock = progress.Clock(before, start, began)
         clock.lap("startup")
         stop = held.enter_context(hosts.stop_signals())
-        return _loop(workdir, config, model, corpus, (batches, mine), lr, (step, put), state, start, clock, stop)
+        write = lambda row: None  # the first host is alone in writing the log
+        if jax.process_index() == 0:
+            write = held.enter_context(metrics.opened(workdir, start, config.to_dict(), **config.logging))
+        feed, program = (batches, mine), (step, put)
+        return _loop(workdir, config, model, corpus, feed, lr, program, state, start, clock, write, stop)
 
 
 @functools.cache
@@ -76,10 +81,10 @@ def learning_rate(config, model):
     return optim.schedule(o.schedule, lr, lr_end, steps, warmup, decay_start)
 
 
-def _loop(workdir, config, model, corpus, batches_and_mine, lr, step_and_put, state, start, clock, stop):
+def _loop(workdir, config, model, corpus, batches_and_mine, lr, step_and_put, state, start, clock, write, stop):
     (batches, mine), (step, put) = batches_and_mine, step_and_put
-    first_host = jax.process_index() == 0  # alone in writing the log and on the terminal
-    path, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
+    first_host = jax.process_index() == 0  # alone on the terminal
+    folder = workdir / "checkpoints"
     tokens_per_step = config.batch_size * config.seq_len
     devices = 1 if config.strategy == "single" else jax.device_count()
     peak = hardware.peak_flops(jax.devices()[0])
@@ -87,10 +92,6 @@ def _loop(workdir, config, model, corpus, batches_and_mine, lr, step_and_put, st
     seconds, timed = 0.0, 0  # since the last row, without compilation, evaluation and saving
     done, saving_behind = start, None  # the save that may still be going on
     due = lambda every: every and done % every == 0
-
-    def write(row):
-        if first_host:
-            metrics.append(path, row)
 
     def settle(number, rate, values, log):
         """Wait for a step that was dispatched, and log it where that is due."""
@@ -126,7 +127,7 @@ def _loop(workdir, config, model, corpus, batches_and_mine, lr, step_and_put, st
         clock.lap("evaluate")
 
     to_evaluate = lambda: config.eval_tokens and (done == config.steps or due(config.eval_every))
-    evaluated = {r["step"] for r in rows(path) if "valid_loss_nats" in r}
+    evaluated = {r["step"] for r in rows(workdir / "metrics.jsonl") if "valid_loss_nats" in r}
     missing = start in checkpoint.steps(folder) and start not in evaluated and to_evaluate()
     if multihost_utils.broadcast_one_to_all(np.array(bool(missing))):
         evaluate_step()  # killed between saving this step and evaluating it

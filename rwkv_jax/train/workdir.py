@@ -17,9 +17,10 @@ from rwkv_jax import checkpoint, metrics, run_config, tokenizers
 # What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
 # each device of pmap draws its own). What becomes of the text is in the corpus' hash.
 FREE_FIELDS = (
-    *("log_every", "eval_every", "eval_tokens", "save_every", "keep", "strategy", "loss_chunk"),
-    *("data.text", "data.prompt"),
-)
+    "log_every", "logging.tensorboard", "logging.wandb_project", "diagnostics_every", "compilation_cache",
+    "eval_every", "eval_tokens", "save_every", "keep", "strategy", "loss_chunk",
+    "data.text", "data.prompt",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
