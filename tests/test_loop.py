@@ -42,7 +42,7 @@ def events(monkeypatch):
             loss = state.step.astype(jnp.float32) + 1
             return state.replace(step=state.step + 1), {"loss_nats": loss, "skipped": state.skipped}
 
-        return lambda key: TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, (), jnp.int32(0)), step, put
+        return lambda key: TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, (), jnp.int32(0)), step, put, None
 
     def look(values):
         if isinstance(values, dict) and "loss_nats" in values:
@@ -116,4 +116,4 @@ def test_lines_without_a_terminal_are_few_and_tell_the_time_left(monkeypatch, ca
             show(step, f"loss {step / 100:.2f}")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("/")[0] for line in lines] == ["110", "120", "130", "135"]
-    assert lines[1] == "120/135 steps [00:20<00:15,  1.00step/s, loss 1.20]"
+    assert lines[1] == "120/135 steps [00:19<00:15,  1.00step/s, loss 1.20]"

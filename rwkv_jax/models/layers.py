@@ -117,6 +117,12 @@ def vector(module: nn.Module, name: str, value, dtype):
     return module.param(name, lambda _: value.astype(dtype))
 
 
+def observe(module: nn.Module, name: str, value):
+    """Sow `value()` where the caller of `apply` collects "intermediates", and only there: else nothing is traced."""
+    if module.is_mutable_collection("intermediates"):
+        module.sow("intermediates", name, value())
+
+
 def dropout(module: nn.Module, x, rate: float):
     """Dropout where the caller passed a "dropout" key to `apply`, and only there."""
     if rate == 0 or not module.has_rng("dropout"):

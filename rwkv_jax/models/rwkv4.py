@@ -18,6 +18,7 @@ from rwkv_jax.models.layers import (
     dropout,
     lerp,
     mix_ramp,
+    observe,
     on_own_rows,
     orthogonal,
     token_shift,
@@ -61,9 +62,11 @@ class TimeMix(nn.Module):
         k_BTD = self.linear(D, kernel_init=zeros, name="key")(lerp(x_BTD, xx_BTD, mix_k))
         v_BTD = self.linear(D, kernel_init=orthogonal(), name="value")(lerp(x_BTD, xx_BTD, mix_v))
         r_BTD = self.linear(D, kernel_init=zeros, name="receptance")(lerp(x_BTD, xx_BTD, mix_r))
+        observe(self, "k_max", lambda: jnp.abs(k_BTD).max())
         wkv = lambda shared, rows: wkv4(*shared, *rows[:3], reset_BT=rows[3], valid_BT=rows[4], impl=self.wkv_impl)
         rows = (k_BTD, v_BTD, wkv_state, reset_BT, valid_BT)
-        y_BTD, wkv_state = on_own_rows(wkv)((-jnp.exp(time_decay), time_first), rows)
+        with jax.named_scope("wkv"):
+            y_BTD, wkv_state = on_own_rows(wkv)((-jnp.exp(time_decay), time_first), rows)
         o_BTD = self.linear(D, kernel_init=zeros, name="output")(nn.sigmoid(r_BTD) * y_BTD)
         return o_BTD, last_BD, wkv_state
 
@@ -86,6 +89,7 @@ class ChannelMix(nn.Module):
 
         xx_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
         k_BTF = self.linear(F, kernel_init=orthogonal(), name="key")(lerp(x_BTD, xx_BTD, mix_k))
+        observe(self, "active_F", lambda: (k_BTF > 0).any((0, 1)))
         r_BTD = self.linear(D, kernel_init=zeros, name="receptance")(lerp(x_BTD, xx_BTD, mix_r))
         v_BTD = self.linear(D, kernel_init=zeros, name="value")(jnp.square(nn.relu(k_BTF)))
         return nn.sigmoid(r_BTD) * v_BTD, last_BD

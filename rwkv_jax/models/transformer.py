@@ -22,6 +22,7 @@ from rwkv_jax.models.layers import (
     dropout,
     lerp,
     mix_ramp,
+    observe,
     orthogonal,
     token_shift,
     vector,
@@ -172,13 +173,15 @@ class Attention(nn.Module):
             rearrange(self.linear(D, kernel_init=orthogonal(), name=name)(x), "b t (h k) -> b t h k", k=K)
             for name, x in zip(("query", "key", "value"), inputs, strict=True)
         )
+        observe(self, "k_max", lambda: jnp.abs(k).max())
         precision = self.linear.keywords["precision"]
         if reset_BT is not None and valid_BT is not None:
             reset_BT = reset_BT & valid_BT
-        if cache is None:
-            y, cache = self._without_past(q, k, v, reset_BT, valid_BT, precision), None
-        else:
-            y, cache = self._after(cache, q, k, v, reset_BT, valid_BT, precision)
+        with jax.named_scope("attention"):
+            if cache is None:
+                y, cache = self._without_past(q, k, v, reset_BT, valid_BT, precision), None
+            else:
+                y, cache = self._after(cache, q, k, v, reset_BT, valid_BT, precision)
         o_BTD = self.linear(D, kernel_init=zeros, name="output")(rearrange(y, "b t h k -> b t (h k)"))
         return o_BTD, last_BD, cache
 
@@ -226,8 +229,9 @@ class MLP(nn.Module):
             ramp_D = mix_ramp(self.dim, depth_ratios(layer, self.num_layers)[1])
             mix_D = vector(self, "time_mix_k", ramp_D, self.linear.keywords["param_dtype"])
             x_BTD = lerp(x_BTD, xx_BTD, mix_D)
-        h_BTF = nn.gelu(self.linear(self.hidden_dim, kernel_init=orthogonal(), name="key")(x_BTD))
-        return self.linear(self.dim, kernel_init=zeros, name="value")(h_BTF), last_BD
+        k_BTF = self.linear(self.hidden_dim, kernel_init=orthogonal(), name="key")(x_BTD)
+        observe(self, "active_F", lambda: (k_BTF > 0).any((0, 1)))
+        return self.linear(self.dim, kernel_init=zeros, name="value")(nn.gelu(k_BTF)), last_BD
 
 
 class Block(nn.Module):

@@ -20,6 +20,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--config", metavar="FILE.py[:ARG]", required=True)
     parser.add_argument("--workdir", required=True, help="of several hosts: a folder that all of them share")
+    parser.add_argument("--profile", metavar="FIRST:END", help="trace steps FIRST to END - 1 to WORKDIR/profile")
     several = parser.add_argument_group("several hosts, the same command on each")
     several.add_argument("--distributed", action="store_true", help="as the cluster says: TPU pod, SLURM, Open MPI")
     several.add_argument("--coordinator", metavar="ADDRESS:PORT", help="of host 0; with the next two, by hand")
@@ -27,8 +28,9 @@ def main(argv=None) -> int:
     several.add_argument("--host", type=int, metavar="I", help="this one, 0 to N - 1")
     args, overrides = parser.parse_known_args(argv)
     try:
+        profile = _steps(args.profile)
         hosts.join(args.distributed, args.coordinator, args.num_hosts, args.host)
-        run(run_config.read(args.config, overrides), args.workdir)
+        run(run_config.read(args.config, overrides), args.workdir, profile)
     except KeyboardInterrupt:
         print("stopped; what was saved before stays", file=sys.stderr)
         return _left_alone(130)
@@ -50,6 +52,15 @@ def _left_alone(code):
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _steps(text) -> range | None:
+    if text is None:
+        return None
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end)):
+        raise ValueError(f"--profile is {text!r}, expected FIRST:END such as 10:13")
+    return range(int(first), int(end))
 
 
 if __name__ == "__main__":

@@ -13,18 +13,23 @@ from tqdm import tqdm
 
 from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, models, optim, parallel, run_config
 from rwkv_jax.train import hosts, progress
+from rwkv_jax.train.diagnostics import make_diagnose
 from rwkv_jax.train.step import TrainState, make_init, make_step
 from rwkv_jax.train.workdir import claimed, restore, rows, tokenizer, write_config
 
 
-def run(config, workdir) -> TrainState:
-    """Train to `config.steps`, resuming what `workdir` holds; SIGINT and SIGTERM save and return early."""
+def run(config, workdir, profile: range | None = None) -> TrainState:
+    """Train to `config.steps`, resuming what `workdir` holds; SIGINT and SIGTERM save and return early.
+
+    A trace of the steps in `profile`, numbered as in the log, goes to `workdir/profile`.
+    """
     if not str(workdir):
         raise ValueError("workdir is empty, expected a folder for the run")
     workdir, began = Path(workdir), time.time()
     with hosts.together():
         run_config.check(config)
         metrics.check_installed(**config.logging)
+        _use_compilation_cache(config.compilation_cache)
         fields = {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
         model = models.build(**fields)
         parallel.check_divisible(config.batch_size, config.accumulation, config.strategy)
@@ -41,7 +46,7 @@ def run(config, workdir) -> TrainState:
         batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size))
         o = config.optim
         recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
-        init, step, put = _programs(
+        init, *programs = _programs(
             model, recipe, config.strategy, config.accumulation, config.seed, o.l2wrap, config.loss_chunk
         )
     hosts.check_same("the config or corpus", f"{config}{corpus.sha256}")
@@ -54,22 +59,40 @@ def run(config, workdir) -> TrainState:
         hosts.check_shared(workdir)
         before = rows(workdir / "metrics.jsonl")
         state, start = restore(workdir, config, init)
+        if profile and not start < profile.start < profile.stop <= config.steps + 1:
+            raise ValueError(
+                f"profile is {profile.start}:{profile.stop}, expected steps of this start, "
+                f"from {start + 1} up to but without {config.steps + 1}"
+            )
         clock = progress.Clock(before, start, began)
         clock.lap("startup")
         stop = held.enter_context(hosts.stop_signals())
         write = lambda row: None  # the first host is alone in writing the log
         if jax.process_index() == 0:
             write = held.enter_context(metrics.opened(workdir, start, config.to_dict(), **config.logging))
-        feed, program = (batches, mine), (step, put)
-        return _loop(workdir, config, model, corpus, feed, lr, program, state, start, clock, write, stop)
+        feed, sinks = (batches, mine), (clock, write)
+        return _loop(workdir, config, model, corpus, feed, lr, programs, state, start, profile, sinks, stop)
+
+
+def _use_compilation_cache(wanted: bool | None):
+    """Keep compiled programs over restarts, in `corpora.cache_dir()` unless JAX has been told a folder.
+
+    On a CPU only where asked for: programs are made for one processor's instructions, and XLA may refuse its own, or
+    run another machine's until it meets an instruction that is missing (jax issue 38445).
+    """
+    wanted = jax.default_backend() != "cpu" if wanted is None else wanted
+    if wanted and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(corpora.cache_dir() / "compiled"))
 
 
 @functools.cache
 def _programs(model, recipe, strategy, accumulation, seed, l2wrap, loss_chunk):
-    """(init, step, put), compiled once a process: further runs of the same model start at once."""
+    """(init, step, put, diagnose), compiled once a process: further runs of the same model start at once."""
     tx = optim.optimiser(*recipe)
-    step = make_step(model, tx, accumulation=accumulation, seed=seed, l2wrap=l2wrap, loss_chunk=loss_chunk)
-    return parallel.STRATEGIES[strategy](make_init(model, tx), step)
+    options = {"accumulation": accumulation, "seed": seed, "l2wrap": l2wrap, "loss_chunk": loss_chunk}
+    init, distribute = make_init(model, tx), parallel.STRATEGIES[strategy]
+    _, diagnose, _ = distribute(init, make_diagnose(model, tx, **options))
+    return *distribute(init, make_step(model, tx, **options)), diagnose
 
 
 def learning_rate(config, model):
@@ -81,8 +104,8 @@ def learning_rate(config, model):
     return optim.schedule(o.schedule, lr, lr_end, steps, warmup, decay_start)
 
 
-def _loop(workdir, config, model, corpus, batches_and_mine, lr, step_and_put, state, start, clock, write, stop):
-    (batches, mine), (step, put) = batches_and_mine, step_and_put
+def _loop(workdir, config, model, corpus, feed, lr, programs, state, start, profile, sinks, stop):
+    (batches, mine), (step, put, diagnose), (clock, write) = feed, programs, sinks
     first_host = jax.process_index() == 0  # alone on the terminal
     folder = workdir / "checkpoints"
     tokens_per_step = config.batch_size * config.seq_len
@@ -133,21 +156,36 @@ def _loop(workdir, config, model, corpus, batches_and_mine, lr, step_and_put, st
         evaluate_step()  # killed between saving this step and evaluating it
 
     shown = progress.shown(start, config.steps) if first_host else contextlib.nullcontext(lambda done, text: None)
-    with shown as show:
+    with shown as show, contextlib.ExitStack() as trace:
         waiting = None  # the step dispatched last, whose metrics the host has not seen
         for done, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(mine, start), strict=False):
             rate = lr(done - 1)
-            # The step before is still running: this batch travels meanwhile, and its step follows without a pause.
-            state, values = step(state, put(batch), np.float32(rate))
+            placed = put(batch)  # the step before is still running, and the next one follows it without a pause
+            diagnosing, tracing = due(config.diagnostics_every), profile and done == profile.start
+            if waiting and (diagnosing or tracing):
+                settle(*waiting)
+                waiting = None
+            if diagnosing:
+                state, seen = diagnose(state, placed, np.float32(rate))
+                write({"step": done} | jax.device_get(seen))
+                clock.lap("diagnose")
+            if tracing:
+                trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
+            with jax.profiler.StepTraceAnnotation("train", step_num=done):
+                state, values = step(state, placed, np.float32(rate))
             if waiting:
                 settle(*waiting)
             stopping = stop(done - start)  # once a step: what is asked for from here on is the next step's business
             last = done == config.steps or stopping
+            traced = profile and done in profile and (last or done == profile[-1])
             saving, evaluating = last or due(config.save_every), to_evaluate()
             waiting = (done, rate, values, last or due(config.log_every))
-            if saving or evaluating or done == start + 1:
+            if saving or evaluating or traced or done == start + 1:
                 settle(*waiting)
                 waiting = None
+            if traced:
+                trace.close()
+                print(f"profile: pip install xprof; xprof --logdir={workdir / 'profile'}", file=sys.stderr)
             if saving:
                 if first_host and saving_behind and (error := saving_behind.exception()):
                     tqdm.write(f"{error}; training goes on, this save tries again", file=sys.stderr)

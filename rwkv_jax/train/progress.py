@@ -7,7 +7,7 @@ import time
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
-LOST = ("startup", "compile", "evaluate", "save", "redone", "down")
+LOST = ("startup", "compile", "evaluate", "diagnose", "save", "redone", "down")
 
 
 class Clock:
@@ -17,7 +17,7 @@ class Clock:
 
         startup     corpus, model and checkpoint, up to the first step
         compile     the first step of each start, which compiles
-        evaluate, save
+        evaluate, diagnose, save
         redone      steps that a later start had to repeat, as it went back to a checkpoint
         down        between the starts, and what a killed start had not logged
 
@@ -71,15 +71,17 @@ def shown(start, steps):
 
             yield show
         return
-    began = printed = time.monotonic()
+    first, began = None, 0.0  # the first step, which compiles, tells no rate
+    printed = time.monotonic()
 
     def show(done, text):
-        nonlocal printed
+        nonlocal first, began, printed
         now = time.monotonic()
+        first, began = (done, now) if first is None else (first, began)
         if now - printed >= LINE_SECONDS or done == steps:
             printed = now
             line = "{n_fmt}/{total_fmt} steps [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-            meter = {"initial": start, "unit": "step", "postfix": text, "bar_format": line}
+            meter = {"initial": first, "unit": "step", "postfix": text, "bar_format": line}
             print(tqdm.format_meter(done, steps, now - began, **meter), file=sys.stderr, flush=True)
 
     yield show

@@ -27,8 +27,21 @@ def make_init(model, tx):
     return init
 
 
-def make_step(model, tx, *, accumulation=1, seed=0, l2wrap=True, loss_chunk=None):
+def make_step(model, tx, **options):
     """`step(state, batch, lr, axis_name=None) -> (state, metrics)` on tokens [B, T+1] and a loss mask [B, T].
+
+    Options are those of `make_gradient`.
+    """
+    mean_gradient = make_gradient(model, **options)
+
+    def step(state, batch, lr, axis_name=None):
+        return apply_gradient(tx, state, *mean_gradient(state, batch, axis_name), lr)
+
+    return step
+
+
+def make_gradient(model, *, accumulation=1, seed=0, l2wrap=True, loss_chunk=None):
+    """`mean_gradient(state, batch, axis_name=None) -> (gradient, loss in nats)`.
 
     Loss and gradient are sums, divided once by the number of masked-in targets of the whole step: over micro-batches
     and devices too, so that neither changes what a ragged mask means. `loss_chunk`: see `optim.token_losses`.
@@ -43,9 +56,10 @@ def make_step(model, tx, *, accumulation=1, seed=0, l2wrap=True, loss_chunk=None
         rngs = {"dropout": key} if model.dropout else None
         x_BTD, _ = model.apply({"params": params}, tokens_BT[:, :-1], rngs=rngs, method="hidden")
         # every device gathers the head once and chunks its own rows: the head's gradient is reduced once too
-        nll_BT, penalty_BT = on_own_rows(token_losses)(params["head"], (x_BTD, tokens_BT[:, 1:]))
-        nll_BT = jnp.where(mask_BT, nll_BT, 0)
-        penalty_BT = jnp.where(mask_BT, penalty_BT, 0) if l2wrap else 0
+        with jax.named_scope("loss"):
+            nll_BT, penalty_BT = on_own_rows(token_losses)(params["head"], (x_BTD, tokens_BT[:, 1:]))
+            nll_BT = jnp.where(mask_BT, nll_BT, 0)
+            penalty_BT = jnp.where(mask_BT, penalty_BT, 0) if l2wrap else 0
         return (nll_BT + penalty_BT).sum(), (nll_BT.sum(), mask_BT.sum())
 
     gradient = jax.grad(objective, has_aux=True)
@@ -63,7 +77,7 @@ def make_step(model, tx, *, accumulation=1, seed=0, l2wrap=True, loss_chunk=None
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(accumulation), micro))[0]
 
-    def step(state, batch, lr, axis_name=None):
+    def mean_gradient(state, batch, axis_name=None):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -71,12 +85,12 @@ def make_step(model, tx, *, accumulation=1, seed=0, l2wrap=True, loss_chunk=None
         if axis_name is not None:
             totals = jax.lax.psum(totals, axis_name)
         grads, (nll, count) = totals
-        grads = jax.tree.map(lambda g: g / count, grads)
-        return apply_gradient(tx, state, grads, nll / count, lr)
+        return jax.tree.map(lambda g: g / count, grads), nll / count
 
-    return step
+    return mean_gradient
 
 
+@jax.named_scope("optimiser")
 def apply_gradient(tx, state, grads, loss, lr):
     """The state after a step along `grads`, unchanged where that or the loss is not finite, and the step's metrics."""
     grad_norm = optax.tree.norm(grads)
