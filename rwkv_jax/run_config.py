@@ -25,7 +25,7 @@ def default():
     return ConfigDict(
         {
             "model": model | {"layers": placeholder(tuple)},
-            "corpus": "stdlib",  # or a path: text, JSONL, .npy or Megatron tokens; see `corpora.prepare`
+            "corpus": "stdlib",  # or enwik8, ..., or a path: text, JSONL, .npy or Megatron tokens; see `corpora.prepare`
             # Of JSONL: a field, or a template such as "Question: {question}"; the prompt is not to be predicted.
             "data": {"text": "text", "prompt": ""},
             "tokenizer": "bytes",  # or characters, world, or the path of a tokenizer.json

@@ -302,7 +302,11 @@ def make_nothing(path):
 @pytest.mark.parametrize(
     ("make", "error", "line"),
     [
-        (make_nothing, FileNotFoundError, "no corpus {}: expected 'stdlib' or the path of a file or folder"),
+        (
+            make_nothing,
+            FileNotFoundError,
+            "no corpus {}: expected 'stdlib', a public corpus such as enwik8, or a path",
+        ),
         (make_empty_folder, ValueError, "{} is empty: expected a text file, or a folder of visible text files"),
         (make_empty_file, ValueError, "{} is empty: expected a text file, or a folder of visible text files"),
         (make_binary_folder, ValueError, "{} holds no UTF-8 text"),
@@ -318,7 +322,9 @@ def test_mistakes(tmp_path, cache, make, error, line):
 
 
 def test_an_unknown_name():
-    with pytest.raises(FileNotFoundError, match=r"^no corpus enwik9: expected 'stdlib' or the path of"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^no corpus enwik9: expected 'stdlib', a public corpus such as enwik8, or a path"
+    ):
         prepare("enwik9")
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_jax.corpora import cache, jsonl, megatron, tokenfiles
+from rwkv_jax.corpora import cache, jsonl, megatron, named, tokenfiles
 from rwkv_jax.corpora import text as texts
 from rwkv_jax.corpora.corpus import SEPARATOR, SPLITS, Corpus, Document, Source, Split
 from rwkv_jax.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, pieces, save
@@ -30,7 +30,7 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
     """The tokens of `source`, from the cache or made now.
 
     Args:
-        source: "stdlib", or a path:
+        source: "stdlib", a public corpus (enwik8, text8, wikitext-103, tinystories: see `corpora.named`), or a path:
             a text file: cut by position, at 90 and 95 % of its bytes;
             a folder of text files: split by the hash of their relative path or, when fewer than 20, laid end to end
             and cut like one file. Left out are hidden files, files that are not UTF-8 text, and files more than half
@@ -44,13 +44,14 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
 
     Raises:
         FileNotFoundError: no such source or tokenizer.
+        OSError: a download that fails; the next call goes on with it.
         ValueError: the source is damaged, holds no text, too little for three splits, or no UTF-8 for this tokenizer.
     """
     encoder = None if tokenizer == "characters" else get_tokenizer(tokenizer)
-    named = encoder is None or encoder.name in NAMES
-    encoder_id = tokenizer if named else hashlib.sha256(Path(tokenizer).expanduser().read_bytes()).hexdigest()
+    is_named = encoder is None or encoder.name in NAMES
+    encoder_id = tokenizer if is_named else hashlib.sha256(Path(tokenizer).expanduser().read_bytes()).hexdigest()
     path = Path(source).expanduser()
-    if source != "stdlib" and (file := tokenfiles.find(path)):
+    if source not in ("stdlib", *named.NAMED) and (file := tokenfiles.find(path)):
         if encoder is None:
             raise ValueError(f"{source} holds tokens, not text: name the tokenizer that made them")
         return tokenfiles.read(file, encoder, encoder_id, _bar)
@@ -113,6 +114,8 @@ def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") ->
 
 
 def _find(source: str, path: Path, tokenizer: str, text: str, prompt: str) -> Source:
+    if source in named.NAMED:
+        return named.source(source, exact=tokenizer == "bytes", bar=_bar)
     if source != "stdlib" and path.exists() and jsonl.is_jsonl(path):
         return jsonl.source(path.resolve(), text, prompt)
     return texts.source(source, exact=tokenizer == "bytes", bar=_bar)

@@ -73,6 +73,11 @@ def source(name: str, exact: bool, bar) -> Source:
     return Source(title, identity, sum(file.end for file in files), documents)
 
 
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file block by block."""
+    return _blocks(_File(path.name, str(path), 0, path.stat().st_size))
+
+
 def _blocks(file: _File) -> Iterator[bytes]:
     with open(file.path, "rb") as opened:
         opened.seek(file.begin)
@@ -99,7 +104,7 @@ def _stdlib() -> tuple[str, list, list[_File]]:
 
 def _local(path: Path) -> tuple[str, list, list[_File]]:
     if not path.exists():
-        raise FileNotFoundError(f"no corpus {path}: expected 'stdlib' or the path of a file or folder")
+        raise FileNotFoundError(f"no corpus {path}: expected 'stdlib', a public corpus such as enwik8, or a path")
     path = path.resolve()
     visible = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
     files = _files(path, visible) if path.is_dir() else _files(path.parent, [path])
