@@ -25,7 +25,7 @@ def default():
     return ConfigDict(
         {
             "model": model | {"layers": placeholder(tuple)},
-            "corpus": "stdlib",  # or enwik8, ..., or a path: text, JSONL, .npy or Megatron tokens; see `corpora.prepare`
+            "corpus": "stdlib",  # or enwik8 ..., or a path: text, JSONL, .npy or Megatron; see `corpora.prepare`
             # Of JSONL: a field, or a template such as "Question: {question}"; the prompt is not to be predicted.
             "data": {"text": "text", "prompt": ""},
             "tokenizer": "bytes",  # or characters, world, or the path of a tokenizer.json
@@ -79,7 +79,7 @@ RANGES = {
     "eval_tokens": (lambda x: x == 0 or x >= 2, "0, or 2 tokens and more"),
     "save_every": _AT_LEAST(0),
     "keep": _AT_LEAST(1),
-    "corpus": (bool, "'stdlib' or the path of a file or folder"),
+    "corpus": (bool, "'stdlib', a name such as enwik8, or a path"),
     "data.text": (bool, "a field of the JSONL or a template such as 'Answer: {answer}'"),
     "optim.lr": _ABOVE_0,
     "optim.lr_end": _ABOVE_0,

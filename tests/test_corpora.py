@@ -305,7 +305,7 @@ def make_nothing(path):
         (
             make_nothing,
             FileNotFoundError,
-            "no corpus {}: expected 'stdlib', a public corpus such as enwik8, or a path",
+            "no corpus {}: expected 'stdlib', a name such as enwik8, or a path",
         ),
         (make_empty_folder, ValueError, "{} is empty: expected a text file, or a folder of visible text files"),
         (make_empty_file, ValueError, "{} is empty: expected a text file, or a folder of visible text files"),
@@ -323,7 +323,7 @@ def test_mistakes(tmp_path, cache, make, error, line):
 
 def test_an_unknown_name():
     with pytest.raises(
-        FileNotFoundError, match=r"^no corpus enwik9: expected 'stdlib', a public corpus such as enwik8, or a path"
+        FileNotFoundError, match=r"^no corpus enwik9: expected 'stdlib', a name such as enwik8, or a path"
     ):
         prepare("enwik9")
 
