@@ -9,24 +9,24 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_jax.corpora import cache, jsonl, megatron, named, tokenfiles
+from rwkv_jax.corpora import cache, jsonl, megatron, named, shards, tokenfiles
 from rwkv_jax.corpora import text as texts
-from rwkv_jax.corpora.corpus import SEPARATOR, SPLITS, Corpus, Document, Source, Split
-from rwkv_jax.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, pieces, save
-
-_SHARD_BYTES = 1 << 23
+from rwkv_jax.corpora.corpus import SEPARATOR, SPLITS, Corpus, Source, Split
+from rwkv_jax.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, save
 
 _bar = functools.partial(tqdm, disable=None, leave=False)
 
 
-def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text", prompt: str = "") -> Corpus:
+def prepare(
+    source: str = "stdlib", tokenizer: str = "bytes", text: str = "text", prompt: str = "", *, processes: int = 1
+) -> Corpus:
     """The tokens of `source`, from the cache or made now.
 
     Args:
@@ -41,6 +41,8 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
             names the file that lists them), or what else `get_tokenizer` takes; of a file of tokens, what made it.
         text: of JSONL, the field or template of the text.
         prompt: of JSONL, the field or template of what comes before the text and is not to be predicted.
+        processes: that make the tokens; 1 leaves that to the threads of the tokenizer's library. The tokens are the
+            same. What is done when they are killed, or the disk is full, is not done again by the next call.
 
     Raises:
         FileNotFoundError: no such source or tokenizer.
@@ -61,12 +63,12 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
     def make(partial: Path) -> dict:
         if encoder is None:
             save(characters(b"".join(d.blocks).decode() for d in found.documents() if d.split == 0), partial)
-        return _write(partial, found, source, encoder or get_tokenizer(str(partial / TOKENIZER_FILE)), encoder_id)
+        return _write(
+            partial, found, source, encoder or get_tokenizer(str(partial / TOKENIZER_FILE)), encoder_id, processes
+        )
 
-    try:
+    with _kept_if_killed(_done(folder), source, tokenizer):
         record = cache.made(folder, make)
-    except UnicodeDecodeError:
-        raise ValueError(f"{source} is not UTF-8, which tokenizer {tokenizer} needs") from None
     encoder = encoder or get_tokenizer(str(folder / TOKENIZER_FILE))
     splits = [_read(folder, split, record) for split in SPLITS]
     return Corpus(found.name, encoder.name, encoder.vocab_size, record["sha256"], *splits)
@@ -81,7 +83,7 @@ def _read(folder: Path, split: str, record: dict) -> Split:
     )
 
 
-def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") -> int:
+def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text", *, processes: int = 1) -> int:
     """Write the documents of `source` to `PREFIX.bin` and `PREFIX.idx`, in its order; returns their number.
 
     The files are those of the released converters, byte for byte: each document is followed by token 0, and tokens
@@ -93,24 +95,42 @@ def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") ->
     encoder = get_tokenizer(tokenizer)
     found = _find(source, Path(source).expanduser(), tokenizer, text, "")
 
-    def documents():
-        with _bar(desc="tokens", total=found.num_bytes, unit="B", unit_scale=True) as progress:
-            parts = []
-            for shard in _shards(_pieces(found.documents(), encoder)):
-                for piece, tokens in zip(shard, _encode(encoder, [piece.text for piece in shard]), strict=True):
-                    if piece.name is not None and parts:
-                        yield np.concatenate([*parts, [SEPARATOR]])
-                        parts = []
-                    parts.append(tokens)
-                    progress.update(len(piece.text))
-            yield np.concatenate([*parts, [SEPARATOR]])
+    target = Path(prefix).expanduser()
 
+    def documents():
+        parts = []
+        with _bar(desc="tokens", total=found.num_bytes, unit="B", unit_scale=True) as progress:
+            for piece, tokens in shards.encode(found.documents(), encoder, _done(target), processes):
+                if piece.name is not None and parts:
+                    yield np.concatenate([*parts, [SEPARATOR]])
+                    parts = []
+                parts.append(tokens)
+                progress.update(len(piece.text))
+        if not parts:
+            raise ValueError(f"{source} holds no text")
+        yield np.concatenate([*parts, [SEPARATOR]])
+
+    with _kept_if_killed(_done(target), source, tokenizer):
+        return megatron.write(target, documents(), np.uint16 if encoder.vocab_size <= 1 << 16 else np.int32)
+
+
+def _done(folder: Path) -> Path:
+    """Where the shards lie that go into `folder`."""
+    return folder.with_name(folder.name.removesuffix(".partial") + ".shards")
+
+
+@contextlib.contextmanager
+def _kept_if_killed(done: Path, source: str, tokenizer: str):
+    """Shards go when their work is done or in vain; they stay where the same call may go on with them."""
     try:
-        return megatron.write(
-            Path(prefix).expanduser(), documents(), np.uint16 if encoder.vocab_size <= 1 << 16 else np.int32
-        )
+        yield
     except UnicodeDecodeError:
+        shutil.rmtree(done, ignore_errors=True)
         raise ValueError(f"{source} is not UTF-8, which tokenizer {tokenizer} needs") from None
+    except ValueError:
+        shutil.rmtree(done, ignore_errors=True)
+        raise
+    shutil.rmtree(done, ignore_errors=True)
 
 
 def _find(source: str, path: Path, tokenizer: str, text: str, prompt: str) -> Source:
@@ -119,44 +139,6 @@ def _find(source: str, path: Path, tokenizer: str, text: str, prompt: str) -> So
     if source != "stdlib" and path.exists() and jsonl.is_jsonl(path):
         return jsonl.source(path.resolve(), text, prompt)
     return texts.source(source, exact=tokenizer == "bytes", bar=_bar)
-
-
-class _Piece(NamedTuple):
-    """Some text of a document, so cut that no token reaches across."""
-
-    split: int
-    text: bytes
-    given: bool  # not to be predicted
-    name: str | None  # of the document that begins here; None: it goes on
-
-
-def _pieces(documents: Iterable[Document], encoder: Tokenizer) -> Iterator[_Piece]:
-    for document in documents:
-        name = document.name
-        for blocks, given in (([document.prompt], True), (document.blocks, False)):
-            for piece in pieces(encoder, filter(None, blocks)):
-                yield _Piece(document.split, piece, given, name)
-                name = None
-
-
-def _shards(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    shard, num_bytes = [], 0
-    for piece in pieces:
-        shard.append(piece)
-        num_bytes += len(piece.text)
-        if num_bytes >= _SHARD_BYTES:
-            yield shard
-            shard, num_bytes = [], 0
-    if shard:
-        yield shard
-
-
-def _encode(encoder: Tokenizer, texts: list[bytes]) -> list[np.ndarray]:
-    dtype = np.min_scalar_type(encoder.vocab_size - 1)
-    tokens = [[np.empty(0, dtype)] for _ in texts]
-    for index, ids in encoder.encode_documents([text] for text in texts):
-        tokens[index].append(ids.astype(dtype, copy=False))
-    return [np.concatenate(parts) for parts in tokens]
 
 
 class _Out:
@@ -168,7 +150,7 @@ class _Out:
         self.separator = np.array([SEPARATOR], dtype)
         self.starts, self.names, self.num_tokens, self.num_bytes = [], [], 0, 0
 
-    def put(self, piece: _Piece, tokens: np.ndarray) -> None:
+    def put(self, piece: shards.Piece, tokens: np.ndarray) -> None:
         if piece.name is not None:
             self.starts.append(self.num_tokens)
             self.names.append(piece.name)
@@ -183,16 +165,15 @@ class _Out:
             self.mask.write(bytes([predicted]) * len(tokens))
 
 
-def _write(folder: Path, found: Source, source: str, encoder: Tokenizer, encoder_id: str) -> dict:
+def _write(folder: Path, found: Source, source: str, encoder: Tokenizer, encoder_id: str, processes: int) -> dict:
     dtype = np.min_scalar_type(encoder.vocab_size - 1)
     with contextlib.ExitStack() as stack:
         create = lambda name: stack.enter_context((folder / name).open("wb"))
         outs = [_Out(create, split, dtype, found.has_prompts) for split in SPLITS]
         progress = stack.enter_context(_bar(desc="tokens", total=found.num_bytes, unit="B", unit_scale=True))
-        for shard in _shards(_pieces(found.documents(), encoder)):
-            for piece, tokens in zip(shard, _encode(encoder, [piece.text for piece in shard]), strict=True):
-                outs[piece.split].put(piece, tokens)
-                progress.update(len(piece.text))
+        for piece, tokens in shards.encode(found.documents(), encoder, _done(folder), processes):
+            outs[piece.split].put(piece, tokens)
+            progress.update(len(piece.text))
         for out in outs:
             for file in filter(None, [out.tokens, out.mask]):
                 cache.sync(file)

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ _FORMAT = 2
 _CRC_BYTES = 1 << 24
 # Read at every start: all of a small corpus, and so much of a large one that the start stays below a second.
 _CHECKED_BLOCKS = 16
+_SHARDS_SECONDS = 7 * 24 * 3600
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +71,9 @@ def _only_maker(cache: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         for leftover in cache.glob("*.partial"):
             shutil.rmtree(leftover)
+        for shards in cache.glob("*.shards"):  # of work that nobody went on with
+            if time.time() - shards.stat().st_mtime > _SHARDS_SECONDS:
+                shutil.rmtree(shards)
         yield
 
 
