@@ -25,8 +25,8 @@ def default():
     return ConfigDict(
         {
             "model": model | {"layers": placeholder(tuple)},
-            "corpus": "stdlib",  # or enwik8 ..., or a path: text, JSONL, .npy or Megatron; see `corpora.prepare`
-            # Of JSONL: a field, or a template such as "Question: {question}"; the prompt is not to be predicted.
+            "corpus": "stdlib",  # or enwik8, hf:NAME, a path of text, JSONL, .npy, Megatron: see `corpora.prepare`
+            # Of JSONL and hf: a field, or a template such as "Question: {question}"; the prompt is not predicted.
             "data": {"text": "text", "prompt": ""},
             "tokenizer": "bytes",  # or characters, world, or the path of a tokenizer.json
             "seq_len": 256,

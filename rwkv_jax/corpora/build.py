@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_jax.corpora import cache, jsonl, megatron, named, shards, tokenfiles
+from rwkv_jax.corpora import cache, hub, jsonl, megatron, named, shards, tokenfiles
 from rwkv_jax.corpora import text as texts
 from rwkv_jax.corpora.corpus import SEPARATOR, SPLITS, Corpus, Source, Split
 from rwkv_jax.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, save
@@ -30,7 +30,8 @@ def prepare(
     """The tokens of `source`, from the cache or made now.
 
     Args:
-        source: "stdlib", a public corpus (enwik8, text8, wikitext-103, tinystories: see `corpora.named`), or a path:
+        source: "stdlib", a public corpus (enwik8, text8, wikitext-103, tinystories: see `corpora.named`),
+            "hf:NAME[:SPLIT]" (a dataset of the hub, or of a folder: see `corpora.hub`), or a path:
             a text file: cut by position, at 90 and 95 % of its bytes;
             a folder of text files: split by the hash of their relative path or, when fewer than 20, laid end to end
             and cut like one file. Left out are hidden files, files that are not UTF-8 text, and files more than half
@@ -39,8 +40,8 @@ def prepare(
             `.npy`, or a Megatron pair by either file or its prefix: tokens, see `corpora.tokenfiles`.
         tokenizer: "bytes" (a file may then hold any bytes), "characters" (those of the training split; the result
             names the file that lists them), or what else `get_tokenizer` takes; of a file of tokens, what made it.
-        text: of JSONL, the field or template of the text.
-        prompt: of JSONL, the field or template of what comes before the text and is not to be predicted.
+        text: of JSONL and `hf:`, the field or template of the text.
+        prompt: of JSONL and `hf:`, the field or template of what comes before the text and is not to be predicted.
         processes: that make the tokens; 1 leaves that to the threads of the tokenizer's library. The tokens are the
             same. What is done when they are killed, or the disk is full, is not done again by the next call.
 
@@ -53,7 +54,11 @@ def prepare(
     is_named = encoder is None or encoder.name in NAMES
     encoder_id = tokenizer if is_named else hashlib.sha256(Path(tokenizer).expanduser().read_bytes()).hexdigest()
     path = Path(source).expanduser()
-    if source not in ("stdlib", *named.NAMED) and (file := tokenfiles.find(path)):
+    if (
+        source not in ("stdlib", *named.NAMED)
+        and not source.startswith(hub.PREFIX)
+        and (file := tokenfiles.find(path))
+    ):
         if encoder is None:
             raise ValueError(f"{source} holds tokens, not text: name the tokenizer that made them")
         return tokenfiles.read(file, encoder, encoder_id, _bar)
@@ -134,6 +139,8 @@ def _kept_if_killed(done: Path, source: str, tokenizer: str):
 
 
 def _find(source: str, path: Path, tokenizer: str, text: str, prompt: str) -> Source:
+    if source.startswith(hub.PREFIX):
+        return hub.source(source, text, prompt)
     if source in named.NAMED:
         return named.source(source, exact=tokenizer == "bytes", bar=_bar)
     if source != "stdlib" and path.exists() and jsonl.is_jsonl(path):

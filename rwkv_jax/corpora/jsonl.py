@@ -77,7 +77,7 @@ def _value(record: dict, field: str) -> str:
 
 
 def _documents(files: list[Path], make) -> Iterator[Document]:
-    given = {file: _split_of(file.name) if len(files) > 1 else 0 for file in files}
+    given = {file: named_split(file.name) if len(files) > 1 else 0 for file in files}
     split_of = splitter([split for split in (1, 2) if split not in given.values()])
     for file in files:
         for number, line in _lines(file):
@@ -96,7 +96,8 @@ def _documents(files: list[Path], make) -> Iterator[Document]:
                 yield Document(given[file] or split_of(prompt + text), [text], prompt)
 
 
-def _split_of(name: str) -> int:
+def named_split(name: str) -> int:
+    """Index in SPLITS of the split that a file or split of this name is; train unless it says otherwise."""
     match = _SPLIT_NAME.match(name)
     return match.lastindex - 1 if match else 0
 
