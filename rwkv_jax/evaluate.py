@@ -92,10 +92,11 @@ def continuations(model, params, texts, logits_BV, state) -> list[np.ndarray]:
     return [row[:length] for row, length in zip(np.concatenate(nats, axis=1), lengths_B, strict=True)]
 
 
-def windows(model, params, tokens, seq_len: int, batch_size: int) -> np.ndarray:
+def windows(model, params, tokens, seq_len: int, batch_size: int, state=None) -> np.ndarray:
     """Nats of each token [N], from windows of `seq_len` inputs one after the other, each with an empty past.
 
     As in training, documents do not matter: a window may see the end of one before the beginning of the next.
+    `state`, leaves [batch_size, ...], stands before every window in place of the empty past: a tuned one.
     """
     _check(model, tokens, None, seq_len, batch_size)
 
@@ -104,7 +105,7 @@ def windows(model, params, tokens, seq_len: int, batch_size: int) -> np.ndarray:
         for begin in range(0, len(tokens) - 1, batch_size * seq_len):
             yield begin + window_BT, begin + window_BT < len(tokens) - 1, None
 
-    return _nats(model, params, tokens, batches(), None, "windows")
+    return _nats(model, params, tokens, batches(), state, "windows")
 
 
 def sliding(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.ndarray:
@@ -146,7 +147,7 @@ def carried(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.
             at_BT = np.maximum(at_BT, 0)
             yield at_BT, counts_BT, np.isin(at_BT, starts)
 
-    return _nats(model, params, tokens, batches(), model.init_state(len(rows)), "carried")
+    return _nats(model, params, tokens, batches(), model.init_state(len(rows)), "carried", hand_on=True)
 
 
 def best_practice(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.ndarray:
@@ -170,10 +171,10 @@ def _check(model, tokens, starts, seq_len, batch_size):
         raise ValueError(f"expected token {corpora.SEPARATOR} at every start of a document, the first at 0")
 
 
-def _nats(model, params, tokens, batches, state, name) -> np.ndarray:
+def _nats(model, params, tokens, batches, state, name, hand_on=False) -> np.ndarray:
     """Score batches of (where the inputs are in the stream [B, T], which of them count, where documents start).
 
-    A `state` that is not None is handed from one batch to the next.
+    `state` stands before each batch or, handed on, before the first.
     """
     last = len(tokens) - 1
     nats_N = np.full(len(tokens), np.nan, np.float32)
@@ -182,7 +183,7 @@ def _nats(model, params, tokens, batches, state, name) -> np.ndarray:
             read_BT = np.concatenate([at_BT, at_BT[:, -1:] + 1], axis=1)
             tokens_BT = tokens[np.minimum(read_BT, last)].astype(np.int32)
             loglik_BT, new = _log_likelihoods(model, params, tokens_BT, state, reset_BT=reset_BT)
-            state = None if state is None else new
+            state = new if hand_on else state
             if not loglik_BT.is_fully_addressable:
                 loglik_BT = multihost_utils.process_allgather(loglik_BT, tiled=True)
             nats_N[at_BT[counts_BT] + 1] = -np.asarray(loglik_BT)[counts_BT]

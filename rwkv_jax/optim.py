@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 LOGITS = 2**26  # elements of the logits that exist at one time: 256 MiB of float32
@@ -22,31 +23,84 @@ def optimiser(
     """Descent direction per unit of learning rate: the step applies `params - lr * direction`.
 
     The learning rate stays outside, an input of the step, so that no schedule is compiled into the program. Decay is
-    decoupled (AdamW) and for matrices only, the embedding and the head included.
+    decoupled (AdamW) and for matrices only, the embedding, the head and LoRA's included. What a group's factor 0
+    freezes is not moved, by decay neither, and has no moments unless other layers of its leaf have.
     """
     matrices = lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, x: bool(re.search(r"(kernel|embedding)$", _name(path))), params
+        lambda path, x: bool(re.search(r"(kernel|embedding|lora_[ab])$", _name(path))), params
     )
-    by_group = optax.stateless(
-        lambda updates, params: jax.tree_util.tree_map_with_path(
-            lambda path, x: x * multiplier(_name(path), groups), updates
-        )
-    )
+    by_group = optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, factors(updates, groups)))
+    adam = optax.scale_by_adam(*betas, eps=eps)
+    if any(factor == 0 for _, factor in groups):
+        adam = optax.masked(adam, lambda params: jax.tree.map(lambda f: bool(np.any(f)), factors(params, groups)))
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        optax.scale_by_adam(*betas, eps=eps),
+        adam,
         optax.add_decayed_weights(weight_decay, mask=matrices) if weight_decay else optax.identity(),
         by_group,
     )
+
+
+def factors(params, groups: Sequence):
+    """Learning-rate factor of each leaf: a number, or an array [L, 1, ...] where layers of a stacked leaf differ.
+
+    The first rule wins whose regular expression is found in a leaf's path, such as "blocks/att/time_decay", or in that
+    of a layer of it, "blocks.3/att/time_decay", stacked or not; "blocks.0-11/" means all of these. (A hybrid's stacked
+    leaves have a layer for each repeating unit: "blocks.3/block_0/...".)
+    """
+    rules = [(re.compile(_spelled_out(pattern)), factor) for pattern, factor in groups]
+
+    def factor_of(path, x):
+        name, layers = _names(path, x)
+        first = lambda *names: next((f for rule, f in rules if any(map(rule.search, names))), 1.0)
+        each = [first(name, layer) for layer in layers] or [first(name)]
+        if len(set(each)) == 1:
+            return each[0]
+        return np.reshape(np.array(each, np.float32), (-1, *[1] * (x.ndim - 1)))
+
+    return jax.tree_util.tree_map_with_path(factor_of, params)
+
+
+def check_groups(params, groups: Sequence) -> None:
+    """ValueError where a rule matches nothing; not for those of `GROUPS`, which other models' trees may lack."""
+    leaves = [_names(path, x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    names = [name for name, layers in leaves for name in (name, *layers)]
+    for pattern, factor in groups:
+        if (pattern, factor) not in GROUPS and not any(re.search(_spelled_out(pattern), name) for name in names):
+            raise ValueError(f"optim.groups: {pattern!r} matches none of {', '.join(sorted(n for n, _ in leaves))}")
+
+
+def frozen_stopped(params, groups: Sequence):
+    """The same parameters, without a gradient where the factor is 0, so that none is computed."""
+
+    def stopped(x, factor):
+        if np.all(factor):
+            return x
+        return jnp.where(factor == 0, jax.lax.stop_gradient(x), x) if np.any(factor) else jax.lax.stop_gradient(x)
+
+    return jax.tree.map(stopped, params, factors(params, groups))
 
 
 def _name(path) -> str:
     return "/".join(str(getattr(p, "key", p)) for p in path)
 
 
-def multiplier(path: str, groups: Sequence) -> float:
-    """Learning-rate factor of a parameter, by its path such as "blocks/att/time_decay"."""
-    return next((factor for pattern, factor in groups if re.search(pattern, path)), 1.0)
+def _names(path, x) -> tuple[str, list[str]]:
+    """The path of a leaf, and those of its layers where it has some."""
+    name = _name(path)
+    first, _, rest = name.partition("/")
+    if first == "blocks":
+        return name, [f"blocks.{i}/{rest}" for i in range(x.shape[0])]
+    return name, [name.replace("_", ".", 1)] if first.startswith("blocks_") else []
+
+
+def _spelled_out(pattern: str) -> str:
+    """ "blocks.2-4/" as the regular expression that it stands for."""
+
+    def layers(found):
+        return f"{found[1]}(?:{'|'.join(map(str, range(int(found[2]), int(found[3]) + 1)))})"
+
+    return re.sub(r"(blocks\\?\.)(\d+)-(\d+)(?=/)", layers, pattern)
 
 
 def schedule(

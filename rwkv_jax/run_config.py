@@ -49,6 +49,13 @@ def default():
                 "groups": optim.GROUPS,  # (regex over parameter paths, learning-rate factor)
                 "l2wrap": True,
             },
+            "finetune": {
+                "model": "",  # what `rwkv_jax.load` reads, to start from; empty: from the initialisers
+                "method": "full",  # full, lora, state: see finetune.py
+                "rank": 8,
+                "alpha": 16.0,  # adapters count alpha / rank times
+                "targets": "/(att|ffn)/",  # regex over paths of kernels: which get adapters
+            },
             "branch_from": "",  # <workdir>/checkpoints/<step> of a trunk to start from, its step included
             "log_every": 10,
             "logging": {"tensorboard": False, "wandb_project": ""},  # beside metrics.jsonl: see `metrics.opened`
@@ -81,6 +88,10 @@ RANGES = {
     "keep": _AT_LEAST(1),
     "corpus": (bool, "'stdlib', a name such as enwik8, or a path"),
     "data.text": (bool, "a field of the JSONL or a template such as 'Answer: {answer}'"),
+    "finetune.method": (lambda x: x in ("full", "lora", "state"), "full, lora or state"),
+    "finetune.rank": _AT_LEAST(1),
+    "finetune.alpha": _ABOVE_0,
+    "finetune.targets": (lambda x: bool(x) and re.compile(x), "a regular expression over paths of kernels"),
     "optim.lr": _ABOVE_0,
     "optim.lr_end": _ABOVE_0,
     "optim.warmup": _SHARE,

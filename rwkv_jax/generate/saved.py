@@ -1,6 +1,5 @@
 """Contexts as files: safetensors, with the text they have read and the fingerprint of their model."""
 
-import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -10,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax.generate.context import CACHE_STEP, Context, cache_axes, check
-from rwkv_jax.interop import safetensors_file
-from rwkv_jax.models import unstack
+from rwkv_jax.interop import fingerprint, safetensors_file
 
 FORMAT = "rwkv_jax context 1"
-SAMPLES = 64  # numbers of a parameter that its fingerprint looks at
 
 
 def save_context(path, context: Context, model, params, text: str | None = None) -> None:
@@ -74,29 +71,3 @@ def _named(context: Context) -> dict:
     """Leaves by their path: "state.3.cache.k_BHSK"."""
     join = lambda path: ".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path)
     return {join(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(context)}
-
-
-def fingerprint(model, params) -> str:
-    """SHA-256, in hex, of what tells models apart: names and shapes of their parameters and some of the numbers.
-
-    The same for both layouts of the parameters, and, as it looks at numbers rounded to bfloat16, for all dtypes.
-    """
-    layers = "blocks" in params
-    stacked = lambda path: layers and path[0].key == "blocks"
-
-    def shape(path, x):
-        """As an array, with one row a layer where x is stacked."""
-        return np.tile(x.shape[1:], (len(x), 1)) if stacked(path) else np.array(x.shape)
-
-    def sample(path, x):
-        own = x.shape[1:] if stacked(path) else x.shape
-        places = np.unravel_index(np.linspace(0, np.prod(own, dtype=int) - 1, SAMPLES).astype(int), own)
-        found = x[:, *places] if stacked(path) else x[places]
-        return np.asarray(found).astype(jnp.bfloat16)
-
-    trees = [jax.tree_util.tree_map_with_path(part, params) for part in (shape, sample)]
-    shapes, samples = (unstack(tree) if layers else tree for tree in trees)
-    parts = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(samples), strict=True)
-    found = sorted((jax.tree_util.keystr(path), size.tolist(), part.tobytes().hex()) for (path, size), part in parts)
-    heads = min(model.head_size, model.dim) if "attention" in model.layers else None  # no shape tells it
-    return hashlib.sha256(json.dumps([heads, found]).encode()).hexdigest()

@@ -42,14 +42,19 @@ def from_official(
       ValueError: weights of another version; a key is missing, unknown, not of floats or of another shape.
     """
     tensors = without_prefix(tensors)
+    model = model_of(tensors, dtype, scan)
+    return model, _placed(tensors, model, dtype, sharding)
+
+
+def model_of(tensors: Mapping[str, np.ndarray], dtype: str | None = None, scan: bool = True) -> nn.Module:
+    """The model of `from_official`, for which no tensor is read."""
     refuse_later_versions(tensors)
     V, D = _matrix_shape(tensors, "emb.weight")
     F, _ = _matrix_shape(tensors, "blocks.0.ffn.key.weight")
     sizes = {"vocab_size": V, "num_layers": layer_count(tensors), "dim": D, "hidden_dim": F}
     check(tensors, build("rwkv4", **sizes))
     stored = float_dtype(tensors["head.weight"].dtype if dtype is None else dtype)
-    model = build("rwkv4", dtype=activation_dtype(stored), param_dtype=stored, scan=scan, **sizes)
-    return model, _placed(tensors, model, dtype, sharding)
+    return build("rwkv4", dtype=activation_dtype(stored), param_dtype=stored, scan=scan, **sizes)
 
 
 def from_fields(
@@ -65,6 +70,12 @@ def from_fields(
     Raises:
       ValueError: `fields` are not those of a model, or the tensors do not fit them.
     """
+    model = model_of_fields(fields, tensors, dtype, scan)
+    return model, _placed(tensors, model, dtype, sharding)
+
+
+def model_of_fields(fields, tensors: Mapping[str, np.ndarray], dtype: str | None = None, scan: bool = True):
+    """The model of `from_fields`, for which no tensor is read."""
     L = layer_count(tensors)
     if fields.get("num_layers") != L:  # before a model of a billion layers is built
         raise ValueError(f"model field num_layers is {fields.get('num_layers')!r}, and there are {L} layers")
@@ -78,7 +89,7 @@ def from_fields(
     except Exception as error:  # a field of a wrong type can make a model raise nearly anything
         raise ValueError(f"its fields are not those of a model: {files.one_line(error)}") from error
     check(tensors, model)
-    return model, _placed(tensors, model, dtype, sharding)
+    return model
 
 
 def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | None, sharding: Any) -> Any:

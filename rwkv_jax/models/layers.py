@@ -1,5 +1,6 @@
 """What the blocks of every version are built from."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -22,7 +23,20 @@ def matmul(x, kernel, dimension_numbers, precision=None, preferred_element_type=
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-Linear = partial(nn.Dense, use_bias=False, dot_general=matmul)
+class Linear(nn.Dense):
+    """x W; and x W + (x A) B where the parameters hold adapters A, B beside the kernel (`models.lora`)."""
+
+    use_bias: bool = False
+    dot_general: Callable = matmul
+
+    @nn.compact
+    def __call__(self, x):
+        y = super().__call__(x)
+        if not self.has_variable("params", "lora_a"):
+            return y
+        a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+        low = matmul(x.astype(self.dtype), a, None, self.precision)
+        return y + self.dot_general(low, b, None, precision=self.precision)
 
 
 def orthogonal(scale: float = 1.0):

@@ -7,7 +7,7 @@ object a log step) and `checkpoints/`. The same command again resumes it, bit fo
 """
 
 from rwkv_jax.train.loop import learning_rate, run
-from rwkv_jax.train.step import TrainState, apply_gradient, make_init, make_step
+from rwkv_jax.train.step import TrainState, apply_gradient, make_init, make_step, stored
 from rwkv_jax.train.workdir import claimed
 
-__all__ = ["TrainState", "apply_gradient", "claimed", "learning_rate", "make_init", "make_step", "run"]
+__all__ = ["TrainState", "apply_gradient", "claimed", "learning_rate", "make_init", "make_step", "run", "stored"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from rwkv_jax import models
+from rwkv_jax.finetune import FULL
 from rwkv_jax.train.step import apply_gradient, make_gradient
 
 # (group, regex over the parameter path): the first match counts. Attention is "time_mix", an MLP "channel_mix".
@@ -22,7 +23,7 @@ FORGETS = 1e-3  # a channel that keeps less than this share of its sums from one
 POSITIONS = 64  # whose logits exist at one time
 
 
-def make_diagnose(model, tx, **options):
+def make_diagnose(model, tx, method=FULL, **options):
     """`diagnose(state, batch, lr, axis_name=None) -> (state, values)` of the step that `batch` is about to take.
 
     The state comes back as it came, so that every strategy runs it like a step. Costs about a step and a half. Values:
@@ -43,14 +44,15 @@ def make_diagnose(model, tx, **options):
 
     Options are those of `make_gradient`.
     """
-    mean_gradient = make_gradient(model, **options)
+    mean_gradient = make_gradient(model, method=method, **options)
 
     def diagnose(state, batch, lr, axis_name=None):
         grads, loss = mean_gradient(state, batch, axis_name)
         new_state, _ = apply_gradient(tx, state, grads, loss, lr)
         updates = jax.tree.map(jnp.subtract, new_state.params, state.params)
         trees = {"parameter_norm": state.params, "gradient_norm": grads, "update_norm": updates}
-        seen = _over_batch(model, state.params, batch)
+        params, initial = method.bind(state.params, state.frozen, len(batch["tokens"]))
+        seen = _over_batch(model, params, initial, batch)
         if axis_name is not None:
             seen = jax.lax.pmax(seen, axis_name)
         values = {name: norms(tree) for name, tree in trees.items()}
@@ -58,7 +60,7 @@ def make_diagnose(model, tx, **options):
         inactive = [1 - active_F.mean() for active_F in seen["active"]]
         return state, values | {
             "dead_channels": {
-                "forgetting": jnp.stack(_forgetting(model, state.params)),
+                "forgetting": jnp.stack(_forgetting(model, params)),
                 "inactive": jnp.stack(inactive),
             }
         }
@@ -76,11 +78,13 @@ def norms(tree) -> dict:
     return {group: optax.tree.norm(leaves) for group, leaves in grouped.items()}
 
 
-def _over_batch(model, params, batch):
+def _over_batch(model, params, initial, batch):
     """Maxima over the batch, of floats as of truth values: {"k_max": [L], "active": L times [F], "logit_max": []}."""
     apply = lambda *args, **kw: model.apply({"params": params}, *args, **kw)
     tokens_BT = batch["tokens"][:, :-1]
-    (x_BTD, _), collected = apply(tokens_BT, reset_BT=batch.get("reset"), method="hidden", mutable=["intermediates"])
+    (x_BTD, _), collected = apply(
+        tokens_BT, initial, reset_BT=batch.get("reset"), method="hidden", mutable=["intermediates"]
+    )
     layers = _layers(model, collected["intermediates"])
     logit_max = jax.lax.map(  # [B, T, V] may be larger than everything else
         lambda x_BD: apply(x_BD[:, None], method="logits").max(), x_BTD.swapaxes(0, 1), batch_size=POSITIONS

@@ -11,10 +11,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, models, optim, parallel, run_config
+from rwkv_jax import (
+    checkpoint,
+    corpora,
+    data,
+    evaluate,
+    finetune,
+    hardware,
+    metrics,
+    models,
+    optim,
+    parallel,
+    run_config,
+)
 from rwkv_jax.train import hosts, progress
 from rwkv_jax.train.diagnostics import make_diagnose
-from rwkv_jax.train.step import TrainState, make_init, make_step
+from rwkv_jax.train.step import TrainState, make_init, make_step, stored
 from rwkv_jax.train.workdir import claimed, restore, rows, tokenizer, write_config
 
 
@@ -30,8 +42,12 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
         run_config.check(config)
         metrics.check_installed(**config.logging)
         _use_compilation_cache(config.compilation_cache)
+        method = finetune.method_of(config)
+        if config.finetune.model:
+            config = finetune.completed(config)
         fields = {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
         model = models.build(**fields)
+        method.check(model)
         parallel.check_divisible(config.batch_size, config.accumulation, config.strategy)
         lr = learning_rate(config, model)
         corpus = corpora.prepare(config.corpus, tokenizer(config, workdir), **config.data)
@@ -46,9 +62,8 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
         batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size))
         o = config.optim
         recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
-        init, *programs = _programs(
-            model, recipe, config.strategy, config.accumulation, config.seed, o.l2wrap, config.loss_chunk
-        )
+        steps = (config.strategy, config.accumulation, config.seed, o.l2wrap, config.loss_chunk)
+        init, *programs = _programs(model, method, recipe, *steps)
     hosts.check_same("the config or corpus", f"{config}{corpus.sha256}")
 
     with contextlib.ExitStack() as held:
@@ -58,7 +73,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
             write_config(workdir, config, fields, corpus)
         hosts.check_shared(workdir)
         before = rows(workdir / "metrics.jsonl")
-        state, start = restore(workdir, config, init)
+        state, start = restore(workdir, config, model, method, init)
         if profile and not start < profile.start < profile.stop <= config.steps + 1:
             raise ValueError(
                 f"profile is {profile.start}:{profile.stop}, expected steps of this start, "
@@ -71,7 +86,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
         if jax.process_index() == 0:
             write = held.enter_context(metrics.opened(workdir, start, config.to_dict(), **config.logging))
         feed, sinks = (batches, mine), (clock, write)
-        return _loop(workdir, config, model, corpus, feed, lr, programs, state, start, profile, sinks, stop)
+        return _loop(workdir, config, (model, method), corpus, feed, lr, programs, state, start, profile, sinks, stop)
 
 
 def _use_compilation_cache(wanted: bool | None):
@@ -86,11 +101,17 @@ def _use_compilation_cache(wanted: bool | None):
 
 
 @functools.cache
-def _programs(model, recipe, strategy, accumulation, seed, l2wrap, loss_chunk):
+def _programs(model, method, recipe, strategy, accumulation, seed, l2wrap, loss_chunk):
     """(init, step, put, diagnose), compiled once a process: further runs of the same model start at once."""
     tx = optim.optimiser(*recipe)
-    options = {"accumulation": accumulation, "seed": seed, "l2wrap": l2wrap, "loss_chunk": loss_chunk}
-    init, distribute = make_init(model, tx), parallel.STRATEGIES[strategy]
+    options = {
+        "method": method,
+        "accumulation": accumulation,
+        "seed": seed,
+        "l2wrap": l2wrap,
+        "loss_chunk": loss_chunk,
+    }
+    init, distribute = make_init(model, tx, method), parallel.STRATEGIES[strategy]
     _, diagnose, _ = distribute(init, make_diagnose(model, tx, **options))
     return *distribute(init, make_step(model, tx, **options)), diagnose
 
@@ -104,8 +125,9 @@ def learning_rate(config, model):
     return optim.schedule(o.schedule, lr, lr_end, steps, warmup, decay_start)
 
 
-def _loop(workdir, config, model, corpus, feed, lr, programs, state, start, profile, sinks, stop):
+def _loop(workdir, config, model_and_method, corpus, feed, lr, programs, state, start, profile, sinks, stop):
     (batches, mine), (step, put, diagnose), (clock, write) = feed, programs, sinks
+    model, method = model_and_method
     first_host = jax.process_index() == 0  # alone on the terminal
     folder = workdir / "checkpoints"
     tokens_per_step = config.batch_size * config.seq_len
@@ -143,7 +165,8 @@ def _loop(workdir, config, model, corpus, feed, lr, programs, state, start, prof
     def evaluate_step():
         held_out, mask = corpus.valid.tokens[: config.eval_tokens], corpus.valid.mask
         with parallel.beside_the_step(config.strategy):
-            nll = evaluate.windows(model, state.params, held_out, config.seq_len, config.batch_size)
+            params, initial = method.bind(state.params, state.frozen, config.batch_size)
+            nll = evaluate.windows(model, params, held_out, config.seq_len, config.batch_size, initial)
         counts = slice(None) if mask is None else mask[1 : len(held_out)] != 0
         losses = _losses(nll[1:][counts].mean(), config)
         write({"step": done} | {f"valid_{k}": v for k, v in losses.items()})
@@ -189,7 +212,7 @@ def _loop(workdir, config, model, corpus, feed, lr, programs, state, start, prof
             if saving:
                 if first_host and saving_behind and (error := saving_behind.exception()):
                     tqdm.write(f"{error}; training goes on, this save tries again", file=sys.stderr)
-                saving_behind = checkpoint.save_async(folder, done, state, keep=config.keep)
+                saving_behind = checkpoint.save_async(folder, done, stored(state), keep=config.keep)
                 clock.lap("save")
             if evaluating:
                 evaluate_step()

@@ -1,11 +1,14 @@
 """The state of a run and one step of it: pure functions that every strategy runs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
 from rwkv_jax import optim
+from rwkv_jax.finetune import FULL
 from rwkv_jax.models.layers import on_own_rows
 
 
@@ -14,15 +17,22 @@ class TrainState(struct.PyTreeNode):
     params: dict
     opt_state: tuple
     skipped: jax.Array  # steps whose loss or gradient was not finite: they changed nothing
+    frozen: Any = None  # parameters that the run only starts from, beside those that it trains
 
 
-def make_init(model, tx):
+def stored(state: TrainState) -> dict:
+    """What a checkpoint holds of a state: neither what is frozen, nor fields that the run has no use for."""
+    return {name: x for name, x in vars(state).items() if x is not None and name != "frozen"}
+
+
+def make_init(model, tx, method=FULL):
     """`init(key) -> TrainState`."""
 
     def init(key):
         params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        params, frozen = method.split(model, params, key)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero)
+        return TrainState(zero, params, tx.init(params), zero, frozen)
 
     return init
 
@@ -40,7 +50,7 @@ def make_step(model, tx, **options):
     return step
 
 
-def make_gradient(model, *, accumulation=1, seed=0, l2wrap=True, loss_chunk=None):
+def make_gradient(model, *, method=FULL, accumulation=1, seed=0, l2wrap=True, loss_chunk=None):
     """`mean_gradient(state, batch, axis_name=None) -> (gradient, loss in nats)`.
 
     Loss and gradient are sums, divided once by the number of masked-in targets of the whole step: over micro-batches
@@ -51,10 +61,11 @@ def make_gradient(model, *, accumulation=1, seed=0, l2wrap=True, loss_chunk=None
         head = lambda x: model.apply({"params": {"head": head_params}}, x, method="logits")
         return optim.token_losses(head, *rows, loss_chunk)
 
-    def objective(params, batch, key):
+    def objective(params, frozen, batch, key):
         tokens_BT, mask_BT = batch["tokens"], batch["mask"]
         rngs = {"dropout": key} if model.dropout else None
-        x_BTD, _ = model.apply({"params": params}, tokens_BT[:, :-1], rngs=rngs, method="hidden")
+        params, initial = method.bind(params, frozen, len(tokens_BT))
+        x_BTD, _ = model.apply({"params": params}, tokens_BT[:, :-1], initial, rngs=rngs, method="hidden")
         # every device gathers the head once and chunks its own rows: the head's gradient is reduced once too
         with jax.named_scope("loss"):
             nll_BT, penalty_BT = on_own_rows(token_losses)(params["head"], (x_BTD, tokens_BT[:, 1:]))
@@ -64,16 +75,17 @@ def make_gradient(model, *, accumulation=1, seed=0, l2wrap=True, loss_chunk=None
 
     gradient = jax.grad(objective, has_aux=True)
 
-    def sums(params, batch, key):
+    def sums(params, frozen, batch, key):
         if accumulation == 1:
-            return gradient(params, batch, key)
+            return gradient(params, frozen, batch, key)
         micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(total, i_and_batch):
             i, batch = i_and_batch
-            return jax.tree.map(jnp.add, total, gradient(params, batch, jax.random.fold_in(key, i))), None
+            grads = gradient(params, frozen, batch, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, grads), None
 
-        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), key)
+        shapes = jax.eval_shape(gradient, params, frozen, jax.tree.map(lambda x: x[0], micro), key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(accumulation), micro))[0]
 
@@ -81,7 +93,7 @@ def make_gradient(model, *, accumulation=1, seed=0, l2wrap=True, loss_chunk=None
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        totals = sums(state.params, batch, key)
+        totals = sums(state.params, state.frozen, batch, key)
         if axis_name is not None:
             totals = jax.lax.psum(totals, axis_name)
         grads, (nll, count) = totals
@@ -102,4 +114,4 @@ def apply_gradient(tx, state, grads, loss, lr):
     )
     skipped = state.skipped + jnp.where(finite, 0, 1)
     values = {"loss_nats": loss, "grad_norm": grad_norm, "skipped": skipped}
-    return TrainState(state.step + 1, params, opt_state, skipped), values
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, skipped=skipped), values

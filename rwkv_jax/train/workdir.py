@@ -12,14 +12,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rwkv_jax import checkpoint, metrics, run_config, tokenizers
+from rwkv_jax import checkpoint, finetune, interop, metrics, run_config, tokenizers
+from rwkv_jax.train.step import stored
 
 # What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
 # each device of pmap draws its own). What becomes of the text is in the corpus' hash.
 FREE_FIELDS = (
     "log_every", "logging.tensorboard", "logging.wandb_project", "diagnostics_every", "compilation_cache",
     "eval_every", "eval_tokens", "save_every", "keep", "strategy", "loss_chunk",
-    "data.text", "data.prompt",
+    "data.text", "data.prompt", "finetune.model",
 )  # fmt: skip
 
 
@@ -74,6 +75,22 @@ def write_config(workdir, config, fields, corpus):
     record["tokenizer"] = (
         name if name in tokenizers.NAMES else tokenizers.save(tokenizers.get_tokenizer(name), workdir)
     )
+    _write_json(path, record)
+
+
+def hold_to_base(workdir, model, params):
+    """Note in `config.json` what weights a run lies on; ValueError if they are not those that it began with."""
+    path = workdir / "config.json"
+    record, found = json.loads(path.read_text()), interop.fingerprint(model, params)
+    if record.get("base_fingerprint", found) != found:
+        raise ValueError(
+            f"{workdir} holds a run on other weights than {record['config']['finetune']['model']} now has"
+        )
+    if "base_fingerprint" not in record and jax.process_index() == 0:
+        _write_json(path, record | {"base_fingerprint": found})
+
+
+def _write_json(path, record):
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(beside, path)
@@ -98,18 +115,24 @@ def _flatten(tree, prefix=""):
     return {k: v for key, x in tree.items() for k, v in _flatten(x, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def restore(workdir, config, init):
+def restore(workdir, config, model, method, init):
     """(state, steps taken): the newest valid checkpoint, else the trunk that the run branches from, else step 0."""
     state = init(jax.random.key(config.seed))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     folder, step = workdir / "checkpoints", None
-    if multihost_utils.broadcast_one_to_all(np.array(bool(checkpoint.steps(folder)))):
-        step, state = checkpoint.restore(folder, like)
+    saved = bool(multihost_utils.broadcast_one_to_all(np.array(bool(checkpoint.steps(folder)))))
+    if config.finetune.model and not ((saved or config.branch_from) and state.frozen is None):
+        state = finetune.with_base(state, method, config.finetune.model, config.model.param_dtype)
+        hold_to_base(workdir, model, state.params if state.frozen is None else state.frozen)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), stored(state))
+    if saved:
+        step, found = checkpoint.restore(folder, like)
+        state = state.replace(**found)
     elif config.branch_from:
         trunk = Path(config.branch_from)
         if not trunk.name.isdecimal():
             raise ValueError(f"branch_from is {config.branch_from!r}, expected <workdir>/checkpoints/<step>")
-        step, state = checkpoint.restore(trunk.parent, like, int(trunk.name))
+        step, found = checkpoint.restore(trunk.parent, like, int(trunk.name))
+        state = state.replace(**found)
         if step >= config.steps:
             raise ValueError(f"steps is {config.steps}, expected more than the {step} of branch_from")
     if jax.process_index() == 0:
