@@ -1,0 +1,41 @@
+"""The experiment on fine-tuning: what its committed table says, and that it runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.finetune import run, table
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_pieces_are_whole_paragraphs_and_all_of_the_text():
+    paragraphs = ["a" * 3000, "b" * 2000, "c" * 10]
+    assert list(run._pieces("\n\n".join(paragraphs))) == ["a" * 3000 + "\n\n" + "b" * 2000 + "\n\n", "c" * 10 + "\n\n"]
+
+
+@pytest.mark.slow
+def test_smoke_writes_the_table_the_json_and_the_figure(tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "experiments.finetune.run", "--smoke", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    arms = results["arms"]
+    assert set(arms) == {"none", *run.ARMS}
+    V, D, L = 256, run.SMOKE.dim, run.SMOKE.num_layers
+    assert arms["full"]["trained"] - arms["full, embedding frozen"]["trained"] == V * D
+    assert arms["state"]["trained"] == 4 * L * D
+    assert arms["LoRA, rank 8"]["trained"] == 4 * arms["LoRA, rank 2"]["trained"]
+    assert table.render(results) in done.stdout
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_text_that_is_not_there_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "experiments.finetune.run", "--smoke", "--text=/nowhere", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr.splitlines()[-1][:6]) == (2, "error:") and "/nowhere" in done.stderr
+    assert not list(tmp_path.iterdir())
