@@ -1,26 +1,46 @@
 """FLOP counts and peak rates: what the hardware could do, against which speed is judged."""
 
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Peak dense bf16 FLOP/s of one chip, by the prefix of jax's device_kind, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
+
+class Chip(NamedTuple):
+    """What a vendor promises of one chip. Rates are those of its data sheet, reached by nothing real."""
+
+    kind: str  # what jax's device_kind begins with
+    flops: float  # dense bf16 FLOP/s
+    memory: float  # bytes of HBM
+    memory_rate: float  # bytes/s
+    link_rate: float  # bytes/s into the chip from the others of its slice or node, over all links together
+    source: str
+
+
+_TPU, _NVIDIA = "docs.cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center/"
+# The vendors give the links' bandwidth of both directions together: half of it goes into a chip.
+CHIPS = {
+    "v4": Chip("TPU v4", 275e12, 32e9, 1200e9, 270e9, _TPU + "v4, links: jax-ml.github.io/scaling-book"),
+    "v5e": Chip("TPU v5 lite", 197e12, 16e9, 819e9, 200e9, _TPU + "v5e"),
+    "v5p": Chip("TPU v5", 459e12, 95e9, 2765e9, 600e9, _TPU + "v5p"),
+    "v6e": Chip("TPU v6 lite", 918e12, 32e9, 1638e9, 400e9, _TPU + "v6e"),
+    "a100": Chip("NVIDIA A100", 312e12, 80e9, 2039e9, 300e9, _NVIDIA + "a100"),
+    "h100": Chip("NVIDIA H100", 989e12, 80e9, 3350e9, 450e9, _NVIDIA + "h100"),
+    "h200": Chip("NVIDIA H200", 989e12, 141e9, 4800e9, 450e9, _NVIDIA + "h200"),
 }
+
+
+def chip_of(device) -> Chip | None:
+    """The data sheet of a device, None where there is none."""
+    fitting = [chip for chip in CHIPS.values() if device.device_kind.startswith(chip.kind)]
+    return max(fitting, key=lambda chip: len(chip.kind), default=None)
 
 
 def peak_flops(device) -> float | None:
     """Peak bf16 FLOP/s of a device, None where no data sheet says (CPUs: see `matmul_peak`)."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
+    chip = chip_of(device)
+    return chip and chip.flops
 
 
 def matmul_peak(size: int = 2048, seconds: float = 1.0) -> float:
