@@ -6,7 +6,8 @@
 
 and the training loop never asks which one it has. Outside this file every array is a global `jax.Array` without a
 device axis. `step(state, batch, lr, axis_name=None)` reduces over `axis_name` where it is given (pmap), and sees the
-global batch otherwise.
+global batch otherwise. `devices` are all that there are unless the caller names others, for which a step can be
+compiled though they are not here.
 """
 
 import contextlib
@@ -23,14 +24,14 @@ AXIS = "data"
 MIN_SHARDED = 2**14  # elements: smaller leaves cost more to gather than to keep
 
 
-def single(init, step):
+def single(init, step, devices=None):
     """One device."""
     return jax.jit(init), jax.jit(step, donate_argnums=0), jax.device_put
 
 
-def data_parallel(init, step):
+def data_parallel(init, step, devices=None):
     """`jax.pmap`: parameters replicated, rows of the batch split."""
-    mesh = _mesh("pmap")
+    mesh = _mesh("pmap", devices)
     mapped = jax.pmap(
         partial(step, axis_name=AXIS),
         axis_name=AXIS,
@@ -51,9 +52,9 @@ def data_parallel(init, step):
     return jax.jit(init, out_shardings=NamedSharding(mesh, P())), globally, put
 
 
-def fsdp(init, step):
+def fsdp(init, step, devices=None):
     """`jax.jit` with every large array split over its largest divisible axis, gathered where it is used."""
-    mesh = _mesh("fsdp")
+    mesh = _mesh("fsdp", devices)
     shardings = jax.tree_util.tree_map_with_path(partial(shard_rule, mesh), jax.eval_shape(init, jax.random.key(0)))
     split = NamedSharding(mesh, P(AXIS))
     jitted = jax.jit(
@@ -72,11 +73,12 @@ def fsdp(init, step):
 STRATEGIES = {"single": single, "pmap": data_parallel, "fsdp": fsdp}
 
 
-def _mesh(strategy):
+def _mesh(strategy, devices=None):
+    devices = devices or jax.devices()
     if strategy == "pmap":  # host by host, as its arrays without a device axis need it
-        return Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
+        return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
     # Auto axes: since jax 0.9 `make_mesh` defaults to Explicit ones, which linen's Dense rejects
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def rows(strategy: str, batch_size: int) -> np.ndarray:
