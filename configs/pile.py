@@ -31,7 +31,7 @@ def get_config(arg="169m"):
         raise ValueError(f"unknown size {size!r}, expected one of {', '.join(TABLE)}")
     num_layers, dim, lr, lr_end, constant = TABLE[size]
     config = run_config.default()
-    config.model.update(vocab_size=50277, num_layers=num_layers, dim=dim, dtype="bfloat16", remat=True)
+    config.model.update(vocab_size=50277, num_layers=num_layers, dim=dim, dtype="bfloat16", remat="block")
     config.model.embedding_scale = lr  # v4neo draws the embedding from U(+-lr_init)
     config.update(corpus="pile", tokenizer="20B_tokenizer.json", seq_len=1024, batch_size=128, strategy="fsdp")
     config.steps = MINI_EPOCHS * WINDOWS // config.batch_size

@@ -111,21 +111,47 @@ def test_the_state_is_a_tuple_of_batch_first_leaves_that_a_call_leaves_alone(kin
         same(fresh, after)
 
 
+# Matrix products of a layer that a policy computes twice. "outputs": those before the recurrence and before ffn_value;
+# "block": the one after it too, and in RWKV ffn_value, which its gate multiplies, in attention its own two.
+RECOMPUTED = {
+    "rwkv4": {"matmuls": 0, "outputs": 5, "block": 7},
+    "transformer": {"matmuls": 0, "outputs": 4, "block": 7},
+}
+
+
 @pytest.mark.parametrize(("kind", "scan"), [("rwkv4", True), ("transformer", False)])
 def test_remat_changes_neither_value_nor_gradient(kind, scan):
+    """And less memory the less it keeps, where the activations are what fills it."""
     _, params = made(kind)
     params = params if scan else unstack(params)
-    ids = tokens(B, T)
+    ids = tokens(8, 64)
 
     def gradient(remat):
         model = make(kind, scan=scan, remat=remat)
         loss = lambda params: jnp.square(model.apply({"params": params}, ids)[0]).mean()
         lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
-        return lowered.as_text().count("stablehlo.dot_general"), lowered.compile()(params)
+        text = lowered.as_text()
+        return text.count("stablehlo.dot_general"), text.count("stablehlo.while"), lowered
 
-    (products, plain), (more_products, remat) = gradient(False), gradient(True)
-    same(remat, plain, 1e-5)
-    assert more_products > products, "nothing was recomputed"
+    products, loops, lowered = gradient("none")
+    plain = lowered.compile()
+    expected, memory = plain(params), plain.memory_analysis().temp_size_in_bytes
+    layers_in_text = 1 if scan else L
+    for remat, recomputed in RECOMPUTED[kind].items():
+        more_products, more_loops, lowered = gradient(remat)
+        assert more_products - products == recomputed * layers_in_text, remat
+        assert (more_loops > loops) == (kind == "rwkv4" and remat == "block"), remat  # the recurrence itself
+        if (kind == "rwkv4") == (remat != "outputs"):
+            program = lowered.compile()
+            same(program(params), expected, 1e-5)
+            before, memory = memory, program.memory_analysis().temp_size_in_bytes
+            assert memory < before or not scan, remat  # two layers unrolled hold little at one time
+
+
+def test_remat_of_earlier_runs_is_a_policy():
+    assert (make("rwkv4", remat=True).remat, make("rwkv4", remat=False).remat) == ("block", "none")
+    with pytest.raises(ValueError, match="unknown model field remat 'blocks': did you mean 'block'"):
+        make("rwkv4", remat="blocks")
 
 
 def test_hidden_and_logits_are_the_two_halves_of_a_call():

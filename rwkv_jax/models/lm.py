@@ -29,7 +29,24 @@ SIZES = {
 }
 NEOX_VOCAB = 50277
 MODELS = {"rwkv4": ("rwkv4",), "transformer": ("attention",)}
+# What of a layer's forward pass is kept for the backward pass, by `checkpoint_name`; the rest is computed again.
+# Temporary memory of a step in MiB, 12 layers of D 256 on 4 windows of 1,024 tokens, float32, beside a state of 119
+# (compiled.memory_analysis(), CPU, jax 0.10.2, 2026-11-26), and values kept a token and layer of RWKV-4: from D to 4 D
+# are 144 MiB, from there to 12 D 384.
+#                RWKV-4   transformer   kept
+#   "none"        1,762         2,185   all
+#   "matmuls"       774           731   12 D
+#   "outputs"       405           372   4 D
+#   "block"         264           340   D
+OUTPUTS = ("wkv", "att", "ffn_value")
+REMAT = {
+    "none": None,  # everything is kept
+    "block": (),  # the input of each layer: the whole layer runs twice
+    "outputs": OUTPUTS,  # no recurrence or attention twice, of 13 D^2 of matrix products 8 D^2
+    "matmuls": (*OUTPUTS, "query", "key", "value", "receptance", "ffn_key", "ffn_receptance"),  # none twice
+}
 CHOICES = {
+    "remat": tuple(REMAT),
     "dtype": ("float32", "bfloat16", "float16", "float64"),
     "param_dtype": ("float32", "bfloat16", "float16", "float64"),
     "wkv_impl": (None, *FORMS),
@@ -61,6 +78,8 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
             raise ValueError(f"model field {key} is {value!r}, expected a positive integer")
     if not 0 <= chosen.get("dropout", 0.0) < 1:
         raise ValueError(f"model field dropout is {chosen['dropout']!r}, expected a share from 0 to below 1")
+    if isinstance(chosen.get("remat"), bool):  # as runs of version 0.1 have it
+        chosen["remat"] = "block" if chosen["remat"] else "none"
     for key, choices in CHOICES.items():
         if key in chosen:
             _one_of(f"model field {key}", chosen[key], choices)
@@ -98,7 +117,7 @@ class LM(nn.Module):
     wkv_impl: str | None = None  # see `ops.wkv4`
     head_size: int = 64  # attention: K; a narrower model has one head
     token_shift: bool = False  # attention: RWKV's token shift on q, k, v and on the MLP's input
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: str = "none"  # what the backward pass computes again, see `REMAT`
     scan: bool = True  # parameters stacked [L, ...], compile time independent of depth; False: one set a layer
 
     def setup(self):
@@ -152,7 +171,10 @@ class LM(nn.Module):
         return blocks[0] if len(blocks) == 1 else partial(Unit, blocks=blocks)
 
     def _remat(self, block, **kw):
-        return nn.remat(block, **kw) if self.remat else block
+        names = REMAT[self.remat]
+        if names is None:
+            return block
+        return nn.remat(block, policy=jax.checkpoint_policies.save_only_these_names(*names), **kw)
 
     def hidden(self, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
         """Activations [B, T, D] after the final norm, and the state after the last token.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models.layers import (
     batch_sharded,
@@ -64,11 +65,14 @@ class TimeMix(nn.Module):
         r_BTD = self.linear(D, kernel_init=zeros, name="receptance")(lerp(x_BTD, xx_BTD, mix_r))
         observe(self, "k_max", lambda: jnp.abs(k_BTD).max())
         wkv = lambda shared, rows: wkv4(*shared, *rows[:3], reset_BT=rows[3], valid_BT=rows[4], impl=self.wkv_impl)
+        k_BTD, v_BTD, r_BTD = (
+            checkpoint_name(x, name) for x, name in ((k_BTD, "key"), (v_BTD, "value"), (r_BTD, "receptance"))
+        )
         rows = (k_BTD, v_BTD, wkv_state, reset_BT, valid_BT)
         with jax.named_scope("wkv"):
             y_BTD, wkv_state = on_own_rows(wkv)((-jnp.exp(time_decay), time_first), rows)
         o_BTD = self.linear(D, kernel_init=zeros, name="output")(nn.sigmoid(r_BTD) * y_BTD)
-        return o_BTD, last_BD, wkv_state
+        return checkpoint_name(o_BTD, "att"), last_BD, wkv_state
 
 
 class ChannelMix(nn.Module):
@@ -91,8 +95,9 @@ class ChannelMix(nn.Module):
         k_BTF = self.linear(F, kernel_init=orthogonal(), name="key")(lerp(x_BTD, xx_BTD, mix_k))
         observe(self, "active_F", lambda: (k_BTF > 0).any((0, 1)))
         r_BTD = self.linear(D, kernel_init=zeros, name="receptance")(lerp(x_BTD, xx_BTD, mix_r))
+        k_BTF, r_BTD = checkpoint_name(k_BTF, "ffn_key"), checkpoint_name(r_BTD, "ffn_receptance")
         v_BTD = self.linear(D, kernel_init=zeros, name="value")(jnp.square(nn.relu(k_BTF)))
-        return nn.sigmoid(r_BTD) * v_BTD, last_BD
+        return nn.sigmoid(r_BTD) * checkpoint_name(v_BTD, "ffn_value"), last_BD
 
 
 class Block(nn.Module):

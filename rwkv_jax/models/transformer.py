@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models.layers import (
     batch_sharded,
@@ -169,8 +170,9 @@ class Attention(nn.Module):
                 lerp(x_BTD, xx_BTD, vector(self, f"time_mix_{name}", mix, dtype))
                 for name, mix in zip("qkv", mixes, strict=True)
             ]
+        project = lambda name, x: checkpoint_name(self.linear(D, kernel_init=orthogonal(), name=name)(x), name)
         q, k, v = (
-            rearrange(self.linear(D, kernel_init=orthogonal(), name=name)(x), "b t (h k) -> b t h k", k=K)
+            rearrange(project(name, x), "b t (h k) -> b t h k", k=K)
             for name, x in zip(("query", "key", "value"), inputs, strict=True)
         )
         observe(self, "k_max", lambda: jnp.abs(k).max())
@@ -182,8 +184,9 @@ class Attention(nn.Module):
                 y, cache = self._without_past(q, k, v, reset_BT, valid_BT, precision), None
             else:
                 y, cache = self._after(cache, q, k, v, reset_BT, valid_BT, precision)
-        o_BTD = self.linear(D, kernel_init=zeros, name="output")(rearrange(y, "b t h k -> b t (h k)"))
-        return o_BTD, last_BD, cache
+        y_BTD = checkpoint_name(rearrange(y, "b t h k -> b t (h k)"), "wkv")
+        o_BTD = self.linear(D, kernel_init=zeros, name="output")(y_BTD)
+        return checkpoint_name(o_BTD, "att"), last_BD, cache
 
     def _without_past(self, q, k, v, reset_BT, valid_BT, precision):
         B, T = q.shape[:2]
@@ -229,9 +232,10 @@ class MLP(nn.Module):
             ramp_D = mix_ramp(self.dim, depth_ratios(layer, self.num_layers)[1])
             mix_D = vector(self, "time_mix_k", ramp_D, self.linear.keywords["param_dtype"])
             x_BTD = lerp(x_BTD, xx_BTD, mix_D)
-        k_BTF = self.linear(self.hidden_dim, kernel_init=orthogonal(), name="key")(x_BTD)
+        k_BTF = checkpoint_name(self.linear(self.hidden_dim, kernel_init=orthogonal(), name="key")(x_BTD), "ffn_key")
         observe(self, "active_F", lambda: (k_BTF > 0).any((0, 1)))
-        return self.linear(self.dim, kernel_init=zeros, name="value")(nn.gelu(k_BTF)), last_BD
+        o_BTD = self.linear(self.dim, kernel_init=zeros, name="value")(nn.gelu(k_BTF))
+        return checkpoint_name(o_BTD, "ffn_value"), last_BD
 
 
 class Block(nn.Module):

@@ -36,6 +36,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 FORMS = ("scan", "associative", "pallas")
 
@@ -357,6 +358,7 @@ def _wkv4(impl, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
 def _forward(impl, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     saved = (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT)
     y_BTD, final, starts = _form(impl, "forward")(*saved)
+    y_BTD, starts = checkpoint_name((y_BTD, starts), "wkv")  # a policy that keeps both runs no recurrence twice
     return (y_BTD, final), (saved, starts)
 
 
