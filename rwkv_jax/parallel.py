@@ -11,25 +11,27 @@ compiled though they are not here.
 """
 
 import contextlib
+import math
 from functools import partial
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "data"
+REPLICA, FSDP = "replica", "fsdp"
 MIN_SHARDED = 2**14  # elements: smaller leaves cost more to gather than to keep
 
 
-def single(init, step, devices=None):
+def single(init, step, devices=None, replicas=1):
     """One device."""
     return jax.jit(init), jax.jit(step, donate_argnums=0), jax.device_put
 
 
-def data_parallel(init, step, devices=None):
+def data_parallel(init, step, devices=None, replicas=1):
     """`jax.pmap`: parameters replicated, rows of the batch split."""
     mesh = _mesh("pmap", devices)
     mapped = jax.pmap(
@@ -52,11 +54,15 @@ def data_parallel(init, step, devices=None):
     return jax.jit(init, out_shardings=NamedSharding(mesh, P())), globally, put
 
 
-def fsdp(init, step, devices=None):
-    """`jax.jit` with every large array split over its largest divisible axis, gathered where it is used."""
-    mesh = _mesh("fsdp", devices)
+def fsdp(init, step, devices=None, replicas=1):
+    """`jax.jit` with every large array split over its largest divisible axis, gathered where it is used.
+
+    The devices are a mesh (replica, fsdp): rows are split over both, arrays over `fsdp`, so that they are gathered
+    among the devices of one replica and only gradients are summed over replicas.
+    """
+    mesh = _mesh("fsdp", devices, replicas)
     shardings = jax.tree_util.tree_map_with_path(partial(shard_rule, mesh), jax.eval_shape(init, jax.random.key(0)))
-    split = NamedSharding(mesh, P(AXIS))
+    split = _split(mesh)
     jitted = jax.jit(
         step,
         in_shardings=(shardings, split, NamedSharding(mesh, P())),
@@ -73,20 +79,40 @@ def fsdp(init, step, devices=None):
 STRATEGIES = {"single": single, "pmap": data_parallel, "fsdp": fsdp}
 
 
-def _mesh(strategy, devices=None):
+def _mesh(strategy, devices=None, replicas=1):
     devices = devices or jax.devices()
+    # Auto axes: since jax 0.9 `make_mesh` defaults to Explicit ones, which linen's Dense rejects
     if strategy == "pmap":  # host by host, as its arrays without a device axis need it
         return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
-    # Auto axes: since jax 0.9 `make_mesh` defaults to Explicit ones, which linen's Dense rejects
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    return Mesh(_grid(devices, replicas), (REPLICA, FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
-def rows(strategy: str, batch_size: int) -> np.ndarray:
+def _grid(devices, replicas):
+    """Devices [replica, fsdp], neighbours in the network side by side.
+
+    Of several slices, each joined to the others by a slower network only, replicas hold as few as can be: with as many
+    replicas as slices, weights are gathered inside a slice.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    apart = math.gcd(replicas, slices)  # replicas that share no slice
+    slow = (apart, slices // apart)
+    fast = (replicas // apart, len(devices) // replicas // slow[1])
+    if slices == 1:
+        return mesh_utils.create_device_mesh(fast, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(fast, slow, devices, allow_split_physical_axes=True)
+
+
+def _split(mesh):
+    """Rows over every device."""
+    return NamedSharding(mesh, P(mesh.axis_names))
+
+
+def rows(strategy: str, batch_size: int, replicas: int = 1) -> np.ndarray:
     """Rows of a batch that this host's devices take, ascending: what it has to read. All of them on one host."""
     if strategy == "single":
         return np.arange(batch_size)
     return np.concatenate(
-        [np.arange(*bounds) for bounds in _shares(NamedSharding(_mesh(strategy), P(AXIS)), batch_size)]
+        [np.arange(*bounds) for bounds in _shares(_split(_mesh(strategy, replicas=replicas)), batch_size)]
     )
 
 
@@ -110,18 +136,18 @@ def _assembled(sharding, x):
 
 
 def shard_rule(mesh, path, x):
-    """Sharding of one leaf: its largest axis that the devices divide, never the layer axis of stacked blocks."""
+    """Sharding of one leaf: its largest axis that the devices of a replica divide, never that of stacked layers."""
     stacked = any(getattr(p, "key", None) == "blocks" for p in path)
     for axis in sorted(range(int(stacked), len(x.shape)), key=lambda a: -x.shape[a]):
-        if x.size >= MIN_SHARDED and x.shape[axis] % mesh.size == 0:
-            return NamedSharding(mesh, P(*[None] * axis, AXIS))
+        if x.size >= MIN_SHARDED and x.shape[axis] % mesh.shape[FSDP] == 0:
+            return NamedSharding(mesh, P(*[None] * axis, FSDP))
     return NamedSharding(mesh, P())
 
 
 @contextlib.contextmanager
 def _rows_split(mesh):
     """The models' logical axis "batch" mapped to the mesh, in what is traced and run here."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", AXIS),)):
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", mesh.axis_names),)):
         yield
 
 
@@ -132,18 +158,22 @@ def _under(mesh, jitted):
     return call
 
 
-def beside_the_step(strategy: str):
+def beside_the_step(strategy: str, replicas: int = 1):
     """Context for applying a model outside the step, in evaluation, to what the strategy has placed."""
-    return contextlib.nullcontext() if strategy == "single" else _rows_split(_mesh(strategy))
+    return contextlib.nullcontext() if strategy == "single" else _rows_split(_mesh(strategy, replicas=replicas))
 
 
-def check_divisible(batch_size: int, accumulation: int, strategy: str) -> None:
-    """One line where the batch cannot be split evenly over devices and accumulated micro-batches."""
+def check_divisible(batch_size: int, accumulation: int, strategy: str, replicas: int = 1) -> None:
+    """One line where devices or batch cannot be split evenly: over replicas; over devices and micro-batches."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     if strategy == "single" and jax.process_count() > 1:
         raise ValueError(f"strategy is 'single', expected pmap or fsdp on {jax.process_count()} hosts")
     devices = 1 if strategy == "single" else jax.device_count()
+    if replicas > 1 and strategy != "fsdp":
+        raise ValueError(f"replicas is {replicas}, expected 1 with strategy {strategy!r}")
+    if devices % replicas:
+        raise ValueError(f"replicas is {replicas}, expected a divisor of the {devices} devices")
     if batch_size % (devices * accumulation):
         raise ValueError(
             f"batch_size is {batch_size}, expected a multiple of {devices * accumulation} "

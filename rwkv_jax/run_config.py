@@ -34,6 +34,7 @@ def default():
             "steps": 1000,
             "seed": 0,
             "strategy": "single",  # single, pmap, fsdp
+            "replicas": 1,  # fsdp: copies of the parameters, each split over devices / replicas; best one a slice
             "accumulation": 1,  # micro-batches a step
             "loss_chunk": placeholder(int),  # tokens whose logits exist at one time on a device; None: by vocab_size
             "optim": {
@@ -78,6 +79,7 @@ RANGES = {
     "batch_size": _AT_LEAST(1),
     "steps": _AT_LEAST(1),
     "seed": (lambda x: 0 <= x < 2**32, "0 to 2^32 - 1"),
+    "replicas": _AT_LEAST(1),
     "accumulation": _AT_LEAST(1),
     "loss_chunk": _AT_LEAST(1),
     "log_every": _AT_LEAST(0),

@@ -48,7 +48,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
         fields = {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
         model = models.build(**fields)
         method.check(model)
-        parallel.check_divisible(config.batch_size, config.accumulation, config.strategy)
+        parallel.check_divisible(config.batch_size, config.accumulation, config.strategy, config.replicas)
         lr = learning_rate(config, model)
         corpus = corpora.prepare(config.corpus, tokenizer(config, workdir), **config.data)
         if corpus.vocab_size > model.vocab_size:
@@ -59,10 +59,10 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
         shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
         train = corpus.train
         stream = functools.partial(data.dataset, train.tokens, mask=train.mask, **shape, seed=config.seed)
-        batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size))
+        batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size, config.replicas))
         o = config.optim
         recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
-        steps = (config.strategy, config.accumulation, config.seed, o.l2wrap, config.loss_chunk)
+        steps = (config.strategy, config.replicas, config.accumulation, config.seed, o.l2wrap, config.loss_chunk)
         init, *programs = _programs(model, method, recipe, *steps)
     hosts.check_same("the config or corpus", f"{config}{corpus.sha256}")
 
@@ -101,7 +101,7 @@ def _use_compilation_cache(wanted: bool | None):
 
 
 @functools.cache
-def _programs(model, method, recipe, strategy, accumulation, seed, l2wrap, loss_chunk):
+def _programs(model, method, recipe, strategy, replicas, accumulation, seed, l2wrap, loss_chunk):
     """(init, step, put, diagnose), compiled once a process: further runs of the same model start at once."""
     tx = optim.optimiser(*recipe)
     options = {
@@ -111,7 +111,8 @@ def _programs(model, method, recipe, strategy, accumulation, seed, l2wrap, loss_
         "l2wrap": l2wrap,
         "loss_chunk": loss_chunk,
     }
-    init, distribute = make_init(model, tx, method), parallel.STRATEGIES[strategy]
+    init = make_init(model, tx, method)
+    distribute = functools.partial(parallel.STRATEGIES[strategy], replicas=replicas)
     _, diagnose, _ = distribute(init, make_diagnose(model, tx, **options))
     return *distribute(init, make_step(model, tx, **options)), diagnose
 
@@ -164,7 +165,7 @@ def _loop(workdir, config, model_and_method, corpus, feed, lr, programs, state, 
 
     def evaluate_step():
         held_out, mask = corpus.valid.tokens[: config.eval_tokens], corpus.valid.mask
-        with parallel.beside_the_step(config.strategy):
+        with parallel.beside_the_step(config.strategy, config.replicas):
             params, initial = method.bind(state.params, state.frozen, config.batch_size)
             nll = evaluate.windows(model, params, held_out, config.seq_len, config.batch_size, initial)
         counts = slice(None) if mask is None else mask[1 : len(held_out)] != 0

@@ -19,8 +19,8 @@ from rwkv_jax.train.step import stored
 # each device of pmap draws its own). What becomes of the text is in the corpus' hash.
 FREE_FIELDS = (
     "log_every", "logging.tensorboard", "logging.wandb_project", "diagnostics_every", "compilation_cache",
-    "eval_every", "eval_tokens", "save_every", "keep", "strategy", "loss_chunk", "model.remat",
-    "data.text", "data.prompt", "finetune.model",
+    "eval_every", "eval_tokens", "save_every", "keep", "strategy", "replicas", "loss_chunk",
+    "model.remat", "data.text", "data.prompt", "finetune.model",
 )  # fmt: skip
 
 
