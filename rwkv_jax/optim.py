@@ -25,6 +25,7 @@ def optimiser(
     The learning rate stays outside, an input of the step, so that no schedule is compiled into the program. Decay is
     decoupled (AdamW) and for matrices only, the embedding, the head and LoRA's included. What a group's factor 0
     freezes is not moved, by decay neither, and has no moments unless other layers of its leaf have.
+    Parameters and gradients may have any dtype: moments and direction are float32 at least.
     """
     matrices = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, x: bool(re.search(r"(kernel|embedding|lora_[ab])$", _name(path))), params
@@ -33,12 +34,22 @@ def optimiser(
     adam = optax.scale_by_adam(*betas, eps=eps)
     if any(factor == 0 for _, factor in groups):
         adam = optax.masked(adam, lambda params: jax.tree.map(lambda f: bool(np.any(f)), factors(params, groups)))
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
         adam,
         optax.add_decayed_weights(weight_decay, mask=matrices) if weight_decay else optax.identity(),
         by_group,
     )
+    return optax.GradientTransformation(
+        lambda params: chain.init(wide(params)),
+        lambda updates, state, params=None: chain.update(wide(updates), state, wide(params)),
+    )
+
+
+def wide(tree):
+    """Floating-point leaves as float32 at least."""
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)) if floating(x) else x, tree)
 
 
 def factors(params, groups: Sequence):

@@ -73,7 +73,9 @@ def make_gradient(model, *, method=FULL, accumulation=1, seed=0, l2wrap=True, lo
             penalty_BT = jnp.where(mask_BT, penalty_BT, 0) if l2wrap else 0
         return (nll_BT + penalty_BT).sum(), (nll_BT.sum(), mask_BT.sum())
 
-    gradient = jax.grad(objective, has_aux=True)
+    def gradient(*operands):
+        """Sums over micro-batches and devices are float32 at least, whatever the parameters are."""
+        return optim.wide(jax.grad(objective, has_aux=True)(*operands))
 
     def sums(params, frozen, batch, key):
         if accumulation == 1:
