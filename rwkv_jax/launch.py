@@ -2,11 +2,12 @@
 
     python -m rwkv_jax.launch --hosts=2 --devices=2 -- --config=configs/tiny.py --workdir=runs/two [...]
 
-starts `python -m rwkv_jax.train` with what follows `--`, once a host. SIGINT and SIGTERM go to all of them, which
-save the same step and end; a second one kills. Where one dies the others are ended, and one line tells how to resume.
+starts `python -m rwkv_jax.train` with what follows `--`, once a host. SIGINT, SIGTERM and SIGHUP go to all of them as
+SIGTERM: they save the same step and end; a second one kills. Where one dies the others are ended, and one line tells
+how to resume.
 
-The exit code is 0 if the run ended well or was stopped, otherwise that of the host that failed first: 128 + n if
-signal n killed it.
+The exit code is 0 if the run ended well or was stopped, otherwise that of the host that failed first: 2 where it has
+said what is wrong with its input, 128 + n if signal n killed it.
 """
 
 import argparse
@@ -42,14 +43,16 @@ def _run(hosts, devices, arguments, again) -> int:
     environment = os.environ | {"JAX_COORDINATOR_BIND_ADDRESS": address}
     if devices:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    processes, ended, signals = [], queue.Queue(), []
+    processes, followers, ended, signals = [], [], queue.Queue(), []
 
     def forward(signum, frame):
         signals.append(signum)
         for process in processes:
             process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
 
-    old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    # what was ignored before, as a hang-up is under nohup, stays ignored
+    heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    old = {s: signal.signal(s, forward) for s in heard}
     try:
         for host in range(hosts):
             where = [f"--coordinator={address}", f"--num_hosts={hosts}", f"--host={host}"]
@@ -61,31 +64,35 @@ def _run(hosts, devices, arguments, again) -> int:
                 **({"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if host else {}),
             )
             processes.append(process)
-            threading.Thread(target=_follow, args=(host, process, ended), daemon=True).start()
-        return _wait(hosts, ended, signals, again)
+            followers.append(threading.Thread(target=_follow, args=(host, process, ended), daemon=True))
+            followers[-1].start()
+        code, what = _first_failure(hosts, ended)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+        for follower in followers:
+            follower.join(LAST_SECONDS)
         for s, handler in old.items():
             signal.signal(s, handler)
+    if code not in (0, 2):
+        print(f"{what}; resume with: {again}", file=sys.stderr)
+    return code
 
 
-def _wait(hosts, ended, signals, again) -> int:
+def _first_failure(hosts, ended):
+    """(exit code, what happened) of the host that failed first; (0, "") once all have ended well."""
     left = set(range(hosts))
     while left:
         try:
             host, code = ended.get(timeout=LAST_SECONDS if len(left) < hosts else None)
         except queue.Empty:
-            host, code, how = min(left), 1, f"did not end within {LAST_SECONDS} s of another"
-        else:
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            return 1, f"host {min(left)} did not end within {LAST_SECONDS} s of another, and was killed"
         left.discard(host)
-        if code:
-            what = "" if signals and code in (-signal.SIGTERM, -signal.SIGKILL) else "; the others were ended"
-            print(f"host {host} {how}{what}; resume with: {again}", file=sys.stderr)
-            return code if code > 0 else 128 - code
-    return 0
+        if code > 0:
+            return code, f"host {host} ended with exit code {code}"
+        if code < 0:
+            return 128 - code, f"host {host} was killed by {signal.Signals(-code).name}"
+    return 0, ""
 
 
 def _follow(host, process, ended):

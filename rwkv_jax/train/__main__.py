@@ -30,13 +30,19 @@ def main(argv=None) -> int:
     try:
         profile = _steps(args.profile)
         hosts.join(args.distributed, args.coordinator, args.num_hosts, args.host)
-        run(run_config.read(args.config, overrides), args.workdir, profile)
+        with hosts.together():
+            config = run_config.read(args.config, overrides)
+        run(config, args.workdir, profile)
     except KeyboardInterrupt:
         print("stopped; what was saved before stays", file=sys.stderr)
         return _left_alone(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except hosts.SharedError as error:
+        if error.host == jax.process_index():
+            print(_line(error), file=sys.stderr)
         return 2
+    except (ValueError, OSError) as error:
+        print(_line(error), file=sys.stderr)
+        return _left_alone(2)
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
             raise
@@ -44,6 +50,10 @@ def main(argv=None) -> int:
         print(f"{what}; the same command resumes", file=sys.stderr)
         return _left_alone(1)
     return 0
+
+
+def _line(error):
+    return f"error: {' '.join(str(error).split())}"
 
 
 def _left_alone(code):

@@ -5,6 +5,7 @@ JAX's distributed runtime does the work: a coordinator on host 0, heartbeats, a 
 
 import contextlib
 import hashlib
+import itertools
 import os
 import secrets
 import signal
@@ -12,9 +13,12 @@ import threading
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 30  # after which a host that has died or stands still ends the others; JAX's default is 100
+
+_meetings = itertools.count()
 
 
 def join(distributed: bool, coordinator: str | None, num_hosts: int | None, host: int | None) -> None:
@@ -58,48 +62,71 @@ def join(distributed: bool, coordinator: str | None, num_hosts: int | None, host
         ) from None
     except RuntimeError as error:
         raise OSError(f"the other hosts were not reached: {error}") from error
+    jax.devices()  # which waits two minutes for the other hosts: now, not after one of them has read a long text
+
+
+class SharedError(ValueError):
+    """What stops all hosts at once, so that they can leave in good order. `host`: the one whose message tells most."""
+
+    def __init__(self, message: str, host: int):
+        super().__init__(message)
+        self.host = host
 
 
 @contextlib.contextmanager
 def together():
-    """What raises ValueError or OSError in here on one host does so on all; no host may leave before the others.
+    """What raises ValueError or OSError in here on one host stops all of them: on several, by a `SharedError` each.
 
-    Nothing in here may wait for another host, which could have failed before.
+    In here hosts may take as long as they need, a day at most, but not wait for one another.
     """
+    if not jax.distributed.is_initialized():
+        yield
+        return
     mistake = None
     try:
         yield
     except (ValueError, OSError) as error:
         mistake = error
+    # collectives of CPUs give up on a host that is 30 s late, where one of them has a long text to read
+    ocp.multihost.get_barrier_sync_fn()(key=f"together {next(_meetings)}", timeout_ms=24 * 3600 * 1000)
     failed = np.flatnonzero(multihost_utils.process_allgather(np.array(mistake is not None)))
-    if mistake:
-        raise mistake
     if len(failed):
-        raise ValueError(f"host {failed[0]} failed; its own line says why")
+        raise SharedError(str(mistake or f"host {failed[0]} failed; its own line says why"), failed[0]) from mistake
+
+
+def check_joined() -> None:
+    """One line where hosts that JAX sees, as those of a TPU pod see each other, have not been connected."""
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(f"this is one of {jax.process_count()} hosts, expected --distributed on each")
 
 
 def check_same(what: str, value: str) -> None:
-    """One line on every host, where they have not all come with the same `value`."""
+    """One line where the hosts have not all come with the same `value`."""
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
     differ = (multihost_utils.process_allgather(digest) != digest).any(axis=-1)
-    if differ.any():
-        raise ValueError(f"{what} of host {jax.process_index()} differs from that of host {np.argmax(differ)}")
+    with together():
+        if differ.any():
+            raise ValueError(f"{what} of host {jax.process_index()} differs from that of host {np.argmax(differ)}")
 
 
 def check_shared(folder) -> None:
-    """One line on every host, where `folder` is not the same one for all of them."""
+    """One line where `folder` is not the same one for all hosts."""
     token = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
     mark = folder / f".shared-{token:08x}"
-    if jax.process_index() == 0:
-        mark.touch()
-    multihost_utils.sync_global_devices("marked")
-    missing = np.flatnonzero(~multihost_utils.process_allgather(np.array(mark.exists())))
-    if jax.process_index() == 0:
-        mark.unlink()
-    if len(missing):
-        raise ValueError(
-            f"{folder} of host {missing[0]} is not that of host 0, expected a folder that all hosts share"
-        )
+    first_host = jax.process_index() == 0
+    with together():
+        if first_host:
+            mark.touch()
+    try:
+        with together():
+            if not mark.exists():
+                me = jax.process_index()
+                raise ValueError(
+                    f"{folder} of host {me} is not that of host 0, expected a folder that all hosts share"
+                )
+    finally:
+        if first_host:
+            mark.unlink()
 
 
 @contextlib.contextmanager
@@ -108,7 +135,7 @@ def stop_signals():
 
     On several hosts a signal to any of them counts, and all hear of it at the same step. There, an asynchronous
     protocol of JAX agrees on the step without a collective: asking costs 0.3 µs, where gathering a flag from two
-    processes took 4 ms. A second signal interrupts at once.
+    processes took 4 ms. A second SIGINT interrupts at once; alone, a second SIGTERM too.
     """
     stop = threading.Event()
     several = jax.process_count() > 1

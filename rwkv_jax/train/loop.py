@@ -38,6 +38,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
     if not str(workdir):
         raise ValueError("workdir is empty, expected a folder for the run")
     workdir, began = Path(workdir), time.time()
+    hosts.check_joined()
     with hosts.together():
         run_config.check(config)
         metrics.check_installed(**config.logging)
