@@ -66,6 +66,8 @@ def default():
             "save_every": 250,
             "keep": 2,  # newest checkpoints that stay
             "compilation_cache": placeholder(bool),  # None: on, but for CPUs (see `train.loop`)
+            "max_skipped": 10,  # steps in a row, not finite and hence without effect, after which a run goes on
+            "max_loss_rise": 0.0,  # nats above the mean of the 20 steps before; the run stops beyond. 0: never
         }
     )
 
@@ -88,6 +90,8 @@ RANGES = {
     "eval_tokens": (lambda x: x == 0 or x >= 2, "0, or 2 tokens and more"),
     "save_every": _AT_LEAST(0),
     "keep": _AT_LEAST(1),
+    "max_skipped": _AT_LEAST(0),
+    "max_loss_rise": _NOT_NEGATIVE,
     "corpus": (bool, "'stdlib', a name such as enwik8, or a path"),
     "data.text": (bool, "a field of the JSONL or a template such as 'Answer: {answer}'"),
     "finetune.method": (lambda x: x in ("full", "lora", "state"), "full, lora or state"),

@@ -1,13 +1,20 @@
 """What can go wrong with a run from outside, and what is left of it: the table of docs/faults.md, row by row."""
 
+import contextlib
 import json
+import os
+import re
+import resource
+import shutil
+import subprocess
 
 import jax
 import numpy as np
 import pytest
-from test_train import _config, _DiedError, _same, _tiny
+from test_train import ROOT, _config, _DiedError, _numbers, _same, _tiny
 
-from rwkv_jax import metrics, train
+from rwkv_jax import checkpoint, data, metrics, train
+from rwkv_jax.train import divergence
 from rwkv_jax.train.__main__ import main
 
 
@@ -86,3 +93,143 @@ def test_a_damaged_log_is_refused_by_line(damage, half, text, capsys):
     lines = log.read_text().splitlines()
     log.write_text("\n".join([*lines[:2], damage, *lines[2:]]) + "\n")
     assert f"{log}: line 3" in refused(text, half, capsys)
+
+
+# ------------------------------------------------------------------------------------------ the disk
+
+
+# Where one array cannot be written, Orbax closes the event loop that its writes of the others still report to.
+_ORBAX = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@contextlib.contextmanager
+def mounted(folder, *options):
+    """`folder` as a file system of its own, of 4 MiB."""
+    folder.mkdir(exist_ok=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(["size=4m", *options]), "tmpfs", folder])
+    if mount.returncode:
+        pytest.skip("needs the right to mount; the limit on a file's size is tried without it")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextlib.contextmanager
+def files_limited(num_bytes):
+    """No file may grow beyond; more fails in the middle of a write, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def newest(workdir):
+    """The step of the newest checkpoint, whose files are as they were written."""
+    step = checkpoint.steps(workdir / "checkpoints")[-1]
+    checkpoint.verify(workdir / "checkpoints", step)
+    return step
+
+
+@_ORBAX
+def test_a_write_that_fails_in_the_middle_leaves_the_checkpoint_before(half, finished, text, capsys):
+    with files_limited(30_000):
+        assert main(_tiny(text, half)[5:]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: .*/checkpoints/6: not saved: .*; the newest checkpoint is of step 4", line), line
+    assert [p.name for p in (half / "checkpoints").iterdir() if "partial" in p.name] == []
+    assert newest(half) == 4
+    assert _same(train.run(_config(text), half), finished[1])
+    assert _numbers(half) == _numbers(finished[0])
+
+
+@_ORBAX
+def test_a_save_that_fails_is_told_and_the_next_one_tries_again(finished, text, tmp_path, monkeypatch, capsys):
+    save = checkpoint.save_async
+
+    def fails_at_2(folder, step, *args, **kwargs):
+        if step != 2:
+            return save(folder, step, *args, **kwargs)
+        with files_limited(30_000):
+            future = save(folder, step, *args, **kwargs)
+            future.exception()
+        return future
+
+    monkeypatch.setattr(checkpoint, "save_async", fails_at_2)
+    assert _same(train.run(_config(text), tmp_path), finished[1])
+    told = [line for line in capsys.readouterr().err.splitlines() if "not saved" in line]
+    assert len(told) == 1 and "/checkpoints/2: not saved: " in told[0] and "training goes on" in told[0]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4, 6]
+
+
+@_ORBAX
+@pytest.mark.parametrize("lacking", ["bytes", "files"])
+def test_a_full_disk_leaves_the_checkpoint_before(lacking, half, finished, text, tmp_path, capsys):
+    """For want of bytes, which is known beforehand; of room for files, where the write fails."""
+    with mounted(tmp_path / "disk", *(["nr_inodes=200"] if lacking == "files" else [])) as disk:
+        subprocess.run(["cp", "-r", f"{half}/.", disk], check=True)
+        if lacking == "bytes":
+            (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 50_000))
+        else:
+            for i in range(os.statvfs(disk).f_favail - 3):
+                (disk / f"filler{i}").touch()
+        assert main(_tiny(text, disk)[5:]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert re.fullmatch(r"error: .*/checkpoints/6: not saved: .*; the newest checkpoint is of step 4", line), line
+        assert newest(disk) == 4
+        for filler in disk.glob("filler*"):
+            filler.unlink()
+        assert _same(train.run(_config(text), disk), finished[1])
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(text, tmp_path, capsys):
+    with mounted(tmp_path / "disk", "ro"):
+        line = refused(text, tmp_path / "disk", capsys)
+    assert "Read-only file system" in line and str(tmp_path / "disk") in line
+
+
+# ------------------------------------------------------------------------------------------ divergence
+
+
+def test_steps_that_are_not_finite_end_the_run_once_they_are_too_many(finished, text, tmp_path, capsys):
+    """A learning rate that throws the parameters away in step 1: nothing after it is finite."""
+    lost = ["--config.optim.lr=1e30", "--config.max_skipped=2", "--config.save_every=1"]
+    assert main([*_tiny(text, tmp_path), *lost][5:]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    expected = (
+        r"error: steps 2 to 4 are not finite in loss or gradient, max_skipped is 2; the newest checkpoint is of "
+    )
+    assert re.match(expected + r"step 3; docs/faults\.md ", line), line
+    rows = [r for r in metrics.read(tmp_path / "metrics.jsonl") if "loss_nats" in r]
+    assert [(r["step"], r["skipped"], r["loss_nats"] is None) for r in rows] == [
+        (1, 0, False), (2, 1, True), (3, 2, True), (4, 3, True)
+    ]  # fmt: skip
+
+
+def test_a_few_steps_that_are_not_finite_are_counted_and_borne():
+    watch = divergence.Watch(max_skipped=2, max_loss_rise=1.0, skipped=5)
+    nan, skipped = float("nan"), [6, 7, 7, 8, 8]
+    assert not any(watch.problem(i, nan if i in (1, 2, 4) else 3.0, skipped[i - 1]) for i in range(1, 6))
+    assert not watch.problem(6, nan, 9) and not watch.problem(7, nan, 10)
+    assert watch.problem(8, nan, 11).startswith("steps 6 to 8 are not finite")
+
+
+def test_a_leap_of_the_loss_ends_the_run_and_its_batch_is_replayed_as_documented(finished, text, tmp_path, capsys):
+    """The learning rate grows until the loss leaps; the lines of docs/faults.md then fetch the batch of that step."""
+    wild = ["steps=60", "optim.lr=3.0", "optim.warmup=1.0", "max_loss_rise=0.5", "save_every=1"]
+    assert main([*_tiny(text, tmp_path), *(f"--config.{field}" for field in wild)][5:]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    rows = [r for r in metrics.read(tmp_path / "metrics.jsonl") if "loss_nats" in r]
+    losses = [r["loss_nats"] for r in rows]
+    step, rise = rows[-1]["step"], losses[-1] - np.mean(losses[-21:-1])
+    assert f"loss {losses[-1]:.3f} of step {step} is {rise:.3f} above the mean of the 20 steps before" in line
+    assert all(now - np.mean(losses[i : i + 20]) <= 0.5 for i, now in enumerate(losses[20:-1]))
+    assert newest(tmp_path) == step - 1
+
+    program = re.search("```python\n(.*?)```", (ROOT / "docs" / "faults.md").read_text(), re.S)[1]
+    names = {}
+    exec(re.sub(r'"runs/\w+", \d+', f'"{tmp_path}", {step}', program), names)
+    assert data.batch_hash(names["batch"]) == rows[-1]["batch_hash"]
+    assert names["nll_BT"].mean() == pytest.approx(losses[-1], rel=1e-5)

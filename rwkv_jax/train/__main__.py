@@ -8,6 +8,7 @@ import jax
 
 from rwkv_jax import run_config
 from rwkv_jax.train import hosts
+from rwkv_jax.train.divergence import DivergedError
 from rwkv_jax.train.loop import run
 
 
@@ -38,6 +39,10 @@ def main(argv=None) -> int:
         return _left_alone(130)
     except hosts.SharedError as error:
         if error.host == jax.process_index():
+            print(_line(error), file=sys.stderr)
+        return 2
+    except DivergedError as error:  # on all hosts at the same step
+        if jax.process_index() == 0:
             print(_line(error), file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:

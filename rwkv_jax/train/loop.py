@@ -24,7 +24,7 @@ from rwkv_jax import (
     parallel,
     run_config,
 )
-from rwkv_jax.train import hosts, progress
+from rwkv_jax.train import divergence, hosts, progress
 from rwkv_jax.train.diagnostics import make_diagnose
 from rwkv_jax.train.step import TrainState, make_init, make_step, stored
 from rwkv_jax.train.workdir import claimed, restore, rows, tokenizer, write_config
@@ -139,6 +139,7 @@ def _loop(workdir, config, model_and_method, corpus, feed, lr, programs, state, 
     seconds, timed = 0.0, 0  # since the last row, without compilation, evaluation and saving
     done, saving_behind = start, None  # the save that may still be going on
     due = lambda every: every and done % every == 0
+    watch = divergence.Watch(config.max_skipped, config.max_loss_rise, int(jax.device_get(state.skipped)))
 
     def settle(number, rate, values, log):
         """Wait for a step that was dispatched, and log it where that is due."""
@@ -151,8 +152,9 @@ def _loop(workdir, config, model_and_method, corpus, feed, lr, programs, state, 
         else:
             seconds, timed = seconds + clock.lap("train"), timed + 1
         losses = _losses(values.pop("loss_nats"), config)
-        show(number, f"loss {losses['loss_nats']:.3f}")
-        if not log:
+        problem = watch.problem(number, losses["loss_nats"], int(values["skipped"]))
+        show(number, f"loss {losses['loss_nats']:.3f}" + (f", {watch.skipped} skipped" if watch.skipped else ""))
+        if not (log or problem):
             return
         speed = timed * tokens_per_step / seconds if timed else None
         row = {"step": number, "tokens": number * tokens_per_step, **losses, **values, "lr": rate}
@@ -163,6 +165,8 @@ def _loop(workdir, config, model_and_method, corpus, feed, lr, programs, state, 
         hashed = data.batch_hash(batches[number - 1]) if first_host else None
         write(row | clock.row() | {"batch_hash": hashed})
         seconds, timed = 0.0, 0
+        if problem:
+            raise divergence.DivergedError(f"{problem}; {_newest(folder)}; docs/faults.md tells how to replay a batch")
 
     def evaluate_step():
         held_out, mask = corpus.valid.tokens[: config.eval_tokens], corpus.valid.mask
@@ -222,11 +226,16 @@ def _loop(workdir, config, model_and_method, corpus, feed, lr, programs, state, 
                 break
     with hosts.together():
         if saving_behind and (error := saving_behind.exception()):
-            newest = f"step {checkpoint.steps(folder)[-1]}" if checkpoint.steps(folder) else "none"
-            raise OSError(f"{error}; the newest checkpoint is {newest}")
+            raise OSError(f"{error}; {_newest(folder)}")
     if done < config.steps and first_host:
         print(f"stopped at step {done} of {config.steps}, saved; the same command resumes it", file=sys.stderr)
     return state
+
+
+def _newest(folder):
+    checkpoint.wait()
+    steps = checkpoint.steps(folder)
+    return f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
 
 
 def _losses(nats, config):

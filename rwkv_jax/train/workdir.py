@@ -20,7 +20,7 @@ from rwkv_jax.train.step import stored
 FREE_FIELDS = (
     "log_every", "logging.tensorboard", "logging.wandb_project", "diagnostics_every", "compilation_cache",
     "eval_every", "eval_tokens", "save_every", "keep", "strategy", "replicas", "loss_chunk",
-    "model.remat", "data.text", "data.prompt", "finetune.model",
+    "model.remat", "data.text", "data.prompt", "finetune.model", "max_skipped", "max_loss_rise",
 )  # fmt: skip
 
 

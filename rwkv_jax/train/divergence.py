@@ -1,0 +1,43 @@
+"""When a run had better stop: losses that are no numbers, or that leap."""
+
+import collections
+import statistics
+
+WINDOW = 20  # steps whose mean loss a step is compared with
+
+
+class DivergedError(ArithmeticError):
+    """A run ended itself; what was saved before stays."""
+
+
+class Watch:
+    """What the steps of this start come to, one after the other.
+
+    Args:
+        max_skipped: non-finite steps in a row, each of which changed nothing, that are borne.
+        max_loss_rise: nats above the mean of the `WINDOW` steps before that are borne; 0: any.
+        skipped: steps skipped before this start.
+    """
+
+    def __init__(self, max_skipped: int, max_loss_rise: float, skipped: int):
+        self.max_skipped, self.max_loss_rise = max_skipped, max_loss_rise
+        self.skipped, self.in_a_row = skipped, 0
+        self.recent = collections.deque(maxlen=WINDOW)
+
+    def problem(self, step: int, loss: float, skipped: int) -> str:
+        """Why the run should end after `step`, or nothing. `skipped` counts all steps so far."""
+        self.in_a_row = self.in_a_row + 1 if skipped > self.skipped else 0
+        self.skipped = skipped
+        if self.in_a_row > self.max_skipped:
+            first = step - self.in_a_row + 1
+            return f"steps {first} to {step} are not finite in loss or gradient, max_skipped is {self.max_skipped}"
+        if self.in_a_row:
+            return ""
+        mean = statistics.fmean(self.recent) if len(self.recent) == WINDOW else loss
+        self.recent.append(loss)
+        if self.max_loss_rise and loss - mean > self.max_loss_rise:
+            return (
+                f"loss {loss:.3f} of step {step} is {loss - mean:.3f} above the mean of the {WINDOW} steps before, "
+                f"max_loss_rise is {self.max_loss_rise}"
+            )
+        return ""
