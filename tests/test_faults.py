@@ -2,11 +2,15 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
+import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
+import time
 
 import jax
 import numpy as np
@@ -233,3 +237,62 @@ def test_a_leap_of_the_loss_ends_the_run_and_its_batch_is_replayed_as_documented
     exec(re.sub(r'"runs/\w+", \d+', f'"{tmp_path}", {step}', program), names)
     assert data.batch_hash(names["batch"]) == rows[-1]["batch_hash"]
     assert names["nll_BT"].mean() == pytest.approx(losses[-1], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ processes killed
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """`start(arguments)`: the command line in a process of its own, forked from one that has done the imports."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))  # a kill may cut its files short
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rwkv_jax.train.__main__"])
+
+    def start(arguments):
+        process = context.Process(target=main, args=(arguments,), daemon=True)
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.mark.slow
+def test_killed_20_times_a_run_ends_as_if_nothing_had_happened(start, text, tmp_path):
+    """SIGKILL at random moments: among steps and saves (one a step), every fourth from the start of the command on."""
+    command = lambda name, save_every: [
+        *_tiny(text, tmp_path / name)[5:],
+        *("--config.steps=400", "--config.eval_every=50", f"--config.save_every={save_every}"),
+    ]
+    moments, within, reached = random.Random(0), 0, [0]
+    log, folder = tmp_path / "killed" / "metrics.jsonl", tmp_path / "killed" / "checkpoints"
+    starts = lambda: sum("began" in row for row in metrics.read(log)) if log.exists() else 0
+    for attempt in range(20):
+        before, process = starts(), start(command("killed", 1))
+        deadline = time.monotonic() + 120
+        while attempt % 4 != 3 and starts() == before and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 3.0 if attempt % 4 == 3 else 0.7))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        within += any("partial" in path.name for path in folder.iterdir())
+        reached.append(max(checkpoint.steps(folder), default=0))
+    print(f"{within} of 20 kills within a save; checkpoints reached: {reached}")
+    assert within >= 5 and reached == sorted(reached) and reached[-1] < 400
+    for name in ("killed", "whole"):
+        process = start(command(name, 0))
+        process.join()
+        assert process.exitcode == 0
+    assert _numbers(tmp_path / "killed") == _numbers(tmp_path / "whole")
+    ends = [_arrays(tmp_path / name / "checkpoints" / "400") for name in ("killed", "whole")]
+    assert len(ends[0]) > 20 and _same(*ends)
+
+
+def _arrays(path):
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        leaves = jax.tree_util.tree_leaves_with_path(orbax.restore(path))
+    return {jax.tree_util.keystr(keys): np.asarray(leaf) for keys, leaf in leaves}

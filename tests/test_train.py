@@ -1,7 +1,6 @@
 """A run as its user sees it: resumed, killed, stopped, misconfigured."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -370,22 +369,3 @@ def test_a_signal_saves_and_exits_cleanly(signum, text, tmp_path):
     assert process.returncode == 0, err
     stopped = max(checkpoint.steps(tmp_path / "checkpoints"))
     assert f"stopped at step {stopped} of 60" in err and stopped < 60
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_a_run_ends_as_if_nothing_had_happened(text, tmp_path):
-    """SIGKILL in the middle of steps and of saves: a checkpoint every 2 steps makes either likely."""
-    whole = run_config.read("configs/tiny.py", [a for a in _tiny(text, "", *LONG) if a.startswith("--config.")])
-    reference = train.run(whole, tmp_path / "whole")
-    for delay in (0.0, 0.13, 0.02, 0.31, 0.07):
-        process = subprocess.Popen(
-            _tiny(text, tmp_path / "killed", *LONG), cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-        done = max(checkpoint.steps(tmp_path / "killed" / "checkpoints"), default=0)
-        _wait_for(tmp_path / "killed" / "metrics.jsonl", min(done + 6, 60), process)
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    state = train.run(whole, tmp_path / "killed")
-    assert _same(state, reference)
-    assert _numbers(tmp_path / "killed") == _numbers(tmp_path / "whole")
