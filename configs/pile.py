@@ -34,6 +34,7 @@ def get_config(arg="169m"):
     config.model.update(vocab_size=50277, num_layers=num_layers, dim=dim, dtype="bfloat16", remat="block")
     config.model.embedding_scale = lr  # v4neo draws the embedding from U(+-lr_init)
     config.update(corpus="pile", tokenizer="20B_tokenizer.json", seq_len=1024, batch_size=128, strategy="fsdp")
+    config.data.order = "released"
     config.steps = MINI_EPOCHS * WINDOWS // config.batch_size
     config.optim.update(lr=lr, lr_end=lr_end, warmup=0.0, decay=1 - constant / MINI_EPOCHS)
     config.update(log_every=100, eval_every=10_000, eval_tokens=2**22, save_every=1000)

@@ -22,7 +22,8 @@ _CONTENTS = {
 }
 _MODULES = (
     "checkpoint", "corpora", "data", "evaluate", "finetune", "generate", "hardware", "interop", "launch",
-    "metrics", "models", "ops", "optim", "parallel", "pretrained", "run_config", "tokenizers", "train",
+    "metrics", "mixture", "models", "ops", "optim", "orders", "parallel", "pretrained", "run_config",
+    "tokenizers", "train",
 )  # fmt: skip
 
 __all__ = ["RWKVForCausalLM", "build", "load", "log_likelihoods", "save", "stack", "stream", "unstack"]

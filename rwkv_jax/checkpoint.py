@@ -150,7 +150,9 @@ def verify(folder, step: int) -> None:
             raise ValueError(f"{path}: damaged checkpoint: file {name} differs from its SHA-256")
 
 
-def restore(folder, like: Any, step: int | None = None, key: str | None = None) -> tuple[int, Any]:
+def restore(
+    folder, like: Any, step: int | None = None, key: str | None = None, drop: tuple[str, ...] = ()
+) -> tuple[int, Any]:
     """Step and tree of a verified checkpoint: of `step`, or else of the newest valid one.
 
     A damaged checkpoint that is passed over is reported in one line on stderr.
@@ -160,6 +162,7 @@ def restore(folder, like: Any, step: int | None = None, key: str | None = None) 
         one) comes back as a `jax.Array` on that sharding, whatever sharding it was saved from; one without,
         as a NumPy array.
       key: restore only what the stored tree has under this name ("params"); `like` is then the tree below it.
+      drop: names of the stored tree that are not read, whether it has them or not.
 
     Raises:
       ValueError: no checkpoint is valid, or a leaf's presence, shape or dtype is not as in `like`.
@@ -173,10 +176,11 @@ def restore(folder, like: Any, step: int | None = None, key: str | None = None) 
     abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
     item = jax.tree.map(abstract, like if key is None else {key: like})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        stored = orbax.metadata(path).item_metadata.tree
+        stored = {k: v for k, v in dict(orbax.metadata(path).item_metadata.tree).items() if k not in drop}
         _check(path, stored if key is None else {key: stored[key]} if key in stored else {}, item)
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=key is not None)
+        # partial, since `_check` has seen everything: a None may also be missing on disk
+        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
         tree = orbax.restore(path, args=args)
     return step, tree if key is None else tree[key]
 

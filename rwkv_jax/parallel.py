@@ -4,10 +4,10 @@
     put(batch) -> batch         the rows that this host has read (`rows`) onto its devices
     step(state, batch, lr) -> (state, metrics)      state donated
 
-and the training loop never asks which one it has. Outside this file every array is a global `jax.Array` without a
-device axis. `step(state, batch, lr, axis_name=None)` reduces over `axis_name` where it is given (pmap), and sees the
-global batch otherwise. `devices` are all that there are unless the caller names others, for which a step can be
-compiled though they are not here.
+and the training loop never asks which one it has. A state's `carry`, what the rows of the batch remember, is split as
+they are. Outside this file every array is a global `jax.Array` without a device axis. `step(state, batch, lr,
+axis_name=None)` reduces over `axis_name` where it is given (pmap), and sees the global batch otherwise. `devices` are
+all that there are unless the caller names others, for which a step can be compiled though they are not here.
 """
 
 import contextlib
@@ -34,24 +34,37 @@ def single(init, step, devices=None, replicas=1):
 def data_parallel(init, step, devices=None, replicas=1):
     """`jax.pmap`: parameters replicated, rows of the batch split."""
     mesh = _mesh("pmap", devices)
+    by_rows = NamedSharding(mesh, P(AXIS))
+
+    def on_a_device(state, carry, batch, lr):
+        state, values = step(state.replace(carry=carry), batch, lr, axis_name=AXIS)
+        return state.replace(carry=None), state.carry, values
+
     mapped = jax.pmap(
-        partial(step, axis_name=AXIS),
+        on_a_device,
         axis_name=AXIS,
-        in_axes=(None, 0, None),
-        out_axes=(None, None),
+        in_axes=(None, 0, 0, None),
+        out_axes=(None, 0, None),
         devices=list(mesh.devices.flat),
-        donate_argnums=0,
+        donate_argnums=(0, 1),
     )
 
     def globally(state, batch, lr):
-        # pmap takes and returns what this host holds; of one host these three lines copy and compile nothing
-        local = multihost_utils.global_array_to_host_local_array(state, mesh, P())
-        state_and_metrics = mapped(local, batch, lr)
-        return multihost_utils.host_local_array_to_global_array(state_and_metrics, mesh, P())
+        # pmap takes and returns what this host holds; of one host these lines copy and compile nothing
+        here = partial(multihost_utils.global_array_to_host_local_array, global_mesh=mesh)
+        back = partial(multihost_utils.host_local_array_to_global_array, global_mesh=mesh)
+        carry = put(here(state.carry, pspecs=P(AXIS)))
+        state, carry, values = mapped(here(state.replace(carry=None), pspecs=P()), carry, batch, lr)
+        state, values = back((state, values), pspecs=P())
+        carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+        return state.replace(carry=back(carry, pspecs=P(AXIS))), values
 
     put = lambda batch: jax.tree.map(lambda x: x.reshape(jax.local_device_count(), -1, *x.shape[1:]), batch)
     # placed on the mesh before the first step, or that one would be compiled for one device and the next for all
-    return jax.jit(init, out_shardings=NamedSharding(mesh, P())), globally, put
+    like = jax.eval_shape(init, jax.random.key(0))
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, P()), like)
+    shardings = shardings.replace(carry=jax.tree.map(lambda x: by_rows, like.carry))
+    return jax.jit(init, out_shardings=shardings), globally, put
 
 
 def fsdp(init, step, devices=None, replicas=1):
@@ -136,7 +149,10 @@ def _assembled(sharding, x):
 
 
 def shard_rule(mesh, path, x):
-    """Sharding of one leaf: its largest axis that the devices of a replica divide, never that of stacked layers."""
+    """Sharding of one leaf: its largest axis that the devices of a replica divide, never that of stacked layers; what
+    the rows of the batch remember, by rows."""
+    if getattr(path[0], "name", None) == "carry":
+        return _split(mesh)
     stacked = any(getattr(p, "key", None) == "blocks" for p in path)
     for axis in sorted(range(int(stacked), len(x.shape)), key=lambda a: -x.shape[a]):
         if x.size >= MIN_SHARDED and x.shape[axis] % mesh.shape[FSDP] == 0:

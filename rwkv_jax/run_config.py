@@ -7,7 +7,7 @@ import re
 import runpy
 import typing
 
-from rwkv_jax import models, optim
+from rwkv_jax import models, optim, orders
 
 
 def default():
@@ -25,9 +25,14 @@ def default():
     return ConfigDict(
         {
             "model": model | {"layers": placeholder(tuple)},
-            "corpus": "stdlib",  # or enwik8, hf:NAME, a path of text, JSONL, .npy, Megatron: see `corpora.prepare`
-            # Of JSONL and hf: a field, or a template such as "Question: {question}"; the prompt is not predicted.
-            "data": {"text": "text", "prompt": ""},
+            # or enwik8, hf:NAME, a path of text, JSONL, .npy, Megatron: see `corpora.prepare`; or a.txt:0.7,b.txt:0.3
+            "corpus": "stdlib",
+            "data": {
+                # Of JSONL and hf: a field, or a template such as "Question: {question}"; the prompt is not predicted.
+                "text": "text",
+                "prompt": "",
+                "order": "shuffled",  # shuffled, released, packed, documents: see `rwkv_jax.orders`
+            },
             "tokenizer": "bytes",  # or characters, world, or the path of a tokenizer.json
             "seq_len": 256,
             "batch_size": 16,
@@ -36,6 +41,9 @@ def default():
             "strategy": "single",  # single, pmap, fsdp
             "replicas": 1,  # fsdp: copies of the parameters, each split over devices / replicas; best one a slice
             "accumulation": 1,  # micro-batches a step
+            "segments": 1,  # of a step's T tokens, read one after the other in the memory of one
+            "stop_gradient": False,  # between these segments: truncated back-propagation
+            "carry_state": False,  # rows start a step from the state in which they ended the last; order "documents"
             "loss_chunk": placeholder(int),  # tokens whose logits exist at one time on a device; None: by vocab_size
             "optim": {
                 "lr": placeholder(float),  # None: `optim.default_lr` of the width
@@ -83,7 +91,9 @@ RANGES = {
     "seed": (lambda x: 0 <= x < 2**32, "0 to 2^32 - 1"),
     "replicas": _AT_LEAST(1),
     "accumulation": _AT_LEAST(1),
+    "segments": _AT_LEAST(1),
     "loss_chunk": _AT_LEAST(1),
+    "data.order": (lambda x: x in orders.ORDERS, f"one of {', '.join(orders.ORDERS)}"),
     "log_every": _AT_LEAST(0),
     "diagnostics_every": _AT_LEAST(0),
     "eval_every": _AT_LEAST(0),

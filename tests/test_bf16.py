@@ -25,7 +25,7 @@ def test_moments_and_sums_of_gradients_are_float32_and_parameters_stay_bfloat16(
     model, tx = models.build("rwkv4", vocab_size=8, num_layers=1, dim=8, param_dtype="bfloat16"), optim.optimiser()
     state = jax.eval_shape(train.make_init(model, tx), jax.random.key(0))
     rows = {"tokens": jnp.zeros((4, 5), jnp.int32), "mask": jnp.ones((4, 4), bool)}
-    gradient, _ = jax.eval_shape(train.step.make_gradient(model, accumulation=accumulation), state, rows)
+    gradient, *_ = jax.eval_shape(train.step.make_gradient(model, accumulation=accumulation), state, rows)
     after, _ = jax.eval_shape(train.make_step(model, tx, accumulation=accumulation), state, rows, jnp.float32(1))
     assert _dtypes(gradient) == _dtypes(after.opt_state) == {jnp.dtype("float32")}
     dtype_of = lambda tree: jax.tree.map(lambda x: x.dtype, tree)

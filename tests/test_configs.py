@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_jax import models, run_config, train
 
-CONFIGS = ["tiny.py", "tiny.py:transformer", "enwik8.py:rwkv4", "enwik8.py:transformer"]
+CONFIGS = ["tiny.py", "tiny.py:transformer", "enwik8.py:rwkv4", "enwik8.py:transformer", "extend.py:tiny-128"]
 PILE = {"169m": 169_342_464, "430m": 430_397_440, "1b5": 1_515_106_304, "3b": 2_984_627_200, "7b": 7_392_649_216,
         "14b": 14_148_597_760}  # fmt: skip
 
@@ -29,6 +29,31 @@ def test_pile_has_the_papers_sizes_and_its_token_count(size):
     config = run_config.read(f"configs/pile.py:{size}")
     assert _parameters(config) == PILE[size]
     assert config.steps * config.batch_size * config.seq_len == pytest.approx(332.08e9, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", ["169m", "14b", "tiny"])
+def test_each_stage_of_an_extension_goes_on_where_the_last_one_ended(size):
+    windows = [128, 256, 512, 1024] if size == "tiny" else [1024, 2048, 4096, 8192]
+    first = "extend.py:tiny-128" if size == "tiny" else f"pile.py:{size}"
+    last = run_config.read(f"configs/{first}")
+    whole = last.steps * last.batch_size * last.seq_len
+    for window, billions in zip(windows[1:], [10, 100, 100], strict=True):
+        config = run_config.read(f"configs/extend.py:{size}-{window}")
+        trunk = f"runs/{'tiny' if size == 'tiny' else f'pile-{size}'}-{last.seq_len}".removesuffix("-1024")
+        assert config.branch_from == f"{trunk}/checkpoints/{last.steps}"
+        assert config.seq_len == window and config.model == last.model
+        tokens = (config.steps - last.steps) * config.batch_size * window
+        assert tokens == pytest.approx(billions * (1e9 if size != "tiny" else whole / 332.1), rel=0.01)
+        model = models.build(**{k: v for k, v in config.model.to_dict().items() if v is not None})
+        lr = train.learning_rate(config, model)
+        before = train.learning_rate(last, model)
+        assert lr(config.steps - 1) == lr(last.steps) == pytest.approx(before(last.steps - 1))
+        last = config
+
+
+def test_an_extension_of_another_length_is_one_line():
+    with pytest.raises(ValueError, match="stage is '14b-1000', expected a size of"):
+        run_config.read("configs/extend.py:14b-1000")
 
 
 def test_enwik8_is_the_papers_shape():

@@ -88,7 +88,7 @@ def test_what_the_prompt_holds_is_not_to_be_predicted(tmp_path):
     assert seen == 60
     assert corpus.sha256 != prepare(source, text="question").sha256
 
-    batch = data.dataset(corpus.train.tokens, mask=corpus.train.mask, seq_len=40, batch_size=3, seed=0)[0]
+    batch = data.dataset(corpus.train, seq_len=40, batch_size=3, seed=0)[0]
     for tokens, mask in zip(batch["tokens"], batch["mask"], strict=True):
         predicted = bytes(tokens[1:][mask].astype(np.uint8))
         assert set(predicted) <= set(b"\0 0123456789") and predicted

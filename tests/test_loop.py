@@ -26,7 +26,7 @@ def events(monkeypatch):
     """A program whose loss is the number of its step, and what the loop does with it, in order."""
     events, real = [], jax.device_get
 
-    def programs(*_):
+    def programs(*_, **__):
         numbers = {"put": itertools.count(1), "step": itertools.count(1)}
 
         def note(what):

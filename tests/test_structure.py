@@ -17,7 +17,7 @@ ORDER = (
     {"train", "launch", "pretrained", "finetune"},
     {"run_config"},
     {"generate", "evaluate", "interop", "checkpoint", "parallel", "optim", "metrics", "hardware"},
-    {"data", "corpora", "tokenizers", "models"},
+    {"data", "mixture", "orders", "corpora", "tokenizers", "models"},
     {"ops"},
 )
 RANK = {name: len(ORDER) - i for i, line in enumerate(ORDER) for name in line}

@@ -47,12 +47,12 @@ def make_diagnose(model, tx, method=FULL, **options):
     mean_gradient = make_gradient(model, method=method, **options)
 
     def diagnose(state, batch, lr, axis_name=None):
-        grads, loss = mean_gradient(state, batch, axis_name)
+        grads, loss, _ = mean_gradient(state, batch, axis_name)
         new_state, _ = apply_gradient(tx, state, grads, loss, lr)
         updates = jax.tree.map(jnp.subtract, new_state.params, state.params)
         trees = {"parameter_norm": state.params, "gradient_norm": grads, "update_norm": updates}
         params, initial = method.bind(state.params, state.frozen, len(batch["tokens"]))
-        seen = _over_batch(model, params, initial, batch)
+        seen = _over_batch(model, params, initial if state.carry is None else state.carry, batch)
         if axis_name is not None:
             seen = jax.lax.pmax(seen, axis_name)
         values = {name: norms(tree) for name, tree in trees.items()}

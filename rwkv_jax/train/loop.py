@@ -19,6 +19,7 @@ from rwkv_jax import (
     finetune,
     hardware,
     metrics,
+    mixture,
     models,
     optim,
     parallel,
@@ -50,21 +51,33 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
         model = models.build(**fields)
         method.check(model)
         parallel.check_divisible(config.batch_size, config.accumulation, config.strategy, config.replicas)
+        _check_segments(config, model)
         lr = learning_rate(config, model)
-        corpus = corpora.prepare(config.corpus, tokenizer(config, workdir), **config.data)
+        encoder = tokenizer(config, workdir)
+        corpus = mixture.prepare(config.corpus, encoder, text=config.data.text, prompt=config.data.prompt)
         if corpus.vocab_size > model.vocab_size:
             raise ValueError(
                 f"model.vocab_size is {model.vocab_size}, expected at least {corpus.vocab_size}, "
                 f"the vocabulary of tokenizer {config.tokenizer!r}"
             )
         shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
-        train = corpus.train
-        stream = functools.partial(data.dataset, train.tokens, mask=train.mask, **shape, seed=config.seed)
+        stream = functools.partial(data.dataset, corpus.train, **shape, seed=config.seed, order=config.data.order)
         batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size, config.replicas))
         o = config.optim
         recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
-        steps = (config.strategy, config.replicas, config.accumulation, config.seed, o.l2wrap, config.loss_chunk)
-        init, *programs = _programs(model, method, recipe, *steps)
+        init, *programs = _programs(
+            model,
+            method,
+            recipe,
+            (config.strategy, config.replicas),
+            config.batch_size if config.carry_state else None,
+            accumulation=config.accumulation,
+            seed=config.seed,
+            l2wrap=o.l2wrap,
+            loss_chunk=config.loss_chunk,
+            segments=config.segments,
+            stop_gradient=config.stop_gradient,
+        )
     hosts.check_same("the config or corpus", f"{config}{corpus.sha256}")
 
     with contextlib.ExitStack() as held:
@@ -102,20 +115,34 @@ def _use_compilation_cache(wanted: bool | None):
 
 
 @functools.cache
-def _programs(model, method, recipe, strategy, replicas, accumulation, seed, l2wrap, loss_chunk):
+def _programs(model, method, recipe, strategy_and_replicas, carry_rows, **options):
     """(init, step, put, diagnose), compiled once a process: further runs of the same model start at once."""
-    tx = optim.optimiser(*recipe)
-    options = {
-        "method": method,
-        "accumulation": accumulation,
-        "seed": seed,
-        "l2wrap": l2wrap,
-        "loss_chunk": loss_chunk,
-    }
-    init = make_init(model, tx, method)
+    (strategy, replicas), tx = strategy_and_replicas, optim.optimiser(*recipe)
+    init, options = make_init(model, tx, method, carry_rows), options | {"method": method}
     distribute = functools.partial(parallel.STRATEGIES[strategy], replicas=replicas)
     _, diagnose, _ = distribute(init, make_diagnose(model, tx, **options))
     return *distribute(init, make_step(model, tx, **options)), diagnose
+
+
+def _check_segments(config, model):
+    """One line where state cannot be handed on as the config asks."""
+    if (config.carry_state or config.segments > 1) and set(model.layers) != {"rwkv4"}:
+        raise ValueError(
+            f"carry_state is {config.carry_state} and segments {config.segments}, expected False and 1: "
+            f"layers are {model.layers}, and attention has no state of fixed size"
+        )
+    if config.finetune.method == "state" and (config.segments > 1 or config.data.order != "shuffled"):
+        raise ValueError(
+            f"data.order is {config.data.order!r} and segments {config.segments} with finetune.method 'state', "
+            "expected 'shuffled' and 1: every row begins with the state that is learned"
+        )
+    if config.carry_state and config.data.order != "documents":
+        raise ValueError(
+            f"data.order is {config.data.order!r} with carry_state, expected 'documents': "
+            "rows go on where they were in no other"
+        )
+    if config.seq_len % config.segments:
+        raise ValueError(f"seq_len is {config.seq_len}, expected a multiple of {config.segments} segments")
 
 
 def learning_rate(config, model):
@@ -169,12 +196,11 @@ def _loop(workdir, config, model_and_method, corpus, feed, lr, programs, state, 
             raise divergence.DivergedError(f"{problem}; {_newest(folder)}; docs/faults.md tells how to replay a batch")
 
     def evaluate_step():
-        held_out, mask = corpus.valid.tokens[: config.eval_tokens], corpus.valid.mask
+        held_out, counts = corpus.held_out(config.eval_tokens)
         with parallel.beside_the_step(config.strategy, config.replicas):
             params, initial = method.bind(state.params, state.frozen, config.batch_size)
             nll = evaluate.windows(model, params, held_out, config.seq_len, config.batch_size, initial)
-        counts = slice(None) if mask is None else mask[1 : len(held_out)] != 0
-        losses = _losses(nll[1:][counts].mean(), config)
+        losses = _losses(nll[1:][counts[1:]].mean(), config)
         write({"step": done} | {f"valid_{k}": v for k, v in losses.items()})
         clock.lap("evaluate")
 

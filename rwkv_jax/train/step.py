@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -18,6 +19,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: tuple
     skipped: jax.Array  # steps whose loss or gradient was not finite: they changed nothing
     frozen: Any = None  # parameters that the run only starts from, beside those that it trains
+    carry: tuple | None = None  # recurrent state of the batch's rows, where it is handed from step to step
 
 
 def stored(state: TrainState) -> dict:
@@ -25,83 +27,140 @@ def stored(state: TrainState) -> dict:
     return {name: x for name, x in vars(state).items() if x is not None and name != "frozen"}
 
 
-def make_init(model, tx, method=FULL):
-    """`init(key) -> TrainState`."""
+def make_init(model, tx, method=FULL, carry_rows=None):
+    """`init(key) -> TrainState`, with the empty state of `carry_rows` rows where a number is given."""
 
     def init(key):
         params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
         params, frozen = method.split(model, params, key)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero, frozen)
+        carry = None if carry_rows is None else model.init_state(carry_rows)
+        return TrainState(zero, params, tx.init(params), zero, frozen, carry)
 
     return init
 
 
 def make_step(model, tx, **options):
-    """`step(state, batch, lr, axis_name=None) -> (state, metrics)` on tokens [B, T+1] and a loss mask [B, T].
+    """`step(state, batch, lr, axis_name=None) -> (state, metrics)` on tokens [B, T+1], a loss mask [B, T] and, where
+    documents matter, `reset` [B, T].
 
     Options are those of `make_gradient`.
     """
     mean_gradient = make_gradient(model, **options)
 
     def step(state, batch, lr, axis_name=None):
-        return apply_gradient(tx, state, *mean_gradient(state, batch, axis_name), lr)
+        grads, loss, carry = mean_gradient(state, batch, axis_name)
+        new, values = apply_gradient(tx, state, grads, loss, lr)
+        taken = new.skipped == state.skipped
+        return new.replace(carry=jax.tree.map(lambda x, old: jnp.where(taken, x, old), carry, state.carry)), values
 
     return step
 
 
-def make_gradient(model, *, method=FULL, accumulation=1, seed=0, l2wrap=True, loss_chunk=None):
-    """`mean_gradient(state, batch, axis_name=None) -> (gradient, loss in nats)`.
+def make_gradient(
+    model, *, method=FULL, accumulation=1, seed=0, l2wrap=True, loss_chunk=None, segments=1, stop_gradient=False
+):
+    """`mean_gradient(state, batch, axis_name=None) -> (gradient, loss in nats, carry after the batch)`.
 
     Loss and gradient are sums, divided once by the number of masked-in targets of the whole step: over micro-batches
     and devices too, so that neither changes what a ragged mask means. `loss_chunk`: see `optim.token_losses`.
+
+    With `segments` k the T tokens are read as k segments of T / k, recurrent state handed on, in the memory of one
+    segment: truncated back-propagation with `stop_gradient`, else the whole gradient at the cost of a second forward
+    pass. A `carry` in the state is where the rows' first segment starts from, without gradient.
     """
 
     def token_losses(head_params, rows):
         head = lambda x: model.apply({"params": {"head": head_params}}, x, method="logits")
         return optim.token_losses(head, *rows, loss_chunk)
 
-    def objective(params, frozen, batch, key):
+    def objective(trained, frozen, batch, state, key):
         tokens_BT, mask_BT = batch["tokens"], batch["mask"]
         rngs = {"dropout": key} if model.dropout else None
-        params, initial = method.bind(params, frozen, len(tokens_BT))
-        x_BTD, _ = model.apply({"params": params}, tokens_BT[:, :-1], initial, rngs=rngs, method="hidden")
+        params, initial = method.bind(trained, frozen, len(tokens_BT))
+        start, reset_BT = initial if state is None else state, batch.get("reset")
+        x_BTD, end = model.apply(
+            {"params": params}, tokens_BT[:, :-1], start, reset_BT=reset_BT, rngs=rngs, method="hidden"
+        )
         # every device gathers the head once and chunks its own rows: the head's gradient is reduced once too
         with jax.named_scope("loss"):
             nll_BT, penalty_BT = on_own_rows(token_losses)(params["head"], (x_BTD, tokens_BT[:, 1:]))
             nll_BT = jnp.where(mask_BT, nll_BT, 0)
             penalty_BT = jnp.where(mask_BT, penalty_BT, 0) if l2wrap else 0
-        return (nll_BT + penalty_BT).sum(), (nll_BT.sum(), mask_BT.sum())
+        return (nll_BT + penalty_BT).sum(), (nll_BT.sum(), mask_BT.sum(), end if state else None)
 
-    def gradient(*operands):
+    def gradient_of(f):
         """Sums over micro-batches and devices are float32 at least, whatever the parameters are."""
-        return optim.wide(jax.grad(objective, has_aux=True)(*operands))
 
-    def sums(params, frozen, batch, key):
+        def gradient(*operands):
+            grads, sums_and_end = jax.grad(f, has_aux=True)(*operands)
+            return optim.wide(grads), sums_and_end
+
+        return gradient
+
+    if segments == 1:
+        gradient = gradient_of(objective)
+    elif stop_gradient:
+        gradient = _in_segments(gradient_of(objective), model, segments)
+    else:
+        gradient = gradient_of(_in_segments(jax.checkpoint(objective, prevent_cse=False), model, segments))
+
+    def sums(trained, frozen, batch, carry, key):
         if accumulation == 1:
-            return gradient(params, frozen, batch, key)
-        micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+            return gradient(trained, frozen, batch, carry, key)
+        apart = lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+        micro = jax.tree.map(apart, (batch, carry))
 
-        def add(total, i_and_batch):
-            i, batch = i_and_batch
-            grads = gradient(params, frozen, batch, jax.random.fold_in(key, i))
-            return jax.tree.map(jnp.add, total, grads), None
+        def add(total, i_and_rows):
+            i, (batch, carry) = i_and_rows
+            grads, (nll, count, carry) = gradient(trained, frozen, batch, carry, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, (grads, nll, count)), carry
 
-        shapes = jax.eval_shape(gradient, params, frozen, jax.tree.map(lambda x: x[0], micro), key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, (jnp.arange(accumulation), micro))[0]
+        first = lambda *params: gradient(*params, *jax.tree.map(lambda x: x[0], micro), key)
+        grads, (nll, count, _) = jax.eval_shape(first, trained, frozen)
+        (grads, nll, count), carry = jax.lax.scan(add, _zeros((grads, nll, count)), (jnp.arange(accumulation), micro))
+        together = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        return grads, (nll, count, jax.tree.map(together, carry))
 
     def mean_gradient(state, batch, axis_name=None):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        totals = sums(state.params, state.frozen, batch, key)
+        grads, (nll, count, carry) = sums(state.params, state.frozen, batch, state.carry, key)
         if axis_name is not None:
-            totals = jax.lax.psum(totals, axis_name)
-        grads, (nll, count) = totals
-        return jax.tree.map(lambda g: g / count, grads), nll / count
+            grads, nll, count = jax.lax.psum((grads, nll, count), axis_name)
+        return jax.tree.map(lambda g: g / count, grads), nll / count, carry
 
     return mean_gradient
+
+
+def _in_segments(f, model, segments):
+    """`f` on one segment of the rows after the other: its sums added up, recurrent state handed on."""
+
+    def run(trained, frozen, batch, carry, key):
+        rows, length = batch["tokens"].shape[0], batch["mask"].shape[1] // segments
+        windows = np.arange(segments)[:, None] * length + np.arange(length + 1)
+        pieces = {
+            name: x.reshape(rows, segments, length).swapaxes(0, 1) for name, x in batch.items() if name != "tokens"
+        }
+        pieces["tokens"] = batch["tokens"][:, windows].swapaxes(0, 1)
+        start = model.init_state(rows) if carry is None else carry
+
+        def one(total_and_state, i_and_piece):
+            (total, state), (i, piece) = total_and_state, i_and_piece
+            x, (nll, count, state) = f(trained, frozen, piece, state, jax.random.fold_in(key, i))
+            return (jax.tree.map(jnp.add, total, (x, nll, count)), state), None
+
+        x, (nll, count, _) = jax.eval_shape(f, trained, frozen, jax.tree.map(lambda x: x[0], pieces), start, key)
+        zeros = _zeros((x, nll, count))
+        ((x, nll, count), end), _ = jax.lax.scan(one, (zeros, start), (jnp.arange(segments), pieces))
+        return x, (nll, count, None if carry is None else end)
+
+    return run
+
+
+def _zeros(shapes):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 @jax.named_scope("optimiser")

@@ -131,7 +131,9 @@ def restore(workdir, config, model, method, init):
         trunk = Path(config.branch_from)
         if not trunk.name.isdecimal():
             raise ValueError(f"branch_from is {config.branch_from!r}, expected <workdir>/checkpoints/<step>")
-        step, found = checkpoint.restore(trunk.parent, like, int(trunk.name))
+        # rows of another batch: what they remember begins anew
+        like = {name: value for name, value in like.items() if name != "carry"}
+        step, found = checkpoint.restore(trunk.parent, like, int(trunk.name), drop=("carry",))
         state = state.replace(**found)
         if step >= config.steps:
             raise ValueError(f"steps is {config.steps}, expected more than the {step} of branch_from")
