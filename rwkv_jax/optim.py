@@ -4,13 +4,14 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-LOGITS = 2**26  # elements of the logits that exist at one time: 256 MiB of float32
+LOGITS = 2**27  # elements of the logits that exist at one time: 512 MiB of float32
 
 # Learning-rate multipliers of RWKV-v4neo (`layerwise_lr=1`), as (regex over the parameter path, factor): the first
 # match wins, anything else has 1. Its second Pile stage used 5 for both and for time_mix.
@@ -171,36 +172,73 @@ def l2wrap(logits_BTV):
     return 0.5e-4 * jnp.square(logits_BTV.max(axis=-1))
 
 
-def token_losses(head, x_BTD, targets_BT, chunk: int | None = None):
-    """(`cross_entropy`, `l2wrap`) of each token [B, T], of logits that exist for `chunk` tokens at a time.
+def losses_of_head(head, params, x_BTD, targets_BT, mask_BT, *, chunk: int | None = None, penalised: bool = True):
+    """(objective, nll): sums of `cross_entropy` + `l2wrap`, and of `cross_entropy`, over the tokens masked in.
 
-    `head(x_ND)` gives logits [N, V]. A chunk's are computed again in the backward pass, so that [B, T, V], 6.6 GB at
-    V 50,277 for 32 windows of 1,024, exists in neither; at a small V one chunk holds every token and nothing is
-    computed twice.
+    Logits exist for `chunk` tokens at a time, so that [B, T, V], 6.6 GB at V 50,277 for 32 windows of 1,024, never
+    does; and in differentiation once: a chunk's gradient is taken while its logits are there, rather than computed
+    again in the backward pass. Gradients of the objective alone are defined.
 
     Args:
+        head: `head(params, x_ND)` gives logits [N, V].
+        params: of the head. In the dtype of x at the most, their gradient is summed over chunks in float32.
         x_BTD: activations after the final norm, of the rows of one device: what is split over devices is not chunked.
         chunk: tokens, 1 or more; None: a power-of-two share of them, of at most `LOGITS` logits.
+        penalised: without, the objective has no `l2wrap`.
     """
-
-    def losses(x_and_targets):
-        x, targets = x_and_targets
-        logits = head(x)
-        return cross_entropy(logits, targets), l2wrap(logits)
-
     N = targets_BT.size
     if chunk is None:
-        wanted = -(-N * jax.eval_shape(head, x_BTD).shape[-1] // LOGITS)
+        wanted = -(-jax.eval_shape(head, params, x_BTD.reshape(N, -1)).size // LOGITS)
         chunks = 1 << (wanted - 1).bit_length()
     else:
         chunks = -(-N // chunk)
-    if chunks == 1:
-        return losses((x_BTD, targets_BT))
     size = -(-N // chunks)
 
     def split(x):
         x = x.reshape(N, *x.shape[2:])
         return jnp.pad(x, ((0, chunks * size - N), *[(0, 0)] * (x.ndim - 1))).reshape(chunks, size, *x.shape[1:])
 
-    by_chunk = jax.lax.map(jax.checkpoint(losses, prevent_cse=False), (split(x_BTD), split(targets_BT)))
-    return jax.tree.map(lambda x: x.reshape(-1)[:N].reshape(targets_BT.shape), by_chunk)
+    def losses(params, x_ND, targets_N, mask_N):
+        logits_NV = head(params, x_ND)
+        nll_N = cross_entropy(logits_NV, targets_N)
+        objective_N = nll_N + l2wrap(logits_NV) if penalised else nll_N
+        return jnp.where(mask_N, objective_N, 0).sum(), jnp.where(mask_N, nll_N, 0).sum()
+
+    return _summed(losses, params, *map(split, (x_BTD, targets_BT, mask_BT)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(losses, params, x_CND, targets_CN, mask_CN):
+    """Sums of `losses` over chunks."""
+    params = _narrow(params, x_CND.dtype)
+    by_chunk = jax.lax.map(lambda chunk: losses(params, *chunk), (x_CND, targets_CN, mask_CN))
+    return jax.tree.map(jnp.sum, by_chunk)
+
+
+def _summed_forward(losses, params, x_CND, targets_CN, mask_CN):
+    narrow = _narrow(params, x_CND.dtype)
+    gradient = jax.value_and_grad(losses, argnums=(0, 1), has_aux=True)
+
+    def add(total, chunk):
+        sums, (dparams, dx_ND) = gradient(narrow, *chunk)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (sums, dparams)), dx_ND
+
+    sums = jax.eval_shape(losses, narrow, *(x[0] for x in (x_CND, targets_CN, mask_CN)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums, jax.eval_shape(wide, params)))
+    (sums, dparams), dx_CND = jax.lax.scan(add, zeros, (x_CND, targets_CN, mask_CN))
+    return sums, (dparams, dx_CND, params)
+
+
+def _summed_backward(losses, saved, cotangents):
+    dparams, dx_CND, params = saved
+    scale = cotangents[0]
+    dparams = jax.tree.map(lambda x, like: (scale * x).astype(like.dtype), dparams, params)
+    return dparams, (scale * dx_CND).astype(dx_CND.dtype), None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def _narrow(params, dtype):
+    """In `dtype` at the most, once for all chunks."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits else x, params)

@@ -19,8 +19,29 @@ def matmul(x, kernel, dimension_numbers, precision=None, preferred_element_type=
     channel-mixing layer at D 512 then takes 1.1 to 1.2 times as long.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision, preferred_element_type)
+    y = _product(rows, kernel, precision, preferred_element_type)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, kernel, precision, out_dtype):
+    return lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), precision, out_dtype)
+
+
+def _product_forward(x, kernel, precision, out_dtype):
+    return _product(x, kernel, precision, out_dtype), (x, kernel)
+
+
+def _product_backward(precision, out_dtype, saved, dy):
+    """The cotangent of a wider result is rounded to the operands' dtype: two products of 16-bit numbers rather than
+    of float32, which took 2.4 times as long on an H100 (logits of 1,024 tokens at V 50,277)."""
+    x, kernel = saved
+    dy = dy.astype(x.dtype)
+    dx = lax.dot_general(dy, kernel, (((1,), (1,)), ((), ())), precision)
+    return dx, lax.dot_general(x, dy, (((0,), (0,)), ((), ())), precision)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nn.Dense):
