@@ -1,12 +1,14 @@
 """Which form `ops.wkv4` takes, and what it says of arguments that do not fit."""
 
 import functools
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from rwkv_jax.ops import WKV4State, wkv4
+from rwkv_jax.ops.kernels import hopper_at_hand
 
 ROWS, D = 4, 6
 
@@ -26,6 +28,20 @@ def test_no_form_named_is_decided_for_the_platform_that_is_compiled_for():
     assert kernels == {"cpu": 0, "cuda": 0, "tpu": 1}
     decode = one_token.lower(lowering_platforms=("tpu",)).as_text()
     assert "stablehlo.case" not in decode and "tpu_custom_call" not in decode
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [("9.0", 1), ("12.0", 1), ("8.0", 0), ("gfx942", 0)])
+def test_a_hopper_gpu_gets_the_kernel_and_others_do_not(capability, chosen, monkeypatch):
+    """GPUs that are not here, by what JAX says of theirs."""
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    hopper_at_hand.cache_clear()
+    try:
+        assert hopper_at_hand() == chosen
+        if capability in ("9.0", "8.0"):
+            traced = jax.jit(lambda *operands: wkv4(*operands)).trace(*arguments(20))
+            assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == chosen
+    finally:
+        hopper_at_hand.cache_clear()
 
 
 def test_the_kernel_by_name_is_the_platform_s_own():
