@@ -12,11 +12,12 @@ ops: WKV forward and backward at B 4, T 1,024, D 512 takes at most 0.35 of the t
 times its own forward pass, and a quarter of the temporary memory; time a token from 32k to 128k within 25 %. Three
 times its own forward pass is an aim: 3.3 on 2026-11-24.
 
-Not measured: no GPU and no TPU has run this yet. On a GPU, with flash-linear-attention and torch for CUDA installed
-and RWKV-LM cloned to PATH, one command measures WKV beside the released CUDA kernel, that package's Triton kernel and
-fused attention, in at most 8 minutes:
+On a GPU, with flash-linear-attention and torch for CUDA installed and RWKV-LM cloned to PATH, one command measures WKV
+beside the released CUDA kernel, that package's Triton kernel and fused attention, in at most 8 minutes; `pile` measures
+training. Both ran once on an H100, see README.md of experiments. No TPU has run this yet.
 
     python -m experiments.speed.run --suite=ops --rwkv-lm=PATH
+    python -m experiments.speed.pile
 
     make speed
     python -m experiments.speed.run [--suite=train|decode|ops|generation] [--smoke] [--out=DIR] [--rwkv-lm=PATH]

@@ -1,0 +1,137 @@
+"""Training the released sizes on one accelerator: tokens/s, share of the data sheet's peak, and memory.
+
+Each row is `configs/pile.py` at one size and batch, on random tokens, with the remat policy and the form of WKV that it
+names; the transformer of the same size beside. All programs are compiled before the first is timed, as compiling tries
+kernels out on the GPU. A row that does not fit says so.
+
+    python -m experiments.speed.pile [--smoke] [--only=169m,3b] [--seconds=180] [--out=DIR]
+
+Writes DIR/pile.json. Cost: 4 minutes on an H100. `--smoke` is for CPUs: tiny models, numbers without meaning.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import stamp
+from rwkv_jax import hardware, models, optim, run_config, train
+
+#         size, batch, tokens a row, fields of the model
+ROWS = (
+    ("169m", 32, 1024, {"remat": "outputs"}),
+    ("169m", 32, 1024, {"remat": "none"}),
+    ("169m", 32, 1024, {"remat": "block"}),
+    ("169m", 32, 1024, {"remat": "outputs", "wkv_impl": "associative"}),
+    ("169m", 32, 1024, {"remat": "outputs", "name": "transformer"}),
+    ("430m", 32, 1024, {"remat": "outputs"}),
+    ("1b5", 16, 1024, {"remat": "outputs"}),
+    ("3b", 8, 1024, {"remat": "block"}),
+    ("169m", 1, 32768, {"remat": "outputs"}),
+    ("169m", 1, 32768, {"remat": "outputs", "name": "transformer"}),
+    ("169m", 1, 262144, {"remat": "block"}),
+)
+STEPS = 12  # timed, after two
+
+
+def build(size, fields, smoke):
+    config = run_config.read(f"configs/pile.py:{size}", [])
+    config.unlock()
+    config.model.update(fields)
+    if smoke:
+        config.model.update(num_layers=2, dim=64, vocab_size=256, wkv_impl=None)
+    return models.build(**{k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)})
+
+
+def lowered(model, batch, seq_len):
+    """(init compiled lazily, step lowered) for one device."""
+    tx = optim.optimiser()
+    init = jax.jit(train.make_init(model, tx))
+    state = jax.eval_shape(init, jax.random.key(0))
+    shapes = {
+        "tokens": jax.ShapeDtypeStruct((batch, seq_len + 1), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((batch, seq_len), jnp.bool_),
+    }
+    step = jax.jit(train.make_step(model, tx), donate_argnums=0)
+    return init, step.lower(state, shapes, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def measure(model, batch, seq_len, init, compiled, compile_seconds, steps):
+    """Speed and memory of one compiled step."""
+    rng = np.random.default_rng(0)
+    draw = lambda: {
+        "tokens": jnp.array(rng.integers(0, model.vocab_size, (batch, seq_len + 1)), jnp.int32),
+        "mask": jnp.ones((batch, seq_len), bool),
+    }
+    batches, lr, seconds = [draw() for _ in range(4)], np.float32(1e-4), []
+    state = init(jax.random.key(0))
+    for i in range(steps + 2):
+        start = time.perf_counter()
+        state, values = compiled(state, batches[i % len(batches)], lr)
+        loss = float(values["loss_nats"])
+        seconds.append(time.perf_counter() - start)
+    memory, took = compiled.memory_analysis(), statistics.median(seconds[2:])
+    speed, peak = batch * seq_len / took, hardware.peak_flops(jax.devices()[0])
+    flops = hardware.flops_per_token(model, seq_len)
+    return {
+        "compile_seconds": compile_seconds,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "step_seconds": took,
+        "tokens_per_second": speed,
+        "mfu": peak and speed * flops / peak,
+        "state_gb": memory.argument_size_in_bytes / 1e9,
+        "temporary_gb": memory.temp_size_in_bytes / 1e9,
+        "loss_nats": loss,
+    }
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.speed.pile", description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--only", default="", help="sizes, such as 169m,3b")
+    parser.add_argument("--seconds", type=float, default=180, help="no row is begun after these")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args(argv)
+    wanted = [r for r in ROWS if not args.only or r[0] in args.only.split(",")]
+    if args.smoke:
+        wanted = wanted[::4]
+
+    def compile(size, batch, seq_len, fields):
+        if args.smoke:
+            batch, seq_len = 2, min(seq_len, 128)
+        start = time.perf_counter()
+        model = build(size, fields, args.smoke)
+        init, step = lowered(model, batch, seq_len)
+        return model, batch, seq_len, init, step.compile(), time.perf_counter() - start
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(compile, *r) for r in wanted]
+        wait(waiting)
+    began, rows = time.perf_counter(), []
+    for size, batch, seq_len, fields in wanted:
+        found, future = {"size": size, "batch": batch, "seq_len": seq_len, **fields}, waiting.pop(0)
+        try:
+            if time.perf_counter() - began > args.seconds:
+                raise TimeoutError("no time left")
+            found |= measure(*future.result(), 2 if args.smoke else STEPS)
+        except (jax.errors.JaxRuntimeError, TimeoutError) as error:
+            found |= {"left_out": " ".join(str(error).split())[:300]}
+        del future
+        gc.collect()
+        rows.append(found)
+        print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}), flush=True)
+        (args.out / "pile.json").write_text(json.dumps({"rows": rows, "stamp": stamp.stamp()}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
