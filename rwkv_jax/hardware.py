@@ -15,19 +15,22 @@ class Chip(NamedTuple):
     memory: float  # bytes of HBM
     memory_rate: float  # bytes/s
     link_rate: float  # bytes/s into the chip from the others of its slice or node, over all links together
+    network_rate: (
+        float | None
+    )  # bytes/s into the chip from other slices or nodes; None: that is the cluster's business
     source: str
 
 
 _TPU, _NVIDIA = "docs.cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center/"
 # The vendors give the links' bandwidth of both directions together: half of it goes into a chip.
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 32e9, 1200e9, 270e9, _TPU + "v4, links: jax-ml.github.io/scaling-book"),
-    "v5e": Chip("TPU v5 lite", 197e12, 16e9, 819e9, 200e9, _TPU + "v5e"),
-    "v5p": Chip("TPU v5", 459e12, 95e9, 2765e9, 600e9, _TPU + "v5p"),
-    "v6e": Chip("TPU v6 lite", 918e12, 32e9, 1638e9, 400e9, _TPU + "v6e"),
-    "a100": Chip("NVIDIA A100", 312e12, 80e9, 2039e9, 300e9, _NVIDIA + "a100"),
-    "h100": Chip("NVIDIA H100", 989e12, 80e9, 3350e9, 450e9, _NVIDIA + "h100"),
-    "h200": Chip("NVIDIA H200", 989e12, 141e9, 4800e9, 450e9, _NVIDIA + "h200"),
+    "v4": Chip("TPU v4", 275e12, 32 * 2**30, 1200e9, 270e9, None, _TPU + "v4, links: jax-ml.github.io/scaling-book"),
+    "v5e": Chip("TPU v5 lite", 197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, _TPU + "v6e, which has both"),
+    "v5p": Chip("TPU v5", 459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, _TPU + "v5p"),
+    "v6e": Chip("TPU v6 lite", 918e12, 32 * 2**30, 1638e9, 400e9, 12.5e9, _TPU + "v6e"),
+    "a100": Chip("NVIDIA A100", 312e12, 80e9, 2039e9, 300e9, None, _NVIDIA + "a100"),
+    "h100": Chip("NVIDIA H100", 989e12, 80e9, 3350e9, 450e9, None, _NVIDIA + "h100"),
+    "h200": Chip("NVIDIA H200", 989e12, 141e9, 4800e9, 450e9, None, _NVIDIA + "h200"),
 }
 
 
@@ -100,3 +103,17 @@ def flops_per_token(model, seq_len: int) -> float:
             layer = 6 * (4 * D**2 + 2 * D * (model.hidden_dim or 9 * D // 2)) + 6 * D * seq_len
         total += repeats * layer
     return total
+
+
+# Products with D^2 weights that the backward pass computes again, of 13 in a layer's forward pass: see
+# `models.lm.REMAT`. No gradient needs the last product of the transformer's layer.
+RECOMPUTED = {
+    "rwkv4": {"none": 0, "matmuls": 0, "outputs": 8, "block": 13},
+    "attention": {"none": 0, "matmuls": 0, "outputs": 7.5, "block": 8.5},
+}
+
+
+def recomputed_flops_per_token(model) -> float:
+    """FLOPs beside `flops_per_token` that `model.remat` costs: products with weights of the default hidden widths."""
+    repeats = model.num_layers / len(model.layers)
+    return 2 * model.dim**2 * repeats * sum(RECOMPUTED[kind][model.remat] for kind in model.layers)

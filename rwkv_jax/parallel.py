@@ -179,13 +179,15 @@ def beside_the_step(strategy: str, replicas: int = 1):
     return contextlib.nullcontext() if strategy == "single" else _rows_split(_mesh(strategy, replicas=replicas))
 
 
-def check_divisible(batch_size: int, accumulation: int, strategy: str, replicas: int = 1) -> None:
+def check_divisible(
+    batch_size: int, accumulation: int, strategy: str, replicas: int = 1, devices: int | None = None
+) -> None:
     """One line where devices or batch cannot be split evenly: over replicas; over devices and micro-batches."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     if strategy == "single" and jax.process_count() > 1:
         raise ValueError(f"strategy is 'single', expected pmap or fsdp on {jax.process_count()} hosts")
-    devices = 1 if strategy == "single" else jax.device_count()
+    devices = 1 if strategy == "single" else devices or jax.device_count()
     if replicas > 1 and strategy != "fsdp":
         raise ValueError(f"replicas is {replicas}, expected 1 with strategy {strategy!r}")
     if devices % replicas:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rwkv_jax import metrics, run_config, train
+from rwkv_jax import hardware, metrics, models, run_config, train
 from rwkv_jax.train import TrainState, loop, progress
 
 
@@ -52,6 +52,16 @@ def events(monkeypatch):
     monkeypatch.setattr(loop, "_programs", programs)
     monkeypatch.setattr(jax, "device_get", look)
     return events
+
+
+def test_a_row_has_the_share_of_the_peak_that_all_devices_reach(config, events, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "peak_flops", lambda device: 1e9)  # CPUs have no data sheet
+    config.strategy = "pmap"  # four devices
+    train.run(config, tmp_path / "run")
+    row = metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["tokens_per_second_per_device"] == pytest.approx(row["tokens_per_second"] / 4)
+    flops = hardware.flops_per_token(models.build(**config.model.to_dict() | {"layers": ("rwkv4",)}), 8)
+    assert row["mfu"] == pytest.approx(flops * row["tokens_per_second"] / 4e9)
 
 
 def test_the_host_looks_at_a_step_once_the_next_is_on_its_way(config, events, tmp_path):

@@ -10,6 +10,7 @@ from rwkv_jax import run_config
 from rwkv_jax.train import hosts
 from rwkv_jax.train.divergence import DivergedError
 from rwkv_jax.train.loop import run
+from rwkv_jax.train.rehearse import rehearse, table
 
 
 def main(argv=None) -> int:
@@ -20,15 +21,23 @@ def main(argv=None) -> int:
         epilog="--config.FIELD=VALUE sets any field of the config, for instance --config.optim.lr=6e-4",
     )
     parser.add_argument("--config", metavar="FILE.py[:ARG]", required=True)
-    parser.add_argument("--workdir", required=True, help="of several hosts: a folder that all of them share")
+    parser.add_argument("--workdir", help="of several hosts: a folder that all of them share")
     parser.add_argument("--profile", metavar="FIRST:END", help="trace steps FIRST to END - 1 to WORKDIR/profile")
+    parser.add_argument("--rehearse", metavar="SLICE", help="only compile a step, for v5e:4x4, v5p:4x4x8, 2xv6e:16x16")
     several = parser.add_argument_group("several hosts, the same command on each")
     several.add_argument("--distributed", action="store_true", help="as the cluster says: TPU pod, SLURM, Open MPI")
     several.add_argument("--coordinator", metavar="ADDRESS:PORT", help="of host 0; with the next two, by hand")
     several.add_argument("--num_hosts", type=int, metavar="N")
     several.add_argument("--host", type=int, metavar="I", help="this one, 0 to N - 1")
     args, overrides = parser.parse_known_args(argv)
+    if args.rehearse is None and args.workdir is None:
+        parser.error("expected --workdir, or --rehearse")
     try:
+        if args.rehearse is not None:
+            jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
+            row = rehearse(run_config.read(args.config, overrides), args.rehearse)
+            print(table(row))
+            return 0 if row["fits"] else 1
         profile = _steps(args.profile)
         hosts.join(args.distributed, args.coordinator, args.num_hosts, args.host)
         with hosts.together():

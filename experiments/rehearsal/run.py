@@ -1,0 +1,61 @@
+"""What the released sizes need of slices of TPUs, each step compiled for a slice that is not here.
+
+Claim: with parameters split over the chips (FSDP), every size to 14B fits a slice that shares a batch of the paper's,
+128 or 256 windows of 1,024 tokens, with most of the memory free, and at its roofline is bound by arithmetic, not by
+the links: nothing up to 14B needs tensor parallelism. Contradicted where a row does not fit, or is bound by anything
+else than "compute".
+
+    python -m experiments.rehearsal.run            rows that results.json lacks; without the file, all
+    python -m experiments.rehearsal.run --smoke --out=DIR
+    python -m experiments.rehearsal.table          as in docs/scale.md
+
+Cost: 1 to 8 minutes a row on 2 cores, 4 GB of memory; no TPU, but its compiler (pip install libtpu; Linux, x86-64).
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import jax
+
+from experiments import stamp
+from rwkv_jax import run_config
+from rwkv_jax.train.rehearse import rehearse, table
+
+HERE = Path(__file__).parent
+ROWS = [
+    ("v5e:4x4", ["configs/pile.py:169m"]),
+    ("v5p:4x4x8", ["configs/pile.py:7b"]),
+    ("v5p:4x4x8", ["configs/pile.py:14b"]),
+    ("v5p:4x4x8", ["configs/pile.py:14b", "--config.model.remat=matmuls"]),
+    ("v5e:16x16", ["configs/pile.py:14b", "--config.batch_size=256"]),
+    ("2xv5e:8x16", ["configs/pile.py:14b", "--config.batch_size=256", "--config.replicas=2"]),
+]
+SMOKE = [("v5e:2x2", ["configs/tiny.py", "--config.strategy=fsdp"])]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="a small model, to see that it runs")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "results.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    wanted = SMOKE if args.smoke else ROWS
+    for target, (config, *flags) in wanted:
+        command = " ".join(["python -m rwkv_jax.train", f"--config={config}", *flags, f"--rehearse={target}"])
+        if any(row["stamp"]["command"] == command for row in rows):
+            continue
+        row = rehearse(run_config.read(config, flags), target)
+        print(table(row), end="\n\n", flush=True)
+        rows.append(row | {"stamp": stamp.stamp() | {"command": command}})
+        written = path.with_suffix(".new")
+        written.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        os.replace(written, path)
+
+
+if __name__ == "__main__":
+    main()
