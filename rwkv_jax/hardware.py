@@ -17,7 +17,7 @@ class Chip(NamedTuple):
     link_rate: float  # bytes/s into the chip from the others of its slice or node, over all links together
     network_rate: (
         float | None
-    )  # bytes/s into the chip from other slices or nodes; None: that is the cluster's business
+    )  # bytes/s into the chip from other slices or nodes, None where that is up to the cluster
     source: str
 
 
