@@ -1,5 +1,5 @@
 # make compare    RWKV-4 against a transformer of equal size, on text that Python itself carries
-# make test       what a contributor runs (under 5 minutes);  make test-all adds the slow and the live ones
+# make test       what a contributor runs;  make test-all runs the slow and the live ones after it
 # make lint       ruff, as CI runs it
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -28,9 +28,9 @@ precision: $(VENV)/live
 test: $(VENV)/dev
 	$(RUN) -m pytest
 
-test-all: $(VENV)/live $(VENV)/tpu
+test-all: test $(VENV)/live $(VENV)/tpu
 	library=$(abspath $(VENV))/tpu/libtpu/libtpu.so; test ! -f $$library || export TPU_LIBRARY_PATH=$$library; \
-	$(RUN) -m pytest -m ""
+	$(RUN) -m pytest -m "slow or live"
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -14,7 +14,7 @@ class _DiedError(Exception):
     pass
 
 
-def _programs(*_):
+def _programs(*_, **__):
     """A step that costs nothing: everything around it, the loop, the log and the checkpoints, is real."""
 
     def step(state, batch, lr):
@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RWKV_JAX_CACHE", str(folder / "cache"))
-        patch.setattr(train.loop, "_programs", _programs)
+        patch.setattr(train.prepare, "_programs", _programs)
         patch.setattr(train.loop.evaluate, "windows", lambda *_: np.full(64, 7.0))
         train.run(config, folder / "whole")
         patch.setattr(metrics, "append", dies)

@@ -203,7 +203,7 @@ def test_two_hosts_train_as_one_with_their_devices(strategy, whole, alone):
     assert len(_column(workdir, "valid_loss_nats")) == 2
     assert sorted(path.name for path in workdir.iterdir()) == [".lock", "checkpoints", "config.json", "metrics.jsonl"]
     assert len([line for line in lines if f"{STEPS}/{STEPS} steps" in line]) == 1
-    assert len(list((workdir.parent / "cache").glob("*/tokens.bin"))) == 1
+    assert len(list((workdir.parent / "cache").glob("*/train.bin"))) == 1
 
 
 @pytest.mark.slow
@@ -223,6 +223,36 @@ def test_the_launcher_tells_how_to_resume_and_that_is_exact(place, whole):
     assert code == 0, lines
     assert _numbers(workdir) == _numbers(whole("pmap")[0])
     assert _same(_state(workdir), _state(whole("pmap")[0]))
+
+
+@pytest.mark.slow
+def test_hosts_stop_together_end_together_and_resume_exactly(place, whole):
+    """Without a launcher: SIGTERM to the second host, SIGKILL to the first, the second frozen; then to the end."""
+    workdir = place / "disturbed"
+    arguments = _arguments(place, workdir)
+
+    pair = _pair(arguments, arguments)
+    _reached(workdir, 5, *pair)
+    pair[1].send_signal(signal.SIGTERM)
+    (first, lines), (second, _) = (_ended(host) for host in pair)
+    assert first == second == 0, lines
+    (stopped,) = checkpoint.steps(workdir / "checkpoints")[-1:]
+    assert lines[-1] == f"stopped at step {stopped} of {STEPS}, saved; the same command resumes it"
+
+    for signum, victim in ((signal.SIGKILL, 0), (signal.SIGSTOP, 1)):
+        before = metrics.read(workdir / "metrics.jsonl")[-1]["step"]
+        pair = _pair(arguments, arguments)
+        _reached(workdir, before + 3, *pair)
+        pair[victim].send_signal(signum)
+        code, lines = _ended(pair[1 - victim], 60)
+        assert code != 0, lines
+        pair[victim].kill()
+        _ended(pair[victim])
+
+    pair = _pair(arguments, arguments)
+    assert [_ended(host)[0] for host in pair] == [0, 0]
+    assert _numbers(workdir) == _numbers(whole("fsdp")[0])
+    assert _same(_state(workdir), _state(whole("fsdp")[0]))
 
 
 @pytest.mark.slow

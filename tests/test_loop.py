@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from rwkv_jax import hardware, metrics, models, run_config, train
-from rwkv_jax.train import TrainState, loop, progress
+from rwkv_jax.train import TrainState, prepare, progress
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def events(monkeypatch):
             events.append(f"look {int(values['loss_nats'])}")
         return real(values)
 
-    monkeypatch.setattr(loop, "_programs", programs)
+    monkeypatch.setattr(prepare, "_programs", programs)
     monkeypatch.setattr(jax, "device_get", look)
     return events
 

@@ -14,7 +14,7 @@ import pytest
 
 import rwkv_jax
 from rwkv_jax import checkpoint, metrics, run_config, train
-from rwkv_jax.train import loop
+from rwkv_jax.train import prepare
 from rwkv_jax.train.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -141,13 +141,13 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(finished, te
 
 
 def test_the_step_is_traced_once_over_interruption_and_resume(text, tmp_path, monkeypatch):
-    traces, make_step = [], loop.make_step
+    traces, make_step = [], prepare.make_step
 
     def counting(*args, **kwargs):
         step = make_step(*args, **kwargs)
         return lambda *a, **k: (traces.append(1), step(*a, **k))[1]
 
-    monkeypatch.setattr(loop, "make_step", counting)
+    monkeypatch.setattr(prepare, "make_step", counting)
     train.run(_config(text, seed=1), tmp_path)  # a seed of its own: its program is not compiled yet
     assert len(traces) == 1
 

@@ -1,8 +1,8 @@
 """Training the released sizes on one accelerator: tokens/s, share of the data sheet's peak, and memory.
 
-Each row is `configs/pile.py` at one size and batch, on random tokens, with the remat policy and the form of WKV that it
-names; the transformer of the same size beside. All programs are compiled before the first is timed, as compiling tries
-kernels out on the GPU. A row that does not fit says so.
+Each row is `configs/pile.py` at one size and batch, on random tokens, with the remat policy and the form of WKV that
+it names; the transformer of the same size beside. All programs are compiled before the first is timed, as compiling
+tries kernels out on the GPU. A row that does not fit says so.
 
     python -m experiments.speed.pile [--smoke] [--only=169m,3b] [--seconds=180] [--out=DIR]
 

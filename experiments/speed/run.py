@@ -13,8 +13,8 @@ times its own forward pass, and a quarter of the temporary memory; time a token 
 times its own forward pass is an aim: 3.3 on 2026-11-24.
 
 On a GPU, with flash-linear-attention and torch for CUDA installed and RWKV-LM cloned to PATH, one command measures WKV
-beside the released CUDA kernel, that package's Triton kernel and fused attention, in at most 8 minutes; `pile` measures
-training. Both ran once on an H100, see README.md of experiments. No TPU has run this yet.
+beside the released CUDA kernel, that package's Triton kernel and fused attention, in at most 8 minutes; `pile`
+measures training. Both ran once on an H100, see experiments/README.md. No TPU has run this yet.
 
     python -m experiments.speed.run --suite=ops --rwkv-lm=PATH
     python -m experiments.speed.pile

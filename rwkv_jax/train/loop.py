@@ -1,7 +1,6 @@
-"""One loop that reads top to bottom, and what a run needs before it."""
+"""One loop that reads top to bottom."""
 
 import contextlib
-import functools
 import sys
 import time
 from pathlib import Path
@@ -11,24 +10,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rwkv_jax import (
-    checkpoint,
-    corpora,
-    data,
-    evaluate,
-    finetune,
-    hardware,
-    metrics,
-    mixture,
-    models,
-    optim,
-    parallel,
-    run_config,
-)
+from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, parallel
 from rwkv_jax.train import divergence, hosts, progress
-from rwkv_jax.train.diagnostics import make_diagnose
-from rwkv_jax.train.step import TrainState, make_init, make_step, stored
-from rwkv_jax.train.workdir import claimed, restore, rows, tokenizer, write_config
+from rwkv_jax.train.prepare import model_fields, prepared
+from rwkv_jax.train.step import TrainState, stored
+from rwkv_jax.train.workdir import claimed, restore, rows, write_config
 
 
 def run(config, workdir, profile: range | None = None) -> TrainState:
@@ -41,53 +27,19 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
     workdir, began = Path(workdir), time.time()
     hosts.check_joined()
     with hosts.together():
-        run_config.check(config)
-        metrics.check_installed(**config.logging)
         _use_compilation_cache(config.compilation_cache)
-        method = finetune.method_of(config)
-        if config.finetune.model:
-            config = finetune.completed(config)
-        fields = {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
-        model = models.build(**fields)
-        method.check(model)
-        parallel.check_divisible(config.batch_size, config.accumulation, config.strategy, config.replicas)
-        _check_segments(config, model)
-        lr = learning_rate(config, model)
-        encoder = tokenizer(config, workdir)
-        corpus = mixture.prepare(config.corpus, encoder, text=config.data.text, prompt=config.data.prompt)
-        if corpus.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size is {model.vocab_size}, expected at least {corpus.vocab_size}, "
-                f"the vocabulary of tokenizer {config.tokenizer!r}"
-            )
-        shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
-        stream = functools.partial(data.dataset, corpus.train, **shape, seed=config.seed, order=config.data.order)
-        batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size, config.replicas))
-        o = config.optim
-        recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
-        init, *programs = _programs(
-            model,
-            method,
-            recipe,
-            (config.strategy, config.replicas),
-            config.batch_size if config.carry_state else None,
-            accumulation=config.accumulation,
-            seed=config.seed,
-            l2wrap=o.l2wrap,
-            loss_chunk=config.loss_chunk,
-            segments=config.segments,
-            stop_gradient=config.stop_gradient,
-        )
-    hosts.check_same("the config or corpus", f"{config}{corpus.sha256}")
+        r = prepared(config, workdir)
+    config = r.config
+    hosts.check_same("the config or corpus", f"{config}{r.corpus.sha256}")
 
     with contextlib.ExitStack() as held:
         with hosts.together():
             held.enter_context(claimed(workdir))
             held.callback(checkpoint.wait)  # nothing of this run writes there any more when another may
-            write_config(workdir, config, fields, corpus)
+            write_config(workdir, config, model_fields(config), r.corpus)
         hosts.check_shared(workdir)
         before = rows(workdir / "metrics.jsonl")
-        state, start = restore(workdir, config, model, method, init)
+        state, start = restore(workdir, config, r.model, r.method, r.init)
         if profile and not start < profile.start < profile.stop <= config.steps + 1:
             raise ValueError(
                 f"profile is {profile.start}:{profile.stop}, expected steps of this start, "
@@ -99,8 +51,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
         write = lambda row: None  # the first host is alone in writing the log
         if jax.process_index() == 0:
             write = held.enter_context(metrics.opened(workdir, start, config.to_dict(), **config.logging))
-        feed, sinks = (batches, mine), (clock, write)
-        return _loop(workdir, config, (model, method), corpus, feed, lr, programs, state, start, profile, sinks, stop)
+        return _loop(r, workdir, state, start, profile, clock, write, stop)
 
 
 def _use_compilation_cache(wanted: bool | None):
@@ -114,55 +65,13 @@ def _use_compilation_cache(wanted: bool | None):
         jax.config.update("jax_compilation_cache_dir", str(corpora.cache_dir() / "compiled"))
 
 
-@functools.cache
-def _programs(model, method, recipe, strategy_and_replicas, carry_rows, **options):
-    """(init, step, put, diagnose), compiled once a process: further runs of the same model start at once."""
-    (strategy, replicas), tx = strategy_and_replicas, optim.optimiser(*recipe)
-    init, options = make_init(model, tx, method, carry_rows), options | {"method": method}
-    distribute = functools.partial(parallel.STRATEGIES[strategy], replicas=replicas)
-    _, diagnose, _ = distribute(init, make_diagnose(model, tx, **options))
-    return *distribute(init, make_step(model, tx, **options)), diagnose
-
-
-def _check_segments(config, model):
-    """One line where state cannot be handed on as the config asks."""
-    if (config.carry_state or config.segments > 1) and set(model.layers) != {"rwkv4"}:
-        raise ValueError(
-            f"carry_state is {config.carry_state} and segments {config.segments}, expected False and 1: "
-            f"layers are {model.layers}, and attention has no state of fixed size"
-        )
-    if config.finetune.method == "state" and (config.segments > 1 or config.data.order != "shuffled"):
-        raise ValueError(
-            f"data.order is {config.data.order!r} and segments {config.segments} with finetune.method 'state', "
-            "expected 'shuffled' and 1: every row begins with the state that is learned"
-        )
-    if config.carry_state and config.data.order != "documents":
-        raise ValueError(
-            f"data.order is {config.data.order!r} with carry_state, expected 'documents': "
-            "rows go on where they were in no other"
-        )
-    if config.seq_len % config.segments:
-        raise ValueError(f"seq_len is {config.seq_len}, expected a multiple of {config.segments} segments")
-
-
-def learning_rate(config, model):
-    """The schedule of a run: learning rate of each step."""
-    o, steps = config.optim, config.steps
-    lr = optim.default_lr(model.layers[0], model.dim) if o.lr is None else o.lr
-    lr_end = lr / 10 if o.lr_end is None else o.lr_end
-    warmup, decay_start = round(o.warmup * steps), steps - round(o.decay * steps)
-    return optim.schedule(o.schedule, lr, lr_end, steps, warmup, decay_start)
-
-
-def _loop(workdir, config, model_and_method, corpus, feed, lr, programs, state, start, profile, sinks, stop):
-    (batches, mine), (step, put, diagnose), (clock, write) = feed, programs, sinks
-    model, method = model_and_method
+def _loop(r, workdir, state, start, profile, clock, write, stop):
+    config, folder = r.config, workdir / "checkpoints"
     first_host = jax.process_index() == 0  # alone on the terminal
-    folder = workdir / "checkpoints"
     tokens_per_step = config.batch_size * config.seq_len
     devices = 1 if config.strategy == "single" else jax.device_count()
     peak = hardware.peak_flops(jax.devices()[0])
-    flops = hardware.flops_per_token(model, config.seq_len)
+    flops = hardware.flops_per_token(r.model, config.seq_len)
     seconds, timed = 0.0, 0  # since the last row, without compilation, evaluation and saving
     done, saving_behind = start, None  # the save that may still be going on
     due = lambda every: every and done % every == 0
@@ -189,17 +98,17 @@ def _loop(workdir, config, model_and_method, corpus, feed, lr, programs, state, 
         if peak and timed:
             row["mfu"] = flops * speed / (peak * devices)
         # of the rows of all hosts, the same on any number of them; only the host that logs it reads them
-        hashed = data.batch_hash(batches[number - 1]) if first_host else None
+        hashed = data.batch_hash(r.batches[number - 1]) if first_host else None
         write(row | clock.row() | {"batch_hash": hashed})
         seconds, timed = 0.0, 0
         if problem:
             raise divergence.DivergedError(f"{problem}; {_newest(folder)}; docs/faults.md tells how to replay a batch")
 
     def evaluate_step():
-        held_out, counts = corpus.held_out(config.eval_tokens)
+        held_out, counts = r.corpus.held_out(config.eval_tokens)
         with parallel.beside_the_step(config.strategy, config.replicas):
-            params, initial = method.bind(state.params, state.frozen, config.batch_size)
-            nll = evaluate.windows(model, params, held_out, config.seq_len, config.batch_size, initial)
+            params, initial = r.method.bind(state.params, state.frozen, config.batch_size)
+            nll = evaluate.windows(r.model, params, held_out, config.seq_len, config.batch_size, initial)
         losses = _losses(nll[1:][counts[1:]].mean(), config)
         write({"step": done} | {f"valid_{k}": v for k, v in losses.items()})
         clock.lap("evaluate")
@@ -213,21 +122,21 @@ def _loop(workdir, config, model_and_method, corpus, feed, lr, programs, state, 
     shown = progress.shown(start, config.steps) if first_host else contextlib.nullcontext(lambda done, text: None)
     with shown as show, contextlib.ExitStack() as trace:
         waiting = None  # the step dispatched last, whose metrics the host has not seen
-        for done, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(mine, start), strict=False):
-            rate = lr(done - 1)
-            placed = put(batch)  # the step before is still running, and the next one follows it without a pause
+        for done, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(r.mine, start), strict=False):
+            rate = r.lr(done - 1)
+            placed = r.put(batch)  # the step before is still running, and the next one follows it without a pause
             diagnosing, tracing = due(config.diagnostics_every), profile and done == profile.start
             if waiting and (diagnosing or tracing):
                 settle(*waiting)
                 waiting = None
             if diagnosing:
-                state, seen = diagnose(state, placed, np.float32(rate))
+                state, seen = r.diagnose(state, placed, np.float32(rate))
                 write({"step": done} | jax.device_get(seen))
                 clock.lap("diagnose")
             if tracing:
                 trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
             with jax.profiler.StepTraceAnnotation("train", step_num=done):
-                state, values = step(state, placed, np.float32(rate))
+                state, values = r.step(state, placed, np.float32(rate))
             if waiting:
                 settle(*waiting)
             stopping = stop(done - start)  # once a step: what is asked for from here on is the next step's business

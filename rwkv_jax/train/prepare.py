@@ -1,0 +1,116 @@
+"""What a run needs, decided and checked before its workdir is touched."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+
+from rwkv_jax import data, finetune, metrics, mixture, models, optim, parallel, run_config
+from rwkv_jax.train.diagnostics import make_diagnose
+from rwkv_jax.train.step import make_init, make_step
+from rwkv_jax.train.workdir import tokenizer
+
+
+class Run(NamedTuple):
+    config: Any  # with what `finetune.model` decides filled in
+    model: models.LM
+    method: finetune.Method
+    corpus: mixture.Mixture
+    batches: grain.MapDataset  # of all hosts
+    mine: grain.MapDataset  # the rows of them that this host reads
+    lr: Callable  # learning rate of each step
+    init: Callable  # these four as `parallel` describes them
+    step: Callable
+    put: Callable
+    diagnose: Callable
+
+
+def prepared(config, workdir: Path) -> Run:
+    """Everything of a run that a config decides.
+
+    Raises:
+        ValueError, OSError: a field that does not fit, or a text that cannot be read.
+    """
+    run_config.check(config)
+    metrics.check_installed(**config.logging)
+    method = finetune.method_of(config)
+    if config.finetune.model:
+        config = finetune.completed(config)
+    model = models.build(**model_fields(config))
+    method.check(model)
+    parallel.check_divisible(config.batch_size, config.accumulation, config.strategy, config.replicas)
+    _check_segments(config, model)
+    lr = learning_rate(config, model)
+    encoder = tokenizer(config, workdir)
+    corpus = mixture.prepare(config.corpus, encoder, text=config.data.text, prompt=config.data.prompt)
+    if corpus.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {model.vocab_size}, expected at least {corpus.vocab_size}, "
+            f"the vocabulary of tokenizer {config.tokenizer!r}"
+        )
+    shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
+    stream = functools.partial(data.dataset, corpus.train, **shape, seed=config.seed, order=config.data.order)
+    batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size, config.replicas))
+    o = config.optim
+    recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
+    programs = _programs(
+        model,
+        method,
+        recipe,
+        (config.strategy, config.replicas),
+        config.batch_size if config.carry_state else None,
+        accumulation=config.accumulation,
+        seed=config.seed,
+        l2wrap=o.l2wrap,
+        loss_chunk=config.loss_chunk,
+        segments=config.segments,
+        stop_gradient=config.stop_gradient,
+    )
+    return Run(config, model, method, corpus, batches, mine, lr, *programs)
+
+
+def model_fields(config) -> dict:
+    """What `models.build` takes of a config."""
+    return {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
+
+
+@functools.cache
+def _programs(model, method, recipe, strategy_and_replicas, carry_rows, **options):
+    """(init, step, put, diagnose), compiled once a process: further runs of the same model start at once."""
+    (strategy, replicas), tx = strategy_and_replicas, optim.optimiser(*recipe)
+    init, options = make_init(model, tx, method, carry_rows), options | {"method": method}
+    distribute = functools.partial(parallel.STRATEGIES[strategy], replicas=replicas)
+    _, diagnose, _ = distribute(init, make_diagnose(model, tx, **options))
+    return *distribute(init, make_step(model, tx, **options)), diagnose
+
+
+def _check_segments(config, model):
+    """One line where state cannot be handed on as the config asks."""
+    if (config.carry_state or config.segments > 1) and set(model.layers) != {"rwkv4"}:
+        raise ValueError(
+            f"carry_state is {config.carry_state} and segments {config.segments}, expected False and 1: "
+            f"layers are {model.layers}, and attention has no state of fixed size"
+        )
+    if config.finetune.method == "state" and (config.segments > 1 or config.data.order != "shuffled"):
+        raise ValueError(
+            f"data.order is {config.data.order!r} and segments {config.segments} with finetune.method 'state', "
+            "expected 'shuffled' and 1: every row begins with the state that is learned"
+        )
+    if config.carry_state and config.data.order != "documents":
+        raise ValueError(
+            f"data.order is {config.data.order!r} with carry_state, expected 'documents': "
+            "rows go on where they were in no other"
+        )
+    if config.seq_len % config.segments:
+        raise ValueError(f"seq_len is {config.seq_len}, expected a multiple of {config.segments} segments")
+
+
+def learning_rate(config, model):
+    """The schedule of a run: learning rate of each step."""
+    o, steps = config.optim, config.steps
+    lr = optim.default_lr(model.layers[0], model.dim) if o.lr is None else o.lr
+    lr_end = lr / 10 if o.lr_end is None else o.lr_end
+    warmup, decay_start = round(o.warmup * steps), steps - round(o.decay * steps)
+    return optim.schedule(o.schedule, lr, lr_end, steps, warmup, decay_start)
