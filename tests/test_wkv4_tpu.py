@@ -9,12 +9,19 @@ from jax.experimental import topologies
 
 from rwkv_jax import models
 from rwkv_jax.ops import WKV4State, wkv4
+from rwkv_jax.train import rehearse
 
 # A whole machine's library of 480 MB, beside the environment: in it, jax would look for a TPU at every start.
 needs_libtpu = pytest.mark.skipif(
     "TPU_LIBRARY_PATH" not in os.environ, reason="libtpu (Linux on x86-64 only) is installed by `make test-all`"
 )
 TARGETS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+@pytest.fixture(autouse=True)
+def uncached():
+    with rehearse.uncached():
+        yield
 
 
 @pytest.fixture(params=TARGETS)
