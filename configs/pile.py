@@ -2,6 +2,7 @@
 
     python -m rwkv_jax.train --config=configs/pile.py:169m --workdir=runs/pile-169m --config.corpus=PATH \\
         --config.tokenizer=20B_tokenizer.json
+    python -m rwkv_jax.train --config=configs/pile.py:14b --rehearse=v5p:4x4x8         does it fit: see docs/scale.md
 
 The Pile is one epoch of 332.1 billion GPT-NeoX-20B tokens in windows of 1,024; a constant learning rate for W of 8,043
 mini-epochs of 40,320 windows, then exponential decay. The batch was "128 or 256" windows, switched at a point that the
