@@ -125,6 +125,12 @@ def test_what_to_change_are_flags_of_this_config():
     ]
 
 
+def test_the_page_has_the_table_of_the_committed_rows():
+    results = json.loads((ROOT / "experiments/rehearsal/results.json").read_text())
+    assert table.render(results) in (ROOT / "docs/scale.md").read_text()
+    assert all(row["fits"] and row["bound"] == "compute" for row in results["rows"])  # what the claim says
+
+
 def _refused(capsys, *arguments):
     assert main([*arguments]) == 2
     printed = capsys.readouterr()

@@ -9,7 +9,7 @@ else than "compute".
     python -m experiments.rehearsal.run --smoke --out=DIR
     python -m experiments.rehearsal.table          as in docs/scale.md
 
-Cost: 1 to 8 minutes a row on 2 cores, 4 GB of memory; no TPU, but its compiler (pip install libtpu; Linux, x86-64).
+Cost: 1 to 12 minutes a row on 2 cores, 4 GB of memory; no TPU, but its compiler (pip install libtpu; Linux, x86-64).
 """
 
 import argparse
@@ -30,7 +30,6 @@ ROWS = [
     ("v5p:4x4x8", ["configs/pile.py:14b"]),
     ("v5p:4x4x8", ["configs/pile.py:14b", "--config.model.remat=matmuls"]),
     ("v5e:16x16", ["configs/pile.py:14b", "--config.batch_size=256"]),
-    ("2xv5e:8x16", ["configs/pile.py:14b", "--config.batch_size=256", "--config.replicas=2"]),
 ]
 SMOKE = [("v5e:2x2", ["configs/tiny.py", "--config.strategy=fsdp"])]
 

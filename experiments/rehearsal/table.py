@@ -53,7 +53,7 @@ def _footer(rows):
     """One line for each set of versions that rows were made with."""
     for made in sorted({(r["stamp"]["date"], r["stamp"]["versions"]["jax"], r["compiler"]) for r in rows}):
         date, jax, compiler = made
-        yield f"Made {date} with jax {jax}, libtpu {compiler}; the commands are in results.json."
+        yield f"Made {date} with jax {jax} and a libtpu that says: {compiler}. The commands are in results.json."
 
 
 def main():
