@@ -28,9 +28,8 @@ def draw(results, path) -> None:
             axis.errorbar(row["trained"], value, spread, fmt="o", color=colour, capsize=3, label=label)
             label = None
             if name == "new":
-                axis.annotate(
-                    arm, (row["trained"], value), (0, -14), textcoords="offset points", ha="center", fontsize=8
-                )
+                where = {"ha": "left", "xytext": (7, 4)} if arm == "full" else {"ha": "right", "xytext": (-7, 4)}
+                axis.annotate(arm, (row["trained"], value), textcoords="offset points", fontsize=8, **where)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(xscale="log", xlabel="trained parameters", ylabel="bits per byte, change by fine-tuning")
     axis.margins(x=0.15, y=0.15)
