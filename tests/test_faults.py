@@ -294,5 +294,8 @@ def _arrays(path):
     import orbax.checkpoint as ocp
 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        leaves = jax.tree_util.tree_leaves_with_path(orbax.restore(path))
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), orbax.metadata(path).item_metadata.tree)
+        leaves = jax.tree_util.tree_leaves_with_path(
+            orbax.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        )
     return {jax.tree_util.keystr(keys): np.asarray(leaf) for keys, leaf in leaves}
