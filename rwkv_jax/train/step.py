@@ -73,24 +73,7 @@ def make_gradient(
     segment: truncated back-propagation with `stop_gradient`, else the whole gradient at the cost of a second forward
     pass. A `carry` in the state is where the rows' first segment starts from, without gradient.
     """
-
-    columns = -(-model.vocab_size // ALIGNED) * ALIGNED
-    aligned = model.clone(vocab_size=columns)
-
-    def logits(head_params, x_ND):
-        logits_NV = aligned.apply({"params": {"head": head_params}}, x_ND, method="logits")
-        if columns == model.vocab_size:
-            return logits_NV
-        return jnp.where((jnp.arange(columns) < model.vocab_size)[None], logits_NV, -jnp.inf)
-
-    def losses(head_params, rows):
-        """(objective, loss) of a device's rows, [1] each: sums."""
-        widen = lambda x: (
-            jnp.pad(x, ((0, 0), (0, columns - model.vocab_size))) if x.shape[-1] == model.vocab_size else x
-        )
-        head_params = jax.tree.map(widen, head_params)
-        sums = optim.losses_of_head(logits, head_params, *rows, chunk=loss_chunk, penalised=l2wrap)
-        return jax.tree.map(lambda x: x[None], sums)
+    losses = _losses(model, loss_chunk, l2wrap)
 
     def objective(trained, frozen, batch, state, key):
         tokens_BT, mask_BT = batch["tokens"], batch["mask"]
@@ -149,6 +132,25 @@ def make_gradient(
         return jax.tree.map(lambda g: g / count, grads), nll / count, carry
 
     return mean_gradient
+
+
+def _losses(model, loss_chunk, l2wrap):
+    """`losses(head_params, (x_BTD, targets_BT, mask_BT)) -> (objective, loss)` of a device's rows: sums, [1] each."""
+    columns = -(-model.vocab_size // ALIGNED) * ALIGNED
+    aligned, added = model.clone(vocab_size=columns), columns - model.vocab_size
+
+    def logits(head_params, x_ND):
+        logits_NV = aligned.apply({"params": {"head": head_params}}, x_ND, method="logits")
+        return jnp.where((jnp.arange(columns) < model.vocab_size)[None], logits_NV, -jnp.inf) if added else logits_NV
+
+    def losses(head_params, rows):
+        of_vocabulary = lambda x: x.shape[1] == model.vocab_size  # all but the low side of an adapter
+        wider = lambda x: jnp.pad(x, ((0, 0), (0, added))) if of_vocabulary(x) else x
+        head_params = jax.tree.map(wider, head_params)
+        sums = optim.losses_of_head(logits, head_params, *rows, chunk=loss_chunk, penalised=l2wrap)
+        return jax.tree.map(lambda x: x[None], sums)
+
+    return losses
 
 
 def _in_segments(f, model, segments):
