@@ -1,5 +1,5 @@
 # make compare    RWKV-4 against a transformer of equal size, on text that Python itself carries
-# make test       what a contributor runs;  make test-all runs the slow and the live ones after it
+# make test       what a contributor runs;  make test-slow the rest of the tests;  make -j2 test-all both, side by side
 # make lint       ruff, as CI runs it
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -10,7 +10,7 @@ DURATION ?= 6
 SEED ?= 0
 TEXT ?= stdlib
 
-.PHONY: compare sweep speed precision test test-all lint
+.PHONY: compare sweep speed precision test test-slow test-all lint
 
 compare: $(VENV)/runtime
 	$(RUN) -m experiments.compare.run --duration="$(DURATION)" --seed="$(SEED)" --text="$(TEXT)"
@@ -28,9 +28,11 @@ precision: $(VENV)/live
 test: $(VENV)/dev
 	$(RUN) -m pytest
 
-test-all: test $(VENV)/live $(VENV)/tpu
+test-all: test test-slow
+
+test-slow: $(VENV)/live $(VENV)/tpu
 	library=$(abspath $(VENV))/tpu/libtpu/libtpu.so; test ! -f $$library || export TPU_LIBRARY_PATH=$$library; \
-	$(RUN) -m pytest -m "slow or live"
+	JAX_COMPILATION_CACHE_DIR=$(abspath .pytest_cache)/jax-slow $(RUN) -m pytest -m "slow or live"
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
