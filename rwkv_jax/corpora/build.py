@@ -66,14 +66,14 @@ def prepare(
     folder = cache.folder(found.name, [found.identity, encoder_id])
 
     def make(partial: Path) -> dict:
-        if encoder is None:
-            save(characters(b"".join(d.blocks).decode() for d in found.documents() if d.split == 0), partial)
-        return _write(
-            partial, found, source, encoder or get_tokenizer(str(partial / TOKENIZER_FILE)), encoder_id, processes
-        )
+        with _kept_if_killed(_done(folder), source, tokenizer):
+            if encoder is None:
+                save(characters(b"".join(d.blocks).decode() for d in found.documents() if d.split == 0), partial)
+            return _write(
+                partial, found, source, encoder or get_tokenizer(str(partial / TOKENIZER_FILE)), encoder_id, processes
+            )
 
-    with _kept_if_killed(_done(folder), source, tokenizer):
-        record = cache.made(folder, make)
+    record = cache.made(folder, make)
     encoder = encoder or get_tokenizer(str(folder / TOKENIZER_FILE))
     splits = [_read(folder, split, record) for split in SPLITS]
     return Corpus(found.name, encoder.name, encoder.vocab_size, record["sha256"], *splits)
