@@ -31,6 +31,7 @@ import numpy as np
 import rwkv_jax
 from experiments import stamp
 from experiments.compare import baselines, plot, table
+from experiments.text import capped, level
 from rwkv_jax import corpora, data, evaluate, hardware, metrics, optim, run_config, train
 
 HERE = Path(__file__).parent
@@ -159,21 +160,6 @@ def counted_baselines(rows_NT, test, preset):
     return nats, xz
 
 
-def capped(split, max_tokens):
-    """The beginnings of all documents of a split, as long as `max_tokens` tokens allow: more of them make a better
-    interval than more of each."""
-    lengths = np.diff(split.starts, append=len(split.tokens))[: max(1, max_tokens // 64)]
-    longest, too_long = 2, lengths.max() + 1
-    while too_long - longest > 1:
-        middle = (longest + too_long) // 2
-        fits = np.minimum(lengths, middle).sum() <= max_tokens
-        longest, too_long = (middle, too_long) if fits else (longest, middle)
-    kept = np.minimum(lengths, longest)
-    tokens = np.concatenate([split.tokens[start : start + n] for start, n in zip(split.starts, kept, strict=False)])
-    starts = np.cumsum(kept) - kept
-    return split._replace(tokens=tokens, starts=starts, num_bytes=len(tokens) - len(starts))
-
-
 def compare(preset, minutes, seed, text, models):
     """Everything that the table and the figure need, as one JSON object."""
     began = time.perf_counter()
@@ -208,8 +194,8 @@ def compare(preset, minutes, seed, text, models):
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
             "flops_per_token": flops,
             "lr": max(r["lr"] for r in rows),
-            "bits_per_byte": _level(nats[arm], test),
-            "best_practice_bits_per_byte": _level(best, test),
+            "bits_per_byte": level(nats[arm], test),
+            "best_practice_bits_per_byte": level(best, test),
             "tokens_per_second": speed,
             "share_of_peak": speed * flops / peak,
             "decode": decode_cost(model, params, preset.contexts, preset.decoded),
@@ -225,7 +211,7 @@ def compare(preset, minutes, seed, text, models):
         "preset": {**vars(preset), "steps": steps, "tokens": tokens, "seed": seed},
         "matmul_peak_flops": peak,
         "arms": arms,
-        "counted": {name: _level(n, test) for name, n in counted.items()} | {"xz": xz},
+        "counted": {name: level(n, test) for name, n in counted.items()} | {"xz": xz},
         "wall_seconds": time.perf_counter() - began,
     }
     return results | {"stamp": stamp.stamp()}
@@ -235,11 +221,6 @@ def _difference(a_N, b_N, test, seed):
     difference = evaluate.paired_difference(a_N, b_N, test, seed)
     difference = [None if np.isnan(x) else x for x in difference]  # one document has no interval
     return dict(zip(("bits_per_byte", "low", "high"), difference, strict=True))
-
-
-def _level(nats_N, test):
-    nats, num_bytes = evaluate.per_document(nats_N, test)
-    return evaluate.bits_per_byte(nats, num_bytes)
 
 
 def sweep(path):
@@ -272,7 +253,7 @@ def _held_out_after(config):
         model, _ = rwkv_jax.load(workdir)
     valid = capped(corpora.prepare(config.corpus, "bytes").valid, 2**17)
     nats = evaluate.windows(model, state.params, valid.tokens, config.seq_len, config.batch_size)
-    return round(_level(nats, valid), 4)
+    return round(level(nats, valid), 4)
 
 
 def _write_json(path, value):

@@ -32,8 +32,8 @@ import numpy as np
 
 import rwkv_jax
 from experiments import stamp
-from experiments.compare.run import capped
 from experiments.finetune import plot, table
+from experiments.text import capped
 from rwkv_jax import corpora, evaluate, finetune, optim, run_config, train
 
 HERE = Path(__file__).parent

@@ -1,0 +1,130 @@
+"""The command of every experiment of the paper, and results that outlive a kill.
+
+    python -m experiments.NAME.run                    the preset `cpu` -> experiments/NAME/results.json
+    python -m experiments.NAME.run --preset=gpu       -> gpu.json beside it
+    python -m experiments.NAME.run --sweep            learning rates -> sweep.json, where there is something to sweep
+    python -m experiments.NAME.run --smoke --out=DIR  seconds, numbers without meaning
+
+A preset is cut into cells, each a function without arguments that returns a JSON object. A cell is kept in
+runs/NAME/PRESET.json as soon as it is computed, so the same command goes on after a kill, on another day too;
+`--again` starts over, which a change of the code asks for and a change of the preset does by itself.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
+
+from experiments import stamp
+
+VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
+Cells = dict[str, Callable[[], dict]]
+
+
+def main(folder: Path, doc: str, presets: dict, cells: Callable, conclude: Callable, sweep=None, argv=None) -> int:
+    """Parse `argv`, compute what is missing, write results and figure; returns the exit code.
+
+    Args:
+        folder: of the experiment, whose `plot.py` has `draw(results, path)`.
+        doc: docstring of `run.py`; its first line describes the command.
+        presets: frozen dataclasses by name: "smoke", "cpu", and others. A field `text` can be set by `--text`.
+        cells: (preset, folder for training runs and the like, which stays) -> the preset's cells by name.
+        conclude: (preset, values by cell) -> JSON object with what the cells say. Its "ledger" is a list of rows with
+            "artefact", "paper", "ours" and "verdict", its "not_run" a list with "artefact", "command", "hardware",
+            "hours" and "why".
+        sweep: (preset, path of sweep.json) -> None.
+    """
+    name = folder.name
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments.{name}.run",
+        description=doc.split("\n\n")[0],
+        epilog=doc.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=[p for p in presets if p != "smoke"], default="cpu")
+    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
+    parser.add_argument("--again", action="store_true", help="compute every cell again")
+    parser.add_argument("--out", type=Path, default=folder, help="folder of what is written")
+    if hasattr(presets["cpu"], "text"):
+        parser.add_argument("--text", help="a text file or folder instead of the embedded corpus")
+    if sweep:
+        parser.add_argument("--sweep", action="store_true", help="sweep learning rates instead")
+    args = vars(parser.parse_args(argv))
+    label = "smoke" if args["smoke"] else args["preset"]
+    preset = presets[label] if not args.get("text") else replace(presets[label], text=args["text"])
+    try:
+        if label == "smoke" and args["out"] == folder:
+            raise ValueError("a smoke would replace results that mean something: give it --out=FOLDER")
+        args["out"].mkdir(parents=True, exist_ok=True)
+        if args.get("sweep"):
+            sweep(preset, args["out"] / "sweep.json")
+            return 0
+        with tempfile.TemporaryDirectory() as elsewhere:
+            kept = Path(elsewhere if label == "smoke" else "runs") / name / f"{label}.json"
+            values = compute(cells(preset, kept.with_suffix("")), preset, kept, args["again"])
+        results = {"preset": label, "fields": fields(preset), **conclude(preset, bare(values)), "cells": values}
+        assert all(row["verdict"] in VERDICTS for row in results.get("ledger", ()))
+        results["wall_seconds"] = sum(cell["wall_seconds"] for cell in values.values())
+        path = args["out"] / ("results.json" if label in ("smoke", "cpu") else f"{label}.json")
+        write_json(path, results | {"stamp": stamp.stamp()})
+        draw(name, path)
+    except KeyboardInterrupt:
+        print("stopped; cells that were done are kept, the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for row in results.get("ledger", ()):
+        print("{artefact}: {ours} (paper: {paper}): {verdict}".format(**row))
+    print(f"written: {path}")
+    return 0
+
+
+def draw(name: str, path: Path) -> Path:
+    """The figure of a results file, beside it: figure.png of results.json, gpu.png of gpu.json."""
+    from importlib import import_module
+
+    figure = path.with_name("figure.png" if path.name == "results.json" else f"{path.stem}.png")
+    import_module(f"experiments.{name}.plot").draw(json.loads(path.read_text()), figure)
+    return figure
+
+
+def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
+    """Values of all cells, those in the file `kept` taken from it, each with commit, date, device and seconds."""
+    found = json.loads(kept.read_text()) if kept.exists() and not again else {}
+    if found.get("fields") != fields(preset):
+        found = {"fields": fields(preset), "cells": {}}
+    done = {name: value for name, value in found["cells"].items() if name in cells}
+    for i, (name, cell) in enumerate(cells.items(), 1):
+        if name in done:
+            print(f"[{i}/{len(cells)}] {name}: kept from {done[name]['date']}", file=sys.stderr, flush=True)
+            continue
+        print(f"[{i}/{len(cells)}] {name}", file=sys.stderr, flush=True)
+        began, value = time.perf_counter(), cell()
+        its = stamp.stamp()
+        done[name] = value | {"wall_seconds": round(time.perf_counter() - began, 1)}
+        done[name] |= {key: its[key] for key in ("commit", "date", "devices")}
+        write_json(kept, found | {"cells": done})
+    return {name: done[name] for name in cells}
+
+
+def bare(values: dict) -> dict:
+    """Values of cells without their stamps."""
+    stamps = ("wall_seconds", "commit", "date", "devices")
+    return {name: {k: v for k, v in value.items() if k not in stamps} for name, value in values.items()}
+
+
+def fields(preset) -> dict:
+    """A preset as it reads in JSON."""
+    return json.loads(json.dumps(asdict(preset) if is_dataclass(preset) else preset))
+
+
+def write_json(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    beside.replace(path)
