@@ -1,4 +1,5 @@
 # make compare    RWKV-4 against a transformer of equal size, on text that Python itself carries
+# make reproduce  the paper's experiments at the size of a CPU, about 2 hours on 2 cores; goes on where it was stopped
 # make test       what a contributor runs;  make test-slow the rest of the tests;  make -j2 test-all both, side by side
 # make lint       ruff, as CI runs it
 
@@ -10,10 +11,13 @@ DURATION ?= 6
 SEED ?= 0
 TEXT ?= stdlib
 
-.PHONY: compare sweep speed precision test test-slow test-all lint
+.PHONY: compare reproduce sweep speed precision test test-slow test-all lint
 
 compare: $(VENV)/runtime
 	$(RUN) -m experiments.compare.run --duration="$(DURATION)" --seed="$(SEED)" --text="$(TEXT)"
+
+reproduce: $(VENV)/runtime
+	$(RUN) -m experiments.ledger --run
 
 sweep: $(VENV)/runtime
 	$(RUN) -m experiments.compare.run --sweep

@@ -1,0 +1,217 @@
+"""What the README files say of experiments that are not the paper's: speed, precision, memory, fine-tuning."""
+
+import json
+import textwrap
+from pathlib import Path
+
+from experiments.compare import table as compare_table
+
+HERE = Path(__file__).parent
+
+
+def read(name: str) -> dict:
+    return json.loads((HERE / name).read_text())
+
+
+def compare() -> str:
+    lines = compare_table.render(read("compare/results.json")).splitlines()
+    return "\n".join(["```", *(line.rstrip() for line in lines), "```"])
+
+
+def speed() -> str:
+    """Training, decoding and reading beside what people use."""
+    results = read("speed/results.json")
+    train, generation = results["train"], results["generation"]
+    shape = "{num_layers} x {dim}, batch {batch}, T {seq_len}".format(**train["shape"])
+    large = "{num_layers} x {dim}, V {vocab_size:,}".format(**generation["shape"]["fields"])
+    rows = [(f"training {r['ours']}, {shape}", r) for r in train["rows"] if r["theirs"] != "transformer"]
+    rows += [(f"{r['what'].removesuffix(', tokens/s')}, {large}", r) for r in generation["rows"]]
+    lines = [
+        f"| {what} | {r['ours_per_second']:,.0f} | {r['theirs_per_second']:,.0f}, {r['theirs']} | {r['ratio']:.1f} |"
+        for what, r in rows
+    ]
+    return "\n".join(["| tokens/s | ours | theirs | ratio |", "|---|---|---|---|", *lines])
+
+
+def speed_told() -> str:
+    results = read("speed/results.json")
+    models, generation = results["train"]["models"], results["generation"]
+    ratio = next(r["ratio"] for r in results["train"]["rows"] if r["theirs"] == "transformer")
+    flops = [models[name]["flops_per_token"] / 1e6 for name in ("rwkv4", "transformer")]
+    first, last = generation["contexts"]
+    ms = {(r["model"], r["context"]): r["seconds"] * 1e3 for r in results["decode"]["sweep"]["rows"]}
+    recurrent = [t for (model, _), t in ms.items() if model == "rwkv4"]
+    return _wrapped(
+        f"RWKV-4 trains {ratio:.1f} times as fast as our transformer there, with {flops[0]:.0f} against",
+        f"{flops[1]:.0f} MFLOP a token; WKV is {_percent(models['rwkv4']['parts']['WKV'])} of its step. The 12 x 768 model takes",
+        f"{first['seconds'] * 1e3:.1f} ms for its first token and {last['seconds'] * 1e3:.1f} ms after",
+        f"{last['context']:,} tokens, {_percent(generation['bound']['share'])} of the speed of reading its parameters",
+        f"alone. A token of a 6 x 768 RWKV-4 takes {min(recurrent):.0f} to {max(recurrent):.0f} ms whatever came",
+        f"before it, of the transformer with its cache {ms['transformer', 8192]:.0f} ms after 8,192 tokens and",
+        f"{ms['transformer', 131072]:.0f} after 131,072.",
+    )
+
+
+def wkv() -> str:
+    rows = read("speed/results.json")["ops"]["rows"]
+    claimed = [4, 1024, 512, "float32"]
+    of = {r["form"]: r for r in rows if r["shape"] == claimed and r["pass"] == "both"}
+    ours, plain = of["scan"], of["plain scan, autodiff"]
+    return _wrapped(
+        f"WKV alone, forward and backward at B 4, T 1,024, D 512: {ours['seconds'] * 1e3:.0f} ms, against",
+        f"{plain['seconds'] * 1e3:.0f} for autodiff through a plain scan and",
+        f"{of['transformers']['seconds'] * 1e3:,.0f} for transformers' loop, in",
+        f"{_percent(ours['temporary_bytes'] / plain['temporary_bytes'])} of the plain scan's temporary memory.",
+    )
+
+
+def precision() -> str:
+    worst = max(x for what, x, _ in read("precision/results.json")["claims"] if "over its bound" in what)
+    return _wrapped(
+        "`make precision` prints how far each form is from float64, from 1 to 100,000 tokens: no element further than",
+        f"{worst:.2f} of its stated bound ([tables](experiments/precision/results.json)).",
+    )
+
+
+def wkv_on_a_gpu() -> str:
+    results = read("speed/wkv.json")
+    ms = {(r["form"], r["pass"]): r["milliseconds"] for r in results["rows"]}
+    forms = list(dict.fromkeys(form for form, _ in ms))
+    names = {"pallas": "our kernel", "associative": "our associative scan", "scan": "our scan"}
+    lines = [["", *(names.get(f, f) for f in forms)], ["---"] * (len(forms) + 1)]
+    lines += [
+        [label, *(f"{ms[form, which]:g}" for form in forms)]
+        for which, label in (("forward", "forward"), ("both", "forward and backward"))
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def training_on_a_gpu() -> str:
+    rows = [r for r in read("speed/pile.json")["rows"] if "tokens_per_second" in r and "wkv_impl" not in r]
+    fastest = {}
+    for r in rows:
+        key = r["size"], r.get("name", "rwkv4"), r["batch"], r["seq_len"]
+        if key not in fastest or r["tokens_per_second"] > fastest[key]["tokens_per_second"]:
+            fastest[key] = r
+    lines = [
+        f"| {'RWKV-4' if name == 'rwkv4' else 'transformer'} {size.upper().replace('1B5', '1.5B')} "
+        f"| {batch} x {seq_len:,} | {_three_digits(r['tokens_per_second'])} | {_percent(r['mfu'])} "
+        f"| {r['state_gb'] + r['temporary_gb']:.1f} |"
+        for (size, name, batch, seq_len), r in fastest.items()
+    ]
+    return "\n".join(
+        ["| model | rows x tokens | tokens/s | of the peak | memory, GB |", "|---|---|---|---|---|", *lines]
+    )
+
+
+def engineering() -> str:
+    """Rows of the second table of the ledger: folder, question, command, hardware, what was found."""
+    rows = [_compare(), *_speed(), _precision(), _finetune(), _rehearsal(), _long()]
+    head = ["folder", "question", "command", "hardware", "found"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _compare():
+    results = read("compare/results.json")
+    minus = results["arms"]["rwkv4"]["minus"]
+    found = ", ".join(f"{minus[arm]['bits_per_byte']:+.2f} bits a byte against the {arm}" for arm in minus)
+    tokens, seed = results["preset"]["tokens"], results["preset"]["seed"]
+    found = f"a demonstration, {tokens:,} tokens, seed {seed}: RWKV-4 {found}"
+    question = "bits a byte of RWKV-4, a transformer of equal size, and the same with token shift"
+    return ["[compare](compare)", question, "`make compare`", _hardware(results["stamp"]), found]
+
+
+def _speed():
+    results = read("speed/results.json")
+    claims = [(r["what"], r["theirs"], r["ratio"], r["wanted"]) for suite in ("train", "generation")
+              for r in results[suite]["rows"] if r["wanted"]]  # fmt: skip
+    told = "; ".join(
+        f"{what} {ratio:.1f} times {theirs} ({wanted:g} wanted)" for what, theirs, ratio, wanted in claims
+    )
+    told += "; WKV " + ", ".join(
+        f"{what} {x:.2f} (at most {most:g} wanted)" for what, x, most in results["ops"]["claims"]
+    )
+    question = "training, decoding and WKV beside what people use"
+    cpu = ["[speed](speed)", question, "`make speed`", _hardware(results["train"]["stamp"]), told]
+    pile = read("speed/pile.json")
+    best = {}
+    for r in pile["rows"]:
+        if "tokens_per_second" in r and "name" not in r and r["seq_len"] == 1024:
+            best[r["size"]] = max(best.get(r["size"], (0, 0)), (r["tokens_per_second"], r["mfu"]))
+    told = "tokens/s and share of the peak: " + ", ".join(
+        f"{s} {_three_digits(t)} ({_percent(m)})" for s, (t, m) in best.items()
+    )
+    told += "; 3B beside what earlier rows had left in memory: out of memory"
+    command = "`python -m experiments.speed.pile`, `python -m experiments.speed.run --suite=ops --rwkv-lm=PATH`"
+    question = "training of the released sizes on one device; WKV beside the released kernel (tables in the README)"
+    return [cpu, ["[speed](speed), on a GPU", question, command, _hardware(pile["stamp"]), told]]
+
+
+def _precision():
+    results = read("precision/results.json")
+    worst = max(x for what, x, _ in results["claims"] if "over its bound" in what)
+    question = "error of every WKV form against float64, values and gradients"
+    found = f"every element within {worst:.2f} of its form's stated bound"
+    return ["[precision](precision)", question, "`make precision`", _hardware(results["stamp"]), found]
+
+
+def _finetune():
+    results = read("finetune/results.json")
+    told = "; ".join(
+        f"{arm} {its['new']['minus_none'][0]:+.3f} on the new, {its['old']['minus_none'][0]:+.3f} on the old text"
+        for arm, its in results["arms"].items()
+        if arm != "none"
+    )
+    question = "bits a byte of new and old text after fine-tuning in several ways, one seed"
+    command = "`python -m experiments.finetune.run`"
+    return ["[finetune](finetune)", question, command, _hardware(results["stamp"]), told]
+
+
+def _rehearsal():
+    rows = read("rehearsal/results.json")["rows"]
+    gib = lambda r, what: r[what] / 2**30
+    told = "; ".join(
+        f"{r['model']} on {r['target']} {gib(r, 'memory_needed'):.1f} of {gib(r, 'memory_capacity'):.0f} GiB a chip"
+        for r in rows
+    )
+    question = "does a training step fit a slice of TPUs that is not here: XLA's plan, nothing was run"
+    command = "`python -m experiments.rehearsal.run`"
+    return ["[rehearsal](rehearsal)", question, command, "libtpu's compiler on a CPU", told]
+
+
+def _long():
+    results = read("long/results.json")
+    mib = {(r["T"], r["way"]): r["resident_bytes"] / 2**20 for r in results["rows"]}
+    longest = max(T for T, _ in mib)
+    told = f"T {longest:,}: " + ", ".join(f"{way} {x:,.0f} MiB" for (T, way), x in mib.items() if longest == T)
+    question = "memory of a training step against its length"
+    return ["[long](long)", question, "`python -m experiments.long.run`", _hardware(results["stamp"]), told]
+
+
+def _hardware(stamp) -> str:
+    device = stamp["devices"][0]
+    return f"{stamp['cores']} cores, {stamp['processor']}" if device == "cpu" else device
+
+
+def _wrapped(*parts: str) -> str:
+    return textwrap.fill(" ".join(parts), 119, break_long_words=False, break_on_hyphens=False)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _three_digits(x: float) -> str:
+    return f"{float(f'{x:.3g}'):,.0f}"
+
+
+BLOCKS = {
+    "compare": compare,
+    "speed": speed,
+    "speed told": speed_told,
+    "wkv": wkv,
+    "precision": precision,
+    "wkv on a gpu": wkv_on_a_gpu,
+    "training on a gpu": training_on_a_gpu,
+    "engineering": engineering,
+}

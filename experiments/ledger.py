@@ -1,0 +1,155 @@
+"""Tables of this project's README files, read from committed results: no number of theirs is typed.
+
+    python -m experiments.ledger                      rewrites README.md and experiments/README.md
+    python -m experiments.ledger --run                runs what is missing of the `cpu` presets first: make reproduce
+
+A block of a file stands between `<!-- NAME -->` and `<!-- end -->`; the rest is prose.
+"""
+
+import argparse
+import ast
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from experiments import engineering
+
+HERE = Path(__file__).parent
+FILES = (HERE.parent / "README.md", HERE / "README.md")
+# In the order of the paper, after what all else rests on. A folder that is not named here comes last.
+ORDER = (
+    "trajectory", "perplexity", "scaling", "context", "inference", "lra", "small_init", "decays", "trace", "zero_shot",
+    "recall", "order", "reach", "ablations", "bf16", "audio",
+)  # fmt: skip
+PRESETS = {"results.json": "cpu", "gpu.json": "gpu", "paper.json": "paper"}
+
+
+def reproductions() -> list[Path]:
+    """Folders of the experiments of the paper, in order."""
+    found = [run.parent for run in HERE.glob("*/run.py") if "experiments import command" in run.read_text()]
+    return sorted(found, key=lambda f: (ORDER.index(f.name) if f.name in ORDER else len(ORDER), f.name))
+
+
+def results() -> list[tuple[str, dict]]:
+    """(folder, results) of what was run, presets of a folder in turn."""
+    return [
+        (folder.name, json.loads((folder / file).read_text()))
+        for folder in reproductions()
+        for file in PRESETS
+        if (folder / file).exists()
+    ]
+
+
+def ledger() -> str:
+    """Every claim of the paper with the number that it was met with here."""
+    rows = [
+        [f"[{row['artefact']}]({name})", command_of(name, its), *where(its), row["paper"], row["ours"], row["verdict"]]
+        for name, its in results()
+        for row in its["ledger"]
+    ]
+    return table(("artefact", "command", "hardware", "time", "the paper", "here", "verdict"), rows)
+
+
+def headlines() -> str:
+    """The same in the few columns that a first reader needs."""
+    rows = [
+        [f"[{row['artefact']}](experiments/{name})", row["paper"], row["ours"], row["verdict"]]
+        for name, its in results()
+        for row in its["ledger"]
+    ]
+    return table(("artefact", "the paper", "here", "verdict"), rows)
+
+
+def not_run() -> str:
+    """What was not run, and why: as results tell it, and folders without results."""
+    rows = [
+        [f"[{row['artefact']}]({name})", f"`{row['command']}`", row["hardware"], str(row["hours"]), row["why"]]
+        for name, its in results()
+        for row in its.get("not_run", [])
+    ]
+    run = {name for name, _ in results()}
+    for folder in reproductions():
+        if folder.name not in run:
+            first = ast.get_docstring(ast.parse((folder / "run.py").read_text())).split("\n")[0].rstrip(".")
+            command = f"`python -m experiments.{folder.name}.run`"
+            rows.append([f"[{first}]({folder.name})", command, "2 CPU cores", "see the header", "not yet"])
+    return table(("artefact", "command", "hardware", "hours", "why"), rows)
+
+
+def hours() -> str:
+    """Total time of what the ledger lists."""
+    seconds = sum(its["wall_seconds"] for _, its in results())
+    return f"{seconds / 3600:.1f} hours in all, of the runs that the ledger keeps."
+
+
+def command_of(name: str, its: dict) -> str:
+    preset = "" if its["preset"] == "cpu" else f" --preset={its['preset']}"
+    return f"`python -m experiments.{name}.run{preset}`"
+
+
+def where(its: dict) -> tuple[str, str]:
+    """Hardware and time of results."""
+    stamp, seconds = its["stamp"], its["wall_seconds"]
+    device = stamp["devices"][0]
+    hardware = f"{stamp['cores']} cores, {stamp['processor']}" if device == "cpu" else device
+    return hardware, f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    line = lambda cells: f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    head = list(head)
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
+
+
+def figures() -> str:
+    """The figures of what was run, three a row."""
+    names = [name for name, its in results() if its["preset"] == "cpu"]
+    return "\n".join(f"![{name}](experiments/{name}/figure.png)" for name in names[:6])
+
+
+BLOCKS = {
+    "ledger": ledger,
+    "headlines": headlines,
+    "not run": not_run,
+    "hours": hours,
+    **engineering.BLOCKS,
+}
+
+
+def filled(text: str) -> str:
+    """A file with its blocks as the results have them."""
+
+    def block(found):
+        name = found[1]
+        if name not in BLOCKS:
+            raise ValueError(f"no block {name!r}, expected one of {', '.join(BLOCKS)}")
+        return f"<!-- {name} -->\n{BLOCKS[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([a-z0-9 ]+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.ledger", description=__doc__.splitlines()[0])
+    parser.add_argument("--run", action="store_true", help="run the `cpu` presets first, as far as they are not done")
+    args = parser.parse_args(argv)
+    failed = []
+    for folder in reproductions() if args.run else ():
+        print(f"== {folder.name}", flush=True)
+        code = subprocess.run([sys.executable, "-m", f"experiments.{folder.name}.run"]).returncode
+        if code in (130, -signal.SIGINT):
+            return 130
+        if code:
+            failed.append(folder.name)
+    for path in FILES:
+        path.write_text(filled(path.read_text()))
+    if failed:
+        print(f"error: failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""The README files say what the committed results say."""
+
+import re
+
+import pytest
+
+from experiments import ledger
+
+
+@pytest.mark.parametrize("path", ledger.FILES, ids=lambda path: path.parent.name)
+def test_blocks_are_what_the_results_say(path):
+    assert ledger.filled(path.read_text()) == path.read_text(), "python -m experiments.ledger rewrites it"
+    assert re.search("<!-- end -->", path.read_text())
+
+
+def test_a_block_is_filled_and_prose_stays(monkeypatch):
+    monkeypatch.setitem(ledger.BLOCKS, "hours", lambda: "3.0 hours")
+    assert ledger.filled("a\n<!-- hours -->\nold\n<!-- end -->\nb") == "a\n<!-- hours -->\n3.0 hours\n<!-- end -->\nb"
+    with pytest.raises(ValueError, match="no block 'minutes', expected one of ledger"):
+        ledger.filled("<!-- minutes -->\n<!-- end -->")
+
+
+def test_every_experiment_has_its_place():
+    assert {folder.name for folder in ledger.reproductions()} <= set(ledger.ORDER)
+
+
+def test_cells_of_a_table_keep_to_their_column():
+    assert ledger.table(("a", "b"), [("x|y", "z")]).splitlines()[-1] == r"| x\|y | z |"
