@@ -44,7 +44,8 @@ def speed_told() -> str:
     return _wrapped(
         f"RWKV-4 trains {ratio:.1f} times as fast as our transformer there, with {flops[0]:.0f} against",
         f"{flops[1]:.0f} MFLOP a token; WKV is {_percent(models['rwkv4']['parts']['WKV'])} of its step.",
-        f"The 12 x 768 model takes {first['seconds'] * 1e3:.1f} ms for its first token and {last['seconds'] * 1e3:.1f} ms after",
+        f"The 12 x 768 model takes {first['seconds'] * 1e3:.1f} ms for its first token and",
+        f"{last['seconds'] * 1e3:.1f} ms after",
         f"{last['context']:,} tokens, {_percent(generation['bound']['share'])} of the speed of reading its parameters",
         f"alone. A token of a 6 x 768 RWKV-4 takes {min(recurrent):.0f} to {max(recurrent):.0f} ms whatever came",
         f"before it, of the transformer with its cache {ms['transformer', 8192]:.0f} ms after 8,192 tokens and",
