@@ -25,7 +25,9 @@ VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comp
 Cells = dict[str, Callable[[], dict]]
 
 
-def main(folder: Path, doc: str, presets: dict, cells: Callable, conclude: Callable, sweep=None, argv=None) -> int:
+def main(
+    folder: Path, doc: str, presets: dict, cells: Callable, conclude: Callable, sweep=None, options=None, argv=None
+) -> int:
     """Parse `argv`, compute what is missing, write results and figure; returns the exit code.
 
     Args:
@@ -37,6 +39,8 @@ def main(folder: Path, doc: str, presets: dict, cells: Callable, conclude: Calla
             "artefact", "paper", "ours" and "verdict", its "not_run" a list with "artefact", "command", "hardware",
             "hours" and "why".
         sweep: (preset, path of sweep.json) -> None.
+        options: help by name of what a user can add, such as {"model": "released weights"} for `--model`. What is
+            given goes to `cells` by name, None where it is not; cells that it adds are named after it.
     """
     name = folder.name
     parser = argparse.ArgumentParser(
@@ -51,6 +55,8 @@ def main(folder: Path, doc: str, presets: dict, cells: Callable, conclude: Calla
     parser.add_argument("--out", type=Path, default=folder, help="folder of what is written")
     if hasattr(presets["cpu"], "text"):
         parser.add_argument("--text", help="a text file or folder instead of the embedded corpus")
+    for option, about in (options or {}).items():
+        parser.add_argument(f"--{option}", help=about)
     if sweep:
         parser.add_argument("--sweep", action="store_true", help="sweep learning rates instead")
     args = vars(parser.parse_args(argv))
@@ -65,7 +71,8 @@ def main(folder: Path, doc: str, presets: dict, cells: Callable, conclude: Calla
             return 0
         with tempfile.TemporaryDirectory() as elsewhere:
             kept = Path(elsewhere if label == "smoke" else "runs") / name / f"{label}.json"
-            values = compute(cells(preset, kept.with_suffix("")), preset, kept, args["again"])
+            added = {option: args[option] for option in options or {}}
+            values = compute(cells(preset, kept.with_suffix(""), **added), preset, kept, args["again"])
         results = {"preset": label, "fields": fields(preset), **conclude(preset, bare(values)), "cells": values}
         assert all(row["verdict"] in VERDICTS for row in results.get("ledger", ()))
         results["wall_seconds"] = sum(cell["wall_seconds"] for cell in values.values())
@@ -98,7 +105,7 @@ def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
     found = json.loads(kept.read_text()) if kept.exists() and not again else {}
     if found.get("fields") != fields(preset):
         found = {"fields": fields(preset), "cells": {}}
-    done = {name: value for name, value in found["cells"].items() if name in cells}
+    done = dict(found["cells"])  # those that only options ask for stay too
     for i, (name, cell) in enumerate(cells.items(), 1):
         if name in done:
             print(f"[{i}/{len(cells)}] {name}: kept from {done[name]['date']}", file=sys.stderr, flush=True)

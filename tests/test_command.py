@@ -26,14 +26,14 @@ class Experiment:
         monkeypatch.chdir(folder)
         monkeypatch.setattr(command, "draw", lambda name, path: path)
 
-    def cells(self, preset, workdir):
+    def cells(self, preset, workdir, model=None):
         def cell(name):
             if self.interrupted and name == "b":
                 raise KeyboardInterrupt
             self.ran.append(name)
             return {"value": preset.size, "in": str(workdir)}
 
-        return {name: (lambda name=name: cell(name)) for name in "abc"}
+        return {name: (lambda name=name: cell(name)) for name in ("a", "b", "c", *filter(None, [model]))}
 
     def conclude(self, preset, values):
         row = {"artefact": "Table 0", "paper": "1", "ours": str(values["a"]["value"]), "verdict": "same sign"}
@@ -41,7 +41,8 @@ class Experiment:
 
     def __call__(self, *argv):
         doc = "What is asked.\n\nHow it is done."
-        return command.main(self.folder, doc, PRESETS, self.cells, self.conclude, argv=argv)
+        options = {"model": "weights"}
+        return command.main(self.folder, doc, PRESETS, self.cells, self.conclude, options=options, argv=argv)
 
 
 @pytest.fixture
@@ -72,6 +73,14 @@ def test_presets_do_not_mix(experiment):
     assert json.loads((experiment.folder / "results.json").read_text())["fields"]["text"] == "other.txt"
 
 
+def test_what_a_user_adds_leaves_the_rest_as_it_is(experiment):
+    results = lambda: json.loads((experiment.folder / "results.json").read_text())["cells"].keys()
+    assert experiment("--model=x.pth") == 0 and list(results()) == ["a", "b", "c", "x.pth"]
+    assert experiment() == 0 and list(results()) == ["a", "b", "c"]
+    assert experiment("--model=x.pth") == 0 and list(results()) == ["a", "b", "c", "x.pth"]
+    assert experiment.ran == ["a", "b", "c", "x.pth"]
+
+
 def test_a_smoke_replaces_nothing(experiment, tmp_path, capsys):
     assert experiment("--smoke") == 2
     assert capsys.readouterr().err.startswith("error: a smoke would replace results that mean something")
@@ -81,7 +90,7 @@ def test_a_smoke_replaces_nothing(experiment, tmp_path, capsys):
 
 
 def test_an_error_is_one_line(experiment, capsys):
-    def cells(preset, workdir):
+    def cells(preset, workdir, model):
         raise ValueError("no\nsuch corpus")
 
     experiment.cells = cells
