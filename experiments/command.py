@@ -11,12 +11,12 @@ runs/NAME/PRESET.json as soon as it is computed, so the same command goes on aft
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 from experiments import stamp
@@ -33,8 +33,7 @@ def main(
     Args:
         folder: of the experiment, whose `plot.py` has `draw(results, path)`.
         doc: docstring of `run.py`; its first line describes the command.
-        presets: frozen dataclasses by name: "smoke", "cpu", and others. Options set the field `text`, and those
-            with a "help" in their metadata: `--rwkv-lm` the field `rwkv_lm`.
+        presets: frozen dataclasses by name: "smoke", "cpu", and others. A field `text` can be set by `--text`.
         cells: (preset, folder for training runs and the like, which stays) -> the preset's cells by name.
         conclude: (preset, values by cell) -> JSON object with what the cells say. Its "ledger" is a list of rows with
             "artefact", "paper", "ours" and "verdict", its "not_run" a list with "artefact", "command", "hardware",
@@ -54,21 +53,15 @@ def main(
     parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
     parser.add_argument("--again", action="store_true", help="compute every cell again")
     parser.add_argument("--out", type=Path, default=folder, help="folder of what is written")
-<<<<<<< Updated upstream
     if hasattr(presets["cpu"], "text"):
         parser.add_argument("--text", help="a text file or folder instead of the embedded corpus")
     for option, about in (options or {}).items():
         parser.add_argument(f"--{option}", help=about)
-=======
-    options = settable(presets["cpu"])
-    for field, what in options.items():
-        parser.add_argument(f"--{field.replace('_', '-')}", help=what)
->>>>>>> Stashed changes
     if sweep:
         parser.add_argument("--sweep", action="store_true", help="sweep learning rates instead")
     args = vars(parser.parse_args(argv))
     label = "smoke" if args["smoke"] else args["preset"]
-    preset = dataclasses.replace(presets[label], **{field: args[field] for field in options if args[field]})
+    preset = presets[label] if not args.get("text") else replace(presets[label], text=args["text"])
     try:
         if label == "smoke" and args["out"] == folder:
             raise ValueError("a smoke would replace results that mean something: give it --out=FOLDER")
@@ -107,13 +100,6 @@ def draw(name: str, path: Path) -> Path:
     return figure
 
 
-def settable(preset) -> dict[str, str]:
-    """Fields of a preset that options set, and what these say of themselves."""
-    said = {"text": "a text file or folder instead of the embedded corpus"}
-    said |= {f.name: f.metadata["help"] for f in dataclasses.fields(preset) if "help" in f.metadata}
-    return {f.name: said[f.name] for f in dataclasses.fields(preset) if f.name in said}
-
-
 def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
     """Values of all cells, those in the file `kept` taken from it, each with commit, date, device and seconds."""
     found = json.loads(kept.read_text()) if kept.exists() and not again else {}
@@ -141,7 +127,7 @@ def bare(values: dict) -> dict:
 
 def fields(preset) -> dict:
     """A preset as it reads in JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(preset)))
+    return json.loads(json.dumps(asdict(preset) if is_dataclass(preset) else preset))
 
 
 def write_json(path: Path, value) -> None:
