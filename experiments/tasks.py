@@ -1,33 +1,62 @@
 """Training on generated sequences: the loop of the experiments whose data is a function of the step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from rwkv_jax import optim, train
 
 
-def fit(model, batch_of: Callable[[int], dict], *, lr: float, steps: int, seed: int = 0, every: int = 0, look=None):
+def fit(
+    model,
+    batch_of: Callable[[int], dict],
+    *,
+    lr: float | Sequence[float],
+    steps: int,
+    seed: int = 0,
+    every: int = 0,
+    look=None,
+):
     """Train from the initialisers; (params, what `look` returned).
 
     Args:
         batch_of: step in [0, steps) -> {"tokens" [B, T + 1], "mask" [B, T]}, of one shape: T inputs, and which of the
             tokens that follow them count in the loss.
-        lr: after a warm-up of 5 % of the steps, constant until the last tenth, which takes it to lr / 10.
+        lr: after a warm-up of 5 % of the steps, constant until the last tenth, which takes it to lr / 10. Of several,
+            each trains a model of its own on the same batches, all in one program: params have a leading axis.
         look: `look(step, params) -> (JSON value, whether to stop)`, called after each `every` steps and after the
             last; "step" counts the steps taken.
     """
-    tx = optim.optimiser()
-    init, step = jax.jit(train.make_init(model, tx)), jax.jit(train.make_step(model, tx), donate_argnums=0)
-    rate = optim.schedule("exponential", lr, lr / 10, steps, steps // 20, steps - steps // 10)
-    state, seen = init(jax.random.key(seed)), []
+    init, step = _programs(model, np.ndim(lr) > 0)
+    share = optim.schedule("exponential", 1.0, 0.1, steps, steps // 20, steps - steps // 10)
+    state, seen = init(jnp.broadcast_to(jax.random.key(seed), np.shape(lr))), []
     for i in tqdm(range(steps), disable=None, leave=False):
-        state, _ = step(state, batch_of(i), np.float32(rate(i)))
+        state, _ = step(state, batch_of(i), np.asarray(lr, np.float32) * np.float32(share(i)))
         if look and (i + 1 == steps or (every and (i + 1) % every == 0)):
             value, stop = look(i + 1, state.params)
             seen.append(value)
             if stop:
                 break
     return state.params, seen
+
+
+@cache
+def _programs(model, several: bool):
+    """Compiled once for a model and a shape of batches, whatever data and rate."""
+    tx = optim.optimiser()
+    init, step = train.make_init(model, tx), train.make_step(model, tx)
+    if several:
+        init, step = jax.vmap(init), jax.vmap(step, in_axes=(0, None, 0))
+    return jax.jit(init), jax.jit(step, donate_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def share_right(model, params, batch: dict):
+    """Of the tokens of a batch that count, the share that the model finds the likeliest."""
+    logits_BTV, _ = model.apply({"params": params}, batch["tokens"][:, :-1])
+    right_BT = logits_BTV.argmax(axis=-1) == batch["tokens"][:, 1:]
+    return (right_BT & batch["mask"]).sum() / batch["mask"].sum()
