@@ -1,0 +1,48 @@
+"""The figure of `results.json`: decays of every layer, sorted, before and after training, and what changed.
+
+python -m experiments.decays.plot [results.json [figure.png]]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def draw(results, path) -> None:
+    """Write the figure as PNG: a row of panels for each start, and for each model that was added."""
+    cells = results["cells"]
+    figure, rows = plt.subplots(len(cells), 2, figsize=(9, 3.2 * len(cells)), layout="constrained", squeeze=False)
+    for (name, cell), (left, right) in zip(cells.items(), rows, strict=True):
+        colors = plt.cm.viridis(np.linspace(0, 0.9, len(cell["after"])))
+        for layer, (before, after, color) in enumerate(zip(cell["before"], cell["after"], colors, strict=True), 1):
+            share = np.linspace(0, 1, len(after["decays"]))
+            left.plot(share, before["decays"], color=color, linestyle="--", linewidth=0.8)
+            left.plot(share, after["decays"], color=color, label=f"layer {layer}")
+            right.plot(share, np.subtract(after["decays"], before["decays"]), color=color)
+        title = f"{name} start" if name in ("released", "flat") else Path(name).name
+        left.set(title=f"{title}: before (dashed) and after", ylabel="decay a token", ylim=(-0.02, 1.02))
+        right.set(title="after - before", ylabel="difference of sorted decays")
+        right.axhline(0, color="grey", linewidth=0.6)
+    for axis in rows[-1]:
+        axis.set_xlabel("share of channels")
+    rows[0, 0].legend(frameon=False, fontsize=7, ncols=1 + len(cells["released"]["after"]) // 8)
+    fields, stamp = results["fields"], results["stamp"]
+    figure.suptitle(
+        f"{fields['num_layers']} x {fields['dim']}, {fields['steps']} steps; {stamp['devices'][0]}, {stamp['date']}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
+    draw(json.loads(source.read_text()), target)
