@@ -134,8 +134,8 @@ def carried(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.
     `seq_len` tokens, handing the state on. Raises ValueError for a model with attention.
     """
     _check(model, tokens, starts, seq_len, batch_size)
-    if not _is_recurrent(model):
-        raise ValueError(f"layers are {model.layers}, expected rwkv4 alone: attention has no state of fixed size")
+    if not model.recurrent:
+        raise ValueError(f"layers are {model.layers}, expected none of attention: it has no state of fixed size")
     starts, lengths = np.asarray(starts), np.diff(starts, append=len(tokens))
     rows = [(starts[documents], lengths[documents]) for documents in _balanced(lengths, min(batch_size, len(starts)))]
 
@@ -151,13 +151,9 @@ def carried(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.
 
 
 def best_practice(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.ndarray:
-    """Nats of each token [N] as the model predicts them best: `carried` if all layers are RWKV's, else `sliding`."""
-    protocol = carried if _is_recurrent(model) else sliding
+    """Nats of each token [N] as the model predicts them best: `carried` without attention, else `sliding`."""
+    protocol = carried if model.recurrent else sliding
     return protocol(model, params, tokens, starts, seq_len, batch_size)
-
-
-def _is_recurrent(model):
-    return set(model.layers) == {"rwkv4"}
 
 
 def _check(model, tokens, starts, seq_len, batch_size):
@@ -304,7 +300,7 @@ def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
         "bytes": split.num_bytes,
         "windows": numbers(windows(model, params, split.tokens, *shape)),
         "best_practice": numbers(best_practice(model, params, split.tokens, split.starts, *shape)),
-        "best_practice_is": "carried" if _is_recurrent(model) else "sliding",
+        "best_practice_is": "carried" if model.recurrent else "sliding",
     }
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rwkv_jax.models.lstm import default_hidden_dim
+
 
 class Chip(NamedTuple):
     """What a vendor promises of one chip. Rates are those of its data sheet, reached by nothing real."""
@@ -99,6 +101,9 @@ def flops_per_token(model, seq_len: int) -> float:
     for kind in model.layers:
         if kind == "rwkv4":
             layer = 6 * (5 * D**2 + 2 * D * (model.hidden_dim or 4 * D)) + 60 * D
+        elif kind == "lstm":
+            F = model.hidden_dim or default_hidden_dim(D)
+            layer = 6 * (5 * D * F + 4 * F**2)
         else:
             layer = 6 * (4 * D**2 + 2 * D * (model.hidden_dim or 9 * D // 2)) + 6 * D * seq_len
         total += repeats * layer
@@ -110,6 +115,7 @@ def flops_per_token(model, seq_len: int) -> float:
 RECOMPUTED = {
     "rwkv4": {"none": 0, "matmuls": 0, "outputs": 8, "block": 13},
     "attention": {"none": 0, "matmuls": 0, "outputs": 7.5, "block": 8.5},
+    "lstm": {"none": 0, "matmuls": 6.6, "outputs": 11.7, "block": 11.7},  # the recurrence runs twice in all
 }
 
 

@@ -149,11 +149,12 @@ RELEASED_RATES = ((768, 6e-4), (1024, 4e-4), (2048, 3e-4), (4096, 1.5e-4), (5120
 LEARNING_RATES = {
     "rwkv4": ((64, 1.6e-2), (128, 8e-3), (256, 4e-3), *RELEASED_RATES),
     "attention": ((64, 8e-3), (128, 2e-3), (256, 1e-3), *RELEASED_RATES),
+    "lstm": ((64, 8e-3), (128, 2e-3), (256, 1e-3), *RELEASED_RATES),  # those of attention
 }
 
 
 def default_lr(kind: str, dim: int) -> float:
-    """Learning rate that suits a width, for models of `kind` "rwkv4" or "attention"."""
+    """Learning rate that suits a width, for models of `kind` "rwkv4", "attention" or "lstm"."""
     table = LEARNING_RATES[kind]
     dim = min(max(dim, table[0][0]), table[-1][0])
     (d1, lr1), (d2, lr2) = next((a, b) for a, b in itertools.pairwise(table) if dim <= b[0])

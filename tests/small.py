@@ -12,6 +12,7 @@ V, D, L = 11, 8, 2
 KINDS = {
     "rwkv4": {"name": "rwkv4"},
     "transformer": {"name": "transformer", "token_shift": True},
+    "lstm": {"name": "lstm"},
     "hybrid": {"name": "rwkv4", "layers": ("rwkv4", "attention"), "num_layers": 4},
 }
 

@@ -146,7 +146,7 @@ def test_best_practice_follows_the_layers():
         arguments = (*case(kind), TOKENS, STARTS, SEQ_LEN, 3)
         np.testing.assert_array_equal(evaluate.best_practice(*arguments), protocol(*arguments))
     hybrid = rwkv_jax.build("rwkv4", layers=("rwkv4", "attention"), **FIELDS)
-    with pytest.raises(ValueError, match="expected rwkv4 alone"):
+    with pytest.raises(ValueError, match="expected none of attention"):
         evaluate.carried(hybrid, {}, TOKENS, STARTS, SEQ_LEN, 3)
 
 

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rwkv_jax.models import rwkv4, transformer
+from rwkv_jax.models import lstm, rwkv4, transformer
 from rwkv_jax.models.layers import LayerNorm, Linear, dropout, embedding_init, matmul, orthogonal
 from rwkv_jax.ops.wkv4 import FORMS
 
@@ -28,7 +28,8 @@ SIZES = {
     "14b": (40, 5120),
 }
 NEOX_VOCAB = 50277
-MODELS = {"rwkv4": ("rwkv4",), "transformer": ("attention",)}
+MODELS = {"rwkv4": ("rwkv4",), "transformer": ("attention",), "lstm": ("lstm",)}
+KINDS = ("rwkv4", "attention", "lstm")  # of layers
 # What of a layer's forward pass is kept for the backward pass, by `checkpoint_name`; the rest is computed again.
 # Temporary memory of a step in MiB, 12 layers of D 256 on 4 windows of 1,024 tokens, float32, beside a state of 119
 # (compiled.memory_analysis(), CPU, jax 0.10.2, 2026-11-26), and values kept a token and layer of RWKV-4: from D to 4 D
@@ -56,7 +57,7 @@ CHOICES = {
 
 
 def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
-    """A model by name, "rwkv4" or "transformer", with the fields of `LM`; `size` is one of the released sizes.
+    """A model by name, "rwkv4", "transformer" or "lstm", with the fields of `LM`; `size` is one of the released sizes.
 
     `build("rwkv4", layers=("rwkv4", "attention"), ...)` is a hybrid of alternating layers.
     """
@@ -85,7 +86,7 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
             _one_of(f"model field {key}", chosen[key], choices)
     chosen["layers"] = tuple(chosen["layers"])
     for kind in chosen["layers"]:
-        _one_of("kind of layer", kind, ("rwkv4", "attention"))
+        _one_of("kind of layer", kind, KINDS)
     if not chosen["layers"] or chosen["num_layers"] % len(chosen["layers"]):
         raise ValueError(
             f"num_layers is {chosen['num_layers']}, expected a multiple of the {len(chosen['layers'])} kinds in layers"
@@ -107,7 +108,7 @@ class LM(nn.Module):
     num_layers: int
     dim: int
     layers: tuple[str, ...] = ("rwkv4",)  # one repeating unit, num_layers / len(layers) times
-    hidden_dim: int | None = None  # F: 4 D for RWKV-4, 4.5 D for attention, which makes 13 D^2 a layer of both
+    hidden_dim: int | None = None  # F: 4 D for RWKV-4, 4.5 D for attention, 1.28 D for LSTM: 13 D^2 a layer of all
     dtype: str = "float32"  # activations; norms' statistics, WKV, logits and loss are float32 at least
     param_dtype: str = "float32"
     matmul_precision: str | None = None  # "highest": full float32 where the hardware would round the inputs
@@ -164,6 +165,8 @@ class LM(nn.Module):
         }
         if kind == "rwkv4":
             return partial(rwkv4.Block, wkv_impl=self.wkv_impl, **shared)
+        if kind == "lstm":
+            return partial(lstm.Block, **shared)
         return partial(transformer.Block, head_size=self.head_size, token_shift=self.token_shift, **shared)
 
     def _unit(self, linear, norm):
@@ -216,14 +219,21 @@ class LM(nn.Module):
         return self.logits(x_BTD), state
 
     def init_state(self, batch: int, max_length: int | None = None) -> tuple:
-        """The empty past. `max_length` tokens is what a KV cache can hold; RWKV's state has no such limit."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        return tuple(
-            rwkv4.init_state(batch, self.dim, wide)
-            if self.layers[i % len(self.layers)] == "rwkv4"
-            else transformer.init_state(batch, self.dim, self.head_size, max_length, self.dtype, self.token_shift)
-            for i in range(self.num_layers)
-        )
+        """The empty past. `max_length` tokens is what a KV cache can hold; a recurrent state has no such limit."""
+        wide, D = jnp.promote_types(self.dtype, jnp.float32), self.dim
+        make = {
+            "rwkv4": lambda: rwkv4.init_state(batch, D, wide),
+            "lstm": lambda: lstm.init_state(batch, D, self.hidden_dim, wide),
+            "attention": lambda: transformer.init_state(
+                batch, D, self.head_size, max_length, self.dtype, self.token_shift
+            ),
+        }
+        return tuple(make[self.layers[i % len(self.layers)]]() for i in range(self.num_layers))
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the state of every layer has a fixed size, however long the past."""
+        return "attention" not in self.layers
 
 
 class Unit(nn.Module):

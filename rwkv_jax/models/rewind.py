@@ -14,8 +14,10 @@ def read(model, params, tokens_BT, state):
     """(logits [B, T, V], the state after all tokens, what `state_after` needs of the pass).
 
     For parameters of one layer each (`scan=False`). What is needed are the normed inputs of both halves of a layer
-    and the keys and values of the first, each [B, T, D].
+    and the keys and values of the first, each [B, T, D]. ValueError for an LSTM, which has none of these.
     """
+    if "lstm" in model.layers:
+        raise ValueError(f"layers are {model.layers}, expected rwkv4 and attention: an LSTM cannot go back in a pass")
     (logits_BTV, state), variables = model.apply(
         {"params": params},
         tokens_BT,

@@ -88,7 +88,7 @@ def _programs(model, method, recipe, strategy_and_replicas, carry_rows, **option
 
 def _check_segments(config, model):
     """One line where state cannot be handed on as the config asks."""
-    if (config.carry_state or config.segments > 1) and set(model.layers) != {"rwkv4"}:
+    if (config.carry_state or config.segments > 1) and not model.recurrent:
         raise ValueError(
             f"carry_state is {config.carry_state} and segments {config.segments}, expected False and 1: "
             f"layers are {model.layers}, and attention has no state of fixed size"
