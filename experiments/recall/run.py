@@ -80,7 +80,7 @@ PRESETS = {
         rates=(5e-4, 2e-3, 8e-3, 3.2e-2),
     ),
 }
-SWEPT_EXAMPLES, WIDEST = 24_000, 5  # a sweep: examples of each rate, rates at most
+SWEPT_EXAMPLES, WIDEST = 48_000, 5  # a sweep: examples of each rate, rates at most
 
 
 def learn(preset, arm: str, case, lr, seed: int = 0) -> dict:
@@ -135,18 +135,22 @@ def swept_lr(arm: str) -> float:
 def sweep(preset, path) -> None:
     """Mean accuracy over the first examples, at the first case, of each arm and rate: how soon it learns. A factor of
     2 between rates, on to lower or higher ones until the best is inside or `WIDEST` are tried."""
-    results = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    short = replace(preset, examples=min(SWEPT_EXAMPLES, preset.examples), every=min(preset.every, preset.examples))
+    preset = replace(preset, examples=min(SWEPT_EXAMPLES, preset.examples))
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if results.get("fields") != command.fields(preset):
+        results = {"runs": {}, "fields": command.fields(preset)}
+    looks = preset.examples // preset.every
     for arm in ARMS:
         runs = results["runs"].setdefault(arm, {})
         rates = [4e-3, 8e-3, 1.6e-2]
         while rates and len(runs) < WIDEST:
             for lr in rates:
                 if f"{lr:g}" not in runs:
-                    curve = learn(short, arm, preset.cases[0], lr)["curve"]
-                    runs[f"{lr:g}"] = round(float(np.mean([right for _, right in curve])), 4)
+                    right = [right for _, right in learn(preset, arm, preset.cases[0], lr)["curve"]]
+                    right += right[-1:] * (looks - len(right))  # where it was done sooner
+                    runs[f"{lr:g}"] = round(float(np.mean(right)), 4)
                     print(f"{arm}, lr {lr:g}: {runs[f'{lr:g}']}", file=sys.stderr, flush=True)
-                    command.write_json(path, results | {"fields": command.fields(short), "stamp": stamp.stamp()})
+                    command.write_json(path, results | {"stamp": stamp.stamp()})
             tried = sorted(map(float, runs))
             best = max(tried, key=lambda lr: runs[f"{lr:g}"])
             rates = [best / 2] * (best == tried[0]) + [best * 2] * (best == tried[-1])
