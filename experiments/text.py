@@ -1,11 +1,12 @@
 """Training runs on text, as experiments need them: the trained model, its curve in few points, held-out text."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 import rwkv_jax
-from rwkv_jax import corpora, evaluate, metrics, train
+from rwkv_jax import checkpoint, corpora, evaluate, metrics, train
 
 
 def trained(config, workdir: Path):
@@ -15,6 +16,36 @@ def trained(config, workdir: Path):
         raise KeyboardInterrupt
     model, _ = rwkv_jax.load(workdir)
     return model, state.params
+
+
+def decayed(config, budgets: Sequence[int], budget: int, folder: Path):
+    """(model, params, workdirs) after `budget` steps, the last decayed: a branch of the trunk of all `budgets`.
+
+    Equal in bits on a CPU to one run of `budget` steps with the trunk's warm-up. The trunk is a chain of stretches,
+    each from one branching point to the next, so that a short budget does not wait for a long one.
+
+    Args:
+        config: of the longest budget. Its share `optim.decay` of each budget decays, by "exponential"; its warm-up is
+            that of the trunk.
+        folder: of `trunk-STEPS` and `STEPS`, workdirs that stay and that a later call finds. `workdirs` are those that
+            led here, the branch last.
+    """
+    warmup, point, trunk, workdirs = round(config.optim.warmup * max(budgets)), 0, "", []
+    for steps in sorted(b for b in budgets if b <= budget):
+        stretch, before = config.copy_and_resolve_references(), point
+        point = steps - round(config.optim.decay * steps)
+        stretch.update(steps=point, branch_from=trunk)
+        # its warm-up is over before the first branch
+        stretch.optim.update(schedule="constant", warmup=0.0 if before else warmup / point)
+        workdirs.append(folder / f"trunk-{point}")
+        if point not in checkpoint.steps(workdirs[-1] / "checkpoints"):
+            trained(stretch, workdirs[-1])
+        trunk = str(workdirs[-1] / "checkpoints" / str(point))
+    branch = config.copy_and_resolve_references()
+    branch.update(steps=budget, branch_from=trunk)
+    branch.optim.warmup = 0.0
+    workdirs.append(folder / str(budget))
+    return *trained(branch, workdirs[-1]), workdirs
 
 
 def curve(workdir: Path, points: int = 40) -> dict:

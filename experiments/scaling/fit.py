@@ -1,0 +1,126 @@
+"""Loss against compute: the Pareto frontier, a straight line in log-log, a law that saturates, and how well they tell
+what more compute would give.
+
+    line         L = k C^-a             what Fig. 4 draws
+    saturating   L = E + k C^-a, E >= 0 (Chinchilla's form along its own frontier)
+
+The line is least squares of log L; the other of relative residuals, which are the same to first order.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+
+class Law(NamedTuple):
+    """L(C) = floor + k (C / unit)^-exponent."""
+
+    floor: float
+    k: float
+    exponent: float
+    unit: float  # geometric mean of the fitted compute: k is then a loss
+
+    def __call__(self, compute):
+        return self.floor + self.k * (np.asarray(compute, float) / self.unit) ** -self.exponent
+
+
+def pareto(compute, loss) -> np.ndarray:
+    """Indices, by compute, of runs that no other run beats with as much compute or less."""
+    order = np.lexsort((loss, compute))
+    best = np.minimum.accumulate(np.asarray(loss, float)[order])
+    first = np.concatenate([[True], best[1:] < best[:-1]])
+    return order[first]
+
+
+def line(compute, loss) -> Law:
+    unit = np.exp(np.mean(np.log(compute)))
+    slope, at_unit = np.polyfit(np.log(np.asarray(compute) / unit), np.log(loss), 1)
+    return Law(0.0, float(np.exp(at_unit)), float(-slope), float(unit))
+
+
+def saturating(compute, loss) -> Law:
+    """For an exponent, floor and k are a linear problem; the exponent is sought on a grid, then beside its best."""
+    unit, loss = float(np.exp(np.mean(np.log(compute)))), np.asarray(loss, float)
+    x = np.asarray(compute, float) / unit
+
+    def best(exponent):
+        powers = x**-exponent / loss
+        floors = 1 / loss
+        (floor, k), *_ = np.linalg.lstsq(np.stack([floors, powers], axis=1), np.ones_like(loss), rcond=None)
+        if floor < 0 or k < 0:
+            floor, k = 0.0, powers.sum() / (powers @ powers)
+        return np.square(floor * floors + k * powers - 1).sum(), floor, k
+
+    grid = np.geomspace(1e-3, 3, 60)
+    i = int(np.argmin([best(exponent)[0] for exponent in grid]))
+    bounds = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
+    exponent = minimize_scalar(lambda a: best(a)[0], bounds=bounds, method="bounded", options={"xatol": 1e-9}).x
+    _, floor, k = best(exponent)
+    return Law(float(floor), float(k), float(exponent), unit)
+
+
+LAWS = {"line": line, "saturating": saturating}
+
+
+def errors(law: Law, compute, loss) -> dict:
+    """Relative errors of predictions, and r^2 of log loss by both definitions: the paper does not tell its own."""
+    relative = law(compute) / np.asarray(loss) - 1
+    predicted, seen = np.log(law(compute)), np.log(loss)
+    spread = np.square(seen - seen.mean()).sum()
+    return {
+        "max": float(np.abs(relative).max()),
+        "rms": float(np.sqrt(np.square(relative).mean())),
+        "r2_correlation": float(np.corrcoef(predicted, seen)[0, 1] ** 2) if len(seen) > 1 else None,
+        "r2_explained": float(1 - np.square(predicted - seen).sum() / spread) if spread else None,
+    }
+
+
+def judged(compute, loss, until: float) -> dict | None:
+    """Both laws fitted to the frontier's runs of at most `until` FLOP, and their errors there and beyond; None where
+    the frontier has fewer than 3 runs there or none beyond."""
+    compute, loss = np.asarray(compute, float), np.asarray(loss, float)
+    frontier = pareto(compute, loss)
+    c, y = compute[frontier], loss[frontier]
+    fitted, beyond = c <= until, c > until
+    if fitted.sum() < 3 or not beyond.any():
+        return None
+    found = {"points": [int(fitted.sum()), int(beyond.sum())]}
+    for name, fit in LAWS.items():
+        law = fit(c[fitted], y[fitted])
+        found[name] = {
+            **law._asdict(),
+            "fit": errors(law, c[fitted], y[fitted]),
+            "beyond": errors(law, c[beyond], y[beyond]),
+        }
+    return found
+
+
+def bootstrap(compute, loss, until: float, samples: int = 1000, seed: int = 0) -> dict:
+    """95 % intervals of what `judged` finds, over runs drawn again: points of a frontier are order statistics, and to
+    draw those again would hide that another run might have been on it."""
+    compute, loss, rng = np.asarray(compute, float), np.asarray(loss, float), np.random.default_rng(seed)
+    drawn = (np.unique(rng.integers(len(loss), size=len(loss))) for _ in range(samples))
+    found = [its for i in drawn if (its := judged(compute[i], loss[i], until))]
+    if not found:
+        return {"samples": 0}
+    of = {
+        "line exponent": lambda line, curve: line["exponent"],
+        "saturating exponent": lambda line, curve: curve["exponent"],
+        "floor": lambda line, curve: curve["floor"],
+        "line minus saturating, rms beyond": lambda line, curve: line["beyond"]["rms"] - curve["beyond"]["rms"],
+    }
+    intervals = {
+        name: np.quantile([value(its["line"], its["saturating"]) for its in found], (0.025, 0.975)).tolist()
+        for name, value in of.items()
+    }
+    return {"samples": len(found)} | intervals
+
+
+def chinchilla(compute):
+    """Loss of the compute-optimal model at a compute: 1.69 + 406.4 N^-0.34 + 410.7 D^-0.28, C = 6 N D (Hoffmann et al.
+    2022, approach 3)."""
+    alpha, beta, a, b = 0.34, 0.28, 406.4, 410.7
+    ratio, tokens_by_parameters = (alpha * a / (beta * b)) ** (1 / (alpha + beta)), np.asarray(compute, float) / 6
+    parameters = ratio * tokens_by_parameters ** (beta / (alpha + beta))
+    return 1.69 + a * parameters**-alpha + b * (tokens_by_parameters / parameters) ** -beta

@@ -1,0 +1,59 @@
+"""The figure of results.json: every run, the frontier, and both laws as far as the compute that they have not seen.
+
+python -m experiments.scaling.plot [results.json [figure.png]]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import NullFormatter
+
+from experiments.scaling.fit import LAWS, Law
+
+
+def draw(results, path) -> None:
+    """Write the figure as PNG: Fig. 4's colours, red the frontier, blue what is beyond the fit, black the rest."""
+    arms = results["arms"]
+    figure, axes = plt.subplots(
+        1, len(arms), figsize=(4.6 * len(arms), 3.9), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (arm, its) in zip(axes[0], arms.items(), strict=True):
+        compute, loss = np.array(its["flops"]), np.array(its["loss_nats"])
+        frontier = np.zeros(len(compute), bool)
+        frontier[its["frontier"]] = True
+        beyond = compute > its["fitted_until"]
+        axis.plot(compute[~frontier], loss[~frontier], ".", color="#2c3e50", label="other runs")
+        axis.plot(compute[frontier & ~beyond], loss[frontier & ~beyond], "o", color="#c0392b", label="frontier")
+        axis.plot(
+            compute[frontier & beyond], loss[frontier & beyond], "o", color="#2980b9", label="frontier, not fitted"
+        )
+        if its["laws"]:
+            x = np.geomspace(compute.min(), compute.max())
+            for name, style in zip(LAWS, ("-", "--"), strict=True):
+                law = Law(*(its["laws"][name][field] for field in Law._fields))
+                axis.plot(x, law(x), style, color="grey", label=name, linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel="training FLOP", title=arm)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylabel("held-out loss, nats a token")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    fields, stamp = results["fields"], results["stamp"]
+    figure.suptitle(
+        f"tokens: {fields['tokenizer']} of {fields['text']}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
+    draw(json.loads(source.read_text()), target)

@@ -1,0 +1,56 @@
+"""Learning rates of arms and sizes: grids a factor of 2 apart, extended until the best is not at an end."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from experiments import stamp
+from experiments.command import write_json
+
+COMPARE = Path(__file__).parent / "compare" / "sweep.json"
+RELEASED = (768, 6e-4)  # width and rate of the smallest released model
+
+
+def swept(path: Path) -> dict:
+    """{"ARM LxD": {rate: loss}} of a sweep; nothing where there was none."""
+    return json.loads(path.read_text())["runs"] if path.exists() else {}
+
+
+def bracket(path: Path, name: str, centre: float, loss_of: Callable[[float], float], **about) -> None:
+    """Losses of `name` around the power of 2 times 1e-3 that is nearest to `centre`, kept in `path` after each run.
+
+    Args:
+        path: JSON {"runs": {name: {rate: loss}}, ...}; what it holds is not run again.
+        about: what else it should say.
+    """
+    results = {"runs": swept(path)}
+    runs, nearest = results["runs"].setdefault(name, {}), 1e-3 * 2.0 ** round(np.log2(centre / 1e-3))
+    rates = [nearest / 2, nearest, nearest * 2]
+    while rates:
+        for rate in rates:
+            if f"{rate:g}" not in runs:
+                runs[f"{rate:g}"] = round(loss_of(rate), 4)
+                print(f"{name} lr {rate:g}: {runs[f'{rate:g}']:.4f}", flush=True)
+                write_json(path, results | about | {"stamp": stamp.stamp()})
+        tried, best = sorted(map(float, runs)), _best(runs)
+        rates = [best / 2] * (best == tried[0]) + [best * 2] * (best == tried[-1])
+
+
+def lr(path: Path, arm: str, num_layers: int, dim: int) -> float | None:
+    """The best rate of an arm at a size in `path` or in compare's sweep; between the widths of the latter, on a
+    straight line in log-log that ends at the released rate. None for an arm that neither has."""
+    for sweep in (path, COMPARE):
+        runs = swept(sweep)
+        if f"{arm} {num_layers}x{dim}" in runs:
+            return _best(runs[f"{arm} {num_layers}x{dim}"])
+    points = [(int(name.split("x")[-1]), _best(its)) for name, its in runs.items() if name.split(" ")[0] == arm]
+    if not points:
+        return None
+    dims, rates = np.log(np.array(sorted([*points, RELEASED]))).T
+    return float(np.exp(np.interp(np.log(dim), dims, rates)))
+
+
+def _best(runs: dict) -> float:
+    return float(min(runs, key=runs.get))
