@@ -1,0 +1,50 @@
+"""The figure of `results.json`: share right of rules and models, and the loss of the models against tokens.
+
+python -m experiments.lra.plot [results.json [figure.png]]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+
+COLOURS = {"rwkv4": "#c0392b", "transformer": "#2c3e50", "transformer+shift": "#2980b9"}
+
+
+def draw(results, path) -> None:
+    """Write the figure as PNG."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=(1.5, 1))
+    fields, rules = results["fields"], results["rules"]
+    lengths = f"lengths {fields['above']} to {fields['below']}"
+    left.plot(rules.values(), list(rules), "o", color="grey", label=f"rules, {lengths}")
+    public = results["public_rules"]
+    left.plot(public.values(), list(public), "s", color="black", fillstyle="none", label="rules, lengths 500 to 2,000")
+    for arm, share in results["right"].items():
+        left.axvline(share, color=COLOURS[arm], label=f"{arm}, {lengths}")
+    left.axvspan(0.3533, 0.3998, color="grey", alpha=0.2, label="attention in Table 4")
+    left.axvline(0.5588, color="grey", linestyle=":", label="RWKV in Table 4")
+    left.invert_yaxis()
+    left.set(xlabel="expressions right", xlim=(0, 1), title="ListOps: what a share of right answers is worth")
+    left.legend(frameon=False, fontsize=7, loc="lower left")
+    for name, cell in results["cells"].items():
+        if name.startswith("listops, "):
+            arm = name.split(", ")[1]
+            curve = cell["curve"]
+            right.plot([tokens / 1e6 for tokens in curve["tokens"]], curve["loss_nats"], color=COLOURS[arm], label=arm)
+    right.set(
+        xlabel="tokens read, millions", ylabel="training loss, nats", title=f"{fields['num_layers']} x {fields['dim']}"
+    )
+    right.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
+    draw(json.loads(source.read_text()), target)
