@@ -5,7 +5,7 @@ that look at the root's operator alone, or evaluate so many levels; how many lev
 does the order hold among our arms.
 
     python -m experiments.lra.run                     RWKV-4 at lengths 20 to 100; rules there and at 500 to 2,000
-    python -m experiments.lra.run --preset=gpu        500 to 2,000, 96,000 examples, all arms; `paper` the same, 3 seeds
+    python -m experiments.lra.run --preset=gpu        500 to 2,000, 96,000 examples, all arms; `paper`: three seeds
     python -m experiments.lra.run --imdb=aclImdb      other tasks by the folders of their public files:
                                                       --listops --imdb --aan --cifar10 --pathfinder
     python -m experiments.lra.run --sweep             learning rate of each arm, at the lengths of the preset
