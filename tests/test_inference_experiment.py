@@ -29,6 +29,7 @@ def test_cumulative_time_is_the_integral_between_the_positions():
     rows = [{"position": p, "seconds": 1 + p / 100} for p in (0, 100, 300)]
     for tokens in (50, 100, 250, 300):
         assert conclusions.cumulative(rows, tokens) == pytest.approx(tokens + tokens**2 / 200)
+    assert conclusions.cumulative(rows[1:], 50) == pytest.approx(50 * 2)  # before the first position: as there
 
 
 def test_straight_is_straight_and_bent_is_not():

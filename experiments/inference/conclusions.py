@@ -30,7 +30,7 @@ def batch_for(factor, tokens, num_layers, dim, vocab_size) -> int:
 def cumulative(rows, tokens) -> float:
     """Seconds of generating `tokens` tokens, one text: the integral of latency over positions, straight in between."""
     at, seconds = (np.array([row[name] for row in rows], float) for name in ("position", "seconds"))
-    grid = np.unique([*at[at < tokens], tokens])
+    grid = np.unique([0, *at[at < tokens], tokens])
     return float(np.trapezoid(np.interp(grid, at, seconds), grid))
 
 
