@@ -60,8 +60,8 @@ def test_gains_are_of_documents_that_have_all_distances():
     reset_N, carried_N = np.zeros(len(text.tokens)), np.zeros(len(text.tokens))
     start = text.starts[1] + 1
     reset_N[start + 2 : start + 4] = np.log(2)  # bytes 3 and 4 of the second document
-    carried_N[start + 4 :] = np.log(2)
-    assert reading.gain_by_distance(reset_N, carried_N, text, (2, 4, 8)) == [[1, 0], [-1, -1]]
+    carried_N[start + 4 :] = np.log(2)  # and all of the third
+    assert reading.gain_by_distance(reset_N, carried_N, text, (2, 4, 8)) == [[1, -1], [-1, -1]]
     with pytest.raises(ValueError, match="no held-out document has 10 bytes"):
         reading.gain_by_distance(reset_N, carried_N, text, (2, 10))
 
