@@ -49,7 +49,7 @@ class HarnessLM(TemplateLM):
         pretrained: a path, a name on the Hugging Face hub, or an `RWKVForCausalLM`.
         tokenizer, dtype: see `RWKVForCausalLM.from_pretrained`.
         batch_size: texts read at one time.
-        max_length: tokens that the model reads of a text, the last ones; None: no limit if all layers are RWKV's.
+        max_length: tokens that the model reads of a text, the last ones; None: no limit if all layers are recurrent.
         prefix_token_id: stands before what has no context.
         add_bos_token: whether it stands before all other contexts, too.
         max_batch_size, device: ignored, as `lm_eval run` always gives them. Batches have one size, and JAX_PLATFORMS
@@ -80,7 +80,7 @@ class HarnessLM(TemplateLM):
             self.lm = RWKVForCausalLM.from_pretrained(path, tokenizer=tokenizer, dtype=dtype)
         if self.lm.tokenizer is None:
             raise ValueError(f"{pretrained} comes without a tokenizer, expected tokenizer=...")
-        if max_length is None and set(self.lm.model.layers) != {"rwkv4"}:
+        if max_length is None and not self.lm.model.recurrent:
             max_length = _trained_length(path)
         if not 0 <= prefix_token_id < self.lm.model.vocab_size:
             raise ValueError(f"prefix_token_id is {prefix_token_id}, expected 0 to {self.lm.model.vocab_size - 1}")
