@@ -40,7 +40,7 @@ def main(
             "hours" and "why".
         sweep: (preset, path of sweep.json) -> None.
         options: help by name of what a user can add, such as {"model": "released weights"} for `--model`. What is
-            given goes to `cells` by name, None where it is not; cells that it adds are named after it.
+            given goes to `cells` by name ("_" for "-"), None where it is not; cells that it adds are named after it.
     """
     name = folder.name
     parser = argparse.ArgumentParser(
@@ -71,7 +71,7 @@ def main(
             return 0
         with tempfile.TemporaryDirectory() as elsewhere:
             kept = Path(elsewhere if label == "smoke" else "runs") / name / f"{label}.json"
-            added = {option: args[option] for option in options or {}}
+            added = {name: args[name] for name in (option.replace("-", "_") for option in options or {})}
             values = compute(cells(preset, kept.with_suffix(""), **added), preset, kept, args["again"])
         results = {"preset": label, "fields": fields(preset), **conclude(preset, bare(values)), "cells": values}
         assert all(row["verdict"] in VERDICTS for row in results.get("ledger", ()))

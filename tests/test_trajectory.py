@@ -1,11 +1,7 @@
-"""Trains like the original, step for step.
+"""Trains like the original, step for step: 150 steps of the released trainer in float64; a clone of it, run here."""
 
-`goldens/official_trajectory.npz` holds 150 steps of the released trainer's own `RWKV-v4neo/src/model.py`, run
-unchanged on a CPU in float64: V 64, L 3, D 32, 4 rows of T 48, Adam (.9, .99, 1e-8), lr 3e-3 times the groups 1, 2, 3,
-L2Wrap, clip 1.0. `init/` and `final/` are its tensors under official names, `losses` the cross entropy before each
-step, `grad_norms` before clipping. Initial state, equations, backward, L2Wrap, groups, clip and Adam are one proof.
-"""
-
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,44 +9,95 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkv_jax import optim, train
-from rwkv_jax.interop import official
+from experiments.trajectory import run
+from rwkv_jax.ops import wkv4
 
-GOLDEN = Path(__file__).parent / "goldens" / "official_trajectory.npz"
-LR = 3e-3
-
-
-def _train(steps, l2wrap=True, groups=optim.GROUPS):
-    """(losses, gradient norms, final parameters) of our step from the same tensors on the same batches."""
-    golden = np.load(GOLDEN)
-    tensors = {k.removeprefix("init/"): golden[k].astype(np.float64) for k in golden if k.startswith("init/")}
-    model, params = official.from_official(tensors, dtype="float64")
-    tx = optim.optimiser(groups=groups)
-    zero = jnp.zeros((), jnp.int32)
-    state = train.TrainState(zero, params, tx.init(params), zero)
-    step = jax.jit(train.make_step(model, tx, l2wrap=l2wrap))
-    losses, norms = [], []
-    for tokens_BT in golden["tokens"][:steps].astype(np.int32):
-        batch = {"tokens": tokens_BT, "mask": np.ones_like(tokens_BT[:, 1:], bool)}
-        state, values = step(state, batch, np.float64(LR))
-        losses.append(float(values["loss_nats"]))
-        norms.append(float(values["grad_norm"]))
-    return np.array(losses), np.array(norms), state.params
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.usefixtures("x64")
 def test_every_step_and_the_final_tensors_are_the_released_trainers():
-    golden = np.load(GOLDEN)
-    losses, norms, params = _train(150)
-    assert np.abs(losses - golden["losses"]).max() < 1e-6
-    assert np.abs(norms / golden["grad_norms"] - 1).max() < 1e-6
-    for name, tensor in official.to_official(params).items():
-        assert np.abs(tensor - golden[f"final/{name}"]).max() < 1e-6, name  # the file holds them as float32
+    found = run.apart(run.ours(150), run.kept(150))
+    assert len(found["loss_by_step"]) == 150
+    for what in ("loss_nats", "grad_norm_relative", "final_tensors"):  # the file holds the tensors as float32
+        assert found[what] < 1e-6, what
+
+
+def test_the_distance_of_trajectories_is_the_largest_of_every_kind():
+    a = np.array([1.0, 2.0]), np.array([4.0, 4.0]), {"x": np.array([1.0, 5.0])}
+    b = np.array([1.5, 2.0]), np.array([4.0, 5.0]), {"x": np.array([1.0, 4.0])}
+    found = run.apart(a, b)
+    assert found.pop("loss_by_step") == [0.5, 0.0]
+    assert found == pytest.approx({"loss_nats": 0.5, "grad_norm_relative": 0.2, "final_tensors": 1.0})
+    assert "final_tensors" not in run.apart(a, (*b[:2], None))
+
+
+def test_one_number_out_of_place_is_a_contradiction():
+    cell = {"from kept": {"loss_nats": 1e-8, "grad_norm_relative": 1e-8, "loss_by_step": [1e-8]}}
+    values = {name: cell for name in run.CELLS} | {"clone, model.py 123": {"from clone": cell["from kept"]}}
+    verdict = lambda: run.conclude(run.PRESETS["smoke"], values)["ledger"][0]["verdict"]
+    assert verdict() == "reproduced"
+    values["clone, model.py 123"] = {"from clone": cell["from kept"] | {"grad_norm_relative": 1e-5}}
+    assert verdict() == "contradicted"
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("change", [{"l2wrap": False}, {"groups": ()}])
 def test_the_proof_notices_a_missing_piece(change):
-    losses, _, _ = _train(30, **change)
-    assert np.abs(losses - np.load(GOLDEN)["losses"][:30]).max() > 1e-5
+    assert run.apart(run.ours(30, **change), run.kept(30))["loss_nats"] > 1e-5
+
+
+def _clone(folder, program):
+    path = folder / "RWKV-v4neo" / "src" / "model.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(program)
+    return folder
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (None, "there is no"),
+        ("class Other: pass", "AttributeError: module 'released_rwkv4' has no attribute 'RWKV'"),
+        ("import lightning_of_tomorrow", "ModuleNotFoundError: No module named 'lightning_of_tomorrow'"),
+    ],
+)
+def test_a_clone_that_is_another_one_is_an_error_in_one_line(tmp_path, program, said):
+    clone = tmp_path / "clone" if program is None else _clone(tmp_path / "clone", program)
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.trajectory.run",
+        "--smoke",
+        f"--out={tmp_path}",
+        f"--rwkv-lm={clone}",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and error.startswith("error: ") and said in error and "Traceback" not in done.stderr
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.live
+@pytest.mark.usefixtures("x64")
+def test_the_kernel_that_stands_in_for_the_released_one_is_wkv_and_its_gradient():
+    import torch
+
+    from experiments.trajectory import released
+
+    rng, (B, T, C) = np.random.default_rng(0), (2, 7, 5)
+    k, v, dy = (3 * rng.standard_normal((B, T, C)) for _ in range(3))
+    decay, u = rng.standard_normal(C), rng.standard_normal(C)
+    run_ours = lambda decay, u, k, v: wkv4(-jnp.exp(decay), u, k, v, impl="scan")[0]
+    y, pull = jax.vjp(run_ours, decay, u, k, v)
+    t = torch.from_numpy
+    w, theirs = t(-np.exp(decay)), torch.empty(B, T, C, dtype=torch.float64)
+    released.wkv_forward(B, T, C, w, t(u), t(k), t(v), theirs)
+    np.testing.assert_allclose(theirs.numpy(), y, rtol=1e-12)
+    dw, du = (torch.empty(B, C, dtype=torch.float64) for _ in range(2))
+    dk, dv = (torch.empty(B, T, C, dtype=torch.float64) for _ in range(2))
+    released.wkv_backward(B, T, C, w, t(u), t(k), t(v), theirs, t(dy), dw, du, dk, dv)
+    for name, a, b in zip(
+        ("decay", "u", "k", "v"), (dw.sum(0), du.sum(0), dk, dv), pull(jnp.asarray(dy)), strict=True
+    ):
+        np.testing.assert_allclose(a.numpy(), b, rtol=1e-10, atol=1e-12, err_msg=name)

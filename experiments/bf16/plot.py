@@ -1,4 +1,4 @@
-"""The figure of `results.json`: loss against steps, and the difference that bfloat16 parameters make.
+"""The figure of `results.json`: loss against tokens, and the difference that bfloat16 makes, by seed.
 
 python -m experiments.bf16.plot [results.json [figure.png]]
 """
@@ -14,22 +14,28 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+BASE = "float32"
+COLOURS = {BASE: "#2c3e50", "bfloat16 activations": "#c0392b", "bfloat16 parameters": "#e67e22"}
+LINES = ("-", "--", ":")
+
 
 def draw(results, path) -> None:
     """Write the figure as PNG."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    by_dtype = lambda dtype: [row for row in results["rows"] if row["param_dtype"] == dtype]
-    for row_32, row_16 in zip(by_dtype("float32"), by_dtype("bfloat16"), strict=True):
-        left.plot(row_32["steps"], row_32["loss_nats"], color="#2c3e50", linewidth=0.8)
-        left.plot(row_16["steps"], row_16["loss_nats"], color="#c0392b", linewidth=0.8, linestyle="--")
-        difference = np.subtract(row_16["loss_nats"], row_32["loss_nats"])
-        right.plot(row_32["steps"], difference, linewidth=0.8, label=f"seed {row_32['seed']}")
-    left.set(xlabel="steps", ylabel="nats a byte", title="parameters float32 (line), bfloat16 (dashed)")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for i, seed in enumerate(results["fields"]["seeds"]):
+        of = lambda arm, seed=seed: results["cells"][f"{arm}, seed {seed}"]["curve"]
+        for arm, colour in COLOURS.items():
+            curve, style = of(arm), {"color": colour, "linestyle": LINES[i % 3], "linewidth": 0.9}
+            label = arm if i == 0 else None
+            left.plot(curve["tokens"], curve["loss_nats"], label=label, **style)
+            if arm != BASE:
+                difference = np.subtract(curve["loss_nats"], of(BASE)["loss_nats"])
+                right.plot(curve["tokens"], difference, label=label, **style)
     right.axhline(0, color="grey", linewidth=0.6)
-    right.set(xlabel="steps", ylabel="nats a byte", title="bfloat16 - float32, same batches")
-    right.legend(frameon=False, fontsize=8)
-    stamp = results["stamp"]
-    figure.suptitle(f"{', '.join(stamp['devices'])}, {stamp['date']}", fontsize=9)
+    left.set(xlabel="tokens", ylabel="nats a byte", title="training loss, a line style a seed")
+    right.set(xlabel="tokens", ylabel="nats a byte", title="minus float32, same start and batches")
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -95,7 +95,8 @@ def embedding_init(scheme: str, scale: float | None):
         if scheme == "normal":
             return (scale or 0.02) * jax.random.normal(key, shape, dtype)
         bound = scale or {"v4neo": 6e-4, "v5": 1e-4}[scheme]
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+        wide = jnp.promote_types(dtype, jnp.float32)  # 16-bit parameters start as the float32 ones, rounded
+        return jax.random.uniform(key, shape, wide, -bound, bound).astype(dtype)
 
     return init
 

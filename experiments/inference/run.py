@@ -1,0 +1,284 @@
+"""Seconds a token and bytes of memory against context, RWKV-4 beside a transformer with and without a cache.
+
+Claims: a token of RWKV-4 costs the same time and memory after any context (Table 1; Figs. 7, 13, 14: 3B in a straight
+line to about 10 to 15 s for 1,000 tokens where transformers of its size curve up to 45 to 65 s; less memory for 512
+tokens than any of them); and, not in the paper but said of this project, it is 10 times as fast at 4,096 tokens and
+100 times at 32,768. Where reading memory is what takes the time, both are a law: a token reads W = V D + 13 D^2 L
+weights once for all B texts, and a cached transformer 2 T D L numbers of keys and values for each, so that
+
+    ratio(T, B) = 1 + 2 B T D L / W
+
+    python -m experiments.inference.run                   6 x 512, V 256, float32
+    python -m experiments.inference.run --preset=gpu      3B, 7B and 169M shapes, float32, random weights
+    python -m experiments.inference.run --smoke --out=DIR
+
+Latency is that of some tokens after a filled context: a synthetic cache of noise, of the size that generation gives
+it, of which attention reads the filled part only; RWKV-4 has really read its context, up to `read_tokens`, and beyond
+goes on from that state. The transformer without a cache computes the whole text for each token. Cumulative time is
+the integral of latency over positions, and checked by generating 2,048 tokens one after the other. Memory is what a
+token needs beside the parameters: state and XLA's temporaries. Caches above `memory_share` of the memory that
+parameters leave are left out, by name. The training half of Table 1: tokens/s and XLA's temporary memory of a step
+against T, at equal B T.
+
+Cost: 8 minutes on 2 CPU cores, alone on the machine; `gpu` about 10 on one H100. Reproduced: constant: the slowest
+RWKV-4 position within 25 % of the fastest, its memory equal at all; the two factors: reached at batch 1 against the
+cached transformer. Same sign: RWKV-4 faster at batch 1, the factor at larger batches or not at all. Contradicted:
+RWKV-4 not faster at batch 1. Deviations: byte vocabulary and small shapes on a CPU; our transformer, not BLOOM, OPT,
+GPT-Neo or Pythia; the paper does not say whether its baselines used a cache.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import rwkv_jax
+from experiments import command
+from experiments.inference import conclusions
+from experiments.speed.decode import at_context, greedy, memory_bytes, state_bytes, total_bytes
+from rwkv_jax import generate, hardware, optim, train
+
+HERE = Path(__file__).parent
+ARMS = {
+    "rwkv4": {"name": "rwkv4"},
+    "transformer": {"name": "transformer"},
+    "transformer+shift": {"name": "transformer", "token_shift": True},
+}
+SHIFTED, UNCACHED = conclusions.SHIFTED, conclusions.UNCACHED
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_layers: int
+    dim: int
+    vocab_size: int
+    batches: tuple = (1,)
+
+
+@dataclass(frozen=True)
+class Preset:
+    shapes: dict
+    training: Shape
+    dtype: str = "float32"  # of inference
+    training_dtype: str = "float32"
+    positions: tuple = (0, 512, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+    shift_positions: tuple = (512, 4096, 32768)  # of the transformer with token shift, at the first batch only
+    tokens: int = 32  # timed after each position
+    rounds: int = 2  # of which the faster counts
+    read_tokens: int = 2**15  # that RWKV-4 really reads, all texts of a batch together
+    uncached: tuple = (512, 2048)
+    uncached_tokens: int = 2**14  # of a batch, at most
+    direct: int = 2048
+    memory_share: float = 0.5
+    lengths: tuple = (256, 2048, 8192)  # of training
+    step_tokens: int = 8192  # B T of training
+    wkv: tuple = ("scan", "associative")  # forms of WKV in training
+    shifted: bool = True  # whether the transformer with token shift runs too
+
+
+NEOX = 50277
+SMOKE = Preset(
+    shapes={"1x32": Shape(1, 32, 64)}, training=Shape(1, 32, 64), positions=(512,), tokens=2, rounds=1,
+    read_tokens=512, uncached=(512,), direct=256, lengths=(32,), step_tokens=64, wkv=("scan",), shifted=False,
+)  # fmt: skip
+CPU = Preset(shapes={"6x512": Shape(6, 512, 256, (1, 8, 32))}, training=Shape(4, 256, 256))
+GPU = Preset(
+    shapes={
+        "169M": Shape(12, 768, NEOX, (1, 16, 32)),
+        "3B": Shape(32, 2560, NEOX, (1, 8)),
+        "7B": Shape(32, 4096, NEOX, (1, 8)),
+    },
+    training=Shape(12, 768, NEOX), training_dtype="bfloat16", step_tokens=2**15, wkv=("associative", "pallas"),
+    positions=(0, 512, 2048, 4096, 32768, 131072),
+)  # fmt: skip
+PRESETS = {"smoke": SMOKE, "cpu": CPU, "gpu": GPU}
+
+
+def built(shape: Shape, dtype, arm, **fields):
+    its = {"num_layers": shape.num_layers, "dim": shape.dim, "vocab_size": shape.vocab_size, "dtype": dtype}
+    return rwkv_jax.build(**ARMS[arm], **its, **fields)
+
+
+def random_parameters(model):
+    """Noise for every parameter, made where it stays: the initialisers would take minutes for 7B."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    draw = jax.jit(lambda key, like: 0.02 * jax.random.normal(key, like.shape, like.dtype), static_argnums=1)
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(tree, [draw(key, like) for key, like in zip(keys, leaves, strict=True)])
+
+
+def cache_limit(preset, params) -> int:
+    """Bytes that a state may take."""
+    return int(preset.memory_share * (memory_bytes() - total_bytes(params)))
+
+
+def room(count) -> int:
+    """Slots of a cache for so many tokens, as generation makes them."""
+    return generate.CACHE_STEP * math.ceil(count / generate.CACHE_STEP)
+
+
+def filled(model, batch, position, slots):
+    """A transformer's state after `position` tokens, its caches full of noise."""
+    shapes = jax.eval_shape(lambda: model.init_state(batch, max_length=slots))
+    block = jax.random.normal(jax.random.key(2), (generate.CACHE_STEP, *shapes[0].cache.k_BHSK.shape[3:]))
+
+    @jax.jit
+    def make():
+        noise = lambda x: jnp.broadcast_to(jnp.tile(block, (slots // len(block), 1)).astype(x.dtype), x.shape)
+        return jax.tree.map(lambda x: noise(x) if x.ndim == 4 else jnp.zeros(x.shape, x.dtype), shapes)
+
+    return at_context(make(), position)
+
+
+def program(model, params, state):
+    """(compiled decoding of some tokens from states of that shape, bytes that it takes beside the parameters)."""
+    compiled = greedy.lower(model, params, state, first_token(state), 1).compile()
+    plan = compiled.memory_analysis()
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return compiled, held + plan.temp_size_in_bytes - total_bytes(params)
+
+
+def first_token(state):
+    return jnp.zeros((len(jax.tree.leaves(state)[0]), 1), jnp.int32)
+
+
+def decoded(compiled, params, state, position, count, rounds):
+    """(seconds of `count` tokens after `position`, the state after them), the fastest of some rounds."""
+    token_B1, times = first_token(state), []
+    for n in [1] + [count] * rounds:  # one token first, to have everything in its place
+        began = time.perf_counter()
+        _, state = jax.block_until_ready(compiled(params, at_context(state, position), token_B1, n))
+        times.append(time.perf_counter() - began)
+    return min(times[1:]), state
+
+
+def latency(preset, shape, arm, batch) -> dict:
+    """Seconds a token, bytes of state and of all memory beside the parameters, at every position that fits."""
+    model = built(shape, preset.dtype, arm, scan=False)
+    params = random_parameters(model)
+    limit, rng = cache_limit(preset, params), np.random.default_rng(0)
+    rows, left_out, past, read, programs = [], [], None, 0, {}
+    positions = preset.shift_positions if arm == SHIFTED else preset.positions
+    for position in tqdm(positions, desc=f"{arm}, batch {batch}", disable=None, leave=False):
+        if arm == "rwkv4":
+            if position * batch <= preset.read_tokens and position > read:
+                tokens = rng.integers(0, model.vocab_size, (batch, position - read)).astype(np.int32)
+                past, read = generate.read(model, params, tokens, past), position
+            state, slots = jax.tree.map(jnp.copy, past.state) if past else model.init_state(batch), None
+        else:
+            slots = room(position + preset.tokens)
+            wanted = total_bytes(jax.eval_shape(lambda slots=slots: model.init_state(batch, max_length=slots)))
+            if wanted > limit:
+                left_out.append({"position": position, "state_bytes": wanted})
+                continue
+            state = filled(model, batch, position, slots)
+        if slots not in programs:
+            programs = {slots: program(model, params, state)}
+        compiled, beside = programs[slots]
+        held = state_bytes(state, position)
+        seconds, state = decoded(compiled, params, state, position, preset.tokens, preset.rounds)
+        del state
+        row = {"position": position, "seconds": seconds / preset.tokens, "state_bytes": held, "memory_bytes": beside}
+        rows.append(row | ({"read": read} if arm == "rwkv4" else {}))
+    return {"parameter_bytes": total_bytes(params), "limit_bytes": limit, "rows": rows, "left_out": left_out}
+
+
+def without_cache(preset, shape, batch) -> dict:
+    """Seconds of one more token after each context, everything computed again."""
+    model = built(shape, preset.dtype, "transformer")
+    params = random_parameters(model)
+
+    @jax.jit
+    def last(params, tokens_BT):
+        x_BTD, _ = model.apply({"params": params}, tokens_BT, method="hidden")
+        return model.apply({"params": params}, x_BTD[:, -1], method="logits").argmax(-1)
+
+    rows = []
+    for position in preset.uncached:
+        if position * batch > preset.uncached_tokens:
+            continue
+        tokens_BT = np.random.default_rng(0).integers(0, model.vocab_size, (batch, position)).astype(np.int32)
+        compiled = last.lower(params, tokens_BT).compile()
+        beside = compiled.memory_analysis().temp_size_in_bytes
+        seconds = min(_seconds(compiled, params, tokens_BT) for _ in range(1 + preset.rounds))
+        rows.append({"position": position, "seconds": seconds, "state_bytes": 0, "memory_bytes": beside})
+    return {"rows": rows}
+
+
+def _seconds(run, *args):
+    began = time.perf_counter()
+    jax.block_until_ready(run(*args))
+    return time.perf_counter() - began
+
+
+def generated(preset, shape, arm) -> dict:
+    """Cumulative seconds of really generating, one text from nothing, its cache growing as that of `generate`."""
+    model = built(shape, preset.dtype, arm, scan=False)
+    params, step = random_parameters(model), generate.CACHE_STEP
+    state, total, rows = model.init_state(1, max_length=step), 0.0, [{"position": 0, "seconds": 0.0}]
+    compiled = None
+    for position in range(0, preset.direct, step):
+        if arm != "rwkv4":
+            state = filled(model, 1, position, position + step)
+        if arm != "rwkv4" or compiled is None:
+            compiled, _ = program(model, params, state)
+        seconds, state = decoded(compiled, params, state, position, step, 1)
+        total += seconds
+        rows.append({"position": position + step, "seconds": total})
+    return {"rows": rows}
+
+
+def trained(preset, arm, wkv=None) -> dict:
+    """Tokens/s of a training step and its temporary memory, activations and gradients, at every length."""
+    rows = []
+    for length in tqdm(preset.lengths, desc=f"training, {arm}", disable=None, leave=False):
+        model, tx = built(preset.training, preset.training_dtype, arm, wkv_impl=wkv), optim.optimiser()
+        state = jax.jit(train.make_init(model, tx))(jax.random.key(0))
+        shape = (preset.step_tokens // length, length + 1)
+        tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32)
+        batch, lr = {"tokens": tokens, "mask": np.ones_like(tokens[:, 1:], bool)}, np.float32(1e-4)
+        compiled = jax.jit(train.make_step(model, tx), donate_argnums=0).lower(state, batch, lr).compile()
+        times = []
+        for _ in range(1 + preset.rounds):
+            began = time.perf_counter()
+            state, _ = jax.block_until_ready(compiled(state, batch, lr))
+            times.append(time.perf_counter() - began)
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        rows.append({"T": length, "tokens_per_second": tokens[:, 1:].size / min(times), "temporary_bytes": temporary})
+    return {"parameter_bytes": total_bytes(state.params), "rows": rows}
+
+
+def machine() -> dict:
+    """What the numbers were measured on, beside the stamp."""
+    return {"read_bytes_per_second": hardware.read_bandwidth(), "memory_bytes": memory_bytes()}
+
+
+def cells(preset, workdir):
+    asked = {"machine": machine}
+    for name, shape in preset.shapes.items():
+        for batch in shape.batches:
+            arms = [arm for arm in ARMS if arm != SHIFTED or (preset.shifted and batch == shape.batches[0])]
+            for arm in arms:
+                asked[f"{name}, {arm}, batch {batch}"] = partial(latency, preset, shape, arm, batch)
+            if batch * min(preset.uncached) <= preset.uncached_tokens:
+                asked[f"{name}, {UNCACHED}, batch {batch}"] = partial(without_cache, preset, shape, batch)
+    name, shape = next(iter(preset.shapes.items()))
+    for arm in ("rwkv4", "transformer"):
+        asked[f"{name}, {arm}, generated"] = partial(generated, preset, shape, arm)
+    for wkv in preset.wkv:
+        asked[f"training, rwkv4, {wkv}"] = partial(trained, preset, "rwkv4", wkv)
+    for arm in ("transformer", SHIFTED) if preset.shifted else ("transformer",):
+        asked[f"training, {arm}"] = partial(trained, preset, arm)
+    return asked
+
+
+if __name__ == "__main__":
+    sys.exit(command.main(HERE, __doc__, PRESETS, cells, conclusions.conclude))

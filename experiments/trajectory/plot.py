@@ -1,0 +1,45 @@
+"""The figure of `results.json`: the loss of the released trainer and ours, and how far they are apart by step.
+
+python -m experiments.trajectory.plot [results.json [figure.png]]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = {"float64": "#c0392b", "float32": "#e67e22"}
+
+
+def draw(results, path) -> None:
+    """Write the figure as PNG."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    theirs = np.array(results["kept_losses"])
+    steps = np.arange(1, len(theirs) + 1)
+    left.plot(steps, theirs, color="#bbbbbb", linewidth=4, label="released trainer")
+    left.plot(steps, results["cells"]["float64"]["losses"], color="#c0392b", linewidth=0.8, label="rwkv_jax, float64")
+    for name, cell in results["cells"].items():
+        differences = {"from kept": name, "from clone": f"float64, from {name}"}
+        for key, label in differences.items():
+            if key in cell:
+                away = np.maximum(cell[key]["loss_by_step"], 1e-17)
+                style = {"linestyle": "--" if name.startswith("without") else ":" if key == "from clone" else "-"}
+                right.semilogy(steps, away, linewidth=0.9, color=COLOURS.get(name), label=label, **style)
+    left.set(xlabel="step", ylabel="nats a token", title="loss: one curve on the other")
+    left.legend(frameon=False, fontsize=8)
+    right.set(xlabel="step", ylabel="nats a token", title="difference of the losses")
+    right.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
+    draw(json.loads(source.read_text()), target)
