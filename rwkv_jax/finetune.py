@@ -27,12 +27,13 @@ from rwkv_jax import checkpoint, generate, interop, optim, tokenizers
 from rwkv_jax.corpora import SEPARATOR
 from rwkv_jax.interop import files, safetensors_file
 from rwkv_jax.models import lora
+from rwkv_jax.models.lm import RELEASED
 from rwkv_jax.models.rwkv4 import LayerState
 from rwkv_jax.ops import WKV4State
 
 FORMAT = "rwkv_jax adapters 1"
 # What a model's weights decide, and a config may leave open with None.
-SIZES = ("vocab_size", "num_layers", "dim", "layers", "hidden_dim", "head_size", "token_shift")
+SIZES = ("vocab_size", "num_layers", "dim", "layers", "hidden_dim", "head_size", *RELEASED)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def untuned_state(model):
     if set(model.layers) != {"rwkv4"}:
         raise ValueError(f"finetune.method is 'state', expected RWKV layers alone: the model has {model.layers}")
     zeros = jnp.zeros((model.num_layers, model.dim), jnp.promote_types(model.dtype, jnp.float32))
-    return {"blocks": {"att_last": zeros, "value": zeros, "log_den": zeros - 5, "ffn_last": zeros}}
+    lasts = {} if model.token_shift is False else {"att_last": zeros, "ffn_last": zeros}
+    return {"blocks": lasts | {"value": zeros, "log_den": zeros - 5}}
 
 
 def tuned_state(tuned, batch: int) -> tuple:
@@ -136,7 +138,7 @@ def tuned_state(tuned, batch: int) -> tuple:
     blocks = tuned["blocks"]
     den_LD = jnp.exp(blocks["log_den"])
     wkv = WKV4State(blocks["value"] * den_LD, den_LD, jnp.zeros_like(den_LD))
-    layers = LayerState(blocks["att_last"], wkv, blocks["ffn_last"])
+    layers = LayerState(blocks.get("att_last"), wkv, blocks.get("ffn_last"))
     row = lambda i: jax.tree.map(lambda x_LD: jnp.broadcast_to(x_LD[i], (batch, x_LD.shape[1])), layers)
     return tuple(row(i) for i in range(len(den_LD)))
 

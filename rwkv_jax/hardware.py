@@ -100,7 +100,7 @@ def flops_per_token(model, seq_len: int) -> float:
     total = 6.0 * model.vocab_size * D
     for kind in model.layers:
         if kind == "rwkv4":
-            layer = 6 * (5 * D**2 + 2 * D * (model.hidden_dim or 4 * D)) + 60 * D
+            layer = 6 * ((5 if model.receptance else 3) * D**2 + 2 * D * (model.hidden_dim or 4 * D)) + 60 * D
         elif kind == "lstm":
             F = model.hidden_dim or default_hidden_dim(D)
             layer = 6 * (5 * D * F + 4 * F**2)

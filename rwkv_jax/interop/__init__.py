@@ -28,7 +28,7 @@ from rwkv_jax.interop.official import (
     to_official,
     without_prefix,
 )
-from rwkv_jax.models import build, lora, stack, unstack
+from rwkv_jax.models import build, lora, stack, unstack, upgraded, variations
 
 __all__ = [
     "describe", "fingerprint", "from_official", "load", "locate", "parameter_shapes", "read_run", "save", "states",
@@ -134,11 +134,9 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
             f"{path}: cannot write format {format!r}; expected .pth, .safetensors, no suffix for a folder, or format="
             f"{' | '.join(FORMATS)}"
         )
-    others = [kind for kind in model.layers if kind != "rwkv4"]
-    if others and format != "safetensors":
+    if format != "safetensors" and (differs := _unreleased(model)):
         raise ValueError(
-            f"{path}: {format} holds RWKV-4 layers only, and this model has {others[0]!r} layers; "
-            "save it as .safetensors"
+            f"{path}: {format} holds RWKV-4 as released only, and this model has {differs}; save it as .safetensors"
         )
     tensors = to_official(params)
     try:
@@ -149,6 +147,12 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
         safetensors_file.write(path, tensors, {"format": "pt", _FIELDS: json.dumps(_fields(model))})
     else:
         {"pth": pth, "huggingface": huggingface, "rwkv.cpp": rwkv_cpp}[format].write(path, tensors)
+
+
+def _unreleased(model: nn.Module) -> str | None:
+    """What of a model the released RWKV-4 has not."""
+    others = [f"{kind!r} layers" for kind in model.layers if kind != "rwkv4"]
+    return next(iter(others + [f"{name}={getattr(model, name)!r}" for name in variations(model)]), None)
 
 
 def _fields(model: nn.Module) -> dict[str, Any]:
@@ -164,7 +168,7 @@ def _parse_fields(text: str) -> dict[str, Any]:
         raise ValueError(f"its metadata {_FIELDS!r} are no JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"its metadata {_FIELDS!r} are no JSON object")
-    return fields
+    return upgraded(fields)
 
 
 class Run(NamedTuple):
@@ -202,7 +206,7 @@ def read_run(workdir) -> Run:
         )
     try:
         record = files.read_json(path)
-        fields = dict(record["model"])
+        fields = upgraded(dict(record["model"]))
         finetune = dict(record.get("config", {}).get("finetune", {}))
         return Run(workdir, fields.pop("name"), fields, finetune, record.get("base_fingerprint"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -75,18 +75,25 @@ def _orthogonal(gain, key, shape, dtype):
     return nn.initializers.orthogonal(gain)(key, shape, wide).astype(dtype)
 
 
+# Of the hidden channels in channel mixing and in an MLP. GELU in its tanh form.
+ACTIVATIONS = {"relu2": lambda x: jnp.square(nn.relu(x)), "relu": nn.relu, "gelu": nn.gelu}
+
+
 def embedding_init(scheme: str, scale: float | None):
-    """The three released embedding initialisers. They differ in the scale that LN0 gives the residual stream,
-    as its epsilon 1e-5 outweighs the variance of such small entries:
+    """The three released embedding initialisers, and the one that they were to replace. They differ in the scale that
+    LN0 gives the residual stream, as its epsilon 1e-5 outweighs the variance of such small entries:
 
     "v4"      orthogonal, entries of standard deviation 1e-4 (RWKV-LM, RWKV-v4): 0.032 after LN0
     "v4neo"   uniform in +-lr_init, 6e-4 for the 169M model (RWKV-LM, RWKV-v4neo): 0.109 after LN0
     "v5"      uniform in +-1e-4 (RWKV-LM, RWKV-v5; the paper's text): 0.018 after LN0
+    "normal"  standard deviation 0.02 (GPT-2): 1 after LN0
     """
 
     def init(key, shape, dtype=jnp.float32):
         if scheme == "v4":
             return _orthogonal((scale or 1e-4) * max(shape) ** 0.5, key, shape, dtype)
+        if scheme == "normal":
+            return (scale or 0.02) * jax.random.normal(key, shape, dtype)
         bound = scale or {"v4neo": 6e-4, "v5": 1e-4}[scheme]
         wide = jnp.promote_types(dtype, jnp.float32)  # 16-bit parameters start as the float32 ones, rounded
         return jax.random.uniform(key, shape, wide, -bound, bound).astype(dtype)

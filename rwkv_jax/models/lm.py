@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rwkv_jax.models import lstm, rwkv4, transformer
-from rwkv_jax.models.layers import LayerNorm, Linear, dropout, embedding_init, matmul, orthogonal
+from rwkv_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, dropout, embedding_init, matmul, orthogonal
 from rwkv_jax.ops.wkv4 import FORMS
 
 # Sizes of the released models (Table 2): layers and width. Their vocabulary is GPT-NeoX-20B's.
@@ -51,7 +51,14 @@ CHOICES = {
     "dtype": ("float32", "bfloat16", "float16", "float64"),
     "param_dtype": ("float32", "bfloat16", "float16", "float64"),
     "wkv_impl": (None, *FORMS),
-    "embedding_init": ("v4", "v4neo", "v5"),
+    "embedding_init": ("v4", "v4neo", "v5", "normal"),
+    "embedding_norm": (True, False),
+    "token_shift": (None, True, False),
+    "activation": (None, *ACTIVATIONS),
+    "current_token": ("bonus", "plain", "excluded"),
+    "previous_token": ("whole", "decayed"),
+    "receptance": (True, False),
+    "matrix_init": ("released", "printed", "normal"),
     "matmul_precision": (None, "default", "high", "highest"),
 }
 
@@ -87,11 +94,37 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
     chosen["layers"] = tuple(chosen["layers"])
     for kind in chosen["layers"]:
         _one_of("kind of layer", kind, KINDS)
+    for key in ("current_token", "previous_token", "receptance", "matrix_init"):
+        if "rwkv4" not in chosen["layers"] and chosen.get(key, getattr(LM, key)) != getattr(LM, key):
+            raise ValueError(f"model field {key} is {chosen[key]!r}, which means nothing without RWKV-4 layers")
     if not chosen["layers"] or chosen["num_layers"] % len(chosen["layers"]):
         raise ValueError(
             f"num_layers is {chosen['num_layers']}, expected a multiple of the {len(chosen['layers'])} kinds in layers"
         )
     return LM(**chosen)
+
+
+# Values with which a model of RWKV-4 layers computes what the released one does.
+RELEASED = {
+    "embedding_norm": (True,),
+    "token_shift": (None, True),
+    "activation": (None, "relu2"),
+    "current_token": ("bonus",),
+    "previous_token": ("whole",),
+    "receptance": (True,),
+}
+
+
+def variations(model: "LM") -> list[str]:
+    """The fields by which a model of RWKV-4 layers is another than the released one."""
+    return [name for name, values in RELEASED.items() if getattr(model, name) not in values]
+
+
+def upgraded(fields: dict) -> dict:
+    """Fields of a model that a run or file holds, as `build` takes them: those of 0.1 have no `receptance`, and say
+    "no token shift" of RWKV-4, meaning attention layers alone."""
+    old = "receptance" not in fields and fields.get("token_shift") is False
+    return {**fields, "token_shift": None} if old else fields
 
 
 def _one_of(what, given, known):
@@ -115,9 +148,15 @@ class LM(nn.Module):
     dropout: float = 0.0  # on the embedding and on the residual stream after each add, as in RWKV-v4neo
     embedding_init: str = "v4neo"  # see `layers.embedding_init`
     embedding_scale: float | None = None
+    embedding_norm: bool = True  # LN0
+    token_shift: bool | None = None  # None: in RWKV-4, not in attention, where it is on q, k, v and the MLP's input
+    activation: str | None = None  # see `layers.ACTIVATIONS`; None: "relu2" in RWKV-4, "gelu" in attention's MLP
+    current_token: str = "bonus"  # RWKV-4: these four as in `rwkv4.Variant`
+    previous_token: str = "whole"
+    receptance: bool = True
+    matrix_init: str = "released"  # "normal": the head too
     wkv_impl: str | None = None  # see `ops.wkv4`
     head_size: int = 64  # attention: K; a narrower model has one head
-    token_shift: bool = False  # attention: RWKV's token shift on q, k, v and on the MLP's input
     remat: str = "none"  # what the backward pass computes again, see `REMAT`
     scan: bool = True  # parameters stacked [L, ...], compile time independent of depth; False: one set a layer
 
@@ -131,7 +170,8 @@ class LM(nn.Module):
             embedding_init=embedding_init(self.embedding_init, self.embedding_scale),
             **kw,
         )
-        self.ln0 = norm()
+        if self.embedding_norm:
+            self.ln0 = norm()
         unit = self._unit(linear, norm)
         if self.scan:
             axes = {"params": 0, "intermediates": 0}
@@ -150,7 +190,7 @@ class LM(nn.Module):
         wide = jnp.promote_types(self.dtype, jnp.float32)
         self.head = linear(
             self.vocab_size,
-            kernel_init=orthogonal(0.5),
+            kernel_init=nn.initializers.normal(0.02) if self.matrix_init == "normal" else orthogonal(0.5),
             dot_general=partial(matmul, preferred_element_type=wide),
         )
 
@@ -164,10 +204,22 @@ class LM(nn.Module):
             "dropout": self.dropout,
         }
         if kind == "rwkv4":
-            return partial(rwkv4.Block, wkv_impl=self.wkv_impl, **shared)
+            variant = rwkv4.Variant(
+                self._shifts(kind),
+                self.current_token,
+                self.previous_token,
+                self.receptance,
+                self.activation or "relu2",
+                self.matrix_init,
+            )
+            return partial(rwkv4.Block, wkv_impl=self.wkv_impl, variant=variant, **shared)
         if kind == "lstm":
             return partial(lstm.Block, **shared)
-        return partial(transformer.Block, head_size=self.head_size, token_shift=self.token_shift, **shared)
+        own = {"token_shift": self._shifts(kind), "activation": self.activation or "gelu"}
+        return partial(transformer.Block, head_size=self.head_size, **own, **shared)
+
+    def _shifts(self, kind):
+        return kind == "rwkv4" if self.token_shift is None else self.token_shift
 
     def _unit(self, linear, norm):
         blocks = tuple(self._block(kind, linear, norm) for kind in self.layers)
@@ -192,7 +244,8 @@ class LM(nn.Module):
         entry is None (no cache is allocated).
         """
         x_BTD = dropout(self, self.emb(tokens_BT), self.dropout)
-        x_BTD = self.ln0(x_BTD)
+        if self.embedding_norm:
+            x_BTD = self.ln0(x_BTD)
         if not self.scan:
             new = []
             for i, block in enumerate(self.blocks):
@@ -221,11 +274,12 @@ class LM(nn.Module):
     def init_state(self, batch: int, max_length: int | None = None) -> tuple:
         """The empty past. `max_length` tokens is what a KV cache can hold; a recurrent state has no such limit."""
         wide, D = jnp.promote_types(self.dtype, jnp.float32), self.dim
+        shifts = self._shifts
         make = {
-            "rwkv4": lambda: rwkv4.init_state(batch, D, wide),
+            "rwkv4": lambda: rwkv4.init_state(batch, D, wide, shifts("rwkv4")),
             "lstm": lambda: lstm.init_state(batch, D, self.hidden_dim, wide),
             "attention": lambda: transformer.init_state(
-                batch, D, self.head_size, max_length, self.dtype, self.token_shift
+                batch, D, self.head_size, max_length, self.dtype, shifts("attention")
             ),
         }
         return tuple(make[self.layers[i % len(self.layers)]]() for i in range(self.num_layers))

@@ -41,7 +41,8 @@ def state_after(model, params, before, after, made, count_B):
     for i, (old, new, (ln1_BTD, ln2_BTD, k_BTD, v_BTD)) in enumerate(zip(before, after, made, strict=True)):
         if model.layers[i % len(model.layers)] == "rwkv4":
             att = params[f"blocks_{i}"]["att"]
-            w_D, u_D = -jnp.exp(att["time_decay"]), att["time_first"]
+            w_D = -jnp.exp(att["time_decay"])
+            u_D = jnp.zeros_like(w_D)  # no part of the state depends on it
             past = {"wkv": wkv4(w_D, u_D, k_BTD, v_BTD, old.wkv, valid_BT=valid_BT, impl=model.wkv_impl)[1]}
         else:
             past = {"cache": new.cache._replace(length_B=old.cache.length_B + count_B)}

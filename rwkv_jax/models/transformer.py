@@ -18,6 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models.layers import (
+    ACTIVATIONS,
     batch_sharded,
     depth_ratios,
     dropout,
@@ -224,6 +225,7 @@ class MLP(nn.Module):
     num_layers: int
     linear: Callable
     token_shift: bool
+    activation: str
 
     @nn.compact
     def __call__(self, x_BTD, last_BD, reset_BT, valid_BT, layer):
@@ -234,7 +236,7 @@ class MLP(nn.Module):
             x_BTD = lerp(x_BTD, xx_BTD, mix_D)
         k_BTF = checkpoint_name(self.linear(self.hidden_dim, kernel_init=orthogonal(), name="key")(x_BTD), "ffn_key")
         observe(self, "active_F", lambda: (k_BTF > 0).any((0, 1)))
-        o_BTD = self.linear(self.dim, kernel_init=zeros, name="value")(nn.gelu(k_BTF))
+        o_BTD = self.linear(self.dim, kernel_init=zeros, name="value")(ACTIVATIONS[self.activation](k_BTF))
         return checkpoint_name(o_BTD, "ffn_value"), last_BD
 
 
@@ -249,6 +251,7 @@ class Block(nn.Module):
     dropout: float
     head_size: int
     token_shift: bool
+    activation: str
 
     @nn.compact
     def __call__(self, x_BTD, state, reset_BT, valid_BT, layer):
@@ -256,7 +259,8 @@ class Block(nn.Module):
         shared = {"dim": self.dim, "num_layers": self.num_layers, "linear": self.linear}
         att = Attention(head_size=self.head_size, token_shift=self.token_shift, name="att", **shared)
         hidden_dim = self.hidden_dim or 9 * self.dim // 2
-        ffn = MLP(hidden_dim=hidden_dim, token_shift=self.token_shift, name="ffn", **shared)
+        own = {"token_shift": self.token_shift, "activation": self.activation}
+        ffn = MLP(hidden_dim=hidden_dim, name="ffn", **own, **shared)
         x_BTD = batch_sharded(x_BTD)
         h_BTD, att_last, cache = att(self.norm(name="ln1")(x_BTD), att_last, cache, reset_BT, valid_BT, layer)
         x_BTD = dropout(self, x_BTD + h_BTD, self.dropout)

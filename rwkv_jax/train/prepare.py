@@ -62,7 +62,7 @@ def prepared(config, workdir: Path) -> Run:
         (config.strategy, config.replicas),
         config.batch_size if config.carry_state else None,
         accumulation=config.accumulation,
-        seed=config.seed,
+        seed=config.seed if model.dropout else 0,  # nothing else is drawn: paired seeds share a program
         l2wrap=o.l2wrap,
         loss_chunk=config.loss_chunk,
         segments=config.segments,

@@ -1,0 +1,55 @@
+"""The figure of `results.json`: held-out loss of the four starts, and what the small one with LN0 gains.
+
+python -m experiments.small_init.plot [results.json [figure.png]]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = ("#c0392b", "#e59866", "#2c3e50", "#7fb3d5")
+
+
+def draw(results, path) -> None:
+    """Write the figure as PNG."""
+    fields, stamp = results["fields"], results["stamp"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for (arm, lr), colour in zip(results["lr"].items(), COLOURS, strict=True):
+        runs = [results["cells"][f"{arm}, seed {seed}"] for seed in fields["seeds"]]
+        for i, run in enumerate(runs):
+            label = f"{arm} (lr {lr:g})" if i == 0 else None
+            left.plot(run["tokens"], run["nats"], color=colour, linewidth=0.9, label=label)
+    left.set(xscale="log", xlabel="tokens", ylabel="held-out nats a token")
+    left.legend(frameon=False, fontsize=8)
+    names = list(next(iter(results["differences"].values())))
+    for i, name in enumerate(names):
+        for j, at_share in enumerate(results["differences"].values()):
+            mean, low, high = at_share[name]
+            x = j + 0.2 * (i - 1)
+            right.plot([x, x], [low, high], color=COLOURS[i], linewidth=1.5)
+            right.plot(x, mean, "o", color=COLOURS[i], markersize=5, label=name if j == 0 else None)
+    right.axhline(0, color="grey", linewidth=0.6)
+    right.set_xticks(range(len(results["differences"])), [f"{float(x):.0%}" for x in results["differences"]])
+    right.set(xlabel="share of the run", ylabel="nats a token (below 0: better)")
+    right.legend(frameon=False, fontsize=8)
+    tokens = np.prod([fields[name] for name in ("seq_len", "batch_size", "steps")])
+    figure.suptitle(
+        f"{fields['num_layers']} x {fields['dim']}, vocabulary {fields['vocab_size']:,}, {tokens:,} tokens, "
+        f"{len(fields['seeds'])} paired seeds; {', '.join(stamp['devices'])}, {stamp['date']}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
+    draw(json.loads(source.read_text()), target)
