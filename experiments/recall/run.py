@@ -80,7 +80,7 @@ PRESETS = {
         rates=(5e-4, 2e-3, 8e-3, 3.2e-2),
     ),
 }
-SWEPT_EXAMPLES, WIDEST = 48_000, 5  # a sweep: examples of each rate, rates at most
+SWEPT_EXAMPLES, WIDEST = 48_000, 7  # a sweep: examples of each rate, rates at most
 
 
 def learn(preset, arm: str, case, lr, seed: int = 0) -> dict:
