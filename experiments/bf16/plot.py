@@ -27,13 +27,14 @@ def draw(results, path) -> None:
         for arm, colour in COLOURS.items():
             curve, style = of(arm), {"color": colour, "linestyle": LINES[i % 3], "linewidth": 0.9}
             label = arm if i == 0 else None
-            left.plot(curve["tokens"], curve["loss_nats"], label=label, **style)
+            thousands = np.array(curve["tokens"]) / 1000
+            left.plot(thousands, curve["loss_nats"], label=label, **style)
             if arm != BASE:
                 difference = np.subtract(curve["loss_nats"], of(BASE)["loss_nats"])
-                right.plot(curve["tokens"], difference, label=label, **style)
+                right.plot(thousands, difference, label=label, **style)
     right.axhline(0, color="grey", linewidth=0.6)
-    left.set(xlabel="tokens", ylabel="nats a byte", title="training loss, a line style a seed")
-    right.set(xlabel="tokens", ylabel="nats a byte", title="minus float32, same start and batches")
+    left.set(xlabel="thousand tokens", ylabel="nats a byte", title="training loss, a line style a seed")
+    right.set(xlabel="thousand tokens", ylabel="nats a byte", title="minus float32, same start and batches")
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)

@@ -121,7 +121,8 @@ def conclude(preset, values):
         rows.append({
             "artefact": f"Training with {arm}",
             "paper": "trained in bfloat16, no float32 beside it",
-            "ours": f"{its['mean']:+.4f}{interval} bits a byte against float32's {level:.3f} ({size})",
+            "ours": f"{its['mean']:+.4f}{interval} bits a byte against float32's {level:.3f} ({size}; "
+            f"above {TOLERATED} contradicts)",
             "verdict": verdict(its["low"], its["high"]),
         })  # fmt: skip
     rows.append({
