@@ -76,8 +76,11 @@ def test_a_notebook_uses_public_names_only(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
-    """In an empty folder, where it finds nothing that an earlier run left."""
+    """In an empty folder, where it finds nothing that an earlier run left, and with JAX as users have it: the
+    other tests compile without optimisations, which suits programs that run for milliseconds and not training."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
