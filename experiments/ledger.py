@@ -105,12 +105,6 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
 
 
-def figures() -> str:
-    """The figures of what was run, three a row."""
-    names = [name for name, its in results() if its["preset"] == "cpu"]
-    return "\n".join(f"![{name}](experiments/{name}/figure.png)" for name in names[:6])
-
-
 BLOCKS = {
     "ledger": ledger,
     "headlines": headlines,

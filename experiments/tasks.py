@@ -20,12 +20,13 @@ def fit(
     seed: int = 0,
     every: int = 0,
     look=None,
+    params=None,
 ):
-    """Train from the initialisers; (params, what `look` returned).
+    """Train from the initialisers, or from `params`; (params, what `look` returned).
 
     Args:
-        batch_of: step in [0, steps) -> {"tokens" [B, T + 1], "mask" [B, T]}, of one shape: T inputs, and which of the
-            tokens that follow them count in the loss.
+        batch_of: step in [0, steps) -> {"tokens" [B, T + 1], "mask" [B, T]}: T inputs, and which of the tokens that
+            follow them count in the loss. Each new shape compiles.
         lr: after a warm-up of 5 % of the steps, constant until the last tenth, which takes it to lr / 10. Of several,
             each trains a model of its own on the same batches, all in one program: params have a leading axis.
         look: `look(step, params) -> (JSON value, whether to stop)`, called after each `every` steps and after the
@@ -34,6 +35,8 @@ def fit(
     init, step = _programs(model, np.ndim(lr) > 0)
     share = optim.schedule("exponential", 1.0, 0.1, steps, steps // 20, steps - steps // 10)
     state, seen = init(jnp.broadcast_to(jax.random.key(seed), np.shape(lr))), []
+    if params is not None:
+        state = state.replace(params=jax.tree.map(jnp.copy, params))  # a step takes its state away
     for i in tqdm(range(steps), disable=None, leave=False):
         state, _ = step(state, batch_of(i), np.asarray(lr, np.float32) * np.float32(share(i)))
         if look and (i + 1 == steps or (every and (i + 1) % every == 0)):

@@ -21,7 +21,7 @@ _CONTENTS = {
     "log_likelihoods": "evaluate",  # nats of each token given those before it
 }
 _MODULES = (
-    "checkpoint", "corpora", "data", "evaluate", "finetune", "generate", "hardware", "interop", "launch",
+    "checkpoint", "corpora", "data", "evaluate", "finetune", "generate", "hardware", "harness", "interop", "launch",
     "metrics", "mixture", "models", "ops", "optim", "orders", "parallel", "pretrained", "run_config",
     "tokenizers", "train",
 )  # fmt: skip

@@ -48,6 +48,12 @@ def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, vali
     Returns:
         nats, float32 (float64 from a float64 model), and the state. Not compiled: that is the caller's.
     """
+    nats_BT, _, state = judged(model, params, tokens_BT, state, reset_BT=reset_BT, valid_BT=valid_BT)
+    return nats_BT, state
+
+
+def judged(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
+    """`log_likelihoods`, and between its two values whether the token was the likeliest one, bool [B, T - 1]."""
     tokens_BT = tokens_BT.astype(jnp.int32)
     x_BTD, state = model.apply(
         {"params": params}, tokens_BT[:, :-1], state, reset_BT=reset_BT, valid_BT=valid_BT, method="hidden"
@@ -56,19 +62,22 @@ def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, vali
     def score(x_and_target):
         x_BD, target_B = x_and_target
         log_p_BV = jax.nn.log_softmax(model.apply({"params": params}, x_BD, method="logits"))
-        return jnp.take_along_axis(log_p_BV, target_B[:, None], axis=-1)[:, 0]
+        return jnp.take_along_axis(log_p_BV, target_B[:, None], axis=-1)[:, 0], log_p_BV.argmax(axis=-1) == target_B
 
     by_time = (x_BTD.swapaxes(0, 1), tokens_BT[:, 1:].T)
-    return lax.map(score, by_time, batch_size=POSITIONS).T, state
+    nats_TB, likeliest_TB = lax.map(score, by_time, batch_size=POSITIONS)
+    return nats_TB.T, likeliest_TB.T, state
 
 
 _log_likelihoods = jax.jit(log_likelihoods, static_argnums=0)
+_judged = jax.jit(judged, static_argnums=0)
 
 
-def continuations(model, params, texts, logits_BV, state) -> list[np.ndarray]:
-    """log p of every token of B texts given all before it, float32 nats [N] of each; their sum is the text's.
+def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(log p, whether it is the likeliest) of every token of B texts given all before it, [N] of each text.
 
-    Memory does not grow with the texts' length, `SEGMENT` tokens at a time.
+    float32 nats, whose sum is the text's, and bool. Memory does not grow with the texts' length, `SEGMENT` tokens at a
+    time.
 
     Args:
         texts: B lists of ids in [0, V), of any lengths.
@@ -82,14 +91,18 @@ def continuations(model, params, texts, logits_BV, state) -> list[np.ndarray]:
     tokens_BN = np.zeros((len(texts), -(-longest // segment) * segment + 1), np.int32)
     for row, text in zip(tokens_BN, texts, strict=True):
         row[: len(text)] = text
-    first_B1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), jnp.asarray(tokens_BN[:, :1]), axis=-1)
-    nats = [np.asarray(first_B1)]
+    first_B1 = tokens_BN[:, :1]
+    log_p_BV = jax.nn.log_softmax(logits_BV)
+    nats = [np.take_along_axis(np.asarray(log_p_BV), first_B1, axis=-1)]
+    likeliest = [np.asarray(log_p_BV.argmax(axis=-1))[:, None] == first_B1]
     for begin in range(0, longest - 1, segment):
         valid_BT = begin + np.arange(segment) < lengths_B[:, None] - 1
         tokens_BT = tokens_BN[:, begin : begin + segment + 1]
-        nats_BT, state = _log_likelihoods(model, params, tokens_BT, state, valid_BT=valid_BT)
+        nats_BT, likeliest_BT, state = _judged(model, params, tokens_BT, state, valid_BT=valid_BT)
         nats.append(np.asarray(nats_BT))
-    return [row[:length] for row, length in zip(np.concatenate(nats, axis=1), lengths_B, strict=True)]
+        likeliest.append(np.asarray(likeliest_BT))
+    joined = zip(np.concatenate(nats, axis=1), np.concatenate(likeliest, axis=1), lengths_B, strict=True)
+    return [(row[:length], flags[:length]) for row, flags, length in joined]
 
 
 def windows(model, params, tokens, seq_len: int, batch_size: int, state=None) -> np.ndarray:

@@ -148,7 +148,8 @@ class RWKVForCausalLM:
         if context is None:
             context = self.read([[SEPARATOR]] * len(texts))
         context = begin(self.model, context, len(texts), room=max(map(len, texts)))
-        nats = evaluate.continuations(self.model, self.params, texts, context.logits_BV, context.state)
+        scored = evaluate.continuations(self.model, self.params, texts, context.logits_BV, context.state)
+        nats = [nats_N for nats_N, _ in scored]
         return nats[0] if single else nats
 
     def embed(self, text, context: Context | None = None) -> np.ndarray:

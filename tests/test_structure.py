@@ -14,7 +14,7 @@ SOURCES = sorted(path for folder in ("rwkv_jax", "configs", "experiments") for p
 ORDER = (
     {"experiments"},
     {"configs"},
-    {"train", "launch", "pretrained", "finetune"},
+    {"train", "launch", "pretrained", "finetune", "harness"},
     {"run_config"},
     {"generate", "evaluate", "interop", "checkpoint", "parallel", "optim", "metrics", "hardware"},
     {"data", "mixture", "orders", "corpora", "tokenizers", "models"},

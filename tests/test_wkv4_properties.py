@@ -4,13 +4,14 @@ import hypothesis
 import hypothesis.extra.numpy
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from wkv4_forms import FORMS_AND_SLOWLY_PALLAS, check_all, run
+from wkv4_forms import FORMS_AND_SLOWLY_PALLAS, budget, check_all, run
 from wkv4_formula import packed, past_of
 
 from experiments.precision.bounds import STEPS, bound
-from rwkv_jax.ops import WKV4State
+from rwkv_jax.ops import WKV4State, wkv4
 
 B, T, D = 2, 40, 3
 PIECES = (33, 7)  # more than a chunk of the scan, then the state carried on
@@ -106,3 +107,29 @@ def seen(v, past_mean, reset, valid):
                 least, largest = np.minimum(least, v[b, t]), np.maximum(largest, v[b, t])
             low[b, t], high[b, t] = least, largest
     return low, high
+
+
+@pytest.mark.parametrize("length", [1, 2, 300])
+@pytest.mark.parametrize("form", ["scan", "associative"])
+def test_derivatives_by_the_matrices_are_a_mean_and_a_covariance(form, length, x64):
+    """Appendix H: of k = x W_k and v = x W_v, under the weights of Eq. 16; hence bounded, however long the past."""
+    rng = np.random.default_rng(length)
+    x_TJ, by_k_JD, by_v_JD = rng.normal(size=(length, 4)), rng.normal(size=(4, D)), rng.normal(size=(4, D))
+    w_D, u_D = -np.exp(rng.normal(-3, 2, D)), rng.normal(size=D)
+    last = lambda *matrices: wkv4(w_D, u_D, *(x_TJ[None] @ m for m in matrices), impl=form)[0][0, -1]
+    by_k_DJD, by_v_DJD = jax.jacrev(last, argnums=(0, 1))(jnp.asarray(by_k_JD), jnp.asarray(by_v_JD))
+
+    k_TD, v_TD = x_TJ @ by_k_JD, x_TJ @ by_v_JD
+    log_TD = k_TD + np.where(
+        np.arange(length)[:, None] < length - 1, (length - 2 - np.arange(length))[:, None] * w_D, u_D
+    )
+    weight_TD = np.exp(log_TD - log_TD.max(axis=0))
+    weight_TD /= weight_TD.sum(axis=0)
+    mean_JD = np.einsum("td,tj->jd", weight_TD, x_TJ)
+    covariance_JD = np.einsum("td,tj,td->jd", weight_TD, x_TJ, v_TD) - mean_JD * np.einsum("td,td->d", weight_TD, v_TD)
+
+    own = np.eye(D)[:, None]  # a channel has columns of its own
+    allowed = budget(np.float64, length, np.ptp(log_TD), abs(log_TD).max()) * abs(x_TJ).max()
+    np.testing.assert_allclose(by_v_DJD, own * mean_JD, rtol=0, atol=allowed)
+    np.testing.assert_allclose(by_k_DJD, own * covariance_JD, rtol=0, atol=4 * allowed * abs(v_TD).max())
+    assert (abs(mean_JD) <= abs(x_TJ).max(axis=0)[:, None]).all()

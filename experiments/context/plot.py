@@ -1,0 +1,63 @@
+"""The figure of `results.json`: loss against context, what a carried state saves by distance, and the copy task.
+
+python -m experiments.context.plot [results.json [figure.png]]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLORS = {"rwkv4": "#2c3e50", "extended": "#c0392b", "control": "#2980b9", "transformer": "#16a085"}
+COPIES = {"copy": "rwkv4", "copy, extended": "extended", "copy, control": "control"}
+COLORS["transformer+shift"] = "#8e44ad"
+
+
+def draw(results, path) -> None:
+    """Write the figure as PNG."""
+    cells, fields = results["cells"], results["fields"]
+    T, seed = fields["seq_len"], fields["seeds"][0]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for name, color in COLORS.items():
+        cell = cells.get(f"{name}, seed {seed}")
+        if cell is None:
+            continue
+        mean = lambda bits_D, n_D=cell["targets"]: np.average(bits_D, weights=n_D)
+        left.plot(
+            [int(c) for c in cell["after"]], list(map(mean, cell["after"].values())), ".-", color=color, label=name
+        )
+        left.axhline(mean(cell["reset"]), color=color, linestyle=":", linewidth=0.8)
+        gains = np.mean(cell["gain_by_distance"], axis=1)
+        middle.plot(range(len(gains)), gains, "o-", color=color, label=name)
+    left.axvline(T, color="grey", linewidth=0.6)
+    left.set(
+        xscale="log", xlabel="bytes of context", ylabel="bits a byte", title="the same targets (dotted: reset each T)"
+    )
+    left.legend(frameon=False, fontsize=8)
+    middle.set_xticks(range(3), ["T to 4 T", "4 T to 16 T", "16 T to 64 T"])
+    middle.set(xlabel="distance from the text's beginning", ylabel="bits a byte", title="saved against a reset each T")
+    middle.axhline(0, color="grey", linewidth=0.6)
+    for name, of in COPIES.items():
+        share = cells[name]["share"]
+        label = {"rwkv4": f"windows of {fields['copy_len']}"}.get(of, of)
+        right.plot([int(lag) for lag in share], list(share.values()), ".-", color=COLORS[of], label=label)
+    right.axvline(fields["copy_len"], color="grey", linewidth=0.6)
+    right.set(xscale="log", xlabel="lag", ylabel="share right", title="copy task", ylim=(-0.02, 1.02))
+    right.legend(frameon=False, fontsize=8)
+    stamp = results["stamp"]
+    size = f"{fields['num_layers']} x {fields['dim']}, T {T}, {fields['steps']} steps"
+    figure.suptitle(f"{size}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
+    draw(json.loads(source.read_text()), target)

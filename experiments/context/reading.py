@@ -1,0 +1,99 @@
+"""Loss of the same bytes after contexts of several lengths: paired, as some text is harder than other text by far more
+than context helps.
+
+Of each document what is told is a mean, in bits a byte, so that documents can be drawn anew for an interval.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from rwkv_jax import corpora, evaluate
+
+TARGET = 64  # bytes of a target
+TOKENS_AT_ONCE = 2**14
+score = jax.jit(evaluate.log_likelihoods, static_argnums=0)
+
+
+class Targets(NamedTuple):
+    text: corpora.Split  # the beginnings of long documents
+    at_N: np.ndarray  # where each target begins
+    document_N: np.ndarray  # whose it is
+
+
+def targets(split: corpora.Split, number: int, context: int, longest: int) -> Targets:
+    """At most `number` targets, evenly spread over documents, each with `context` bytes of its document before it.
+
+    Documents that are too short for that are left out, the others cut after `longest` bytes.
+    """
+    lengths = np.diff(split.starts, append=len(split.tokens))
+    long_enough = lengths > context + TARGET
+    if not long_enough.any():
+        raise ValueError(f"no held-out document has the {context + TARGET} bytes of a context and its target")
+    starts, kept = split.starts[long_enough], np.minimum(lengths[long_enough], 1 + longest)
+    tokens = np.concatenate([split.tokens[start : start + n] for start, n in zip(starts, kept, strict=True)])
+    text = corpora.Split(tokens, np.cumsum(kept) - kept, (), len(tokens) - len(kept))
+    places = [
+        (at, document)
+        for document, (start, n) in enumerate(zip(text.starts, kept, strict=True))
+        for at in range(start + 1 + context, start + n - TARGET + 1, TARGET)
+    ]
+    chosen = np.linspace(0, len(places) - 1, min(number, len(places))).astype(int)
+    return Targets(text, *np.array(places)[chosen].T)
+
+
+def bits_after(model, params, targets: Targets, context: int) -> np.ndarray:
+    """Bits a byte of each target [N], read from an empty past after the `context` bytes before it."""
+    rows = targets.text.tokens[targets.at_N[:, None] + np.arange(-context, TARGET)]
+    at_once = max(1, TOKENS_AT_ONCE // rows.shape[1])
+    padded = np.pad(rows, ((0, -len(rows) % at_once), (0, 0)), mode="edge")  # one shape, one program
+    parts = [score(model, params, part)[0][:, -TARGET:].mean(1) for part in np.split(padded, len(padded) // at_once)]
+    return -np.concatenate(parts)[: len(rows)] / np.log(2)
+
+
+def bits_of(nats_N, targets: Targets) -> np.ndarray:
+    """Bits a byte of each target [N], of nats of a protocol of `evaluate`, aligned with the text."""
+    return nats_N[targets.at_N[:, None] + np.arange(TARGET)].mean(1) / np.log(2)
+
+
+def by_document(bits_N, targets: Targets) -> list[float]:
+    """Mean of the targets of each document that has some."""
+    counts = np.bincount(targets.document_N, minlength=len(targets.text.starts))
+    sums = np.bincount(targets.document_N, bits_N, minlength=len(counts))
+    return [round(float(s / n), 5) for s, n in zip(sums, counts, strict=True) if n]
+
+
+def gain_by_distance(reset_N, best_N, text: corpora.Split, edges) -> list[list[float]]:
+    """Bits a byte saved against resets, at bytes `edges[i]` + 1 to `edges[i + 1]` of each document that has all."""
+    gain_N = (reset_N - best_N) / np.log(2)
+    lengths = np.diff(text.starts, append=len(text.tokens)) - 1
+    starts = text.starts[lengths >= edges[-1]] + 1
+    if len(starts) == 0:
+        raise ValueError(f"no held-out document has {edges[-1]} bytes")
+    mean = lambda start, low, high: round(float(gain_N[start + low : start + high].mean()), 5)
+    return [[mean(start, low, high) for start in starts] for low, high in itertools.pairwise(edges)]
+
+
+def bootstrap(statistic: Callable, documents: int, samples: int = 2000) -> tuple[float, float, float]:
+    """`statistic(indices of documents)`, and its 95 % percentile interval over documents; NaN of one."""
+    value = float(statistic(np.arange(documents)))
+    if documents < 2:
+        return value, np.nan, np.nan
+    rng = np.random.default_rng(0)
+    drawn = [statistic(rng.integers(documents, size=documents)) for _ in range(samples)]
+    return value, *map(float, np.quantile(drawn, (0.025, 0.975)))
+
+
+def reach(contexts, bits_C, share: float = 0.95) -> float:
+    """Bytes of context at which `share` of what the longest context gains over the shortest is had; between two of
+    them on a line over log context."""
+    gained_C = bits_C[0] - np.asarray(bits_C)
+    wanted = share * gained_C[-1]
+    i = int(np.argmax(gained_C >= wanted)) if gained_C[-1] > 0 else 0
+    if i == 0:
+        return float(contexts[0])
+    log_low, log_high = np.log(contexts[i - 1]), np.log(contexts[i])
+    return float(np.exp(log_low + (log_high - log_low) * (wanted - gained_C[i - 1]) / (gained_C[i] - gained_C[i - 1])))

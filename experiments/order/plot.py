@@ -1,0 +1,41 @@
+"""The figure of `results.json`: accuracy against the number of pairs, asked first and last, a panel for each arm.
+
+python -m experiments.order.plot [results.json [figure.png]]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def draw(results, path) -> None:
+    """Write the figure as PNG."""
+    pairs, seeds = results["fields"]["pairs"], results["fields"]["seeds"]
+    arms = list(dict.fromkeys(name.split(", ")[0] for name in results["accuracy"]))
+    figure, axes = plt.subplots(1, len(arms), figsize=(4 * len(arms), 3.6), layout="constrained", sharey=True)
+    for axis, arm in zip(axes, arms, strict=True):
+        axis.plot(pairs, 1 / np.array(pairs), color="grey", linewidth=0.8, linestyle=":", label="chance")
+        for order, colour in (("first", "#c0392b"), ("last", "#2c3e50")):
+            for i in range(len(seeds)):
+                right = [results["accuracy"][f"{arm}, n {n}"][order][i] for n in pairs]
+                label = f"question {order}" if i == 0 else None
+                axis.plot(pairs, right, "o-", color=colour, label=label, linewidth=1, markersize=3)
+        axis.set_xscale("log", base=2)
+        axis.set(title=f"{arm}, {len(seeds)} seeds", xlabel="pairs", ylim=(0, 1.03), xticks=pairs, xticklabels=pairs)
+    axes[0].set_ylabel("answers right")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
+    draw(json.loads(source.read_text()), target)

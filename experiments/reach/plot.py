@@ -1,0 +1,37 @@
+"""The figure of `results.json`: the norm of the gradient by the embedding n tokens back, against n.
+
+python -m experiments.reach.plot [results.json [figure.png]]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def draw(results, path) -> None:
+    """Write the figure as PNG."""
+    its, fields = results["cells"]["reach"], results["fields"]
+    lag = np.array(its["lag"]) + 1
+    figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+    axis.fill_between(lag, its["low"], its["high"], color="#c0392b", alpha=0.2, linewidth=0)
+    axis.plot(lag, its["mean"], color="#c0392b", label=f"mean of {its['files']} files; 10 to 90 %")
+    axis.axvline(its["reach"] + 1, color="#2c3e50", linewidth=0.8, linestyle="--", label="95 % of the sum")
+    axis.axvline(fields["seq_len"], color="grey", linewidth=0.8, linestyle=":", label="window of the training")
+    axis.set(xscale="log", yscale="log", xlabel="n + 1: bytes before the prediction", ylabel="norm, of the nearest 8")
+    axis.set_title(f"dL/d emb, RWKV-4 {fields['num_layers']} x {fields['dim']}, {fields['steps']} steps", fontsize=9)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
+    draw(json.loads(source.read_text()), target)

@@ -1,0 +1,108 @@
+"""Facts to trace, of a generated world or of a file, as prompts of one length that a model completes."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from rwkv_jax.corpora import SEPARATOR
+
+
+class Prompt(NamedTuple):
+    """Tokens up to where the answer follows; what comes before the first valid one is padding."""
+
+    tokens_T: np.ndarray  # int32
+    valid_T: np.ndarray
+    subject_T: np.ndarray
+    answer: np.ndarray  # int32, the token that follows
+
+
+RELATIONS, TEMPLATES = 2, 3
+LENGTHS = (2, 3)  # tokens of a subject
+# Words before the subject and after it, by template. The relation shows in the words after it alone.
+BEFORE, AFTER = (0, 1, 2), (3, 3, 4)
+
+
+class World(NamedTuple):
+    """Every subject has one object in each relation, told in three ways each."""
+
+    subjects: list[tuple[int, ...]]
+    objects_SR: np.ndarray  # [subjects, relations] tokens
+    before: list[list[int]]  # by template
+    after: list[list[list[int]]]  # by relation and template
+
+
+def world(subjects: int, vocab_size: int, seed: int = 0) -> World:
+    """Subjects share their tokens: none is known by one of them. Half of the vocabulary are names."""
+    rng = np.random.default_rng(seed)
+    ids = iter(range(1, vocab_size))
+    take = lambda n: [next(ids) for _ in range(n)]
+    before = [take(n) for n in BEFORE]
+    after = [[take(n) for n in AFTER] for _ in range(RELATIONS)]
+    names = take(vocab_size // 2)
+    objects = np.array(list(ids))
+    found = {}
+    while len(found) < subjects:
+        found[tuple(rng.choice(names, rng.choice(LENGTHS)).tolist())] = None
+    return World(list(found), rng.choice(objects, (subjects, RELATIONS)), before, after)
+
+
+def length(_: World) -> int:
+    """Tokens of the longest prompt, the separator included."""
+    return 1 + max(b + a for b, a in zip(BEFORE, AFTER, strict=True)) + max(LENGTHS)
+
+
+def prompt(world: World, subject: int, relation: int, template: int) -> Prompt:
+    before, after = world.before[template], world.after[relation][template]
+    name = world.subjects[subject]
+    return padded([*before], name, after, world.objects_SR[subject, relation], length(world))
+
+
+def padded(before, subject, after, answer: int, num_tokens: int) -> Prompt:
+    """A prompt of `num_tokens` tokens: padding, the separator, then what is given."""
+    tokens = [SEPARATOR, *before, *subject, *after]
+    missing = num_tokens - len(tokens)
+    at = missing + 1 + len(before)
+    subject_T = np.zeros(num_tokens, bool)
+    subject_T[at : at + len(subject)] = True
+    tokens_T = np.array([SEPARATOR] * missing + tokens, np.int32)
+    return Prompt(tokens_T, np.arange(num_tokens) >= missing, subject_T, np.int32(answer))
+
+
+def stacked(prompts: list[Prompt]) -> Prompt:
+    """Leaves [prompts, ...]."""
+    return jax.tree.map(lambda *x: np.stack(x), *prompts)
+
+
+def everything(world: World) -> Prompt:
+    """All prompts of a world, subject by subject."""
+    numbers = np.ndindex(len(world.subjects), RELATIONS, TEMPLATES)
+    return stacked([prompt(world, *number) for number in numbers])
+
+
+def from_file(path: str, tokenizer) -> Prompt:
+    """Prompts of a JSON list of {"subject", "prompt", "attribute"}, as ROME's known_1000.json has them.
+
+    The answer is the first token of the attribute after a space.
+
+    Raises:
+        OSError, ValueError: no such file, or a fact in it is not one, named by its number.
+    """
+    try:
+        entries = json.loads(Path(path).read_text())
+        texts = [tuple(entry[key] for key in ("prompt", "subject", "attribute")) for entry in entries]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected a JSON list of subject, prompt and attribute ({error!r})") from None
+    parts = []
+    for number, (text, subject, attribute) in enumerate(texts):
+        before, found, _ = text.partition(subject)
+        before = before.rstrip(" ")  # the space belongs to the word that follows it
+        ids = tokenizer.encode(text)
+        start, stop = (len(tokenizer.encode(part)) for part in (before, text[: text.find(subject) + len(subject)]))
+        if not found or not start < stop <= len(ids) or tokenizer.encode(before) != ids[:start]:
+            raise ValueError(f"{path}: fact {number}: {subject!r} is no run of tokens in {text!r}")
+        parts.append((ids[:start], ids[start:stop], ids[stop:], tokenizer.encode(f" {attribute.strip()}")[0]))
+    longest = 1 + max(sum(map(len, part[:3])) for part in parts)
+    return stacked([padded(*part, longest) for part in parts])

@@ -1,0 +1,65 @@
+"""Contexts of many texts that begin alike: what several have in common is read once, and its state forked.
+
+Few-shot questions share their examples, and questions about a passage share the passage. For RWKV a fork costs the
+state, 5 numbers a channel and layer, whatever it has read.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from rwkv_jax.generate.context import Context, begin, concatenate, rows
+from rwkv_jax.generate.decode import per_layer, read
+
+SHARED = 32  # common beginnings are cut to a multiple of this: reading fewer tokens apart costs more than it saves
+
+
+def read_many(model, params, texts: Sequence[Sequence[int]], batch_size: int) -> Context:
+    """The context after each of N texts, one row each in their order, all of which it holds at one time.
+
+    They are read `batch_size` at a time, those of similar length together; common beginnings of at least `SHARED`
+    tokens once, and common beginnings of those, too. Rows past the last text repeat it, so that the shapes to compile
+    are those of one batch size.
+
+    Args:
+        texts: lists of ids in [0, V), at least one token each.
+    """
+    if not texts or min(map(len, texts)) == 0:
+        raise ValueError("nothing to read in an empty text, expected texts of at least one token")
+    model, params = per_layer(model, params)
+    keys = [tuple(map(int, text)) for text in texts]
+    unique = sorted(set(keys))
+    row_of = {key: row for row, key in enumerate(unique)}
+    return rows(_read_sorted(model, params, unique, batch_size), [row_of[key] for key in keys])
+
+
+def _read_sorted(model, params, texts: list[tuple], batch_size: int) -> Context:
+    stems = shared_beginnings(texts)
+    before, row_of = begin(model, None, 1, 1), {(): 0}
+    if longer := sorted(set(stems) - {()}):
+        before = concatenate([before, _read_sorted(model, params, longer, batch_size)])
+        row_of |= {stem: row for row, stem in enumerate(longer, 1)}
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]) - len(stems[i]))
+    read_so_far = []
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        filled = batch + batch[-1:] * (batch_size - len(batch))
+        context = rows(before, [row_of[stems[i]] for i in filled])
+        context = read(model, params, [texts[i][len(stems[i]) :] for i in filled], context)
+        read_so_far.append(rows(context, slice(len(batch))))
+    return rows(concatenate(read_so_far), np.argsort(order))
+
+
+def shared_beginnings(texts: list[tuple]) -> list[tuple]:
+    """The longest beginning that each of these sorted texts shares with another, cut to a multiple of `SHARED`."""
+    shared = [0, *itertools.starmap(_common, itertools.pairwise(texts)), 0]
+    return [
+        text[: max(around) // SHARED * SHARED] for text, around in zip(texts, itertools.pairwise(shared), strict=True)
+    ]
+
+
+def _common(a: tuple, b: tuple) -> int:
+    """Number of first tokens in which two texts agree."""
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differ, min(len(a), len(b)))

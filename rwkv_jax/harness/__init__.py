@@ -1,0 +1,19 @@
+"""Multiple-choice, perplexity and generation tasks, as lm-evaluation-harness asks them: what is public, by file.
+
+    pip install "rwkv_jax[harness]"
+    python -m rwkv_jax.harness --model=runs/tiny --tasks=lambada_openai,piqa
+
+`requests` needs no lm_eval. The adapter, which does, is loaded when it is first used.
+"""
+
+from rwkv_jax.harness.requests import Scored, last_words, score
+
+__all__ = ["HarnessLM", "Scored", "last_words", "score"]
+
+
+def __getattr__(name):
+    if name == "HarnessLM":
+        from rwkv_jax.harness.adapter import HarnessLM
+
+        return HarnessLM
+    raise AttributeError(f"module 'rwkv_jax.harness' has no attribute {name!r}")

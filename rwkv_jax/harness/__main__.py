@@ -1,0 +1,54 @@
+"""lm-evaluation-harness on a model of ours: `python -m rwkv_jax.harness --model=runs/tiny --tasks=lambada_openai`."""
+
+import argparse
+import json
+import sys
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m rwkv_jax.harness",
+        description="Run tasks of lm-evaluation-harness. All that is not below goes to `lm_eval run` as it is: "
+        "--tasks, --num_fewshot, --limit, --output_path, --include_path, --use_cache, ...",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="whatever rwkv_jax.load reads")
+    add("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: what the model carries")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the file's")
+    add("--batch_size", type=int, default=8, help="texts at a time (default: %(default)s)")
+    add("--max_length", type=int, help="tokens read of a text; default for RWKV: all")
+    add(
+        "--add_bos_token",
+        action="store_true",
+        default=None,
+        help="token 0 before every context, as the RWKV releases were evaluated",
+    )
+    add("--prefix_token_id", type=int, help="another token in its place, 187 for a line break of GPT-NeoX's")
+    args, rest = parser.parse_known_args(argv)
+    args = vars(args)
+    batch_size = args.pop("batch_size")
+    model = {"pretrained": args.pop("model")} | {name: value for name, value in args.items() if value is not None}
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        from rwkv_jax.harness import HarnessLM  # noqa: F401  which makes the name rwkv_jax known
+    except ImportError as error:
+        print(f'error: {error}; pip install "rwkv_jax[harness]"', file=sys.stderr)
+        return 2
+    ours = ["--model=rwkv_jax", "--model_args", json.dumps(model), f"--batch_size={batch_size}"]
+    command, sys.argv = sys.argv, ["lm_eval", "run", *ours, *rest]
+    try:
+        cli_evaluate()
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        sys.argv = command
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

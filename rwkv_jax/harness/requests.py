@@ -1,0 +1,68 @@
+"""How probable are these continuations of these contexts: the question behind multiple choice and perplexity.
+
+A context is read once however many continuations it has, and so is what contexts begin with. Continuations are scored
+from copies of the state, in segments, so that a text of any length takes the memory of a short one.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from rwkv_jax import evaluate
+from rwkv_jax.generate.context import begin, rows
+from rwkv_jax.generate.decode import per_layer
+from rwkv_jax.generate.prefixes import read_many
+
+WINDOW = 16  # batches of contexts whose states are held at one time
+
+
+class Scored(NamedTuple):
+    nats: float  # log p of all tokens of the continuation, at most 0
+    is_greedy: bool  # whether each was the likeliest where it stands
+
+
+def score(model, params, pairs: Sequence[tuple], batch_size: int = 8, progress: bool = True) -> list[Scored]:
+    """log p of each continuation given its context, in order.
+
+    Args:
+        pairs: (ids of the context, ids of the continuation), each at least one token in [0, V).
+        batch_size: texts read at one time. A result does not depend on the others of its batch.
+    """
+    for _, continuation in pairs:
+        if len(continuation) == 0:
+            raise ValueError("nothing to score in an empty continuation, expected at least one token")
+    model, params = per_layer(model, params)
+    of_context = defaultdict(list)
+    for i, (context, _) in enumerate(pairs):
+        of_context[tuple(map(int, context))].append(i)
+    scored = {}
+    with tqdm(desc="scored", total=len(pairs), unit="text", disable=None if progress else True) as bar:
+        for contexts in batches(sorted(of_context), WINDOW * batch_size):
+            after = read_many(model, params, contexts, batch_size)
+            asked = [(row, i) for row, context in enumerate(contexts) for i in of_context[context]]
+            asked.sort(key=lambda at: len(pairs[at[1]][1]))
+            for batch in batches(asked, batch_size):
+                filled = batch + batch[-1:] * (batch_size - len(batch))
+                texts = [pairs[i][1] for _, i in filled]
+                forks = begin(model, rows(after, [row for row, _ in filled]), batch_size, max(map(len, texts)))
+                results = evaluate.continuations(model, params, texts, forks.logits_BV, forks.state)
+                for (_, i), (nats_N, likeliest_N) in zip(batch, results, strict=False):
+                    scored[i] = Scored(float(nats_N.sum(dtype=float)), bool(likeliest_N.all()))
+                bar.update(len(batch))
+    return [scored[i] for i in range(len(pairs))]
+
+
+def batches(values: list, size: int) -> Iterator[list]:
+    """`size` values at a time, fewer in the last."""
+    return (values[first : first + size] for first in range(0, len(values), size))
+
+
+def last_words(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """(passage, its last word with the space before it): the question of LAMBADA, as the harness asks it."""
+    pairs = [text.rpartition(" ") for text in texts]
+    for context, _, word in pairs:
+        if not context or not word:
+            raise ValueError(f"no last word in {context + word!r:.60}, expected words with single spaces between")
+    return [(context, f" {word}") for context, _, word in pairs]
