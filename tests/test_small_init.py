@@ -50,7 +50,7 @@ def test_the_halves_of_the_treatment_are_told_apart():
 
 def test_tokens_until_a_loss():
     assert tokens_until([5.0, 4.0, 3.0], [10, 20, 30], 3.5) == pytest.approx(25)
-    assert tokens_until([5.0, 4.0, 4.5, 3.0], [10, 20, 30, 40], 4.2) == pytest.approx(18)
+    assert tokens_until([5.0, 4.0, 4.5, 3.0], [10, 20, 30, 40], 3.9) == pytest.approx(31)  # of the best so far
     assert tokens_until([5.0, 4.0], [10, 20], 3.5) is None
     assert tokens_until([5.0, 4.0], [10, 20], 6.0) is None
 

@@ -19,7 +19,7 @@ a bootstrap over documents; p is Student's, corrected for the number of comparis
   same sign: of the changes that take a part away, one is resolved as worse and none as better; contradicted: one is
   resolved as better; else not resolved. The printed initialiser is contradicted where it is resolved as worse.
 Expected of three pairs were intervals of 0.004 to either side; they came out as 0.005 to 0.03. The correction for
-twelve comparisons, at two degrees of freedom, leaves resolved what is ten times its standard error.
+twelve comparisons, at two degrees of freedom, asks for about fifteen times its standard error.
 
 Deviations: byte-level models a thousandth of the paper's in size, after half a million tokens. `cpu` holds every arm
 at the learning rate that is best for the released model (1.6e-2, inside the grid of experiments/compare/sweep.json,
