@@ -70,8 +70,8 @@ def test_several_rates_train_as_each_alone():
 
 def test_the_share_right_counts_questions_alone(batch):
     model = rwkv_jax.build("rwkv4", vocab_size=V, num_layers=1, dim=8)
-    params = model.init(jax.random.key(0), batch["tokens"])["params"]
-    guess, _ = model.apply({"params": params}, batch["tokens"][:, :-1])
+    params = jax.jit(model.init)(jax.random.key(0), batch["tokens"])["params"]
+    guess, _ = jax.jit(model.apply)({"params": params}, batch["tokens"][:, :-1])
     right = np.asarray(guess.argmax(-1)) == batch["tokens"][:, 1:]
     assert tasks.share_right(model, params, batch) == pytest.approx(right[batch["mask"]].mean())
     assert right[batch["mask"]].mean() != pytest.approx(right.mean())

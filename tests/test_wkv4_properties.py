@@ -109,7 +109,7 @@ def seen(v, past_mean, reset, valid):
     return low, high
 
 
-@pytest.mark.parametrize("length", [1, 2, 300])
+@pytest.mark.parametrize("length", [2, 100])
 @pytest.mark.parametrize("form", ["scan", "associative"])
 def test_derivatives_by_the_matrices_are_a_mean_and_a_covariance(form, length, x64):
     """Appendix H: of k = x W_k and v = x W_v, under the weights of Eq. 16; hence bounded, however long the past."""
@@ -117,7 +117,7 @@ def test_derivatives_by_the_matrices_are_a_mean_and_a_covariance(form, length, x
     x_TJ, by_k_JD, by_v_JD = rng.normal(size=(length, 4)), rng.normal(size=(4, D)), rng.normal(size=(4, D))
     w_D, u_D = -np.exp(rng.normal(-3, 2, D)), rng.normal(size=D)
     last = lambda *matrices: wkv4(w_D, u_D, *(x_TJ[None] @ m for m in matrices), impl=form)[0][0, -1]
-    by_k_DJD, by_v_DJD = jax.jacrev(last, argnums=(0, 1))(jnp.asarray(by_k_JD), jnp.asarray(by_v_JD))
+    by_k_DJD, by_v_DJD = jax.jit(jax.jacrev(last, argnums=(0, 1)))(jnp.asarray(by_k_JD), jnp.asarray(by_v_JD))
 
     k_TD, v_TD = x_TJ @ by_k_JD, x_TJ @ by_v_JD
     log_TD = k_TD + np.where(
