@@ -10,16 +10,16 @@ from rwkv_jax import models
 
 
 def test_half_lives_and_contrast_by_hand():
-    decay_LD = np.array([[0.5, 0.5, 0.25], [0.25, 2**-0.5, 0.25]])
+    decay_LD = np.array([[0.5, 0.5, 0.25], [0.25, 2**-0.25, 0.25]])
     x_LD = np.log(-np.log(decay_LD))
-    np.testing.assert_allclose(run.half_lives(x_LD), [[1, 1, 0.5], [0.5, 2, 0.5]])
+    np.testing.assert_allclose(run.half_lives(x_LD), [[1, 1, 0.5], [0.5, 4, 0.5]])
     cell = run.told(x_LD[:, :2], x_LD[::-1, :2])
-    # doublings 0, 0 of the first layer and -1, 1 of the last: differences -1, 1; then the other way round
-    assert cell["contrast_before"][0] == cell["contrast_after"][0] == 0
-    half = 12.7062 * np.sqrt(2) / np.sqrt(2)  # t at 0.975 with one degree of freedom, times the error of the mean
-    np.testing.assert_allclose(cell["contrast_before"], [0, -half, half], atol=1e-3)
-    np.testing.assert_allclose(cell["contrast_learned"], [0, -2 * half, 2 * half], atol=1e-3)
-    assert [layer["median_half_life"] for layer in cell["before"]] == [1, 1.25]
+    # doublings 0, 0 of the first layer and -1, 2 of the last: differences -1, 2; then the other way round
+    half = 12.7062 * 1.5  # t at 0.975 with one degree of freedom, times the error of the mean
+    np.testing.assert_allclose(cell["contrast_before"], [0.5, 0.5 - half, 0.5 + half], atol=1e-3)
+    np.testing.assert_allclose(cell["contrast_after"], [-0.5, -0.5 - half, -0.5 + half], atol=1e-3)
+    np.testing.assert_allclose(cell["contrast_learned"], [-1, -1 - 2 * half, -1 + 2 * half], atol=1e-3)
+    assert [layer["median_half_life"] for layer in cell["before"]] == [1, 2.25]
 
 
 def test_shares_are_of_channels_above_a_bound():
