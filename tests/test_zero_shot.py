@@ -63,6 +63,23 @@ def test_a_checkpoint_of_the_paper_is_judged_by_its_tolerance(checkpoint, change
     assert row["verdict"] == verdict
 
 
+@pytest.mark.parametrize(
+    ("nats", "flags_equal", "of_long_text", "verdict"),
+    [
+        (2e-5, True, 3e-5, "reproduced"),
+        (2e-5, True, 2e-4, "contradicted"),
+        (2e-4, True, 3e-5, "contradicted"),
+        (2e-5, False, 3e-5, "contradicted"),
+    ],
+)
+def test_the_scorer_is_judged_by_all_that_was_compared(nats, flags_equal, of_long_text, verdict):
+    cell = {"requests": 4, "nats": nats, "flags_equal": flags_equal}
+    long_text = {"tokens": 900, "nats": of_long_text, "nats_as_answered": 3e-4, "float32_spacing": 5e-4}
+    told = run.conclude(run.PRESETS["cpu"], {"one pass": cell, "harness": cell | {"long_text": long_text}})
+    assert told["ledger"][1]["verdict"] == verdict and "3e-04 as lm_eval rounds it" in told["ledger"][1]["ours"]
+    assert len(told["not_run"]) == 6
+
+
 def test_one_of_the_two_paths_alone_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="one of --model and --lambada without the other"):
         run.cells(run.PRESETS["smoke"], tmp_path, model="x")
