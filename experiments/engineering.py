@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.compare import table as compare_table
@@ -11,6 +12,19 @@ HERE = Path(__file__).parent
 
 def read(name: str) -> dict:
     return json.loads((HERE / name).read_text())
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Markdown."""
+    line = lambda cells: f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    head = list(head)
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
+
+
+def hardware(stamp: dict) -> str:
+    """Of a result: the processor, or the accelerator."""
+    device = stamp["devices"][0]
+    return f"{stamp['cores']} cores, {stamp['processor']}" if device == "cpu" else device
 
 
 def compare() -> str:
@@ -26,11 +40,9 @@ def speed() -> str:
     large = "{num_layers} x {dim}, V {vocab_size:,}".format(**generation["shape"]["fields"])
     rows = [(f"training {r['ours']}, {shape}", r) for r in train["rows"] if r["theirs"] != "transformer"]
     rows += [(f"{r['what'].removesuffix(', tokens/s')}, {large}", r) for r in generation["rows"]]
-    lines = [
-        f"| {what} | {r['ours_per_second']:,.0f} | {r['theirs_per_second']:,.0f}, {r['theirs']} | {r['ratio']:.1f} |"
-        for what, r in rows
-    ]
-    return "\n".join(["| tokens/s | ours | theirs | ratio |", "|---|---|---|---|", *lines])
+    theirs = lambda r: f"{r['theirs_per_second']:,.0f}, {r['theirs']}"
+    lines = [(what, f"{r['ours_per_second']:,.0f}", theirs(r), f"{r['ratio']:.1f}") for what, r in rows]
+    return table(("tokens/s", "ours", "theirs", "ratio"), lines)
 
 
 def speed_told() -> str:
@@ -79,12 +91,11 @@ def wkv_on_a_gpu() -> str:
     ms = {(r["form"], r["pass"]): r["milliseconds"] for r in results["rows"]}
     forms = list(dict.fromkeys(form for form, _ in ms))
     names = {"pallas": "our kernel", "associative": "our associative scan", "scan": "our scan"}
-    lines = [["", *(names.get(f, f) for f in forms)], ["---"] * (len(forms) + 1)]
-    lines += [
-        [label, *(f"{ms[form, which]:g}" for form in forms)]
+    lines = [
+        (label, *(f"{ms[form, which]:g}" for form in forms))
         for which, label in (("forward", "forward"), ("both", "forward and backward"))
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(("", *(names.get(form, form) for form in forms)), lines)
 
 
 def training_on_a_gpu() -> str:
@@ -95,21 +106,22 @@ def training_on_a_gpu() -> str:
         if key not in fastest or r["tokens_per_second"] > fastest[key]["tokens_per_second"]:
             fastest[key] = r
     lines = [
-        f"| {'RWKV-4' if name == 'rwkv4' else 'transformer'} {size.upper().replace('1B5', '1.5B')} "
-        f"| {batch} x {seq_len:,} | {_three_digits(r['tokens_per_second'])} | {_percent(r['mfu'])} "
-        f"| {r['state_gb'] + r['temporary_gb']:.1f} |"
+        (
+            f"{'RWKV-4' if name == 'rwkv4' else 'transformer'} {size.upper().replace('1B5', '1.5B')}",
+            f"{batch} x {seq_len:,}",
+            _three_digits(r["tokens_per_second"]),
+            _percent(r["mfu"]),
+            f"{r['state_gb'] + r['temporary_gb']:.1f}",
+        )
         for (size, name, batch, seq_len), r in fastest.items()
     ]
-    return "\n".join(
-        ["| model | rows x tokens | tokens/s | of the peak | memory, GB |", "|---|---|---|---|---|", *lines]
-    )
+    return table(("model", "rows x tokens", "tokens/s", "of the peak", "memory, GB"), lines)
 
 
 def engineering() -> str:
     """Rows of the second table of the ledger: folder, question, command, hardware, what was found."""
     rows = [_compare(), *_speed(), _precision(), _finetune(), _rehearsal(), _long()]
-    head = ["folder", "question", "command", "hardware", "found"]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return table(("folder", "question", "command", "hardware", "found"), rows)
 
 
 def _compare():
@@ -119,7 +131,7 @@ def _compare():
     tokens, seed = results["preset"]["tokens"], results["preset"]["seed"]
     found = f"a demonstration, {tokens:,} tokens, seed {seed}: RWKV-4 {found}"
     question = "bits a byte of RWKV-4, a transformer of equal size, and the same with token shift"
-    return ["[compare](compare)", question, "`make compare`", _hardware(results["stamp"]), found]
+    return ["[compare](compare)", question, "`make compare`", hardware(results["stamp"]), found]
 
 
 def _speed():
@@ -133,7 +145,7 @@ def _speed():
         f"{what} {x:.2f} (at most {most:g} wanted)" for what, x, most in results["ops"]["claims"]
     )
     question = "training, decoding and WKV beside what people use"
-    cpu = ["[speed](speed)", question, "`make speed`", _hardware(results["train"]["stamp"]), told]
+    cpu = ["[speed](speed)", question, "`make speed`", hardware(results["train"]["stamp"]), told]
     pile = read("speed/pile.json")
     best = {}
     for r in pile["rows"]:
@@ -145,7 +157,7 @@ def _speed():
     told += "; 3B beside what earlier rows had left in memory: out of memory"
     command = "`python -m experiments.speed.pile`, `python -m experiments.speed.run --suite=ops --rwkv-lm=PATH`"
     question = "training of the released sizes on one device; WKV beside the released kernel (tables in the README)"
-    return [cpu, ["[speed](speed), on a GPU", question, command, _hardware(pile["stamp"]), told]]
+    return [cpu, ["[speed](speed), on a GPU", question, command, hardware(pile["stamp"]), told]]
 
 
 def _precision():
@@ -153,7 +165,7 @@ def _precision():
     worst = max(x for what, x, _ in results["claims"] if "over its bound" in what)
     question = "error of every WKV form against float64, values and gradients"
     found = f"every element within {worst:.2f} of its form's stated bound"
-    return ["[precision](precision)", question, "`make precision`", _hardware(results["stamp"]), found]
+    return ["[precision](precision)", question, "`make precision`", hardware(results["stamp"]), found]
 
 
 def _finetune():
@@ -165,7 +177,7 @@ def _finetune():
     )
     question = "bits a byte of new and old text after fine-tuning in several ways, one seed"
     command = "`python -m experiments.finetune.run`"
-    return ["[finetune](finetune)", question, command, _hardware(results["stamp"]), told]
+    return ["[finetune](finetune)", question, command, hardware(results["stamp"]), told]
 
 
 def _rehearsal():
@@ -186,12 +198,7 @@ def _long():
     longest = max(T for T, _ in mib)
     told = f"T {longest:,}: " + ", ".join(f"{way} {x:,.0f} MiB" for (T, way), x in mib.items() if longest == T)
     question = "memory of a training step against its length"
-    return ["[long](long)", question, "`python -m experiments.long.run`", _hardware(results["stamp"]), told]
-
-
-def _hardware(stamp) -> str:
-    device = stamp["devices"][0]
-    return f"{stamp['cores']} cores, {stamp['processor']}" if device == "cpu" else device
+    return ["[long](long)", question, "`python -m experiments.long.run`", hardware(results["stamp"]), told]
 
 
 def _wrapped(*parts: str) -> str:

@@ -13,10 +13,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from experiments import engineering
+from experiments.engineering import hardware, table
 
 HERE = Path(__file__).parent
 FILES = (HERE.parent / "README.md", HERE / "README.md")
@@ -93,16 +93,10 @@ def command_of(name: str, its: dict) -> str:
 
 def where(its: dict) -> tuple[str, str]:
     """Hardware and time of results."""
-    stamp, seconds = its["stamp"], its["wall_seconds"]
-    device = stamp["devices"][0]
-    hardware = f"{stamp['cores']} cores, {stamp['processor']}" if device == "cpu" else device
-    return hardware, f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    line = lambda cells: f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-    head = list(head)
-    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
+    seconds = its["wall_seconds"]
+    return hardware(
+        its["stamp"]
+    ), f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
 
 
 BLOCKS = {

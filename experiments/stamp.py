@@ -1,6 +1,7 @@
 """What every result carries: without its command, commit, versions, hardware and date a number is not a result."""
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import subprocess
@@ -20,7 +21,7 @@ def stamp() -> dict:
     ).stdout.strip()
     module = getattr(sys.modules["__main__"], "__spec__", None)
     return {
-        "command": " ".join(["python -m", module.name if module else sys.argv[0], *sys.argv[1:]]),
+        "command": " ".join(["python -m", module.name if module else sys.argv[0], *_arguments()]),
         "commit": git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else ""),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
@@ -28,6 +29,12 @@ def stamp() -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": [d.device_kind for d in jax.devices()],
     }
+
+
+def _arguments() -> list[str]:
+    """Of the command, without `--out`: where results went says nothing about them."""
+    before = ["", *sys.argv[1:]]
+    return [x for last, x in itertools.pairwise(before) if last != "--out" and x.partition("=")[0] != "--out"]
 
 
 def _processor() -> str:

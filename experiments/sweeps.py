@@ -1,7 +1,7 @@
 """Learning rates of arms and sizes: grids a factor of 2 apart, extended until the best is not at an end."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +27,28 @@ def bracket(path: Path, name: str, centre: float, loss_of: Callable[[float], flo
     """
     results = {"runs": swept(path)}
     runs, nearest = results["runs"].setdefault(name, {}), 1e-3 * 2.0 ** round(np.log2(centre / 1e-3))
-    rates = [nearest / 2, nearest, nearest * 2]
-    while rates:
+    for rate in search((nearest / 2, nearest, nearest * 2), runs, lambda rate: round(loss_of(rate), 4)):
+        print(f"{name} lr {rate}: {runs[rate]:.4f}", flush=True)
+        write_json(path, results | about | {"stamp": stamp.stamp()})
+
+
+def search(
+    rates: Sequence[float], values: dict, value_of: Callable[[float], float], better=min, widest: int | None = None
+) -> Iterator[str]:
+    """Fill `values` {rate: value} at `rates`, and on by factors of 2 where the best is at an end; yields each new key.
+
+    Args:
+        values: what it holds is not computed again. Keys are rates in the format "g".
+        better: min or max; of equal values the lowest rate is the best.
+        widest: rates at most, best inside or not.
+    """
+    while rates and (widest is None or len(values) < widest):
         for rate in rates:
-            if f"{rate:g}" not in runs:
-                runs[f"{rate:g}"] = round(loss_of(rate), 4)
-                print(f"{name} lr {rate:g}: {runs[f'{rate:g}']:.4f}", flush=True)
-                write_json(path, results | about | {"stamp": stamp.stamp()})
-        tried, best = sorted(map(float, runs)), _best(runs)
+            if (key := f"{rate:g}") not in values:
+                values[key] = value_of(rate)
+                yield key
+        tried = sorted(map(float, values))
+        best = better(tried, key=lambda rate: values[f"{rate:g}"])
         rates = [best / 2] * (best == tried[0]) + [best * 2] * (best == tried[-1])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from experiments import command, statistics
+from experiments import command, stamp, statistics, sweeps
 
 
 @dataclass(frozen=True)
@@ -122,3 +122,24 @@ def test_the_wider_interval():
     assert statistics.wider((0, 1), (-1, 1)) == (-1, 1)
     assert statistics.wider((0, 1), (np.nan, np.nan)) == (0, 1)
     assert np.isnan(statistics.wider((np.nan, np.nan), (np.nan, np.nan))).all()
+
+
+@pytest.mark.parametrize(
+    ("best", "better", "widest", "expected"),
+    [
+        (8, min, None, ["4", "8", "16"]),
+        (2, min, None, ["4", "8", "16", "2", "1"]),  # the best is at an end until 1 is worse
+        (64, max, None, ["4", "8", "16", "32", "64", "128"]),
+        (64, max, 4, ["4", "8", "16", "32"]),
+    ],
+)
+def test_a_sweep_goes_on_until_its_best_is_inside(best, better, widest, expected):
+    distance, sign, values = lambda rate: abs(np.log2(rate / best)), 1 if better is min else -1, {}
+    found = list(sweeps.search((4, 8, 16), values, lambda rate: sign * distance(rate), better, widest))
+    assert found == expected == list(values)
+    assert list(sweeps.search((4, 8, 16), values, None, better, widest)) == []  # nothing is computed again
+
+
+def test_where_results_went_is_not_in_their_stamp(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run.py", "--smoke", "--out=/a", "--seed=1", "--out", "/b", "--text=x"])
+    assert stamp.stamp()["command"].endswith(" --smoke --seed=1 --text=x")

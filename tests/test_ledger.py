@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from experiments import ledger
+from experiments import engineering, ledger
 
 
 @pytest.mark.parametrize("path", ledger.FILES, ids=lambda path: path.parent.name)
@@ -25,4 +25,4 @@ def test_every_experiment_has_its_place():
 
 
 def test_cells_of_a_table_keep_to_their_column():
-    assert ledger.table(("a", "b"), [("x|y", "z")]).splitlines()[-1] == r"| x\|y | z |"
+    assert engineering.table(("a", "b"), [("x|y", "z")]).splitlines()[-1] == r"| x\|y | z |"

@@ -3,16 +3,9 @@
 python -m experiments.audio.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+
+from experiments.figures import main, plt, saved
 
 
 def draw(results, path) -> None:
@@ -29,11 +22,8 @@ def draw(results, path) -> None:
         axis.set(title=name, xlabel="seconds")
     axes[0].set_ylabel("Hz")
     figure.colorbar(image, ax=axes, label="dB", shrink=0.8)
-    figure.savefig(path, dpi=72)
-    plt.close(figure)
+    saved(figure, path, dpi=72)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

@@ -3,16 +3,9 @@
 python -m experiments.bf16.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+
+from experiments.figures import main, plt, saved
 
 BASE = "float32"
 COLOURS = {BASE: "#2c3e50", "bfloat16 activations": "#c0392b", "bfloat16 parameters": "#e67e22"}
@@ -37,11 +30,8 @@ def draw(results, path) -> None:
     right.set(xlabel="thousand tokens", ylabel="nats a byte", title="minus float32, same start and batches")
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

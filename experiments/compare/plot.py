@@ -3,18 +3,9 @@
 python -m experiments.compare.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 
-COLOURS = {"rwkv4": "#c0392b", "transformer": "#2c3e50", "transformer+shift": "#2980b9"}
+from experiments.figures import COLOURS, main, plt, saved
 
 
 def draw(results, path) -> None:
@@ -49,8 +40,7 @@ def draw(results, path) -> None:
         f"{results['corpus']['name']}, one seed; {stamp['cores']} cores, {stamp['date']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 def _smooth(y, window=5):
@@ -60,6 +50,4 @@ def _smooth(y, window=5):
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

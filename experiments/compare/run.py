@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import rwkv_jax
-from experiments import stamp
+from experiments import stamp, sweeps
+from experiments.command import write_json
 from experiments.compare import baselines, plot, table
 from experiments.text import capped, level
 from rwkv_jax import corpora, data, evaluate, hardware, metrics, optim, run_config, train
@@ -228,23 +229,13 @@ def sweep(path):
 
     `path` is rewritten after each run, and runs that it already holds are not repeated.
     """
-    results = json.loads(path.read_text()) if path.exists() else {"runs": {}}
     for dim, num_layers in SWEEP_WIDTHS:
         preset = Preset(num_layers=num_layers, dim=dim)
+        about = {"steps": SWEEP_STEPS, "preset": vars(preset) | {"dim": None, "num_layers": None}}
         for arm in ARMS:
-            centre = 1e-3 * 2 ** round(np.log2(optim.default_lr(KINDS[ARMS[arm]["name"]], dim) / 1e-3))
-            runs = results["runs"].setdefault(f"{arm} {num_layers}x{dim}", {})
-            lrs = [centre / 2, centre, centre * 2]
-            while lrs:
-                for lr in lrs:
-                    if f"{lr:g}" not in runs:
-                        runs[f"{lr:g}"] = _held_out_after(arm_config(arm, preset, SWEEP_STEPS, lr=lr))
-                        print(f"{arm} {num_layers}x{dim} lr {lr:g}: {runs[f'{lr:g}']:.4f} bits/byte", flush=True)
-                        results |= {"steps": SWEEP_STEPS, "preset": vars(preset) | {"dim": None, "num_layers": None}}
-                        _write_json(path, results | {"stamp": stamp.stamp()})
-                tried = sorted(map(float, runs))
-                best = min(tried, key=lambda lr: runs[f"{lr:g}"])
-                lrs = [best / 2] * (best == tried[0]) + [best * 2] * (best == tried[-1])
+            held_out = lambda lr, arm=arm, preset=preset: _held_out_after(arm_config(arm, preset, SWEEP_STEPS, lr=lr))
+            centre = optim.default_lr(KINDS[ARMS[arm]["name"]], dim)
+            sweeps.bracket(path, f"{arm} {num_layers}x{dim}", centre, held_out, **about)
 
 
 def _held_out_after(config):
@@ -253,13 +244,7 @@ def _held_out_after(config):
         model, _ = rwkv_jax.load(workdir)
     valid = capped(corpora.prepare(config.corpus, "bytes").valid, 2**17)
     nats = evaluate.windows(model, state.params, valid.tokens, config.seq_len, config.batch_size)
-    return round(level(nats, valid), 4)
-
-
-def _write_json(path, value):
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    beside.replace(path)
+    return level(nats, valid)
 
 
 def main(argv=None) -> int:
@@ -286,7 +271,7 @@ def main(argv=None) -> int:
         with tempfile.TemporaryDirectory() as elsewhere:  # a smoke's models must not replace anybody's
             models = Path(elsewhere if args.smoke else "runs/compare")
             results = compare(preset, minutes, args.seed, args.text or "stdlib", models)
-        _write_json(args.out / "results.json", results)
+        write_json(args.out / "results.json", results)
         plot.draw(results, args.out / "figure.png")
         print(table.render(results))
     except KeyboardInterrupt:

@@ -3,20 +3,12 @@
 python -m experiments.context.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 
-COLORS = {"rwkv4": "#2c3e50", "extended": "#c0392b", "control": "#2980b9", "transformer": "#16a085"}
+from experiments.figures import COLOURS, main, plt, saved
+
+ARMS = COLOURS | {"extended": "#e67e22", "control": "#f1c40f"}
 COPIES = {"copy": "rwkv4", "copy, extended": "extended", "copy, control": "control"}
-COLORS["transformer+shift"] = "#8e44ad"
 
 
 def draw(results, path) -> None:
@@ -24,7 +16,7 @@ def draw(results, path) -> None:
     cells, fields = results["cells"], results["fields"]
     T, seed = fields["seq_len"], fields["seeds"][0]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for name, color in COLORS.items():
+    for name, color in ARMS.items():
         cell = cells.get(f"{name}, seed {seed}")
         if cell is None:
             continue
@@ -46,18 +38,15 @@ def draw(results, path) -> None:
     for name, of in COPIES.items():
         share = cells[name]["share"]
         label = {"rwkv4": f"windows of {fields['copy_len']}"}.get(of, of)
-        right.plot([int(lag) for lag in share], list(share.values()), ".-", color=COLORS[of], label=label)
+        right.plot([int(lag) for lag in share], list(share.values()), ".-", color=ARMS[of], label=label)
     right.axvline(fields["copy_len"], color="grey", linewidth=0.6)
     right.set(xscale="log", xlabel="lag", ylabel="share right", title="copy task", ylim=(-0.02, 1.02))
     right.legend(frameon=False, fontsize=8)
     stamp = results["stamp"]
     size = f"{fields['num_layers']} x {fields['dim']}, T {T}, {fields['steps']} steps"
     figure.suptitle(f"{size}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    saved(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

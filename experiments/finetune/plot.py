@@ -3,15 +3,7 @@
 python -m experiments.finetune.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
+from experiments.figures import main, plt, saved
 
 COLOURS = {"new": "#c0392b", "old": "#2c3e50"}
 
@@ -40,11 +32,8 @@ def draw(results, path) -> None:
         f"{stamp['cores']} cores, {stamp['date']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

@@ -3,22 +3,8 @@
 python -m experiments.inference.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
+from experiments.figures import COLOURS, main, plt, saved
 
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
-
-COLOURS = {
-    "rwkv4": "#c0392b",
-    "transformer": "#2c3e50",
-    "transformer+shift": "#2980b9",
-    "transformer, no cache": "#7f8c8d",
-}
 LINES = ("-", "--", ":")
 
 
@@ -46,8 +32,7 @@ def draw(results, path) -> None:
     time_axis.legend(frameon=False, fontsize=6)
     for axis in (memory_axis, ratio_axis, training_axis):
         axis.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 def _ratios(axis, results, shape, batches):
@@ -85,6 +70,4 @@ def _training(axis, results):
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

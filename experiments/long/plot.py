@@ -3,15 +3,7 @@
 python -m experiments.long.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
+from experiments.figures import main, plt, saved
 
 STYLES = {
     "whole": {"color": "#c0392b"},
@@ -33,11 +25,8 @@ def draw(results, path) -> None:
     axes[0].legend(frameon=False, fontsize=8)
     stamp = results["stamp"]
     figure.suptitle(f"a training step; {', '.join(stamp['devices'])}, {stamp['date']}", fontsize=10)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

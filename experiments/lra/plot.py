@@ -3,17 +3,7 @@
 python -m experiments.lra.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
-
-COLOURS = {"rwkv4": "#c0392b", "transformer": "#2c3e50", "transformer+shift": "#2980b9"}
+from experiments.figures import COLOURS, main, plt, saved
 
 
 def draw(results, path) -> None:
@@ -40,11 +30,8 @@ def draw(results, path) -> None:
         xlabel="tokens read, millions", ylabel="training loss, nats", title=f"{fields['num_layers']} x {fields['dim']}"
     )
     right.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

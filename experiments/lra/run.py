@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 
 import rwkv_jax
-from experiments import command, stamp
+from experiments import command, stamp, sweeps
 from experiments.lra import classify, files, listops
 from rwkv_jax import optim
 
@@ -143,19 +143,16 @@ def sweep(preset, path: Path) -> None:
     results = json.loads(path.read_text()) if path.exists() else {"runs": {}}
     train, valid, _ = expressions(preset)
     few = train.part(0, min(len(train.labels), len(train.labels) * preset.epochs // SWEPT))
+
+    def nats(arm, lr):
+        _, curve = classify.fit(classifier(preset, arm), few, valid, preset, lr=lr, epochs=1, seed=0)
+        return curve["valid_loss_nats"][-1]
+
     for arm in preset.arms:
-        nats = results["runs"].setdefault(f"{arm} {preset.num_layers}x{preset.dim}", {})
-        waiting = [8e-3, 4e-3, 1.6e-2]
-        while waiting and len(nats) < WIDEST:
-            for lr in waiting:
-                if f"{lr:g}" not in nats:
-                    _, curve = classify.fit(classifier(preset, arm), few, valid, preset, lr=lr, epochs=1, seed=0)
-                    nats[f"{lr:g}"] = curve["valid_loss_nats"][-1]
-                    print(f"{arm}, lr {lr:g}: {nats[f'{lr:g}']} nats", file=sys.stderr, flush=True)
-                    command.write_json(path, results | {"fields": command.fields(preset), "stamp": stamp.stamp()})
-            tried = sorted(map(float, nats))
-            best = min(tried, key=lambda lr: nats[f"{lr:g}"])
-            waiting = [best / 2] * (best == tried[0]) + [best * 2] * (best == tried[-1])
+        runs = results["runs"].setdefault(f"{arm} {preset.num_layers}x{preset.dim}", {})
+        for lr in sweeps.search((4e-3, 8e-3, 1.6e-2), runs, partial(nats, arm), widest=WIDEST):
+            print(f"{arm}, lr {lr}: {runs[lr]} nats", file=sys.stderr, flush=True)
+            command.write_json(path, results | {"fields": command.fields(preset), "stamp": stamp.stamp()})
 
 
 def interval(right: float, examples: int) -> tuple[float, float]:

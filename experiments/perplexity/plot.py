@@ -3,25 +3,11 @@
 python -m experiments.perplexity.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator
 
-COLOURS = {
-    "rwkv4": "#c0392b",
-    "transformer": "#2c3e50",
-    "transformer+shift": "#2980b9",
-    "lstm": "#27ae60",
-    "hybrid": "#8e44ad",
-}
+from experiments.figures import COLOURS, main, plt, saved
+
 AXES = {"tokens": (1e6, "training tokens, millions"), "flops": (1e12, "training TFLOP"), "seconds": (1, "seconds")}
 
 
@@ -71,11 +57,8 @@ def draw(results, path) -> None:
         f"{stamp['date']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

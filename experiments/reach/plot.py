@@ -3,16 +3,9 @@
 python -m experiments.reach.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+
+from experiments.figures import main, plt, saved
 
 
 def draw(results, path) -> None:
@@ -27,11 +20,8 @@ def draw(results, path) -> None:
     axis.set(xscale="log", yscale="log", xlabel="n + 1: bytes before the prediction", ylabel="norm, of the nearest 8")
     axis.set_title(f"dL/d emb, RWKV-4 {fields['num_layers']} x {fields['dim']}, {fields['steps']} steps", fontsize=9)
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

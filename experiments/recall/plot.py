@@ -3,18 +3,9 @@
 python -m experiments.recall.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 
-COLOURS = {"rwkv4": "#c0392b", "transformer": "#2c3e50", "transformer+shift": "#2980b9", "hybrid": "#27ae60"}
+from experiments.figures import COLOURS, main, plt, saved
 
 
 def draw(results, path) -> None:
@@ -32,11 +23,8 @@ def draw(results, path) -> None:
         axis.set(title=case, xlabel="examples, thousands", ylim=(0, 1.03))
     axes[0, 0].set_ylabel("answers right")
     axes[0, -1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

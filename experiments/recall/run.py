@@ -37,7 +37,7 @@ import jax
 import numpy as np
 
 import rwkv_jax
-from experiments import command, stamp, tasks
+from experiments import command, stamp, sweeps, tasks
 from experiments.recall.sequences import recall
 
 HERE = Path(__file__).parent
@@ -140,20 +140,17 @@ def sweep(preset, path) -> None:
     if results.get("fields") != command.fields(preset):
         results = {"runs": {}, "fields": command.fields(preset)}
     looks = preset.examples // preset.every
+
+    def mean_right(arm, lr):
+        right = [right for _, right in learn(preset, arm, preset.cases[0], lr)["curve"]]
+        right += right[-1:] * (looks - len(right))  # where it was done sooner
+        return round(float(np.mean(right)), 4)
+
     for arm in ARMS:
         runs = results["runs"].setdefault(arm, {})
-        rates = [4e-3, 8e-3, 1.6e-2]
-        while rates and len(runs) < WIDEST:
-            for lr in rates:
-                if f"{lr:g}" not in runs:
-                    right = [right for _, right in learn(preset, arm, preset.cases[0], lr)["curve"]]
-                    right += right[-1:] * (looks - len(right))  # where it was done sooner
-                    runs[f"{lr:g}"] = round(float(np.mean(right)), 4)
-                    print(f"{arm}, lr {lr:g}: {runs[f'{lr:g}']}", file=sys.stderr, flush=True)
-                    command.write_json(path, results | {"stamp": stamp.stamp()})
-            tried = sorted(map(float, runs))
-            best = max(tried, key=lambda lr: runs[f"{lr:g}"])
-            rates = [best / 2] * (best == tried[0]) + [best * 2] * (best == tried[-1])
+        for lr in sweeps.search((4e-3, 8e-3, 1.6e-2), runs, partial(mean_right, arm), max, WIDEST):
+            print(f"{arm}, lr {lr}: {runs[lr]}", file=sys.stderr, flush=True)
+            command.write_json(path, results | {"stamp": stamp.stamp()})
 
 
 def reached(curve, share: float = REACHED) -> float:

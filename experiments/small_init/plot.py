@@ -3,16 +3,9 @@
 python -m experiments.small_init.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+
+from experiments.figures import main, plt, saved
 
 COLOURS = ("#c0392b", "#e59866", "#2c3e50", "#7fb3d5")
 
@@ -45,11 +38,8 @@ def draw(results, path) -> None:
         f"{len(fields['seeds'])} paired seeds; {', '.join(stamp['devices'])}, {stamp['date']}",
         fontsize=9,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

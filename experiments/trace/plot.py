@@ -3,16 +3,9 @@
 python -m experiments.trace.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+
+from experiments.figures import main, plt, saved
 
 COLORS = {"residual": "#2980b9", "state": "#c0392b", "both": "#2c3e50"}
 ROLES = ("last of subject", "after", "last")  # of the curves
@@ -31,8 +24,7 @@ def draw(results, path) -> None:
         axes[1].legend(frameon=False, fontsize=8)
     stamp = results["stamp"]
     figure.suptitle(f"causal trace; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    saved(figure, path)
 
 
 def _map(figure, axis, name, cell):
@@ -63,6 +55,4 @@ def _layers(num_layers):
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

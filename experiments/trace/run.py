@@ -39,7 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 import rwkv_jax
-from experiments import command, stamp, tasks
+from experiments import command, stamp, sweeps, tasks
 from experiments.trace import averages, facts, tracing
 from rwkv_jax import interop, tokenizers
 
@@ -230,14 +230,9 @@ def lr_of(preset: Preset) -> float:
 
 def sweep(preset: Preset, path: Path) -> None:
     """Steps until the small model knows its facts, by learning rate, extended until the best is inside."""
-    steps, rates = {}, [8e-3, 1.6e-2, 3.2e-2]
-    while rates:
-        for lr in rates:
-            steps[f"{lr:g}"] = learn(preset, lr)[2][-1][0]
-            print(f"lr {lr:g}: {steps[f'{lr:g}']} steps", flush=True)
-        tried = sorted(map(float, steps))
-        best = min(tried, key=lambda lr: steps[f"{lr:g}"])
-        rates = [best / 2] * (best == tried[0]) + [best * 2] * (best == tried[-1])
+    steps = {}
+    for lr in sweeps.search((8e-3, 1.6e-2, 3.2e-2), steps, lambda lr: learn(preset, lr)[2][-1][0]):
+        print(f"lr {lr}: {steps[lr]} steps", flush=True)
     command.write_json(path, {"steps": steps, "fields": command.fields(preset), "stamp": stamp.stamp()})
 
 

@@ -3,16 +3,9 @@
 python -m experiments.trajectory.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+
+from experiments.figures import main, plt, saved
 
 COLOURS = {"float64": "#c0392b", "float32": "#e67e22"}
 
@@ -35,11 +28,8 @@ def draw(results, path) -> None:
     left.legend(frameon=False, fontsize=8)
     right.set(xlabel="step", ylabel="nats a token", title="difference of the losses")
     right.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

@@ -3,15 +3,7 @@
 python -m experiments.zero_shot.plot [results.json [figure.png]]
 """
 
-import json
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
+from experiments.figures import main, plt, saved
 
 PANELS = {"mean": "mean accuracy of 13 tasks, %", "lambada_openai": "LAMBADA, accuracy, %"}
 
@@ -41,11 +33,8 @@ def draw(results, path) -> None:
         + ("; stars: measured here" if measured else "; not run here"),
         fontsize=10,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    saved(figure, path)
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+    main(draw, __file__)

@@ -32,11 +32,11 @@ def main(argv=None) -> int:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        from rwkv_jax.harness import HarnessLM  # noqa: F401  which makes the name rwkv_jax known
+        from rwkv_jax.harness.adapter import NAME
     except ImportError as error:
         print(f'error: {error}; pip install "rwkv_jax[harness]"', file=sys.stderr)
         return 2
-    ours = ["--model=rwkv_jax", "--model_args", json.dumps(model), f"--batch_size={batch_size}"]
+    ours = [f"--model={NAME}", "--model_args", json.dumps(model), f"--batch_size={batch_size}"]
     command, sys.argv = sys.argv, ["lm_eval", "run", *ours, *rest]
     try:
         cli_evaluate()

@@ -37,11 +37,12 @@ from rwkv_jax.generate.prefixes import read_many
 from rwkv_jax.harness.requests import WINDOW, batches, score
 from rwkv_jax.pretrained import RWKVForCausalLM
 
+NAME = "rwkv_jax"  # by which lm_eval's own command knows the adapter
 TRAINED_LENGTH = 1024  # of a model with attention whose folder does not tell
 SAMPLING = ("top_p", "top_k", "min_p", "typical_p")  # what a task may ask of a sampler besides the temperature
 
 
-@register_model("rwkv_jax")
+@register_model(NAME)
 class HarnessLM(TemplateLM):
     """What `rwkv_jax.load` reads, as a model of lm-evaluation-harness.
 
