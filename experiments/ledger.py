@@ -25,7 +25,6 @@ ORDER = (
     "trajectory", "perplexity", "scaling", "context", "inference", "lra", "small_init", "decays", "trace", "zero_shot",
     "recall", "order", "reach", "ablations", "bf16", "audio",
 )  # fmt: skip
-PRESETS = {"results.json": "cpu", "gpu.json": "gpu", "paper.json": "paper"}
 
 
 def reproductions() -> list[Path]:
@@ -35,13 +34,13 @@ def reproductions() -> list[Path]:
 
 
 def results() -> list[tuple[str, dict]]:
-    """(folder, results) of what was run, presets of a folder in turn."""
-    return [
-        (folder.name, json.loads((folder / file).read_text()))
-        for folder in reproductions()
-        for file in PRESETS
-        if (folder / file).exists()
-    ]
+    """(folder, results) of what was run, of a folder the preset `cpu` first."""
+    found = []
+    for folder in reproductions():
+        files = sorted(folder.glob("*.json"), key=lambda file: (file.name != "results.json", file.name))
+        read = [json.loads(file.read_text()) for file in files]
+        found += [(folder.name, its) for its in read if "ledger" in its]  # the others are sweeps and expectations
+    return found
 
 
 def ledger() -> str:

@@ -20,11 +20,12 @@ token needs beside the parameters: state and XLA's temporaries. Caches above `me
 parameters leave are left out, by name. The training half of Table 1: tokens/s and XLA's temporary memory of a step
 against T, at equal B T.
 
-Cost: 8 minutes on 2 CPU cores, alone on the machine; `gpu` about 10 on one H100. Reproduced: constant: the slowest
-RWKV-4 position within 25 % of the fastest, its memory equal at all; the two factors: reached at batch 1 against the
-cached transformer. Same sign: RWKV-4 faster at batch 1, the factor at larger batches or not at all. Contradicted:
-RWKV-4 not faster at batch 1. Deviations: byte vocabulary and small shapes on a CPU; our transformer, not BLOOM, OPT,
-GPT-Neo or Pythia; the paper does not say whether its baselines used a cache.
+Cost, estimated: 15 minutes on 2 CPU cores, alone on the machine; `gpu` about 10 on one H100.
+
+Reproduced: constant: the slowest RWKV-4 position within 25 % of the fastest, its memory equal at all; the two factors:
+reached at batch 1 against the cached transformer. Same sign: RWKV-4 faster at batch 1, the factor at larger batches or
+not at all. Contradicted: RWKV-4 not faster at batch 1. Deviations: byte vocabulary and small shapes on a CPU; our
+transformer, not BLOOM, OPT, GPT-Neo or Pythia; the paper does not say whether its baselines used a cache.
 """
 
 import math
