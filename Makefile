@@ -15,6 +15,7 @@ TEXT ?= stdlib
 
 compare: $(VENV)/runtime
 	$(RUN) -m experiments.compare.run --duration="$(DURATION)" --seed="$(SEED)" --text="$(TEXT)"
+	$(RUN) -m experiments.ledger
 
 reproduce: $(VENV)/runtime
 	$(RUN) -m experiments.ledger --run
@@ -25,9 +26,11 @@ sweep: $(VENV)/runtime
 speed: $(VENV)/live
 	$(RUN) -m experiments.speed.run
 	$(RUN) -m experiments.speed.plot
+	$(RUN) -m experiments.ledger
 
 precision: $(VENV)/live
 	$(RUN) -m experiments.precision.run
+	$(RUN) -m experiments.ledger
 
 test: $(VENV)/dev
 	$(RUN) -m pytest

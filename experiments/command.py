@@ -1,6 +1,6 @@
 """The command of every experiment of the paper, and results that outlive a kill.
 
-    python -m experiments.NAME.run                    the preset `cpu` -> experiments/NAME/results.json
+    python -m experiments.NAME.run                    the preset `cpu` -> experiments/NAME/results.json, and the ledger
     python -m experiments.NAME.run --preset=gpu       -> gpu.json beside it
     python -m experiments.NAME.run --sweep            learning rates -> sweep.json, where there is something to sweep
     python -m experiments.NAME.run --smoke --out=DIR  seconds, numbers without meaning
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
-from experiments import stamp
+from experiments import ledger, stamp
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
 Cells = dict[str, Callable[[], dict]]
@@ -79,6 +79,8 @@ def main(
         path = args["out"] / ("results.json" if label in ("smoke", "cpu") else f"{label}.json")
         write_json(path, results | {"stamp": stamp.stamp()})
         draw(name, path)
+        if args["out"].resolve() == ledger.HERE / name:
+            ledger.refresh()
     except KeyboardInterrupt:
         print("stopped; cells that were done are kept, the same command goes on", file=sys.stderr)
         return 130

@@ -119,6 +119,12 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- ([a-z0-9 ]+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
+def refresh() -> None:
+    """Write the blocks of both files as the results now have them."""
+    for path in FILES:
+        path.write_text(filled(path.read_text()))
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.ledger", description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="run the `cpu` presets first, as far as they are not done")
@@ -131,8 +137,7 @@ def main(argv=None) -> int:
             return 130
         if code:
             failed.append(folder.name)
-    for path in FILES:
-        path.write_text(filled(path.read_text()))
+    refresh()
     if failed:
         print(f"error: failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
     return 2 if failed else 0

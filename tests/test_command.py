@@ -89,6 +89,15 @@ def test_a_smoke_replaces_nothing(experiment, tmp_path, capsys):
     assert experiment.ran == ["a", "b", "c"]
 
 
+def test_results_in_their_place_are_in_the_ledger_at_once(experiment, tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- hours -->\n<!-- end -->")
+    monkeypatch.setattr(command.ledger, "HERE", tmp_path)
+    monkeypatch.setattr(command.ledger, "FILES", (page,))
+    assert experiment(f"--out={tmp_path / 'elsewhere'}") == 0 and page.read_text() == "<!-- hours -->\n<!-- end -->"
+    assert experiment() == 0 and "0.0 hours in all" in page.read_text()
+
+
 def test_an_error_is_one_line(experiment, capsys):
     def cells(preset, workdir, model):
         raise ValueError("no\nsuch corpus")
