@@ -22,6 +22,7 @@ from pathlib import Path
 from experiments import ledger, stamp
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
+STAMPED = ("commit", "date", "processor", "cores", "xla_flags", "devices")  # of each cell
 Cells = dict[str, Callable[[], dict]]
 
 
@@ -103,7 +104,7 @@ def draw(name: str, path: Path) -> Path:
 
 
 def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
-    """Values of all cells, those in the file `kept` taken from it, each with commit, date, device and seconds."""
+    """Values of all cells, those in the file `kept` taken from it, each with seconds, commit, date and hardware."""
     found = json.loads(kept.read_text()) if kept.exists() and not again else {}
     if found.get("fields") != fields(preset):
         found = {"fields": fields(preset), "cells": {}}
@@ -116,15 +117,14 @@ def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
         began, value = time.perf_counter(), cell()
         its = stamp.stamp()
         done[name] = value | {"wall_seconds": round(time.perf_counter() - began, 1)}
-        done[name] |= {key: its[key] for key in ("commit", "date", "devices")}
+        done[name] |= {key: its[key] for key in STAMPED}
         write_json(kept, found | {"cells": done})
     return {name: done[name] for name in cells}
 
 
 def bare(values: dict) -> dict:
     """Values of cells without their stamps."""
-    stamps = ("wall_seconds", "commit", "date", "devices")
-    return {name: {k: v for k, v in value.items() if k not in stamps} for name, value in values.items()}
+    return {n: {k: v for k, v in value.items() if k not in ("wall_seconds", *STAMPED)} for n, value in values.items()}
 
 
 def fields(preset) -> dict:

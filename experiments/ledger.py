@@ -91,11 +91,14 @@ def command_of(name: str, its: dict) -> str:
 
 
 def where(its: dict) -> tuple[str, str]:
-    """Hardware and time of results."""
+    """Hardware and time of results, hardware by hardware where cells come from several."""
+    machines = {}
+    for cell in its["cells"].values():
+        name = hardware(cell if "cores" in cell else its["stamp"])
+        machines[name] = machines.get(name, 0) + cell["wall_seconds"]
     seconds = its["wall_seconds"]
-    return hardware(
-        its["stamp"]
-    ), f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
+    time = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
+    return "; ".join(sorted(machines, key=machines.get, reverse=True)), time
 
 
 BLOCKS = {

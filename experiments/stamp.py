@@ -15,7 +15,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grai
 
 
 def stamp() -> dict:
-    """Command, commit (with "+" where the tree has changes), date, versions, processor and devices."""
+    """Command, commit (with "+" where the tree has changes), date, versions, processor, XLA's flags and devices."""
     git = lambda *args: subprocess.run(
         ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
@@ -27,6 +27,7 @@ def stamp() -> dict:
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "devices": [d.device_kind for d in jax.devices()],
     }
 
