@@ -28,10 +28,15 @@ def draw(results, path) -> None:
     time_axis.set(xlabel="tokens before", ylabel="ms a token", title=f"{shape}: time of a token, all texts of a batch")
     memory_axis.set(xlabel="tokens before", ylabel="MiB", title=f"memory without parameters, batch {batches[0]}")
     _ratios(ratio_axis, results, shape, batches)
-    _training(training_axis, results)
-    time_axis.legend(frameon=False, fontsize=6)
+    if any(name.startswith("training") for name in results["cells"]):
+        _training(training_axis, results)
+    else:
+        training_axis.set_axis_off()
+    time_axis.legend(frameon=False, fontsize=6, ncols=2, loc="upper center")
+    time_axis.set_ylim(top=20 * time_axis.get_ylim()[1])  # room for the legend
     for axis in (memory_axis, ratio_axis, training_axis):
-        axis.legend(frameon=False, fontsize=7)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=7)
     saved(figure, path)
 
 
@@ -62,6 +67,8 @@ def _training(axis, results):
             strict=True,
         )
         axis.semilogx(at, speed, marker=".", label=arm, **style)
+        axis.set_xticks(at, [f"{T:,}" for T in at], minor=False)
+        axis.minorticks_off()
         memory.semilogx(at, mib, linewidth=0.5, marker="x", markersize=4, **style)
     axis.set(
         xlabel="T, at equal B T", ylabel="tokens/s", title="training; thin, crosses: temporary memory", ylim=(0, None)

@@ -9,20 +9,22 @@ weights once for all B texts, and a cached transformer 2 T D L numbers of keys a
     ratio(T, B) = 1 + 2 B T D L / W
 
     python -m experiments.inference.run                   6 x 512, V 256, float32
-    python -m experiments.inference.run --preset=gpu      169M and 3B shapes, float32, random weights
-    python -m experiments.inference.run --preset=paper    7B too, to 131,072 tokens
+    python -m experiments.inference.run --preset=gpu      169M, float32, random weights; latency alone
+    python -m experiments.inference.run --preset=paper    3B and 7B too, to 131,072 tokens, and training
     python -m experiments.inference.run --smoke --out=DIR
 
 Latency is that of some tokens after a filled context: a synthetic cache of noise, of the size that generation gives
 it, of which attention reads the filled part only; RWKV-4 has really read its context, up to `read_tokens`, and beyond
-goes on from that state (`gpu` reads nothing: its time goes into compiling). The transformer without a cache computes
+goes on from that state (`gpu` reads nothing). The transformer without a cache computes
 the whole text for each token. Cumulative time is the integral of latency over positions, and checked by generating
 tokens one after the other. Memory is what a token needs beside the parameters: state and XLA's temporaries. Caches
 above `memory_share` of the memory that parameters leave are left out, by name. The training half of Table 1: tokens/s
 and XLA's temporary memory of a step against T, at equal B T.
 
-Cost, estimated: 15 minutes on 2 CPU cores, alone on the machine; of one H100 `gpu` 8 and `paper` 30 minutes, most of
-it compilation.
+Cost: 9 minutes on 2 CPU cores, alone on the machine; `gpu` 1 minute of one H100 behind 3 of compilation; `paper`,
+estimated, 30. `gpu` ran with XLA_FLAGS=--xla_gpu_autotune_level=0: programs are compiled beside one another, where
+trials of algorithms would measure the others. Training under that flag was 14 times slower than without it in
+experiments/speed/pile.json, and was thrown away; a token, which multiplies few rows, may be slower by it too.
 
 Reproduced: constant: the slowest RWKV-4 position within 25 % of the fastest, its memory equal at all; the two factors:
 reached at batch 1 against the cached transformer. Same sign: RWKV-4 faster at batch 1, the factor at larger batches or
@@ -33,7 +35,7 @@ transformer, not BLOOM, OPT, GPT-Neo or Pythia; the paper does not say whether i
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +82,7 @@ class Preset:
     uncached_tokens: int = 2**14  # of a batch, at most
     direct: int = 2048
     memory_share: float = 0.5
-    lengths: tuple = (256, 2048, 8192)  # of training
+    lengths: tuple = (256, 2048, 8192)  # of training; none: no training
     step_tokens: int = 8192  # B T of training
     wkv: tuple = ("scan", "associative")  # forms of WKV in training
     shifted: bool = True  # whether the transformer with token shift runs too
@@ -93,13 +95,13 @@ SMOKE = Preset(
 )  # fmt: skip
 CPU = Preset(shapes={"6x512": Shape(6, 512, 256, (1, 8, 32))}, training=Shape(4, 256, 256))
 GPU = Preset(
-    shapes={"169M": Shape(12, 768, NEOX, (1, 16, 24)), "3B": Shape(32, 2560, NEOX, (1, 8))},
-    training=Shape(12, 768, NEOX), training_dtype="bfloat16", step_tokens=2**15, wkv=("associative", "pallas"),
-    positions=(0, 512, 4096, 32768), read_tokens=0, direct=1024, memory_share=0.8, shifted=False,
+    shapes={"169M": Shape(12, 768, NEOX, (1, 16))}, training=Shape(12, 768, NEOX), positions=(0, 512, 4096, 32768),
+    read_tokens=0, direct=1024, memory_share=0.8, lengths=(), shifted=False,
 )  # fmt: skip
-PAPER = replace(
-    GPU, shapes=GPU.shapes | {"7B": Shape(32, 4096, NEOX, (1, 8))}, positions=(0, 512, 4096, 32768, 131072),
-    read_tokens=2**15, direct=2048, shifted=True,
+PAPER = Preset(
+    shapes=GPU.shapes | {"3B": Shape(32, 2560, NEOX, (1, 8)), "7B": Shape(32, 4096, NEOX, (1, 8))},
+    training=Shape(12, 768, NEOX), training_dtype="bfloat16", step_tokens=2**15, wkv=("associative", "pallas"),
+    positions=(0, 512, 4096, 32768, 131072), uncached=(512, 4096),
 )  # fmt: skip
 PRESETS = {"smoke": SMOKE, "cpu": CPU, "gpu": GPU, "paper": PAPER}
 
@@ -276,9 +278,9 @@ def cells(preset, workdir):
     name, shape = next(iter(preset.shapes.items()))
     for arm in ("rwkv4", "transformer"):
         asked[f"{name}, {arm}, generated"] = partial(generated, preset, shape, arm)
-    for wkv in preset.wkv:
+    for wkv in preset.wkv if preset.lengths else ():
         asked[f"training, rwkv4, {wkv}"] = partial(trained, preset, "rwkv4", wkv)
-    for arm in ("transformer", SHIFTED) if preset.shifted else ("transformer",):
+    for arm in ("transformer", SHIFTED)[: 1 + preset.shifted] if preset.lengths else ():
         asked[f"training, {arm}"] = partial(trained, preset, arm)
     return asked
 

@@ -141,6 +141,7 @@ def conclude(preset, values) -> dict:
     most = preset.told[-1]
     by_seed = lambda arm: f"{arm} {', '.join(f'{x:+.2f}' for x in its(arm, most)['difference'])}"
     chance = ", ".join(f"{1 / n:.2f}" for n in preset.told)
+    learned = any(np.mean(its(arm, most)[order]) > 1 / most + SMALLEST for arm in ARMS[1:] for order in ORDERS)
     return {
         "accuracy": accuracy,
         "ledger": [
@@ -148,7 +149,9 @@ def conclude(preset, values) -> dict:
                 "artefact": "Question first or last (Tables 6, 7)",
                 "paper": "Raven-14B, data first and question first: RTE 44.2 and 74.8, WNLI 47.9 and 49.3",
                 "ours": f"accuracy of n pairs asked first and last (chance {chance}): {'; '.join(map(line, ARMS))}; "
-                f"first minus last at n {most} by seed: {'; '.join(map(by_seed, ARMS[:2]))}",
+                f"first minus last at n {most} by seed: {'; '.join(map(by_seed, ARMS[:2]))}"
+                + "; the transformers are at chance there and say nothing of order"
+                * (not learned),
                 "verdict": verdict(its(ARMS[0], most)["difference"], its(ARMS[1], most)["difference"]),
             }
         ],
