@@ -24,5 +24,21 @@ def test_every_experiment_has_its_place():
     assert {folder.name for folder in ledger.reproductions()} <= set(ledger.ORDER)
 
 
+def test_headlines_are_rows_of_the_ledger():
+    rows = [row["artefact"] for _, its in ledger.results() for row in its["ledger"]]
+    assert [headline for headline in ledger.HEADLINES if headline not in rows] == []
+
+
+def test_hardware_of_results_is_that_of_their_cells():
+    here = {"processor": "A", "cores": 2, "devices": ["cpu"]}
+    cells = {
+        "a": here | {"wall_seconds": 60},
+        "b": here | {"wall_seconds": 600, "devices": ["H100"]},
+        "kept from before cells had it": {"wall_seconds": 60, "devices": ["cpu"]},
+    }
+    its = {"cells": cells, "stamp": here, "wall_seconds": 720}
+    assert ledger.where(its) == ("H100; 2 cores, A", "12 min")
+
+
 def test_cells_of_a_table_keep_to_their_column():
     assert engineering.table(("a", "b"), [("x|y", "z")]).splitlines()[-1] == r"| x\|y | z |"

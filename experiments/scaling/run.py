@@ -62,7 +62,8 @@ GPU = Preset(
 )  # fmt: skip
 PRESETS = {
     "smoke": Preset(
-        sizes=((1, 8),), budgets=(8, 10, 12, 120), seq_len=16, batch_size=2, test_tokens=2**10, samples=20
+        arms=("rwkv4",), sizes=((1, 8),), budgets=(8, 10, 12, 120), seq_len=16, batch_size=2, test_tokens=2**10,
+        samples=20,
     ),
     "cpu": Preset(),
     "gpu": GPU,
