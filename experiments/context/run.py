@@ -17,7 +17,7 @@ Claims, each about a small model of bytes trained here on windows of T:
     python -m experiments.context.run --sweep         learning rate of the copy task
     python -m experiments.context.run --smoke --out=DIR
 
-Cost, estimated: 5 minutes on 2 cores; `gpu`: 16 minutes on one H200.
+Cost: 11 minutes on 2 shared cores; `gpu`, estimated: 16 minutes on one H200.
 
 context: same sign where 4,096 bytes are better than T with the interval over documents, contradicted where worse, else
 not resolved. carrying: same sign where what a carried state saves over one reset every T bytes falls by less than

@@ -21,7 +21,7 @@ tokens one after the other. Memory is what a token needs beside the parameters: 
 above `memory_share` of the memory that parameters leave are left out, by name. The training half of Table 1: tokens/s
 and XLA's temporary memory of a step against T, at equal B T.
 
-Cost: 9 minutes on 2 CPU cores, alone on the machine; `gpu` 1 minute of one H100 behind 3 of compilation; `paper`,
+Cost: 16 minutes on 2 CPU cores, alone on the machine; `gpu` 1 minute of one H100 behind 3 of compilation; `paper`,
 estimated, 30. `gpu` ran with XLA_FLAGS=--xla_gpu_autotune_level=0: programs are compiled beside one another, where
 trials of algorithms would measure the others. Training under that flag was 14 times slower than without it in
 experiments/speed/pile.json, and was thrown away; a token, which multiplies few rows, may be slower by it too.

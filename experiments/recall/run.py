@@ -9,7 +9,7 @@ Multi-query recall as in Zoology (Arora et al. 2023), two layers of width 64.
     python -m experiments.recall.run --sweep          learning rate of each arm, at 2 pairs
     python -m experiments.recall.run --smoke --out=DIR
 
-Cost, estimated: 12 minutes on 2 cores at most; `gpu`: 21 minutes on one H200; `--sweep`: 8 minutes on 2 cores.
+Cost: 11 minutes on 1 or 2 cores, `--sweep` 8 on 2; `gpu`, estimated: 21 minutes on one H200.
 
 The paper has no numbers. Those of its successor (Finch, arXiv:2404.05892, Fig. 4) for RWKV-4: 0.93 at T 64 and width
 64, 1 at 64 and 128, 0.31 at 128 and 64, 0.92 at 128 and 128; other models there are near 1.
