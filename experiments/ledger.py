@@ -39,6 +39,7 @@ HEADLINES = (
     "Recall (section 9; Tables 6, 7)",
     "Question first or last (Tables 6, 7)",
     "Long Range Arena, ListOps (Table 4)",
+    "Fig. 9, small initial embedding with LN0",
     "Fig. 10, learned or given",
 )
 

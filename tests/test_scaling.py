@@ -1,12 +1,24 @@
 """Laws of loss against compute, on points whose law is known."""
 
+import jax
 import numpy as np
 import pytest
 
 from experiments.scaling import fit, run
+from rwkv_jax import models
+from rwkv_jax.train import prepare
 
 COMPUTE = np.geomspace(1e13, 1e16, 36)
 NOISE = 1 + 0.002 * np.random.default_rng(0).standard_normal(len(COMPUTE))
+
+
+@pytest.mark.parametrize("name", run.PRESETS)
+def test_every_size_of_a_preset_is_a_model(name):
+    preset = run.PRESETS[name]
+    for arm in preset.arms:
+        for size in preset.sizes:
+            model = models.build(**prepare.model_fields(run.config_of(preset, arm, size, 100, lr=1e-3)))
+            jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32))
 
 
 def test_the_frontier_is_what_nothing_as_cheap_beats():

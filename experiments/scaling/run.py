@@ -22,6 +22,7 @@ Deviations: bytes instead of tokens, and prose or Python instead of the Pile; co
 attention's own, without the embedding's look-up; one seed a run; learning rates by width from sweeps.
 """
 
+import math
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -89,6 +90,7 @@ def config_of(preset, arm, size, steps, lr=None):
     """A run of one arm and size."""
     (num_layers, dim), config = size, run_config.default()
     config.model.update(ARMS[arm], num_layers=num_layers, dim=dim, dtype=preset.dtype, vocab_size=preset.vocab_size)
+    config.model.head_size = math.gcd(64, dim)
     config.update(corpus=preset.text, tokenizer=preset.tokenizer, seq_len=preset.seq_len, batch_size=preset.batch_size)
     config.update(steps=steps, log_every=max(1, steps // 20), eval_every=0, eval_tokens=0, save_every=0)
     config.optim.lr = lr or sweeps.lr(HERE / "sweep.json", arm, num_layers, dim)

@@ -10,7 +10,7 @@ vocabulary in which most are rare (BPE, 4,096, trained on the same text), as the
     python -m experiments.small_init.run --preset=gpu 6 x 512, 1,400 steps of 16,384 tokens
     python -m experiments.small_init.run --smoke --out=DIR
 
-Cost, estimated: 12 minutes on 2 cores, and `--sweep` as long; `gpu`: 15 minutes on one H200.
+Cost: 12 minutes on 2 shared cores, and `--sweep` as long; `gpu`, estimated: 15 minutes on one H200.
 
 LN0's epsilon, 1e-5, belongs to the treatment: it outweighs the variance 3e-9 of U(-1e-4, 1e-4), so that the stream
 starts at 0.018 rather than 1, and grows into its norm. Each arm has its own best rate and a warm-up of 5 %.
