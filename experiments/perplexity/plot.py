@@ -26,7 +26,7 @@ def draw(results, path) -> None:
         levels = [row[name] for row in results["counted"].values()]
         tokens = [row["tokens"] / 1e6 for row in results["arms"]["rwkv4"]["budgets"]]
         axes[0].plot(tokens, levels, ":", color="grey", linewidth=1)
-        axes[0].annotate(name, (tokens[-1], levels[-1]), color="grey", fontsize=8, ha="right", va="bottom")
+        axes[0].annotate(name, (tokens[1], levels[1]), color="grey", fontsize=8, va="bottom")
     axes[0].set_ylabel("bits per byte, held out, after the decay")
     axes[0].legend(frameon=False, fontsize=8)
     for arm, its in results["arms"].items():

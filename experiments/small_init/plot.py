@@ -4,6 +4,7 @@ python -m experiments.small_init.plot [results.json [figure.png]]
 """
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from experiments.figures import main, plt, saved
 
@@ -20,6 +21,9 @@ def draw(results, path) -> None:
             label = f"{arm} (lr {lr:g})" if i == 0 else None
             left.plot(run["tokens"], run["nats"], color=colour, linewidth=0.9, label=label)
     left.set(xscale="log", xlabel="tokens", ylabel="held-out nats a token")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter("{x:,.0f}")
+    left.minorticks_off()
     left.legend(frameon=False, fontsize=8)
     names = list(next(iter(results["differences"].values())))
     for i, name in enumerate(names):
@@ -31,7 +35,7 @@ def draw(results, path) -> None:
     right.axhline(0, color="grey", linewidth=0.6)
     right.set_xticks(range(len(results["differences"])), [f"{float(x):.0%}" for x in results["differences"]])
     right.set(xlabel="share of the run", ylabel="nats a token (below 0: better)")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     tokens = np.prod([fields[name] for name in ("seq_len", "batch_size", "steps")])
     figure.suptitle(
         f"{fields['num_layers']} x {fields['dim']}, vocabulary {fields['vocab_size']:,}, {tokens:,} tokens, "
