@@ -24,7 +24,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def hardware(stamp: dict) -> str:
     """Of a result: the processor, or the accelerator."""
     device = stamp["devices"][0]
-    return f"{stamp['cores']} cores, {stamp['processor']}" if device == "cpu" else device
+    cores = f"{stamp['cores']} core" + "s" * (stamp["cores"] > 1)
+    return f"{cores}, {stamp['processor']}" if device == "cpu" else device
 
 
 def compare() -> str:
