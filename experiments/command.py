@@ -6,8 +6,9 @@
     python -m experiments.NAME.run --smoke --out=DIR  seconds, numbers without meaning
 
 A preset is cut into cells, each a function without arguments that returns a JSON object. A cell is kept in
-runs/NAME/PRESET.json as soon as it is computed, so the same command goes on after a kill, on another day too;
-`--again` starts over, which a change of the code asks for and a change of the preset does by itself.
+runs/NAME/PRESET.json as soon as it is computed, so the same command goes on after a kill, on another day or machine
+too. It carries where it was computed; the stamp of the results is of where they were put together. `--again` starts
+over, which a change of the code asks for and a change of the preset does by itself.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from experiments import ledger, stamp
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
-STAMPED = ("commit", "date", "processor", "cores", "xla_flags", "devices")  # of each cell
+STAMPED = ("commit", "date", "jax", "processor", "cores", "xla_flags", "devices")  # of each cell
 Cells = dict[str, Callable[[], dict]]
 
 
@@ -116,6 +117,7 @@ def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
         print(f"[{i}/{len(cells)}] {name}", file=sys.stderr, flush=True)
         began, value = time.perf_counter(), cell()
         its = stamp.stamp()
+        its["jax"] = its["versions"]["jax"]
         done[name] = value | {"wall_seconds": round(time.perf_counter() - began, 1)}
         done[name] |= {key: its[key] for key in STAMPED}
         write_json(kept, found | {"cells": done})

@@ -95,7 +95,8 @@ def not_run() -> str:
             first = ast.get_docstring(ast.parse((folder / "run.py").read_text())).split("\n")[0].rstrip(".")
             command = f"`python -m experiments.{folder.name}.run`"
             rows.append([f"[{first}]({folder.name})", command, "2 CPU cores", "see the header", "not yet"])
-    return table(("artefact", "command", "hardware", "hours", "why"), rows)
+    once = dict.fromkeys(map(tuple, rows))  # results of two presets may lack the same
+    return table(("artefact", "command", "hardware", "hours", "why"), once)
 
 
 def hours() -> str:

@@ -1,10 +1,13 @@
 """The README files say what the committed results say."""
 
+import importlib
+import json
 import re
+from dataclasses import replace
 
 import pytest
 
-from experiments import engineering, ledger
+from experiments import command, engineering, ledger
 
 
 @pytest.mark.parametrize("path", ledger.FILES, ids=lambda path: path.parent.name)
@@ -22,6 +25,25 @@ def test_a_block_is_filled_and_prose_stays(monkeypatch):
 
 def test_every_experiment_has_its_place():
     assert {folder.name for folder in ledger.reproductions()} <= set(ledger.ORDER)
+
+
+@pytest.mark.parametrize(
+    "name, its", ledger.results(), ids=[f"{name} {its['preset']}" for name, its in ledger.results()]
+)
+def test_committed_conclusions_are_what_the_code_says_of_committed_cells(name, its):
+    run = importlib.import_module(f"experiments.{name}.run")
+    preset = run.PRESETS[its["preset"]]
+    if "text" in its["fields"]:
+        preset = replace(preset, text=its["fields"]["text"])
+    assert command.fields(preset) == its["fields"]
+    conclude = run.conclude if hasattr(run, "conclude") else run.conclusions.conclude
+    found = json.loads(json.dumps(conclude(preset, command.bare(its["cells"]))))
+    assert (found["ledger"], found.get("not_run")) == (its["ledger"], its.get("not_run"))
+
+
+def test_what_two_presets_lack_is_told_once():
+    rows = ledger.not_run().splitlines()
+    assert len(rows) == len(set(rows))
 
 
 def test_headlines_are_rows_of_the_ledger():

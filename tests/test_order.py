@@ -49,6 +49,15 @@ def test_pairs_that_do_not_fit_are_refused():
         run.asked(np.random.default_rng(0), np.array([9]), 9, 20, "first")
 
 
+@pytest.mark.parametrize("right", [0.1, 1.0])
+def test_a_control_that_learned_neither_order_is_said_to_be_none(right):
+    last = lambda right: {"curve": [{order: [right] * 5 for order in run.ORDERS}]}
+    cells = run.cells(run.PRESETS["cpu"], None)
+    values = {name: last(1.0 if name.startswith("rwkv4") else right) for name in cells}
+    (row,) = run.conclude(run.PRESETS["cpu"], values)["ledger"]
+    assert ("the transformers are at chance" in row["ours"]) == (right < 0.5)
+
+
 @pytest.mark.parametrize(
     "differences, control, verdict",
     [

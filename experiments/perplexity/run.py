@@ -12,7 +12,7 @@ on the same bytes.
     python -m experiments.perplexity.run --preset=paper    Table 5's shape, 40 epochs
     python -m experiments.perplexity.run --sweep           learning rates that experiments/compare/sweep.json lacks
 
-Cost: cpu 53 minutes on 2 cores; estimated, gpu and gpu-small 24 minutes of one H200 each, paper 6 GPU hours.
+Cost: cpu 56 minutes on 2 cores; estimated, gpu and gpu-small 24 minutes of one H200 each, paper 6 GPU hours.
 Effect: RWKV-4 minus transformer at the largest budget, disjoint windows of the training length for both. Its 95 %
 interval is the wider of t over seeds and bootstrap over documents; it resolves 0.02 bits at 4 x 128.
   reproduced       the interval holds +0.041 and not 0
