@@ -15,16 +15,17 @@ weights once for all B texts, and a cached transformer 2 T D L numbers of keys a
 
 Latency is that of some tokens after a filled context: a synthetic cache of noise, of the size that generation gives
 it, of which attention reads the filled part only; RWKV-4 has really read its context, up to `read_tokens`, and beyond
-goes on from that state (`gpu` reads nothing). The transformer without a cache computes
-the whole text for each token. Cumulative time is the integral of latency over positions, and checked by generating
-tokens one after the other. Memory is what a token needs beside the parameters: state and XLA's temporaries. Caches
-above `memory_share` of the memory that parameters leave are left out, by name. The training half of Table 1: tokens/s
-and XLA's temporary memory of a step against T, at equal B T.
+goes on from that state (`gpu` reads nothing). The transformer without a cache computes the whole text for each token.
+Cumulative time is the integral of latency over positions, and checked by generating tokens one after the other. Memory
+is what a token needs beside the parameters: state and XLA's temporaries. Caches above `memory_share` of the memory
+that parameters leave are left out, by name. The training half of Table 1: tokens/s and XLA's temporary memory of a
+step against T, at equal B T.
 
-Cost: 16 minutes on 2 CPU cores, alone on the machine; `gpu` 1 minute of one H100 behind 3 of compilation; `paper`,
-estimated, 30. `gpu` ran with XLA_FLAGS=--xla_gpu_autotune_level=0: programs are compiled beside one another, where
-trials of algorithms would measure the others. Training under that flag was 14 times slower than without it in
-experiments/speed/pile.json, and was thrown away; a token, which multiplies few rows, may be slower by it too.
+Cost: 16 minutes on 2 CPU cores, alone on the machine; `gpu` a minute of one H100 once its programs are compiled;
+`paper`, estimated, 30 minutes. The programs of `gpu` came from JAX's compilation cache, compiled beside other work
+with XLA_FLAGS=--xla_gpu_autotune_level=0, as trials of algorithms would have measured that work. Training steps
+compiled so made 22,000 tokens/s, 14 times fewer than in experiments/speed/pile.json; why was not found out, they were
+thrown away, and `gpu` has none since. A token multiplies few rows, but may be slower by the flag too.
 
 Reproduced: constant: the slowest RWKV-4 position within 25 % of the fastest, its memory equal at all; the two factors:
 reached at batch 1 against the cached transformer. Same sign: RWKV-4 faster at batch 1, the factor at larger batches or
@@ -278,10 +279,11 @@ def cells(preset, workdir):
     name, shape = next(iter(preset.shapes.items()))
     for arm in ("rwkv4", "transformer"):
         asked[f"{name}, {arm}, generated"] = partial(generated, preset, shape, arm)
-    for wkv in preset.wkv if preset.lengths else ():
-        asked[f"training, rwkv4, {wkv}"] = partial(trained, preset, "rwkv4", wkv)
-    for arm in ("transformer", SHIFTED)[: 1 + preset.shifted] if preset.lengths else ():
-        asked[f"training, {arm}"] = partial(trained, preset, arm)
+    if preset.lengths:
+        for wkv in preset.wkv:
+            asked[f"training, rwkv4, {wkv}"] = partial(trained, preset, "rwkv4", wkv)
+        for arm in ("transformer", SHIFTED) if preset.shifted else ("transformer",):
+            asked[f"training, {arm}"] = partial(trained, preset, arm)
     return asked
 
 
