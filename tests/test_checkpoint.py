@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,10 @@ def test_round_trip_is_bit_exact(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_is_saved_is_what_was_there_though_the_next_steps_take_its_buffers(tmp_path):
-    """40 MB, so that the steps run while they are written."""
+def test_what_is_saved_is_what_was_there_though_the_next_steps_take_its_buffers(tmp_path, monkeypatch):
+    """40 MB, so that the steps run while they are written; and the manifest waits for them, however fast the disk."""
+    stepped, manifest = threading.Event(), checkpoint._write_manifest
+    monkeypatch.setattr(checkpoint, "_write_manifest", lambda path: stepped.wait(60) and manifest(path))
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = {f"w{i}": jnp.full(1_000_000, i, jnp.float32) for i in range(10)}
     state = overwrite(overwrite(state))  # compiled, and an output of a step as in training
@@ -81,6 +84,7 @@ def test_what_is_saved_is_what_was_there_though_the_next_steps_take_its_buffers(
     jax.block_until_ready(state)
     assert not saving.done() and checkpoint.steps(tmp_path) == []
     assert float(state["w7"][0]) == 12
+    stepped.set()
     saving.result()
     restored = checkpoint.restore(tmp_path, state)[1]
     assert all((np.asarray(restored[f"w{i}"]) == i + 2).all() for i in range(10))
