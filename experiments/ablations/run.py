@@ -203,7 +203,7 @@ def conclude(preset: Preset, values: dict) -> dict:
                 "command": "python -m experiments.ablations.run --preset=gpu",
                 "hardware": "one H100 or H200",
                 "hours": 2,
-                "why": "no GPU was at hand",
+                "why": "no GPU for so long",
             }
         ],
     }

@@ -136,7 +136,7 @@ def conclude(preset, values):
         "command": "python -m experiments.bf16.run --preset=gpu",
         "hardware": "one H100 or H200",
         "hours": 0.2,
-        "why": "no GPU was at hand",
+        "why": "no GPU for so long",
     }
     return {
         "ledger": rows,

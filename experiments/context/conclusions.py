@@ -75,7 +75,7 @@ def conclude(preset, values: dict) -> dict:
                 "command": "python -m experiments.context.run --preset=gpu",
                 "hardware": "one H100 or H200",
                 "hours": 0.3,
-                "why": "no GPU was at hand",
+                "why": "no GPU for so long",
             },
             {
                 "artefact": "Fig. 6 of the released 7B and 14B",

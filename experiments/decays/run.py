@@ -189,7 +189,7 @@ def conclude(preset: Preset, values: dict) -> dict:
                 "command": "python -m experiments.decays.run --preset=gpu",
                 "hardware": "one H100 or H200",
                 "hours": 0.2,
-                "why": "no GPU was at hand",
+                "why": "no GPU for so long",
             },
             {
                 "artefact": "Fig. 10 of the released 169M itself",

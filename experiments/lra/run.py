@@ -223,7 +223,7 @@ def conclude(preset, values: dict) -> dict:
             "command": f"python -m experiments.lra.run --preset=gpu --{name}=FOLDER",
             "hardware": "one H200",
             "hours": 0.4,
-            "why": "its public files were not at hand, nor was a GPU",
+            "why": "its public files were not at hand, nor a GPU for so long",
         }
         for name in PAPER
         if name != "listops" and f"{name} by its files, rwkv4" not in values
@@ -236,7 +236,7 @@ def conclude(preset, values: dict) -> dict:
                 "command": "python -m experiments.lra.run --preset=gpu",
                 "hardware": "one H200",
                 "hours": 1.1,
-                "why": "no GPU was at hand",
+                "why": "no GPU for so long",
             },
         )
     return {"right": right, "rules": rules, "public_rules": public["right"], "ledger": rows, "not_run": missing}

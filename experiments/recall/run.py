@@ -209,7 +209,7 @@ def conclude(preset, values) -> dict:
                 "command": "python -m experiments.recall.run --preset=gpu",
                 "hardware": "one H200",
                 "hours": 0.4,
-                "why": "no GPU was at hand",
+                "why": "no GPU for so long",
             }
         ]
     return results

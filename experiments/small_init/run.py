@@ -201,7 +201,7 @@ def conclude(preset: Preset, values: dict) -> dict:
                 "command": "python -m experiments.small_init.run --preset=gpu",
                 "hardware": "one H100 or H200",
                 "hours": 0.3,
-                "why": "no GPU was at hand",
+                "why": "no GPU for so long",
             }
         ],
     }
