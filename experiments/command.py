@@ -38,8 +38,8 @@ def main(
         presets: frozen dataclasses by name: "smoke", "cpu", and others. A field `text` can be set by `--text`.
         cells: (preset, folder for training runs and the like, which stays) -> the preset's cells by name.
         conclude: (preset, values by cell) -> JSON object with what the cells say. Its "ledger" is a list of rows with
-            "artefact", "paper", "ours" and "verdict", its "not_run" a list with "artefact", "command", "hardware",
-            "hours" and "why".
+            "artefact", "paper", "ours", "verdict" and, where "ours" is long, "short" for the README; its "not_run" a
+            list with "artefact", "command", "hardware", "hours" and "why".
         sweep: (preset, path of sweep.json) -> None.
         options: help by name of what a user can add, such as {"model": "released weights"} for `--model`. What is
             given goes to `cells` by name ("_" for "-"), None where it is not; cells that it adds are named after it.

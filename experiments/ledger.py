@@ -71,9 +71,10 @@ def ledger() -> str:
 
 
 def headlines() -> str:
-    """What a first reader should see of it."""
+    """What a first reader should see of it, in the short words of the rows that have them."""
+    said = lambda row: (row["paper"], row.get("short", row["ours"]), row["verdict"])
     rows = [
-        [f"[{row['artefact']}](experiments/{name})", where(its)[0], row["paper"], row["ours"], row["verdict"]]
+        [f"[{row['artefact']}](experiments/{name})", where(its)[0], *said(row)]
         for headline in HEADLINES
         for name, its in results()
         for row in its["ledger"]

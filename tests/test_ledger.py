@@ -51,6 +51,13 @@ def test_headlines_are_rows_of_the_ledger():
     assert [headline for headline in ledger.HEADLINES if headline not in rows] == []
 
 
+def test_what_a_row_says_in_short_is_part_of_what_it_says():
+    numbers = lambda text: set(re.findall(r"\d[\d.,e+-]*\b", text))
+    rows = [row for _, its in ledger.results() for row in its["ledger"] if "short" in row]
+    assert rows and all(len(row["short"]) < len(row["ours"]) for row in rows)
+    assert [row["short"] for row in rows if not numbers(row["short"]) <= numbers(row["ours"])] == []
+
+
 def test_hardware_of_results_is_that_of_their_cells():
     here = {"processor": "A", "cores": 2, "devices": ["cpu"]}
     cells = {

@@ -122,7 +122,8 @@ def _constant(preset, values):
 def _claim(claim, measured):
     """One factor: what each batch gives, and from which on it holds."""
     factor, tokens, its = claim["factor"], claim["tokens"], claim["measured"]
-    said = [f"{r['shape']} batch {r['batch']}: {r['ratio']:.1f} (law {r['law']:.1f})" for r in its]
+    ratio = [f"{r['shape']} batch {r['batch']}: {r['ratio']:.1f}" for r in its]
+    said = [f"{one} (law {r['law']:.1f})" for one, r in zip(ratio, its, strict=True)]
     uncached = max((r for r in measured if r["baseline"] == UNCACHED), key=lambda r: r["position"], default=None)
     holds = [f"{r['shape']} from batch {r['batch']}" for r in its if r["ratio"] >= factor]
     parts = [f"against a cache {'; '.join(said) or 'not measured'}"]
@@ -139,6 +140,7 @@ def _claim(claim, measured):
         "artefact": f"{factor} times as fast at {tokens:,} tokens",
         "paper": "not in the paper: said of this project",
         "ours": "; ".join(parts),
+        "short": f"against a cache {'; '.join(ratio) or 'not measured'}; {parts[1]}",
         "verdict": verdict,
     }
 
@@ -201,5 +203,7 @@ def _training(values):
         "artefact": "Table 1: training against T, at equal B T",
         "paper": "time O(T d) against O(T^2 d), memory O(d) against O(T^2 + T d)",
         "ours": f"at T {lengths[1]:,}: {said} (attention in blocks: no T x T anywhere)",
+        "short": f"tokens/s at T {lengths[1]:,} over T {lengths[0]:,}'s: "
+        + ", ".join(f"{arm} {share:.2f}" for arm, share in speed.items()),
         "verdict": verdict,
     }

@@ -194,6 +194,7 @@ def conclude(preset, values: dict) -> dict:
             "paper": "RWKV 0.559; attention 0.353 to 0.400; S4 0.596",
             "ours": f"lengths {preset.above} to {preset.below}: {arms}; RWKV-4's interval {low:.3f} to {high:.3f}: "
             f"{between}",
+            "short": f"{right['rwkv4']:.3f} at lengths {preset.above} to {preset.below}: {between}",
             "verdict": verdict_of(preset, right, low, high, rules["root operator alone"]),
         },
         {

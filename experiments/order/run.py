@@ -142,6 +142,8 @@ def conclude(preset, values) -> dict:
     by_seed = lambda arm: f"{arm} {', '.join(f'{x:+.2f}' for x in its(arm, most)['difference'])}"
     chance = ", ".join(f"{1 / n:.2f}" for n in preset.told)
     learned = any(np.mean(its(arm, most)[order]) > 1 / most + SMALLEST for arm in ARMS[1:] for order in ORDERS)
+    few = "; ".join(map(line, ARMS if learned else ARMS[:1]))
+    remark = "" if learned else "; the transformers are at chance there and say nothing of order"
     return {
         "accuracy": accuracy,
         "ledger": [
@@ -149,9 +151,8 @@ def conclude(preset, values) -> dict:
                 "artefact": "Question first or last (Tables 6, 7)",
                 "paper": "Raven-14B, data first and question first: RTE 44.2 and 74.8, WNLI 47.9 and 49.3",
                 "ours": f"accuracy of n pairs asked first and last (chance {chance}): {'; '.join(map(line, ARMS))}; "
-                f"first minus last at n {most} by seed: {'; '.join(map(by_seed, ARMS[:2]))}"
-                + "; the transformers are at chance there and say nothing of order"
-                * (not learned),
+                f"first minus last at n {most} by seed: {'; '.join(map(by_seed, ARMS[:2]))}" + remark,
+                "short": f"accuracy asked first and last: {few}{remark}",
                 "verdict": verdict(its(ARMS[0], most)["difference"], its(ARMS[1], most)["difference"]),
             }
         ],

@@ -122,6 +122,7 @@ def conclude(preset, values):
         "artefact": "The released trainer, step for step",
         "paper": f"{preset.steps} steps of its model.py, float64",
         "ours": "; ".join(f"from {name}: {_said(its)}" for name, its in judged.items()) + _others(preset, values),
+        "short": _said(judged["the kept trajectory"]),
         "verdict": "reproduced" if held else "contradicted",
     }
     not_run = {
