@@ -152,7 +152,7 @@ def conclude(preset, values) -> dict:
                 "paper": "Raven-14B, data first and question first: RTE 44.2 and 74.8, WNLI 47.9 and 49.3",
                 "ours": f"accuracy of n pairs asked first and last (chance {chance}): {'; '.join(map(line, ARMS))}; "
                 f"first minus last at n {most} by seed: {'; '.join(map(by_seed, ARMS[:2]))}" + remark,
-                "short": f"accuracy asked first and last: {few}{remark}",
+                "short": f"accuracy asked first and last (chance {chance}): {few}{remark}",
                 "verdict": verdict(its(ARMS[0], most)["difference"], its(ARMS[1], most)["difference"]),
             }
         ],
