@@ -1,6 +1,6 @@
 # make compare    RWKV-4 against a transformer of equal size, on text that Python itself carries
 # make reproduce  the paper's experiments at the size of a CPU, hours; goes on where it was stopped
-# make test       what a contributor runs;  make test-slow the rest of the tests;  make -j2 test-all both, side by side
+# make test       what a contributor runs;  make test-slow the rest of the tests;  make test-all both
 # make lint       ruff, as CI runs it
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -10,6 +10,7 @@ RUN = $(VENV)/bin/python
 DURATION ?= 6
 SEED ?= 0
 TEXT ?= stdlib
+WORKERS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile  # pytest-xdist; a file's tests share programs
 
 .PHONY: compare reproduce sweep speed precision test test-slow test-all lint
 
@@ -33,13 +34,13 @@ precision: $(VENV)/live
 	$(RUN) -m experiments.ledger
 
 test: $(VENV)/dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(WORKERS)
 
 test-all: test test-slow
 
 test-slow: $(VENV)/live $(VENV)/tpu
 	library=$(abspath $(VENV))/tpu/libtpu/libtpu.so; test ! -f $$library || export TPU_LIBRARY_PATH=$$library; \
-	JAX_COMPILATION_CACHE_DIR=$(abspath .pytest_cache)/jax-slow $(RUN) -m pytest -m "slow or live"
+	$(RUN) -m pytest -m "slow or live" $(WORKERS)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from rwkv_jax import corpora, interop, tokenizers
 
 POSITIONS = 128  # whose logits, [B, POSITIONS, V], exist at one time
-SEGMENT = 512  # tokens that `continuations` reads at one time
+SEGMENTS = (32, 128, 512)  # tokens that `continuations` reads at one time: of few lengths, as each is compiled
 
 
 def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
@@ -71,13 +71,14 @@ def judged(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None
 
 _log_likelihoods = jax.jit(log_likelihoods, static_argnums=0)
 _judged = jax.jit(judged, static_argnums=0)
+_log_softmax = jax.jit(jax.nn.log_softmax)
 
 
 def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarray, np.ndarray]]:
     """(log p, whether it is the likeliest) of every token of B texts given all before it, [N] of each text.
 
-    float32 nats, whose sum is the text's, and bool. Memory does not grow with the texts' length, `SEGMENT` tokens at a
-    time.
+    float32 nats, whose sum is the text's, and bool. At most 512 tokens are read at a time: memory does not grow with
+    the texts' length.
 
     Args:
         texts: B lists of ids in [0, V), of any lengths.
@@ -87,14 +88,14 @@ def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarr
     if lengths_B.min() == 0:
         raise ValueError("nothing to score in an empty text, expected at least one token")
     longest = int(lengths_B.max())
-    segment = min(SEGMENT, 1 << (longest - 1).bit_length())
+    segment = segment_for(longest)
     tokens_BN = np.zeros((len(texts), -(-longest // segment) * segment + 1), np.int32)
     for row, text in zip(tokens_BN, texts, strict=True):
         row[: len(text)] = text
     first_B1 = tokens_BN[:, :1]
-    log_p_BV = jax.nn.log_softmax(logits_BV)
-    nats = [np.take_along_axis(np.asarray(log_p_BV), first_B1, axis=-1)]
-    likeliest = [np.asarray(log_p_BV.argmax(axis=-1))[:, None] == first_B1]
+    log_p_BV = np.asarray(_log_softmax(logits_BV))
+    nats = [np.take_along_axis(log_p_BV, first_B1, axis=-1)]
+    likeliest = [log_p_BV.argmax(axis=-1)[:, None] == first_B1]
     for begin in range(0, longest - 1, segment):
         valid_BT = begin + np.arange(segment) < lengths_B[:, None] - 1
         tokens_BT = tokens_BN[:, begin : begin + segment + 1]
@@ -103,6 +104,11 @@ def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarr
         likeliest.append(np.asarray(likeliest_BT))
     joined = zip(np.concatenate(nats, axis=1), np.concatenate(likeliest, axis=1), lengths_B, strict=True)
     return [(row[:length], flags[:length]) for row, flags, length in joined]
+
+
+def segment_for(length: int) -> int:
+    """The shortest of `SEGMENTS` that holds a text of `length` tokens, else the longest."""
+    return next((segment for segment in SEGMENTS if length <= segment), SEGMENTS[-1])
 
 
 def windows(model, params, tokens, seq_len: int, batch_size: int, state=None) -> np.ndarray:

@@ -138,6 +138,13 @@ class RWKVForCausalLM:
         prompts, _, _ = self._prompts(text)
         return generate.read(self.model, self.params, prompts, context)
 
+    def logits(self, text, context: Context | None = None) -> tuple[Any, Context]:
+        """Logits [T, V] of what follows each token of a text, float32 NumPy, and the context after it: jitted, where
+        `model.apply` is not. A list for a list; of an empty text, without a context, those after the separator."""
+        texts, single, _ = self._prompts(text)
+        found, context = generate.logits(self.model, self.params, texts, context)
+        return (found[0] if single else found), context
+
     def score(self, text, context: Context | None = None):
         """log p of every token of a text given all before it, nats, float32 [N]: their sum is that of the text.
 
@@ -160,7 +167,7 @@ class RWKVForCausalLM:
             raise ValueError("nothing to embed in an empty text, expected at least one token")
         longest = int(lengths_B.max())
         state = begin(self.model, context, len(texts), room=longest).state
-        segment = min(evaluate.SEGMENT, 1 << (longest - 1).bit_length())
+        segment = evaluate.segment_for(longest)
         total_BD = 0
         for start in range(0, longest, segment):
             valid_BT = start + np.arange(segment) < lengths_B[:, None]

@@ -1,29 +1,77 @@
-"""Settings that hold for every test, made before jax is imported."""
+"""Settings that hold for every test, made before jax is imported, and the count of the programs that tests compile."""
 
 import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_force_host_platform_device_count=4",
+        # half the time to compile a training step; a version of XLA that does not know the option ignores it
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        os.environ.get("XLA_FLAGS", ""),
+    )
+)
 # Most programs here run for milliseconds and compile for seconds; without LLVM's optimisations for a third of that.
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the suite on what users run; it passes either way.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# A program that one test has compiled is read back by the next, and by the next run: a third of the suite's time.
+# Programs that take long to compile are read back by the next run. No limit on the size of the cache: with one, JAX
+# looks at every entry at every write.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**29))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
+import jax.monitoring
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+BUDGET = 40  # programs that the fast tests of a file may compile; a file that needs more sets its own PROGRAMS
+MEMORY_MAPS = 40_000  # Linux allows a process 65,530, and every compiled program takes some
+COMPILE = "/jax/core/compile/backend_compile_duration"  # also where the program came from the cache on disk
+
+programs = {}  # compiled by the tests of each file
+
+
+def _count(event, seconds, **_):
+    if event == COMPILE:
+        programs["in all"] = programs.get("in all", 0) + 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_end_with_their_file():
-    """Thousands of compiled programs in one process end in a crash: Linux allows 65,530 memory maps."""
+def programs_within_budget(request):
+    """A file fails whose fast tests compile more programs than it may: most of the suite's time goes into them."""
+    before = programs.get("in all", 0)
     yield
-    jax.clear_caches()
+    name = str(request.path.relative_to(request.config.rootpath))
+    programs[name] = programs.get("in all", 0) - before
+    allowed = getattr(request.module, "PROGRAMS", BUDGET)
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MEMORY_MAPS:
+        jax.clear_caches()
+    if "not slow" in request.config.option.markexpr:
+        assert programs[name] <= allowed, f"{name} compiled {programs[name]} programs, expected at most {allowed}"
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist
+        session.config.workeroutput["programs"] = programs
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for name, count in getattr(node, "workeroutput", {}).get("programs", {}).items():
+        programs[name] = programs.get(name, 0) + count
+
+
+def pytest_terminal_summary(terminalreporter):
+    most = sorted((count, name) for name, count in programs.items() if name != "in all")[-3:]
+    listed = ", ".join(f"{name} {count}" for count, name in reversed(most))
+    terminalreporter.write_line(f"{programs.get('in all', 0):,} programs compiled; most by {listed or 'none'}")
 
 
 @pytest.fixture

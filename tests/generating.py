@@ -1,19 +1,31 @@
-"""Models that tests of generation continue texts with."""
+"""Models that tests of generation continue texts with, and one pass over whole texts to judge them by.
+
+Every program is compiled for a batch of 1 or of `B`, and most for prompts that fit a chunk of 16 tokens: tests of all
+files then share few programs.
+"""
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from judge import worst_ratio
 from small import drawn
 
 import rwkv_jax
+from rwkv_jax.generate import Context
+from rwkv_jax.generate.context import begin
 
 LAYERS = {"rwkv4": ("rwkv4",), "transformer": ("attention",), "hybrid": ("rwkv4", "attention")}
-# The hybrid has all that the transformer has; the transformer by itself belongs to make test-all.
-KINDS = pytest.mark.parametrize("kind", ["rwkv4", "hybrid", pytest.param("transformer", marks=pytest.mark.slow)])
-FIELDS = {"vocab_size": 256, "dim": 16, "matmul_precision": "highest"}
+SLOW = pytest.mark.slow
+# Caches of attention have fast tests of their own. The hybrid has all that the transformer has.
+KINDS = pytest.mark.parametrize("kind", ["rwkv4", pytest.param("hybrid", marks=SLOW)])
+ALL_KINDS = pytest.mark.parametrize(
+    "kind", ["rwkv4", *(pytest.param(k, marks=SLOW) for k in ("hybrid", "transformer"))]
+)
+FIELDS = {"vocab_size": 256, "dim": 16, "hidden_dim": 64}  # equal to what is loaded from a .pth
+B, LENGTH, SLOTS = 3, 544, 768  # of the pass over whole texts
+NEARLY_GREEDY = {"temperature": 1e-4}  # with the program that draws: temperature 0 is another one
 
 
 @functools.cache
@@ -24,21 +36,94 @@ def case(kind):
 @functools.cache
 def unstacked(kind):
     model, params = case(kind)
-    return model.clone(scan=False), rwkv_jax.unstack(params)
+    return model.clone(scan=False), rwkv_jax.unstack(jax.tree.map(np.asarray, params))
 
 
 def ids(length, seed=2):
     return np.random.default_rng(seed).integers(0, 256, length).tolist()
 
 
+def filled(kind, batch, room=1, seed=0) -> Context:
+    return random_context(unstacked(kind)[0], batch, room, seed)
+
+
+def random_context(model, batch, room=1, seed=0) -> Context:
+    """A context with the shapes of one after texts, with empty caches: no model has made it."""
+    rng = np.random.default_rng(seed)
+    context = begin(model, None, batch, room)
+
+    def fill(x):
+        if np.issubdtype(x.dtype, np.integer):
+            return np.zeros_like(x) if x.ndim == 1 else np.asarray(x)
+        return rng.standard_normal(x.shape).astype(x.dtype)
+
+    return jax.tree.map(fill, context)
+
+
+def whole(model, params, texts) -> tuple[list[np.ndarray], Context]:
+    """(logits [T, V] of each of at most `B` texts, the context after them), from one pass over all their tokens."""
+    tokens_BT, valid_BT = np.zeros((B, LENGTH), np.int32), np.zeros((B, LENGTH), bool)
+    for row, text in enumerate(texts):
+        tokens_BT[row, : len(text)], valid_BT[row, : len(text)] = text, True
+    logits_BTV, state = jax.device_get(_whole(model, params, tokens_BT, valid_BT))
+    logits = [row_TV[: len(text)] for row_TV, text in zip(logits_BTV, texts, strict=False)]
+    state = jax.tree.map(lambda x: x[: len(texts)], state)
+    return logits, Context(state, np.stack([row_TV[-1] for row_TV in logits]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _whole(model, params, tokens_BT, valid_BT):
+    return model.apply({"params": params}, tokens_BT, model.init_state(B, SLOTS), valid_BT=valid_BT)
+
+
+def assert_near(actual: Context, expected: Context):
+    """Every row of every leaf, of caches what they hold."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(_held(actual)), jax.tree.leaves(_held(expected)), strict=True):
+        assert x.dtype == y.dtype and worst_ratio(x, y, axis=0) < 1e-5
+
+
+def _held(context):
+    """The context with caches that end with the longest text, and zeros behind every text."""
+
+    def cut(entry):
+        if not hasattr(entry, "cache"):
+            return entry
+        length_B = entry.cache.length_B
+        held_BS = np.arange(length_B.max())[None] < length_B[:, None]
+        only = lambda x_BHSK: np.where(held_BS[:, None, :, None], x_BHSK[:, :, : held_BS.shape[1]], 0)
+        k_BHSK, v_BHSK = only(entry.cache.k_BHSK), only(entry.cache.v_BHSK)
+        return entry._replace(cache=entry.cache._replace(k_BHSK=k_BHSK, v_BHSK=v_BHSK))
+
+    context = jax.device_get(context)
+    return Context(tuple(map(cut, context.state)), context.logits_BV)
+
+
+def assert_read(kind, context: Context, *texts):
+    """The context is that of these texts, each a list of ids that is not empty."""
+    assert len(context.logits_BV) == len(texts)
+    assert_near(context, whole(*unstacked(kind), texts)[1])
+
+
+def assert_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def row(context: Context, b: int) -> Context:
+    """What `rows(context, b)` is, without JAX."""
+    return jax.tree.map(lambda x: np.asarray(x)[[b]], context)
+
+
 def cycling(text):
-    """(model, params) of bigrams, with blocks that are zero: after "." it goes round and round this text of bytes,
-    in which no byte may come twice."""
-    cycle = list(text.encode())
-    model = rwkv_jax.build("rwkv4", num_layers=1, **FIELDS | {"dim": 256})
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
-    params["emb"]["embedding"] = np.eye(256, dtype=np.float32)
-    params["ln0"]["scale"] = params["ln_out"]["scale"] = np.ones(256, np.float32)
-    params["head"]["kernel"][cycle, cycle[1:] + cycle[:1]] = 1
+    """(model, params) of bigrams, with blocks that are zero: after the last byte of this text of at most 16 bytes, in
+    which none comes twice, it goes round and round it."""
+    cycle, width = list(text.encode()), FIELDS["dim"]
+    model, params = unstacked("rwkv4")
+    params = jax.tree.map(np.zeros_like, params)
+    params["emb"]["embedding"][cycle] = np.eye(width, dtype=np.float32)[: len(cycle)]
+    params["ln0"]["scale"] = params["ln_out"]["scale"] = np.ones(width, np.float32)
+    params["head"]["kernel"][np.arange(len(cycle)), cycle[1:] + cycle[:1]] = 1
     return model, params

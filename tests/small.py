@@ -1,4 +1,4 @@
-"""Small models of every kind, for tests of values rather than of sizes."""
+"""Small models of every kind with parameters drawn by NumPy, for tests of values rather than of sizes."""
 
 import functools
 
@@ -23,25 +23,38 @@ def make(kind, **overrides) -> LM:
 
 
 @functools.cache
+def shapes_of(model):
+    """Shapes and dtypes of the parameters, without compiling anything."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(model.init, key, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+
+
+@functools.cache
 def made(kind, **overrides):
-    """(model, params), every tensor shaken: at the start most matrices are zero and hide what they multiply."""
+    """(model, params), every tensor shaken: at the start most matrices are zero and hide what they multiply.
+
+    Norms, mixes and decays have their values at the start, and 0.3 of noise.
+    """
     model = make(kind, **overrides)
-    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
-    leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
-    leaves = [x + 0.3 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
-    return model, jax.tree.unflatten(tree, leaves)
+
+    def draw(path, leaf):
+        name, channels = path[-1].key, np.linspace(0, 1, leaf.shape[-1])
+        starts = {"scale": 1.0, "time_decay": -5 + 8 * channels, "time_first": np.log(0.3)}
+        start = channels if name.startswith("time_mix") else starts.get(name, 0.0)
+        return (start + 0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+    return model, jax.tree_util.tree_map_with_path(draw, shapes_of(model))
 
 
 def drawn(model, seed=1, scale=0.5):
     """(model, params) with which nothing is zero, and that remember long."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         return (-4 if path[-1].key == "time_decay" else 0) + scale * rng.standard_normal(leaf.shape, np.float32)
 
-    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+    return model, jax.tree_util.tree_map_with_path(draw, shapes_of(model))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -20,19 +20,19 @@ def _parameters(config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config(name):
+def test_config_builds_its_model_and_schedule(name):
     assert _parameters(run_config.read(f"configs/{name}")) > 0
 
 
 @pytest.mark.parametrize("size", PILE)
-def test_pile_has_the_papers_sizes_and_its_token_count(size):
+def test_pile_config_has_the_papers_sizes_and_token_count(size):
     config = run_config.read(f"configs/pile.py:{size}")
     assert _parameters(config) == PILE[size]
     assert config.steps * config.batch_size * config.seq_len == pytest.approx(332.08e9, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", ["169m", "14b", "tiny"])
-def test_each_stage_of_an_extension_goes_on_where_the_last_one_ended(size):
+def test_extend_config_starts_each_stage_where_the_last_one_ended(size):
     windows = [128, 256, 512, 1024] if size == "tiny" else [1024, 2048, 4096, 8192]
     first = "extend.py:tiny-128" if size == "tiny" else f"pile.py:{size}"
     last = run_config.read(f"configs/{first}")
@@ -51,10 +51,10 @@ def test_each_stage_of_an_extension_goes_on_where_the_last_one_ended(size):
         last = config
 
 
-def test_an_extension_of_another_length_is_one_line():
+def test_extend_config_of_an_unknown_length_is_one_line():
     with pytest.raises(ValueError, match="stage is '14b-1000', expected a size of"):
         run_config.read("configs/extend.py:14b-1000")
 
 
-def test_enwik8_is_the_papers_shape():
+def test_enwik8_config_has_the_papers_size():
     assert _parameters(run_config.read("configs/enwik8.py")) == 41_226_240

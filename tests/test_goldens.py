@@ -1,5 +1,6 @@
 """RWKV-4 against what the released code computes (`goldens/make_goldens.py`)."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -34,74 +35,90 @@ def ours(weights, scan):
     return model.clone(matmul_precision="highest"), params
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens_BT, state=None):
+    return model.apply({"params": params}, tokens_BT, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def gradients_of(model, params, tokens_BT):
-    """(logits, gradients of the mean next-token loss by official name)."""
+    """(gradients of the mean next-token loss, logits)."""
 
-    @jax.jit
-    def run(params):
-        def loss(params):
-            logits_BTV, _ = model.apply({"params": params}, tokens_BT)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits_BTV[:, :-1], tokens_BT[:, 1:])
-            return losses.mean(), logits_BTV
+    def loss(params):
+        logits_BTV, _ = model.apply({"params": params}, tokens_BT)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits_BTV[:, :-1], tokens_BT[:, 1:])
+        return losses.mean(), logits_BTV
 
-        return jax.grad(loss, has_aux=True)(params)
-
-    gradients, logits_BTV = run(params)
-    return logits_BTV, to_official(jax.tree.map(np.asarray, gradients))
+    return jax.grad(loss, has_aux=True)(params)
 
 
-def agree(logits_BTV, gradients, want_logits, want_gradients):
-    for want in want_logits.values():
-        assert error_ratio(logits_BTV, want) < 1e-5
-        assert np.abs(logits_BTV - want).max() < 1e-5 * np.abs(want).max()
-        assert worst_ratio(logits_BTV, want) < 1e-5
-    assert gradients.keys() == want_gradients.keys()
-    for name, want in want_gradients.items():
-        assert error_ratio(gradients[name], want) < 1e-5, name
-        assert np.abs(gradients[name] - want).max() < 1e-5 * np.abs(want).max(), name
+def assert_same_logits(actual_BTV, expected):
+    for name, want_BTV in expected.items():
+        assert error_ratio(actual_BTV, want_BTV) < 1e-5, name
+        assert np.abs(actual_BTV - want_BTV).max() < 1e-5 * np.abs(want_BTV).max(), name
+        assert worst_ratio(actual_BTV, want_BTV) < 1e-5, name
 
 
+def assert_same_gradients(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        assert error_ratio(actual[name], want) < 1e-5, name
+        assert np.abs(actual[name] - want).max() < 1e-5 * np.abs(want).max(), name
+
+
+def assert_agrees(weights, tokens_BT, logits, gradients, scan):
+    """Compare logits and gradients of our model with the released code's."""
+    ours_by_path, logits_BTV = gradients_of(*ours(weights, scan), tokens_BT)
+    assert_same_logits(logits_BTV, logits)
+    assert_same_gradients(to_official(jax.tree.map(np.asarray, ours_by_path)), gradients)
+
+
+def test_rwkv4_logits_match_the_released_code(golden):
+    assert golden["logits"].keys() == {"rwkv", "hf"}
+    logits_BTV, _ = forward(*ours(golden["weights"], scan=True), golden["tokens_BT"])
+    assert_same_logits(logits_BTV, golden["logits"])
+
+
+@pytest.mark.slow  # the fast suite holds gradients against the released trainer's: test_trajectory.py
 @pytest.mark.parametrize("scan", [True, False])
-def test_logits_and_gradients_are_those_of_the_released_code(golden, scan):
-    assert golden["logits"].keys() == {"rwkv", "hf"} and len(golden["gradients"]) == 6 + 3 * 18
-    model, params = ours(golden["weights"], scan)
-    agree(*gradients_of(model, params, golden["tokens_BT"]), golden["logits"], golden["gradients"])
+def test_rwkv4_gradients_match_the_released_code(golden, scan):
+    assert len(golden["gradients"]) == 6 + 3 * 18
+    assert_agrees(*golden.values(), scan)
 
 
-@pytest.mark.parametrize("wkv_impl", ["scan", "associative"])
-def test_token_by_token_logits_are_those_of_the_released_code(golden, wkv_impl):
+@pytest.mark.parametrize("wkv_impl", ["scan", pytest.param("associative", marks=pytest.mark.slow)])
+def test_rwkv4_token_by_token_logits_match_the_released_code(golden, wkv_impl):
     model, params = ours(golden["weights"], scan=False)
     model, tokens_BT = model.clone(wkv_impl=wkv_impl), golden["tokens_BT"]
-    step = jax.jit(model.apply)
     state, logits = model.init_state(len(tokens_BT)), []
     for t in range(tokens_BT.shape[1]):
-        out, state = step({"params": params}, tokens_BT[:, t : t + 1], state)
+        out, state = forward(model, params, tokens_BT[:, t : t + 1], state)
         logits.append(out)
     assert error_ratio(np.concatenate(logits, axis=1), golden["logits"]["rwkv"]) < 1e-5
 
 
 @pytest.mark.live
 @pytest.mark.parametrize("seed", [10, 11])
-def test_live_judges_agree_on_fresh_weights(seed, monkeypatch):
-    """The judges themselves, run here: whole sequences, gradients, and the state carried token by token."""
+def test_rwkv4_agrees_with_both_reference_packages_on_fresh_weights(seed, monkeypatch):
+    """Whole sequences, gradients, and the state carried token by token, against packages that run here."""
     monkeypatch.syspath_prepend(GOLDENS)
     import make_goldens
 
     weights, tokens_BT = make_goldens.random_weights(seed), make_goldens.random_tokens(seed)
     logits, gradients = make_goldens.transformers_model(weights, tokens_BT)
-    judges = {"hf": logits, "rwkv": make_goldens.rwkv_package(weights, tokens_BT)}
-    model, params = ours(weights, scan=True)
-    agree(*gradients_of(model, params, tokens_BT), judges, gradients)
+    references = {"hf": logits, "rwkv": make_goldens.rwkv_package(weights, tokens_BT)}
+    assert_agrees(weights, tokens_BT, references, gradients, scan=True)
 
+    model, params = ours(weights, scan=True)
     steps = make_goldens.rwkv_package(weights, tokens_BT, one_by_one=True)
-    state, step = model.init_state(len(tokens_BT)), jax.jit(model.apply)
+    state = model.init_state(len(tokens_BT))
     for t in range(tokens_BT.shape[1]):
-        out, state = step({"params": params}, tokens_BT[:, t : t + 1], state)
+        out, state = forward(model, params, tokens_BT[:, t : t + 1], state)
         assert error_ratio(out[:, 0], steps[:, t]) < 1e-5
 
 
 @pytest.mark.live
-def test_the_script_reproduces_the_stored_golden(golden, monkeypatch):
+def test_make_goldens_reproduces_the_stored_golden(golden, monkeypatch):
     monkeypatch.syspath_prepend(GOLDENS)
     import make_goldens
 
@@ -110,4 +127,5 @@ def test_the_script_reproduces_the_stored_golden(golden, monkeypatch):
     for name, x in golden["weights"].items():
         np.testing.assert_array_equal(weights[name], x)
     logits, gradients = make_goldens.transformers_model(weights, tokens_BT)
-    agree(logits, gradients, golden["logits"], golden["gradients"])
+    assert_same_logits(logits, golden["logits"])
+    assert_same_gradients(gradients, golden["gradients"])

@@ -1,3 +1,5 @@
+"""The log of a run: rows that survive a kill, and what TensorBoard and W&B show of them."""
+
 import json
 import struct
 import sys
@@ -9,7 +11,7 @@ import pytest
 from rwkv_jax import metrics
 
 
-def test_rows_come_back(tmp_path):
+def test_read_returns_the_rows_that_append_wrote(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": 0, "loss_nats": 5.5, "batch": "a1"}, {"step": 10, "loss_nats": 0.1, "batch": "é"}]
     for row in rows:
@@ -18,7 +20,7 @@ def test_rows_come_back(tmp_path):
     assert len(path.read_bytes().splitlines()) == 2
 
 
-def test_array_scalars_are_numbers_and_non_finite_ones_null(tmp_path):
+def test_append_writes_array_scalars_as_numbers_and_non_finite_ones_as_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     row = {"a": jnp.float32(0.5), "b": np.int64(3), "c": np.float32("nan"), "d": -np.inf, "e": jnp.bool(True)}
     metrics.append(path, row)
@@ -49,14 +51,14 @@ def test_cut_back_of_a_new_run_makes_no_file(tmp_path):
 
 
 @pytest.mark.parametrize("line", [b"{broken\n", b"[1]\n", b"\n"])
-def test_a_damaged_line_is_named(tmp_path, line):
+def test_read_names_a_damaged_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 "):
         metrics.read(path)
 
 
-def test_inner_numbers_are_curves_of_their_own():
+def test_scalars_names_nested_numbers_by_their_path():
     row = {
         "step": 3,
         "loss": 2.5,
@@ -68,7 +70,7 @@ def test_inner_numbers_are_curves_of_their_own():
     assert dict(metrics.scalars(row)) == {"loss": 2.5, "norm/head": 0.5, "k_max/0": 1.0, "k_max/1": 2.0}
 
 
-def test_inner_numbers_that_are_not_finite_are_null(tmp_path):
+def test_append_writes_nested_numbers_that_are_not_finite_as_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics.append(path, {"step": 1, "norm": {"head": np.float32("inf")}, "k_max": [1.0, np.nan]})
     assert metrics.read(path) == [{"step": 1, "norm": {"head": None}, "k_max": [1.0, None]}]
@@ -78,7 +80,7 @@ def test_inner_numbers_that_are_not_finite_are_null(tmp_path):
     "wanted, command",
     [({"tensorboard": True}, "pip install tensorboardX"), ({"wandb_project": "x"}, "pip install wandb")],
 )
-def test_a_missing_package_is_one_line(wanted, command, monkeypatch):
+def test_missing_package_is_one_line(wanted, command, monkeypatch):
     for package in ("tensorboardX", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     metrics.check_installed()
@@ -102,7 +104,8 @@ def _events(folder):
     return shown
 
 
-def test_tensorboard_goes_on_where_the_run_does(tmp_path):
+def test_tensorboard_resumes_where_the_run_does(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # tensorboardX imports it where it is installed, for seconds
     row = lambda step: {"step": step, "loss_nats": step / 2, "k_max": [1.0], "batch_hash": "a"}
     with metrics.opened(tmp_path, tensorboard=True) as write:
         for step in (1, 2, 3):

@@ -20,7 +20,7 @@ def texts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("weights", [("0.7", "0.3"), ("7", "3"), ("70.", "30")])
-def test_sources_with_weights(weights, texts):
+def test_mixture_parses_sources_and_weights(weights, texts):
     mixed = mixture.prepare(
         ",".join(f"{texts / name}:{w}" for name, w in zip(("a.txt", "b.txt"), weights, strict=True))
     )
@@ -33,14 +33,14 @@ def test_sources_with_weights(weights, texts):
     assert mixed.vocab_size == 256 and mixed.tokenizer == "bytes"
 
 
-def test_the_hash_depends_on_texts_and_weights(texts):
+def test_mixture_hash_depends_on_texts_and_weights(texts):
     a, b = texts / "a.txt", texts / "b.txt"
     sources = [f"{a}:1,{b}:1", f"{a}:2,{b}:1", f"{a}:1,{a}:1"]
     assert len({mixture.prepare(source).sha256 for source in sources}) == 3
     assert mixture.prepare(f"{a}:1,{b}:1").sha256 == mixture.prepare(f"{a}:0.5,{b}:0.5").sha256
 
 
-def test_one_corpus_is_itself(texts):
+def test_mixture_of_one_corpus_is_that_corpus(texts):
     for name in ("a.txt", "c,d:3"):  # a path that exists is never taken apart
         alone, corpus = mixture.prepare(str(texts / name)), corpora.prepare(str(texts / name))
         assert alone[:4] == corpus[:4]
@@ -48,7 +48,7 @@ def test_one_corpus_is_itself(texts):
         np.testing.assert_array_equal(alone.held_out(50)[0], corpus.valid.tokens[:50])
 
 
-def test_held_out_tokens_are_shared_as_the_training_windows_are(texts):
+def test_mixture_held_out_tokens_are_shared_by_weight(texts):
     mixed = mixture.prepare(f"{texts / 'a.txt'}:0.75,{texts / 'b.txt'}:0.25")
     a, b = (part.valid.tokens for part in mixed.parts)
     np.testing.assert_array_equal(mixed.held_out(40)[0], [*a[:30], *b[:10]])
@@ -64,6 +64,6 @@ def test_held_out_tokens_are_shared_as_the_training_windows_are(texts):
         ("{}/e.txt,{}/f.txt", "bytes", r"no corpus .*e\.txt,.*f\.txt"),
     ],
 )
-def test_mistakes(source, tokenizer, line, texts):
+def test_mixture_refuses_bad_sources_and_weights(source, tokenizer, line, texts):
     with pytest.raises((ValueError, OSError), match=line):
         mixture.prepare(source.format(texts, texts), tokenizer)

@@ -1,4 +1,4 @@
-"""Notebooks: executed as they are committed, with public names only, and they still run."""
+"""Notebooks: committed with their output, restricted to public names, and still running."""
 
 import ast
 import importlib
@@ -38,12 +38,12 @@ def said(notebook) -> str:
     return "\n".join(texts)
 
 
-def test_there_are_three():
+def test_notebooks_are_three():
     assert [path.stem[0] for path in NOTEBOOKS] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
-def test_a_notebook_is_committed_as_it_ran(path):
+def test_notebook_is_committed_as_it_ran(path):
     assert path.stat().st_size < 600_000
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -57,7 +57,7 @@ def test_a_notebook_is_committed_as_it_ran(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
-def test_a_notebook_uses_public_names_only(path):
+def test_notebook_uses_public_names_only(path):
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     for node in ast.walk(ast.parse("\n".join(cells))):
         if isinstance(node, ast.Attribute):
@@ -75,7 +75,7 @@ def test_a_notebook_uses_public_names_only(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
-def test_a_notebook_runs(path, tmp_path, monkeypatch):
+def test_notebook_runs_in_an_empty_folder(path, tmp_path, monkeypatch):
     """In an empty folder, where it finds nothing that an earlier run left, and with JAX as users have it: the
     other tests compile without optimisations, which suits programs that run for milliseconds and not training."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -1,22 +1,36 @@
-"""Strategies agree with one another, compile once, and split what they should split."""
+"""SPMD strategies on four virtual devices: they agree with one another, compile once, and split what they should."""
 
 import functools
 import re
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from judge import error_ratio
+from small import drawn, forward
 
 from rwkv_jax import models, optim, parallel, train
 
-B, T, V = 16, 24, 64
+B, T, V, D, L = 16, 8, 64, 16, 2
 
 
-def _model(name="rwkv4", **fields):
-    return models.build(name, vocab_size=V, num_layers=2, dim=64, matmul_precision="highest", **fields)
+@pytest.fixture(scope="module", autouse=True)
+def leaves_of_512_elements_are_split():
+    """Else a model this small has none that `fsdp` splits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "MIN_SHARDED", 2**9)
+        yield
+
+
+# Most of a step's program is the optimiser's arithmetic on each leaf: the fast tests' model has few of them.
+FEW_LEAVES = {"num_layers": 1, "scan": False, "receptance": False, "token_shift": False, "embedding_norm": False}
+MODELS = {"one layer": FEW_LEAVES, "stacked": {"num_layers": L}}
+
+
+def _model(fields, name="rwkv4"):
+    return models.build(name, vocab_size=V, dim=D, matmul_precision="highest", **fields)
 
 
 def _batches(steps=2):
@@ -38,37 +52,47 @@ class Run:
     rows: list  # metrics of each step
     traces: int
     state: train.TrainState  # the last, where it lives
+    program: Any  # the compiled step of fsdp
 
 
 @functools.cache
-def _run(strategy, accumulation, replicas):
+def _run(layers, strategy, accumulation, replicas):
     """One program for every test that looks at it. A large eps keeps Adam from turning rounding into +-lr."""
-    model, tx, traces = _model(), optim.optimiser(eps=1e-3), []
+    (model, params), tx, traces = drawn(_model(MODELS[layers])), optim.optimiser(eps=1e-3), []
     step = train.make_step(model, tx, accumulation=accumulation)
+    zero = np.zeros((), np.int32)
 
     def traced(*args, **kwargs):
         traces.append(1)
         return step(*args, **kwargs)
 
-    init, step_, put = parallel.STRATEGIES[strategy](train.make_init(model, tx), traced, replicas=replicas)
+    init, step_, put = parallel.STRATEGIES[strategy](
+        lambda key: train.TrainState(zero, params, tx.init(params), zero), traced, replicas=replicas
+    )
     *good, bad = _batches(3)
     bad["mask"][:] = False
     born = state = init(jax.random.key(0))
+    lr = np.float32(1e-2)
+    program = step_.lower(born, put(good[0]), lr).compile() if strategy == "fsdp" else None
     rows, states = [], []
     for batch in (*good, bad):
-        state, values = step_(state, put(batch), np.float32(1e-2))
+        state, values = step_(state, put(batch), lr)
         rows.append(jax.device_get(values))
         states.append(jax.tree.map(np.array, state))
-    return Run(born, states[1:], rows, len(traces), state)
+    return Run(born, states[1:], rows, len(traces), state, program)
 
 
+SINGLE, PMAP, FSDP = ("one layer", "single", 1, 1), ("one layer", "pmap", 4, 1), ("one layer", "fsdp", 1, 2)
+REFERENCES = [SINGLE, pytest.param(("stacked", "single", 1, 1), marks=pytest.mark.slow)]
 # Accumulation is the same code under every strategy, and so is everything else of one where it accumulates.
-RUNS = [("single", 1, 1), ("pmap", 4, 1), ("fsdp", 4, 1), ("fsdp", 1, 2)]
+RUNS = [PMAP, FSDP, *(
+    pytest.param(("stacked", *run), marks=pytest.mark.slow) for run in (("pmap", 4, 1), ("fsdp", 4, 1), ("fsdp", 1, 2))
+)]  # fmt: skip
 
 
-@pytest.mark.parametrize("run", RUNS[1:], ids=str)
+@pytest.mark.parametrize("run", RUNS, ids=str)
 def test_strategies_and_accumulation_agree_under_ragged_masks(run):
-    run, reference = _run(*run), _run(*RUNS[0])
+    run, reference = _run(*run), _run(run[0], "single", 1, 1)
     for row, wanted in zip(run.rows[:2], reference.rows[:2], strict=True):
         assert row["loss_nats"] == pytest.approx(wanted["loss_nats"], rel=1e-6)
         assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
@@ -76,38 +100,59 @@ def test_strategies_and_accumulation_agree_under_ragged_masks(run):
     assert max(jax.tree.leaves(errors)) < 1e-5
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
-def test_a_step_is_traced_once_and_takes_the_memory_of_the_state_before(run):
+@pytest.mark.parametrize("run", [*REFERENCES, *RUNS], ids=str)
+def test_step_is_traced_once_and_donates_the_state(run):
     run = _run(*run)
     assert run.traces == 1
     assert all(x.is_deleted() for x in jax.tree.leaves(run.born))
 
 
-def test_the_loss_is_the_mean_over_all_masked_in_targets():
+@pytest.mark.parametrize("run", [*REFERENCES, *RUNS], ids=str)
+def test_step_that_is_not_finite_changes_nothing_and_is_counted(run):
+    run = _run(*run)
+    before, after = run.states
+    same = jax.tree.map(np.array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
+    assert jax.tree.all(same)
+    assert int(after.step) == 3 and int(run.rows[-1]["skipped"]) == 1
+
+
+def test_loss_is_the_mean_over_all_masked_in_targets():
     """A mean of per-row means would give every row the same weight."""
-    model, batch = _model(), _batches(1)[0]
-    params = jax.jit(train.make_init(model, optim.optimiser()))(jax.random.key(0)).params
-    logits_BTV, _ = jax.jit(model.apply)({"params": params}, batch["tokens"][:, :-1])
-    logp = jax.nn.log_softmax(logits_BTV)
-    nll_BT = -np.take_along_axis(np.asarray(logp), batch["tokens"][:, 1:, None], axis=2)[..., 0]
-    assert _run(*RUNS[0]).rows[0]["loss_nats"] == pytest.approx(nll_BT[batch["mask"]].mean(), rel=1e-6)
+    run, batch = _run(*SINGLE), _batches(1)[0]
+    logits_BTV = np.asarray(forward(*drawn(_model(FEW_LEAVES)), batch["tokens"][:, :-1])[0], np.float64)
+    chosen_BT = np.take_along_axis(logits_BTV, batch["tokens"][:, 1:, None], axis=2)[..., 0]
+    nll_BT = np.log(np.exp(logits_BTV).sum(-1)) - chosen_BT
+    assert run.rows[0]["loss_nats"] == pytest.approx(nll_BT[batch["mask"]].mean(), rel=1e-6)
 
 
-def test_the_devices_of_pmap_hold_the_same_bits():
-    for x in jax.tree.leaves(_run("pmap", 4, 1).state):
+def test_pmap_devices_hold_the_same_bits():
+    for x in jax.tree.leaves(_run(*PMAP).state):
         first, *others = (np.asarray(s.data) for s in x.addressable_shards)
         assert len(others) == 3
         assert all(np.array_equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("run, width", [(("fsdp", 4, 1), 64), (("fsdp", 1, 2), 128)])
-def test_fsdp_splits_parameters_and_optimiser_and_never_the_layer_axis(run, width):
-    """Over the devices of a replica: 4, or 2 of 4."""
-    state = _run(*run).state
-    kernels = [state.params["blocks"]["ffn"]["key"]["kernel"], state.opt_state[1].mu["blocks"]["ffn"]["key"]["kernel"]]
-    for kernel in kernels:
-        assert {s.data.shape for s in kernel.addressable_shards} == {(2, 64, width)}
-    assert state.params["blocks"]["ln1"]["scale"].sharding.is_fully_replicated
+# ---------------------------------------------------------------------------------------------- what fsdp splits
+
+
+def test_fsdp_splits_parameters_and_moments_over_the_devices_of_a_replica():
+    """4 D channels over 2 of the 4 devices."""
+    state = _run(*FSDP).state
+    for tree in (state.params, state.opt_state[1].mu):
+        kernel = tree["blocks_0"]["ffn"]["key"]["kernel"]
+        assert {s.data.shape for s in kernel.addressable_shards} == {(D, 2 * D)}
+    assert state.params["blocks_0"]["ln1"]["scale"].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("replicas, first", [(1, 16), (2, 32)])
+def test_fsdp_splits_the_largest_axis_but_never_that_of_layers(replicas, first):
+    leaves = {"emb": (64, 12), "blocks": (64, 12, 5), "odd": (65, 63), "small": (64,)}
+    init, _, _ = parallel.fsdp(
+        lambda key: {name: np.zeros(shape) for name, shape in leaves.items()}, lambda *args: args, None, replicas
+    )
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    of_a_device = {name: x.sharding.shard_shape(x.shape) for name, x in shapes.items()}
+    assert of_a_device == leaves | {"emb": (first, 12), "blocks": (64, 12 * first // 64, 5)}
 
 
 def _activations_gathered(program):
@@ -116,34 +161,44 @@ def _activations_gathered(program):
     return re.findall(of_all_rows, text), re.findall(r" all-gather\(", text)
 
 
-@pytest.mark.parametrize("name, replicas", [("rwkv4", 2), ("transformer", 1)])
-def test_fsdp_gathers_weights_and_leaves_the_batch_split(name, replicas):
-    model, tx = _model(name), optim.optimiser()
-    raw = train.make_step(model, tx)
-    init, step, put = parallel.fsdp(train.make_init(model, tx), raw, replicas=replicas)
-    state, batch = init(jax.random.key(0)), put(_batches(1)[0])
-    program = step.lower(state, batch, np.float32(1e-2)).compile()
+def _check_gathers(program, state):
     activations, gathers = _activations_gathered(program)
     assert gathers and not activations
     of_a_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
     assert program.memory_analysis().alias_size_in_bytes == of_a_device  # donated
 
-    if replicas == 1:
-        shardings = jax.tree.map(lambda x: x.sharding, (state, batch))
-        unannotated = jax.jit(
-            lambda *args: raw(*args), in_shardings=(*shardings, None), out_shardings=(shardings[0], None)
-        )
-        program = unannotated.lower(state, batch, np.float32(1e-2)).compile()
-        assert _activations_gathered(program)[0]  # what the annotation is there to prevent
 
-
-@pytest.mark.parametrize("run", RUNS, ids=str)
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run):
+@pytest.mark.parametrize("run", [FSDP, pytest.param(("stacked", "fsdp", 1, 2), marks=pytest.mark.slow)], ids=str)
+def test_fsdp_gathers_weights_and_leaves_the_batch_split(run):
     run = _run(*run)
-    before, after = run.states
-    same = jax.tree.map(np.array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
-    assert jax.tree.all(same)
-    assert int(after.step) == 3 and int(run.rows[-1]["skipped"]) == 1
+    _check_gathers(run.program, run.state)
+
+
+@pytest.mark.slow
+def test_fsdp_of_a_transformer_gathers_activations_only_without_the_annotation():
+    model, tx = _model(MODELS["stacked"], "transformer"), optim.optimiser()
+    raw = train.make_step(model, tx)
+    init, step, put = parallel.fsdp(train.make_init(model, tx), raw)
+    operands = init(jax.random.key(0)), put(_batches(1)[0])
+    _check_gathers(step.lower(*operands, np.float32(1e-2)).compile(), operands[0])
+    shardings = jax.tree.map(lambda x: x.sharding, operands)
+    unannotated = jax.jit(
+        lambda *args: raw(*args), in_shardings=(*shardings, None), out_shardings=(shardings[0], None)
+    )
+    program = unannotated.lower(*operands, np.float32(1e-2)).compile()
+    assert _activations_gathered(program)[0]  # what the annotation is there to prevent
+
+
+# ------------------------------------------------------------------------------------------------ meshes, mistakes
+
+
+class Device:
+    """Slices cannot be had on one machine: a device that only says which one it is in."""
+
+    platform = device_kind = "cpu"
+
+    def __init__(self, slice_index):
+        self.slice_index = slice_index
 
 
 @pytest.mark.parametrize(
@@ -155,25 +210,22 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run):
         (8, [[0], [0], [1], [1], [2], [2], [3], [3]]),
     ],
 )
-def test_replicas_hold_as_few_slices_as_can_be(replicas, expected):
-    """Slices cannot be had on one machine: devices that only say which one they are in."""
-    devices = [SimpleNamespace(slice_index=i % 4, platform="cpu", device_kind="cpu") for i in range(8)]
-    grid = parallel._grid(devices, replicas)
+def test_grid_lets_a_replica_hold_as_few_slices_as_can_be(replicas, expected):
+    grid = parallel._grid([Device(i % 4) for i in range(8)], replicas)
     assert [[device.slice_index for device in row] for row in grid] == expected
 
 
-@pytest.mark.parametrize("replicas, strategy, expected", [(3, "fsdp", "a divisor of the 4"), (2, "pmap", "1 with")])
-def test_replicas_that_cannot_be_are_one_line(replicas, strategy, expected):
-    with pytest.raises(ValueError, match=f"replicas is {replicas}, expected {expected}"):
-        parallel.check_divisible(24, 1, strategy, replicas)
-
-
-@pytest.mark.parametrize("batch_size, accumulation, strategy", [(6, 1, "pmap"), (8, 4, "fsdp"), (3, 2, "single")])
-def test_a_batch_that_cannot_be_split_is_one_line(batch_size, accumulation, strategy):
-    with pytest.raises(ValueError, match=f"batch_size is {batch_size}, expected a multiple of"):
-        parallel.check_divisible(batch_size, accumulation, strategy)
-
-
-def test_an_unknown_strategy_is_one_line():
-    with pytest.raises(ValueError, match="strategy is 'ddp', expected one of single, pmap, fsdp"):
-        parallel.check_divisible(8, 1, "ddp")
+@pytest.mark.parametrize(
+    "batch_size, accumulation, strategy, replicas, expected",
+    [
+        (24, 1, "fsdp", 3, "replicas is 3, expected a divisor of the 4"),
+        (24, 1, "pmap", 2, "replicas is 2, expected 1 with"),
+        (6, 1, "pmap", 1, "batch_size is 6, expected a multiple of 4"),
+        (8, 4, "fsdp", 1, "batch_size is 8, expected a multiple of 16"),
+        (3, 2, "single", 1, "batch_size is 3, expected a multiple of 2"),
+        (8, 1, "ddp", 1, "strategy is 'ddp', expected one of single, pmap, fsdp"),
+    ],
+)
+def test_check_divisible_names_what_cannot_be_split(batch_size, accumulation, strategy, replicas, expected):
+    with pytest.raises(ValueError, match=expected):
+        parallel.check_divisible(batch_size, accumulation, strategy, replicas)

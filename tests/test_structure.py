@@ -1,6 +1,7 @@
-"""The rules of the house that a reader of the sources can check: who imports whom, and how long a file is."""
+"""Rules that a reader of the sources can check: who imports whom, how long files are, and where tests are."""
 
 import ast
+import collections
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("rwkv_jax", "configs", "experiments") for path in (ROOT / folder).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 # A module may import those of its own line and of lines further down; no two of a line may need each other.
 ORDER = (
@@ -21,8 +24,13 @@ ORDER = (
     {"ops"},
 )
 RANK = {name: len(ORDER) - i for i, line in enumerate(ORDER) for name in line}
-EDGES = {"run_config", "configs", "experiments"}  # where absl and ml_collections are at home
+EDGES = {"run_config", "configs", "experiments"}  # modules that may import absl and ml_collections
 NO_PRIVATE_NAMES = {"jax", "flax", "optax", "orbax", "grain"}
+MOST_LINES = 400
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 def module_of(path: Path) -> str:
@@ -31,19 +39,21 @@ def module_of(path: Path) -> str:
     return parts[1] if parts[0] == "rwkv_jax" else parts[0]
 
 
-def imports(path: Path):
+def imports(tree):
     """Dotted names that a file imports, those inside functions included: "jax.numpy", "rwkv_jax.models.build"."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+IMPORTS = {path: set(imports(tree)) for path, tree in TREES.items()}
 
 
 def rooms(path: Path):
     """Rooms of this project that a file imports."""
-    for name in imports(path):
+    for name in IMPORTS[path]:
         first, *rest = name.split(".")
         if first in ("experiments", "configs"):
             yield first
@@ -51,82 +61,134 @@ def rooms(path: Path):
             yield rest[0]
 
 
-ids = lambda path: str(path.relative_to(ROOT))
+def is_private(name: str) -> bool:
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
 
 
-def test_the_rules_see_every_module():
+def private_names(tree, names):
+    """Private names of libraries that a file imports, or reads from a module that it imports."""
+    yield from (name for name in names if name.split(".")[0] in NO_PRIVATE_NAMES and is_private(name))
+    bound = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).split(".")[0] in NO_PRIVATE_NAMES
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in bound:
+                yield ast.unparse(node)
+
+
+def forbidden_imports(here: str, names):
+    """Imports that a room does not allow."""
+    for name in names:
+        root = name.split(".")[0]
+        wrong = (
+            here == "ops" and root not in {"jax", "rwkv_jax", *sys.stdlib_module_names},
+            here == "models" and name.startswith("jax.sharding"),
+            here not in EDGES and root in {"absl", "ml_collections"},
+            here != "experiments" and root in {"torch", "transformers"},
+        )
+        if any(wrong):
+            yield name
+
+
+def test_structure_sees_every_module():
     found = {module_of(path) for path in SOURCES} - {"__init__"}
     assert {"ops", "models", "interop", "train"} <= found <= RANK.keys()
     package = [path for path in SOURCES if path.is_relative_to(ROOT / "rwkv_jax")]
     assert {path.parent for path in package} >= {ROOT / "rwkv_jax" / room for room in ("ops", "models", "interop")}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=ids)
-def test_imports_point_one_way(path):
-    here = module_of(path)
-    for room in rooms(path):
-        # a name of the table of contents, such as rwkv_jax.build, says nothing about where it lives
-        assert room in RANK, f"import {room} from its own module"
-        assert RANK[room] <= RANK[here], f"{here} imports {room}"
-
-
-def test_no_two_modules_need_each_other():
-    needs = {}
+def test_imports_point_one_way():
+    wrong = [f"{name_of(path)}: relative {name}" for path in SOURCES for name in IMPORTS[path] if name[0] == "."]
     for path in SOURCES:
-        needs.setdefault(module_of(path), set()).update(set(rooms(path)) - {module_of(path)})
-    while needs:
-        free = [room for room, others in needs.items() if not others & needs.keys()]
-        assert free, f"a circle among {sorted(needs)}"
+        here = module_of(path)
+        for room in rooms(path):
+            # a name of the table of contents, such as rwkv_jax.build, says nothing about where it lives
+            if room not in RANK:
+                wrong.append(f"{name_of(path)}: import {room} from its own module")
+            elif RANK[room] > RANK[here]:
+                wrong.append(f"{name_of(path)}: {here} imports {room}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_of_modules_form_no_circle():
+    needs = collections.defaultdict(set)
+    for path in SOURCES:
+        needs[module_of(path)] |= set(rooms(path)) - {module_of(path)}
+    while free := [room for room, others in needs.items() if not others & needs.keys()]:
         for room in free:
             del needs[room]
+    assert not needs, f"a circle among {sorted(needs)}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=ids)
-def test_what_a_room_may_import(path):
-    here, names = module_of(path), set(imports(path))
-    roots = {name.split(".")[0] for name in names}
-    if here == "ops":
-        assert roots <= {"jax", "rwkv_jax", *sys.stdlib_module_names}
-    if here == "models":
-        assert not any(name.startswith("jax.sharding") for name in names)
-    if here not in EDGES:
-        assert not roots & {"absl", "ml_collections"}
-    assert not roots & {"torch", "transformers"} or here == "experiments"
+def test_imports_of_a_room_are_allowed_there():
+    found = ((path, forbidden_imports(module_of(path), IMPORTS[path])) for path in SOURCES)
+    wrong = [f"{name_of(path)}: {name}" for path, names in found for name in names]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=ids)
-def test_no_private_names_of_libraries(path):
-    private = lambda name: any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
-    of_libraries = [name for name in imports(path) if name.split(".")[0] in NO_PRIVATE_NAMES]
-    assert not [name for name in of_libraries if private(name)]
-    tree = ast.parse(path.read_text())
-    bound = {
-        (alias.asname or alias.name).split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-        if (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0] in NO_PRIVATE_NAMES
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and private(node.attr):
-            root = node.value
-            while isinstance(root, ast.Attribute):
-                root = root.value
-            assert not (isinstance(root, ast.Name) and root.id in bound), ast.unparse(node)
+def test_private_names_of_libraries_are_not_used():
+    wrong = [f"{name_of(path)}: {name}" for path in SOURCES for name in private_names(TREES[path], IMPORTS[path])]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))], ids=ids)
-def test_a_file_ends_before_line_400(path):
-    assert len(path.read_text().splitlines()) <= 400
+def test_rules_of_imports_find_offenders():
+    """The other tests find nothing in a clean project; this is a file that breaks the rules."""
+    dirty = ast.parse("import jax._src.core\nimport flax.linen as nn\nfrom . import a\nnn.module._x\nnn.__doc__\n")
+    names = set(imports(dirty))
+    assert names == {"jax._src.core", "flax.linen", "..a"}
+    assert set(private_names(dirty, names)) == {"jax._src.core", "nn.module._x"}
+    assert list(forbidden_imports("ops", ["numpy", "jax.numpy", "math"])) == ["numpy"]
+    wrong = ["jax.sharding.Mesh", "absl.flags", "torch"]
+    assert list(forbidden_imports("models", wrong)) == wrong
+    assert not list(forbidden_imports("experiments", ["absl.flags", "torch", "numpy"]))
 
 
-def test_importing_the_package_imports_nothing_else():
+def test_files_end_before_line_400():
+    lines = {name_of(path): len(path.read_text().splitlines()) for path in {*SOURCES, *TESTS}}
+    wrong = sorted((count, name) for name, count in lines.items() if count > MOST_LINES)
+    assert not wrong, f"expected at most {MOST_LINES} lines: {wrong}"
+
+
+def test_folders_of_tests_mirror_the_package():
+    folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in TESTS} - {".", "goldens", "experiments"}
+    missing = sorted(folder for folder in folders if not (ROOT / "rwkv_jax" / folder).is_dir())
+    assert not missing, f"folders of tests without one in rwkv_jax: {missing}"
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports each test file under its basename."""
+    files = collections.defaultdict(list)
+    for path in TESTS:
+        if path.name != "conftest.py":
+            files[path.name].append(name_of(path))
+    twice = {name: paths for name, paths in files.items() if len(paths) > 1}
+    assert not twice, f"names used twice: {twice}"
+
+
+def test_package_import_loads_the_standard_library_alone():
     program = "import sys; before = set(sys.modules); import rwkv_jax; print(*set(sys.modules) - before)"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert {name for name in run.stdout.split() if name.split(".")[0] not in sys.stdlib_module_names} == {"rwkv_jax"}
 
 
-def test_every_name_of_the_contents_can_be_had():
+def test_package_has_every_name_of_its_contents():
+    import rwkv_jax
+
+    names = {name: getattr(rwkv_jax, name).__name__ for name in dir(rwkv_jax)}
+    assert {"build", "load", "save", "generate", "stream"} <= names.keys()
+    assert names["build"] == "build" and names["ops"] == "rwkv_jax.ops"
+
+
+@pytest.mark.slow
+def test_package_contents_load_in_a_fresh_process_without_warnings():
     program = "import rwkv_jax; print(*[f'{n}:{getattr(rwkv_jax, n).__name__}' for n in dir(rwkv_jax)])"
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
@@ -136,7 +198,7 @@ def test_every_name_of_the_contents_can_be_had():
     assert names["build"] == "build" and names["ops"] == "rwkv_jax.ops"
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_package_raises_attribute_error_for_an_unknown_name():
     import rwkv_jax
 
     with pytest.raises(AttributeError, match="module 'rwkv_jax' has no attribute 'biuld'"):

@@ -1,7 +1,8 @@
-"""Eq. 16 of arXiv:2305.13048 in NumPy float64, every weight written out: the judge of all forms of `ops.wkv4`.
+"""Eq. 16 of arXiv:2305.13048 in NumPy float64, every weight written out: the reference for all forms of `ops.wkv4`.
 
-A channel is a softmax average: token t gives source i the log weight (t-1-i) w + k_i, itself u + k_t, and the
-incoming past, whose mean is `mean` and whose log weight is `log_weight`, t w + log_weight.
+A channel is a softmax average: token t gives source i the log weight n w + k_i, with n the number of tokens between
+them, itself u + k_t, and the incoming past, whose mean is `mean` and whose log weight is `log_weight`,
+n w + log_weight. Padding is no token. A token sees its own document only, the first of a row also the past.
 
 Each result comes with its magnitude, the same sum with absolute values in place of the terms: where terms cancel,
 a relative error in each of them is an error relative to the magnitude and not to the result.
@@ -29,90 +30,69 @@ def past_of(state) -> Past:
         return Past(num / np.where(den == 0, 1, den), np.log(den) + log_scale)
 
 
-def _times(age, w):
-    return np.where(age == 0, 0.0, age * w) if np.isfinite(w) else np.where(age == 0, 0.0, -np.inf)
+def formula(w_D, u_D, k_BTD, v_BTD, past: Past, dy_BTD, reset_BT=None, valid_BT=None) -> dict[str, Sized]:
+    """Outputs `y`, the past after the last token (`mean`, `log_weight`), and the gradients of sum(dy * y) with respect
+    to `w`, `u` [B, D], `k`, `v` [B, T, D] and the incoming past, `past_mean` and `past_log_weight` [B, D].
+
+    Padding (`valid_BT` False) has results and gradients of 0; a reset there is ignored.
+    """
+    B, T, _ = k_BTD.shape
+    valid_BT = np.ones((B, T), bool) if valid_BT is None else valid_BT
+    reset_BT = np.zeros((B, T), bool) if reset_BT is None else reset_BT & valid_BT
+    w, u, k, v, mean, log_weight, dy = (np.asarray(x, np.float64) for x in (w_D, u_D, k_BTD, v_BTD, *past, dy_BTD))
+    rows = [
+        _row(w[:, None, None], u[:, None, None], k[b].T, v[b].T, mean[b], log_weight[b], dy[b].T, *masks)
+        for b, masks in enumerate(zip(reset_BT, valid_BT, strict=True))
+    ]
+    return {name: Sized(*(np.stack(x) for x in zip(*(row[name] for row in rows), strict=True))) for name in rows[0]}
 
 
-def _softmax(log_weights):
-    weights = np.exp(log_weights - log_weights.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
+def _row(w, u, k_DT, v_DT, mean_D, log_weight_D, dy_DT, reset_T, valid_T):
+    """(value, magnitude) of each result of one row. Source 0 is the incoming past, source 1 + i is token i."""
+    T = k_DT.shape[1]
+    log_k_D1S = np.concatenate([log_weight_D[:, None], k_DT], axis=1)[:, None]
+    values_DS = np.concatenate([mean_D[:, None], v_DT], axis=1)
+    sizes_DS = abs(values_DS)
+    document_T, count_T = np.cumsum(reset_T), np.cumsum(valid_T)
+    document_S, count_S, valid_S = np.r_[0, document_T], np.r_[0, count_T], np.r_[True, valid_T]
+    t, source = np.arange(T)[:, None], np.arange(-1, T)[None]
 
-
-def _channel(w, u, k_T, v_T, mean, log_weight, dy_T):
-    """Outputs, the past after the last token and the gradients of sum(dy * y) for one channel of one row."""
-    T = len(k_T)
-    t, source = np.arange(T)[:, None], np.arange(-1, T)[None]  # source -1 is the incoming past
-    age = np.where(source < 0, t, np.where(source < t, t - 1 - source, 0)).astype(float)
-    log_k = np.concatenate([[log_weight], k_T])[None]
     own = source == t
-    log_weights = np.where(source > t, -np.inf, _times(age, w) + log_k + u * own)
-    values = np.concatenate([[mean], v_T])
-    p = _softmax(log_weights)
-    y, y_size = p @ values, p @ abs(values)
+    age = np.where(own, 0, (count_T - valid_T)[:, None] - count_S).astype(float)
+    seen = valid_T[:, None] & valid_S & (source <= t) & (document_T[:, None] == document_S)
+    p = _softmax(_faded(age, w, seen) + log_k_D1S + u * own)[0]
+    y, y_size = np.einsum("dts,ds->dt", p, values_DS), np.einsum("dts,ds->dt", p, sizes_DS)
 
-    dlog = p * dy_T[:, None] * (values[None] - y[:, None])
-    size = p * abs(dy_T)[:, None] * (abs(values)[None] + y_size[:, None])
-    dvalues, dvalues_size = p.T @ dy_T, p.T @ abs(dy_T)
+    dlog = p * dy_DT[..., None] * (values_DS[:, None] - y[..., None])
+    size = p * abs(dy_DT)[..., None] * (sizes_DS[:, None] + y_size[..., None])
+    dvalues, dvalues_size = np.einsum("dts,dt->ds", p, dy_DT), np.einsum("dts,dt->ds", p, abs(dy_DT))
     both = lambda f: (f(dlog), f(size))
 
-    last_age = np.concatenate([[T], np.arange(T)[::-1]]).astype(float)
-    last = _times(last_age, w) + log_k[0]
-    top = last.max()
-    final = _softmax(last) @ values, top + np.log(np.exp(last - top).sum())
-    final_size = _softmax(last) @ abs(values), 1.0
+    age_after = (count_S[-1:] - count_S)[None].astype(float)
+    last, log_weight = _softmax(_faded(age_after, w, (valid_S & (document_S == document_S[-1]))[None]) + log_k_D1S)
     return {
-        "y": (y, y_size),
-        "mean": (final[0], final_size[0]),
-        "log_weight": (final[1], final_size[1]),
-        "w": both(lambda x: (x * age).sum()),
-        "u": both(lambda x: x[own].sum()),
-        "k": both(lambda x: x[:, 1:].sum(0)),
-        "v": (dvalues[1:], dvalues_size[1:]),
-        "past_mean": (dvalues[0], dvalues_size[0]),
-        "past_log_weight": both(lambda x: x[:, 0].sum()),
+        "y": (y.T, y_size.T),
+        "mean": ((last[:, 0] * values_DS).sum(-1), (last[:, 0] * sizes_DS).sum(-1)),
+        "log_weight": (log_weight[:, 0], np.ones_like(mean_D)),
+        "w": both(lambda x: (x * age).sum((1, 2))),
+        "u": both(lambda x: (x * own).sum((1, 2))),
+        "k": both(lambda x: x[:, :, 1:].sum(1).T),
+        "v": (dvalues[:, 1:].T, dvalues_size[:, 1:].T),
+        "past_mean": (dvalues[:, 0], dvalues_size[:, 0]),
+        "past_log_weight": both(lambda x: x[:, :, 0].sum(1)),
     }
 
 
-def formula(w_D, u_D, k_BTD, v_BTD, past: Past, dy_BTD) -> dict[str, Sized]:
-    """Outputs `y`, the past after the last token (`mean`, `log_weight`), and the gradients of sum(dy * y) with respect
-    to `w`, `u` [B, D], `k`, `v` [B, T, D] and the incoming past, `past_mean` and `past_log_weight` [B, D]."""
-    B, _, D = k_BTD.shape
-    w, u, k, v, mean, log_weight, dy = (np.asarray(x, np.float64) for x in (w_D, u_D, k_BTD, v_BTD, *past, dy_BTD))
-    rows = [
-        [_channel(w[d], u[d], k[b, :, d], v[b, :, d], mean[b, d], log_weight[b, d], dy[b, :, d]) for d in range(D)]
-        for b in range(B)
-    ]
-    stack = lambda name, which: np.stack(
-        [np.stack([channel[name][which] for channel in row], axis=-1) for row in rows]
-    )
-    return {name: Sized(stack(name, 0), stack(name, 1)) for name in rows[0][0]}
+def _faded(age, w, seen):
+    """Log of what is left after `age` steps of the decay `w`, -inf where a source is not seen."""
+    with np.errstate(invalid="ignore"):  # 0 times -inf
+        return np.where(seen, np.where(age == 0, 0.0, age * w), -np.inf)
 
 
-def documents(reset_T, valid_T):
-    """(positions of the tokens, whether the incoming past is theirs) of each document of a row."""
-    tokens_N = np.flatnonzero(valid_T)
-    first_N = np.flatnonzero(np.r_[True, reset_T[tokens_N][1:]])
-    return [(tokens, not reset_T[tokens[0]]) for tokens in np.split(tokens_N, first_N[1:]) if len(tokens)]
-
-
-def packed(w_D, u_D, k_BTD, v_BTD, past: Past, dy_BTD, reset_BT, valid_BT) -> dict[str, Sized]:
-    """`formula`, each document by itself; padding has results and gradients of 0."""
-    B, T, D = k_BTD.shape
-    by_token, by_row = ("y", "k", "v"), ("w", "u", "past_mean", "past_log_weight")
-    found = {name: np.zeros((2, B, T, D)) for name in by_token} | {name: np.zeros((2, B, D)) for name in by_row}
-    found["mean"] = np.stack([past.mean, abs(past.mean)])
-    found["log_weight"] = np.stack([past.log_weight, np.ones((B, D))])
-    for b in range(B):
-        for tokens, continues in documents(reset_BT[b], valid_BT[b]):
-            row = [x[b : b + 1] for x in past] if continues else [np.zeros((1, D)), np.full((1, D), -np.inf)]
-            k, v, dy = (x[b : b + 1, tokens] for x in (k_BTD, v_BTD, dy_BTD))
-            part = formula(w_D, u_D, k, v, Past(*row), dy)
-            for name in by_token:
-                found[name][:, b, tokens] = np.stack(part[name])[:, 0]
-            for name in by_row:
-                # what a document makes of no past is not a gradient of the incoming one
-                if continues or not name.startswith("past"):
-                    found[name][:, b] += np.stack(part[name])[:, 0]
-            for name in ("mean", "log_weight"):
-                found[name][:, b] = np.stack(part[name])[:, 0]
-    return {name: Sized(*x) for name, x in found.items()}
+def _softmax(log_weights):
+    """(weights, log of their sum) over the last axis: zeros and -inf where nothing is seen."""
+    top = log_weights.max(-1, keepdims=True)
+    weights = np.exp(log_weights - np.where(np.isfinite(top), top, 0))
+    total = weights.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        return weights / np.where(total == 0, 1, total), (top + np.log(total))[..., 0]

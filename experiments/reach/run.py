@@ -2,8 +2,8 @@
 
 Claim: gradients of RWKV neither explode nor vanish along time (the paper, appendix H). What it proves is about WKV
 alone: derivatives by W_v and W_k are a mean and a covariance under the weights, hence bounded whatever the length;
-`tests/test_wkv4_properties.py` checks both identities. Here is what is left of it in a whole model: the norm of the
-gradient of one prediction's loss by the embedding of the token n places before, against n.
+`tests/ops/test_wkv4_properties.py` checks both identities. Here is what is left of it in a whole model: the norm of
+the gradient of one prediction's loss by the embedding of the token n places before, against n.
 
     python -m experiments.reach.run                   200 steps of 2 x 64 on the embedded corpus, then 1,024 bytes back
     python -m experiments.reach.run --smoke --out=DIR

@@ -11,6 +11,9 @@ generation: a 12 x 768 RWKV-4 with V 50,277 decodes at least 2 times, and reads 
 ops: WKV forward and backward at B 4, T 1,024, D 512 takes at most 0.35 of the time of autodiff through a plain scan, 3
 times its own forward pass, and a quarter of the temporary memory; time a token from 32k to 128k within 25 %. Three
 times its own forward pass is an aim: 3.3 on 2026-11-24.
+startup: seconds of tracing, lowering and compiling a training step, a prompt and a decode step, and of the commands up
+to their first token or step, the former beside the `rwkv` package; `--against=PATH`, a checkout of another commit,
+takes all of it there too.
 
 On a GPU, with flash-linear-attention and torch for CUDA installed and RWKV-LM cloned to PATH, one command measures WKV
 beside the released CUDA kernel, that package's Triton kernel and fused attention, in at most 8 minutes; `pile`
@@ -20,10 +23,10 @@ measures training. Both ran once on an H100, see experiments/README.md. No TPU h
     python -m experiments.speed.pile
 
     make speed
-    python -m experiments.speed.run [--suite=train|decode|ops|generation] [--smoke] [--out=DIR] [--rwkv-lm=PATH]
+    python -m experiments.speed.run [--suite=train|decode|ops|generation|startup] [--smoke] [--out=DIR]
     python -m experiments.speed.plot
 
-Needs requirements-live.txt. Cost: about 12 minutes on 2 cores, which nothing else may use meanwhile.
+Needs requirements-live.txt. Cost: about 30 minutes on 2 cores, which nothing else may use meanwhile.
 """
 
 import argparse
@@ -33,9 +36,9 @@ import sys
 from pathlib import Path
 
 from experiments import stamp
-from experiments.speed import decode, generation, ops, train
+from experiments.speed import decode, generation, ops, startup, train
 
-SUITES = ("train", "decode", "ops", "generation")
+SUITES = ("train", "decode", "ops", "generation", "startup")
 
 
 def measure(suite, args):
@@ -43,6 +46,9 @@ def measure(suite, args):
     if suite == "ops":
         results = ops.run(args.smoke, args.rwkv_lm)
         return results, ops.report(results)
+    if suite == "startup":
+        results = startup.run(args.smoke, args.against)
+        return results, startup.report(results)
     module = {"train": train, "decode": decode, "generation": generation}[suite]
     results = module.run(args.smoke)
     return results, [line(row) for row in results.get("rows", [])] + module.report(results)
@@ -63,6 +69,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--rwkv-lm", type=Path, help="clone of BlinkDL/RWKV-LM, whose CUDA kernel is compiled and timed"
     )
+    parser.add_argument("--against", type=Path, help="a checkout of another commit, whose start is timed beside ours")
     args = parser.parse_args(argv)
     # JAX would take three quarters of a GPU's memory at its start, and the peers in torch need some.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -8,7 +8,7 @@ are only ever written behind what they hold, which is why a copy of everything e
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,12 @@ class Context:
 def rows(context: Context, index) -> Context:
     """The texts at `index`, an int, a slice or ids: `rows(context, [0, 0, 2])` holds the first one twice."""
     B = len(context.logits_BV)
-    picked = np.atleast_1d(np.arange(B)[index])  # NumPy refuses what is out of range, jax does not
-    return jax.tree.map(lambda x: jnp.asarray(x)[picked], context)
+    return _taken(context, np.atleast_1d(np.arange(B)[index]))  # NumPy refuses what is out of range, jax does not
+
+
+@jax.jit
+def _taken(context, index_N):
+    return jax.tree.map(lambda x: x[index_N], context)
 
 
 def concatenate(contexts: Sequence[Context]) -> Context:
@@ -42,7 +46,11 @@ def concatenate(contexts: Sequence[Context]) -> Context:
         raise ValueError("no contexts, expected at least one")
     if len({jax.tree.structure(context) for context in contexts}) > 1:
         raise ValueError("the contexts are those of different models, expected one model's")
+    return _joined(tuple(contexts))
 
+
+@jax.jit
+def _joined(contexts):
     def joined(*leaves):
         sizes = np.max([x.shape[1:] for x in leaves], axis=0).tolist()
         return jnp.concatenate([_filled_up(x, (len(x), *sizes)) for x in leaves])
@@ -57,12 +65,31 @@ def begin(model, context: Context | None, batch: int, room: int) -> Context:
         ValueError: the given one is another model's, or of another number of texts.
     """
     if context is None:
-        wide = jnp.promote_types(model.dtype, jnp.float32)
-        state = model.init_state(batch, max_length=_round_up(max(room, 1)))
-        return Context(state, jnp.zeros((batch, model.vocab_size), wide))
+        return _empty(model, batch, _round_up(max(room, 1)) if any(cache_axes(model)) else None)
     check(model, context, batch)
-    context = jax.tree.map(jnp.copy, context)
-    return with_room(model, context, room, room)
+    return _copied(model, context, _slots(model, context, room, room))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(model, batch, slots):
+    logits_BV = jnp.zeros((batch, model.vocab_size), jnp.promote_types(model.dtype, jnp.float32))
+    return Context(model.init_state(batch, max_length=slots), logits_BV)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _copied(model, context, slots):
+    """A copy with caches of `slots`."""
+    state = context.state
+    if slots is not None:
+        wanted = jax.eval_shape(lambda: model.init_state(len(context.logits_BV), max_length=slots))
+        state = jax.tree.map(lambda x, shape: _filled_up(x, shape.shape), state, wanted)
+    return jax.tree.map(jnp.copy, Context(state, context.logits_BV))
+
+
+@jax.jit
+def copy(tree):
+    """The same values in arrays of their own, which may be donated."""
+    return jax.tree.map(jnp.copy, tree)
 
 
 def check(model, context: Context, batch: int) -> None:
@@ -97,18 +124,21 @@ def with_room(model, context: Context, room: int, likely: int) -> Context:
 
     Where they must grow, they double, but to no more than `likely` tokens need: few shapes to compile, few copies.
     """
+    slots = _slots(model, context, room, likely)
+    return context if slots is None else _copied(model, context, slots)
+
+
+def _slots(model, context, room, likely) -> int | None:
+    """Length to which the caches have to grow for `room` more tokens; None: there is room, or there are no caches."""
     axes = cache_axes(model)
     if not any(axes):
-        return context
+        return None
     leaves = jax.tree.leaves(context.state)
     slots = next(x.shape[grows[0]] for x, grows in zip(leaves, axes, strict=True) if grows)
-    length = max(int(entry.cache.length_B.max()) for entry in context.state if hasattr(entry, "cache"))
+    length = max(int(np.max(entry.cache.length_B)) for entry in context.state if hasattr(entry, "cache"))
     if length + room <= slots:
-        return context
-    slots = _round_up(max(length + room, min(2 * slots, length + likely)))
-    wanted = jax.eval_shape(lambda: model.init_state(len(context.logits_BV), max_length=slots))
-    state = jax.tree.map(lambda x, shape: _filled_up(x, shape.shape), context.state, wanted)
-    return Context(state, context.logits_BV)
+        return None
+    return _round_up(max(length + room, min(2 * slots, length + likely)))
 
 
 def _round_up(length: int) -> int:
@@ -123,10 +153,11 @@ def _filled_up(x, shape):
 def mark(model, context: Context) -> Context:
     """What `go_back` needs of a context: a copy of all but its caches."""
     leaves, tree = jax.tree.flatten(context.state)
-    kept = [None if grows else jnp.copy(x) for x, grows in zip(leaves, cache_axes(model), strict=True)]
-    return Context(jax.tree.unflatten(tree, kept), jnp.copy(context.logits_BV))
+    kept = [None if grows else x for x, grows in zip(leaves, cache_axes(model), strict=True)]
+    return copy(Context(jax.tree.unflatten(tree, kept), context.logits_BV))
 
 
+@jax.jit
 def go_back(context: Context, marked: Context, back_B) -> Context:
     """The context, texts where `back_B` is true as they were when marked."""
 

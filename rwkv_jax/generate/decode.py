@@ -2,7 +2,7 @@
 
 A prompt is read many tokens at a time, in the parallel form; decoding then draws a token from the last logits and
 reads it, one after the other, several in one call of a compiled function. Both are compiled once for a model and a
-batch size, whatever the settings of the sampler and the number of tokens; prompts share nine shapes, whatever their
+batch size, whatever the settings of the sampler and the number of tokens; prompts share three shapes, whatever their
 length. A row of a batch ends by itself: from then on nothing it remembers changes.
 """
 
@@ -22,6 +22,7 @@ from rwkv_jax.generate.context import Context, begin, check, with_room
 from rwkv_jax.models import unstack
 
 PROMPT_CHUNK = 256  # tokens of a prompt read at one time
+FIRST_CHUNKS = (16, 64, PROMPT_CHUNK)  # of these the first chunk is the shortest that will do
 DISPATCH = 32  # tokens decoded before they reach the host, at most
 LIKELY = 1024  # new tokens for which caches have room from the start
 
@@ -29,9 +30,9 @@ LIKELY = 1024  # new tokens for which caches have room from the start
 def read(model, params, prompts, context: Context | None = None) -> Context:
     """What the model remembers after reading the prompts.
 
-    Memory does not grow with their length: `PROMPT_CHUNK` tokens at a time. The first chunk is a power of 2 that holds
-    the rest, filled up with padding on its left: few shapes to compile, at most twice the work for a short prompt.
-    Prompts of different lengths are filled up on their left to the longest.
+    Memory does not grow with their length: `PROMPT_CHUNK` tokens at a time. The first chunk holds the rest, one of
+    `FIRST_CHUNKS` filled up with padding on its left: few shapes to compile, at most four times the work for a prompt
+    of more than 16 tokens. Prompts of different lengths are filled up on their left to the longest.
 
     Args:
         prompts: ids in [0, V): [T], [B, T], or B lists of any lengths. An empty one is nothing after a context, and
@@ -45,18 +46,42 @@ def read(model, params, prompts, context: Context | None = None) -> Context:
 
 def read_on(model, params, context: Context, prompts: list[np.ndarray]) -> Context:
     """`read` for parameters of one layer each and a context of its own with enough room, which is used up."""
+    for chunk in _chunks(prompts):
+        context = _read(model, params, context, *chunk)
+    return context
+
+
+def _chunks(prompts):
+    """(tokens_BT, valid_BT, whether it is the last) of each chunk of the prompts."""
     T = max(map(len, prompts))
-    if T == 0:
-        return context
     rest = T % PROMPT_CHUNK
-    first = 1 << (rest - 1).bit_length() if rest else PROMPT_CHUNK
+    first = next(n for n in FIRST_CHUNKS if rest <= n) if rest else PROMPT_CHUNK
     padded = T + (first - T) % PROMPT_CHUNK
     tokens_BT, valid_BT = np.zeros((len(prompts), padded), np.int32), np.zeros((len(prompts), padded), bool)
     for b, prompt in enumerate(prompts):
         tokens_BT[b, padded - len(prompt) :], valid_BT[b, padded - len(prompt) :] = prompt, True
-    for start, end in itertools.pairwise([0, *range(first, padded + 1, PROMPT_CHUNK)]):
-        context = _read(model, params, context, tokens_BT[:, start:end], valid_BT[:, start:end], end == padded)
-    return context
+    for start, end in itertools.pairwise([0, *range(first, padded + 1, PROMPT_CHUNK)] if T else []):
+        yield tokens_BT[:, start:end], valid_BT[:, start:end], end == padded
+
+
+def logits(model, params, prompts, context: Context | None = None) -> tuple[list[np.ndarray], Context]:
+    """Logits [T, V] of what follows each token of each prompt, float32 at least, and what `read` returns."""
+    model, params = per_layer(model, params)
+    rows, _ = as_prompts(prompts, model.vocab_size, context)
+    context = begin(model, context, len(rows), max(map(len, rows)))
+    found = [np.zeros((len(rows), 0, model.vocab_size), context.logits_BV.dtype)]
+    for tokens_BT, valid_BT, _ in _chunks(rows):
+        logits_BTV, context = _logits(model, params, context, tokens_BT, valid_BT)
+        found.append(np.asarray(logits_BTV))
+    found_BTV = np.concatenate(found, axis=1)
+    return [row_TV[len(row_TV) - len(row) :] for row_TV, row in zip(found_BTV, rows, strict=True)], context
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _logits(model, params, context, tokens_BT, valid_BT):
+    logits_BTV, state = model.apply({"params": params}, tokens_BT, context.state, valid_BT=valid_BT)
+    last_BV = jnp.where(valid_BT.any(1, keepdims=True), logits_BTV[:, -1], context.logits_BV)
+    return logits_BTV, Context(state, last_BV)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -127,14 +152,21 @@ def prepare(
         sampler = Partial(sampler)
 
     def progress():
-        key_B = jax.vmap(jax.random.key)(seed_B.astype(np.uint32))
-        if np.ndim(seed) == 0:
-            row_B = (-np.arange(B)).astype(np.uint32)  # from the upper end, where no token's index comes
-            key_B = jnp.where(jnp.arange(B) == 0, key_B, jax.vmap(jax.random.fold_in)(key_B, row_B))
+        key_B = _keys(seed_B.astype(np.uint32), np.ndim(seed) == 0)
         after = read_on(model, params, begin(model, context, B, room), prompts)
         return Progress(after, history, sampler, jnp.asarray(stop_V), key_B, index_B, left_B)
 
     return progress
+
+
+@partial(jax.jit, static_argnums=1)
+def _keys(seed_B, shared):
+    """A key for each row, of its seed; of one `shared` seed the first row's is the seed's own."""
+    key_B = jax.vmap(jax.random.key)(seed_B)
+    if not shared:
+        return key_B
+    row_B = (-np.arange(len(seed_B))).astype(np.uint32)  # from the upper end, where no token's index comes
+    return jnp.where(row_B == 0, key_B, jax.vmap(jax.random.fold_in)(key_B, row_B))
 
 
 def advance(model, params, progress: Progress, count: int = DISPATCH) -> tuple[list[list[int]], Progress]:

@@ -53,8 +53,8 @@ def generate_with_context(
     prompts, single = as_prompts(prompt_ids, models[0].vocab_size, context)
     start = prepare(models[0], params[0], prompts, context=context, **settings)()
     contexts = (start.context, read(models[1], params[1], [row if len(row) else [0] for row in prompts]))
-    next_B = start.sampler(
-        start.context.logits_BV, _keys(start.key_B, jnp.asarray(start.index_B, jnp.uint32)), start.history
+    next_B = _first(
+        start.sampler, start.context.logits_BV, start.key_B, start.index_B.astype(np.uint32), start.history
     )
     history, index_B, left_B = start.history, start.index_B, start.left_B
     tokens, room = [[] for _ in prompts], ROUNDS * (num_draft + 1)
@@ -72,6 +72,11 @@ def generate_with_context(
         for b in np.flatnonzero((left_B > 0) & (np.asarray(next_B) < 0)):
             raise ValueError(f"row {b} has no token to draw: all are banned, or its logits are not finite")
     return (tokens[0] if single else tokens), contexts[0]
+
+
+@jax.jit
+def _first(sampler, logits_BV, key_B, index_B, history):
+    return sampler(logits_BV, _keys(key_B, index_B), history)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))

@@ -11,12 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax import tokenizers
-from rwkv_jax.generate.context import Context, go_back, mark, with_room
+from rwkv_jax.generate.context import Context, copy, go_back, mark, with_room
 from rwkv_jax.generate.decode import DISPATCH, advance, as_prompts, per_layer, prepare, read, read_on
 
 
@@ -103,7 +101,7 @@ class Texts:
     def context(self) -> Context:
         """What has read the prompts and exactly `tokens`; also after an interruption, which makes it read again."""
         if self._intact:
-            return jax.tree.map(jnp.copy, self._begun().context)
+            return copy(self._begun().context)
         texts = [
             np.append(prompt, row.tokens).astype(int) for prompt, row in zip(self._prompts, self._rows, strict=True)
         ]

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from rwkv_jax.interop import files
-from rwkv_jax.models import build
+from rwkv_jax.models import build, unstack
 
 # Parts of names that tell a later version, in this order: 6 and 7 have ln_x too.
 _LATER_VERSIONS = {".att.r_k": "RWKV-7", ".att.time_maa": "RWKV-6", ".att.ln_x.": "RWKV-5"}
@@ -172,9 +172,14 @@ def check(tensors: Mapping[str, np.ndarray], model: nn.Module) -> None:
 
 
 def parameter_shapes(model: nn.Module) -> Any:
-    """The tree of `jax.ShapeDtypeStruct` of a model's parameters; computes nothing."""
-    tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(lambda tokens_BT: model.init(jax.random.key(0), tokens_BT), tokens_BT)["params"]
+    """The tree of `jax.ShapeDtypeStruct` of a model's parameters; computes nothing, and traces one layer of a kind."""
+    shapes = jax.eval_shape(functools.partial(_init, model.clone(scan=True)), jax.random.key(0))
+    return shapes if model.scan else jax.eval_shape(unstack, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for a model, however often its shapes are asked for
+def _init(model, key):
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def sharding_tree(sharding: Any, shapes: Any) -> Any:
@@ -190,7 +195,7 @@ def sharding_tree(sharding: Any, shapes: Any) -> Any:
 def place(read: Callable, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> jax.Array:
     """The array whose part at `index`, a tuple of slices, is `read(index)`; a host reads its devices' parts."""
     if sharding is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
+        return jax.device_put(read((slice(None),) * len(shape)))  # `jnp.asarray` compiles a program for each shape
     return jax.make_array_from_callback(shape, sharding, read)
 
 

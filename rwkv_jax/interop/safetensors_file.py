@@ -81,7 +81,8 @@ def _view(path, buffer, start: int, held: int, name: str, entry) -> np.ndarray:
         raise ValueError(f"{path}: damaged: {name!r} has no dtype, shape and two data_offsets") from error
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{path}: {name!r} has dtype {dtype!r}, expected one of {', '.join(_DTYPES)}")
-    if not all(type(n) is int and n >= 0 for n in sizes) or not files.can_be_a_shape(shape):
+    whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in sizes)
+    if not whole or not files.can_be_a_shape(shape):
         raise ValueError(f"{path}: damaged: {name!r} has shape {shape!r:.99} and offsets {[begin, end]!r:.99}")
     needed = math.prod(shape) * jnp.dtype(_DTYPES[dtype]).itemsize
     if end - begin != needed or end > held:

@@ -70,6 +70,8 @@ def orthogonal(scale: float = 1.0):
     return init
 
 
+# Jitted, and so traced once for a shape: linen evaluates the shape of every parameter's initialiser in every `apply`.
+@partial(jax.jit, static_argnums=(0, 2, 3))
 def _orthogonal(gain, key, shape, dtype):
     wide = jnp.promote_types(dtype, jnp.float32)  # the decomposition behind it knows no 16-bit numbers
     return nn.initializers.orthogonal(gain)(key, shape, wide).astype(dtype)
@@ -150,14 +152,16 @@ def depth_ratios(layer, num_layers: int):
     return layer / max(num_layers - 1, 1), 1 - layer / num_layers
 
 
-def mix_ramp(dim: int, power):
-    """(i / D)^power, the released shape of `time_mix_*` over the channels."""
-    return (jnp.arange(dim) / dim) ** power
+def mix_ramp(dim: int, power, offset=0.0):
+    """A function that returns (i / D)^power + offset, the released shape of `time_mix_*` over the channels."""
+    return lambda: (jnp.arange(dim) / dim) ** power + offset
 
 
-def vector(module: nn.Module, name: str, value, dtype):
-    """A per-channel parameter whose initial value is a formula rather than a draw."""
-    return module.param(name, lambda _: value.astype(dtype))
+def vector(module: nn.Module, name: str, value: Callable, dtype):
+    """A per-channel parameter whose initial value is a formula, `value()`, which is traced at the start only."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, lambda _: value().astype(dtype))
 
 
 def observe(module: nn.Module, name: str, value):

@@ -135,7 +135,11 @@ def _one_of(what, given, known):
 
 
 class LM(nn.Module):
-    """Fields are plain JSON values; None means the model's own default."""
+    """Fields are plain JSON values; None means the model's own default.
+
+    `apply` in `jax.jit` is one program for each shape. Outside of it a plain forward pass runs operation by operation,
+    one layer after the other, for stacked parameters on a copy of each layer's: slower, but nothing is compiled twice.
+    """
 
     vocab_size: int
     num_layers: int
@@ -181,6 +185,7 @@ class LM(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, 0),
                 length=self.num_layers // len(self.layers),
+                check_constancy_invariants=False,  # nothing is broadcast out of a layer: else it is traced twice
             )(**unit.keywords)
         else:
             make = {kind: self._block(kind, linear, norm) for kind in self.layers}
@@ -243,6 +248,11 @@ class LM(nn.Module):
         The state is a tuple with one entry a layer, leaves [B, ...]; without one coming in, an attention layer's
         entry is None (no cache is allocated).
         """
+        if self.scan and self._eager(tokens_BT, state, reset_BT, valid_BT):
+            # linen hands its lifted scan a new function in every call, which JAX would compile in every call
+            apart, params = self.clone(scan=False, parent=None), unstack(self.variables["params"])
+            masks = {"reset_BT": reset_BT, "valid_BT": valid_BT}
+            return apart.apply({"params": params}, tokens_BT, state, **masks, method="hidden")
         x_BTD = dropout(self, self.emb(tokens_BT), self.dropout)
         if self.embedding_norm:
             x_BTD = self.ln0(x_BTD)
@@ -262,6 +272,13 @@ class LM(nn.Module):
         state = (state,) if period == 1 else state
         entry = lambda i: jax.tree.map(lambda x: x[i // period], state[i % period])
         return self.ln_out(x_BTD), tuple(entry(i) for i in range(self.num_layers))
+
+    def _eager(self, *operands):
+        """Whether this is a plain forward pass outside of `jax.jit` and other transforms."""
+        collecting = any(map(self.is_mutable_collection, ("params", "intermediates")))
+        if collecting or (self.dropout and self.has_rng("dropout")):
+            return False
+        return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((self.variables, operands)))
 
     def logits(self, x_BTD):
         """Logits [B, T, V], float32, of activations from `hidden`. Prefill needs them for the last position only."""

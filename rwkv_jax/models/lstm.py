@@ -34,6 +34,7 @@ def default_hidden_dim(dim: int) -> int:
     return round(dim * (math.sqrt(233) - 5) / 8)
 
 
+@partial(jax.jit, static_argnames="precision")
 def lstm(x_BTG, recurrent_FG, state: LayerState, reset_BT=None, valid_BT=None, precision=None):
     """h [B, T, F] of the recurrence and the state after it, from what the input adds to the gates i, f, g, o.
 

@@ -82,12 +82,11 @@ class TimeMix(nn.Module):
         up, down = depth_ratios(layer, self.num_layers)
         mix_dtype = self.linear.keywords["param_dtype"]
         decay_dtype = jnp.promote_types(mix_dtype, jnp.float32)  # a bf16 decay would round memory away
-        i_D = jnp.arange(D)
-        ramps = {"k": mix_ramp(D, down), "v": mix_ramp(D, down) + 0.3 * up, "r": mix_ramp(D, 0.5 * down)}
+        ramps = {"k": mix_ramp(D, down), "v": mix_ramp(D, down, 0.3 * up), "r": mix_ramp(D, 0.5 * down)}
         mixed, last_BD = _mixed(self, ramps, mix_dtype, x_BTD, last_BD, reset_BT, valid_BT)
-        time_decay = vector(self, "time_decay", -5 + 8 * (i_D / max(D - 1, 1)) ** (0.7 + 1.3 * up), decay_dtype)
-        w_D = -jnp.exp(time_decay)
-        u_D = self._bonus(jnp.log(0.3) + 0.5 * ((i_D + 1) % 3 - 1), w_D)
+        decay = lambda: -5 + 8 * (jnp.arange(D) / max(D - 1, 1)) ** (0.7 + 1.3 * up)
+        w_D = -jnp.exp(vector(self, "time_decay", decay, decay_dtype))
+        u_D = self._bonus(lambda: jnp.log(0.3) + 0.5 * ((jnp.arange(D) + 1) % 3 - 1), w_D)
 
         matrix = lambda name: self.linear(D, kernel_init=kernel_init(variant.matrix_init, f"att.{name}"), name=name)
         k_BTD, v_BTD = matrix("key")(mixed["k"]), matrix("value")(mixed["v"])
@@ -103,7 +102,7 @@ class TimeMix(nn.Module):
         o_BTD = matrix("output")(gate_BTD * y_BTD)
         return checkpoint_name(o_BTD, "att"), last_BD, wkv_state
 
-    def _bonus(self, start_D, w_D):
+    def _bonus(self, start, w_D):
         """u of Eq. 16, which is all that tells apart what becomes of the newest two tokens.
 
         "excluded": the weight exp(u + k_t) is 0, unless nothing came before: a document's first token sees itself.
@@ -111,7 +110,7 @@ class TimeMix(nn.Module):
         exp(w), it is Eq. 16 with the bonus u - w.
         """
         if self.variant.current_token == "bonus":
-            u_D = vector(self, "time_first", start_D, w_D.dtype)
+            u_D = vector(self, "time_first", start, w_D.dtype)
         else:
             u_D = jnp.full_like(w_D, 0 if self.variant.current_token == "plain" else NOTHING)
         return u_D if self.variant.previous_token == "whole" else u_D - w_D
@@ -129,9 +128,9 @@ class ChannelMix(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, last_BD, reset_BT, valid_BT, layer):
         D, F, variant = self.dim, self.hidden_dim, self.variant
-        ramp_D = mix_ramp(D, depth_ratios(layer, self.num_layers)[1])
+        ramp = mix_ramp(D, depth_ratios(layer, self.num_layers)[1])
         mix_dtype = self.linear.keywords["param_dtype"]
-        ramps = {"k": ramp_D, "r": ramp_D}
+        ramps = {"k": ramp, "r": ramp}
         mixed, last_BD = _mixed(self, ramps, mix_dtype, x_BTD, last_BD, reset_BT, valid_BT)
 
         matrix = lambda name, F: self.linear(F, kernel_init=kernel_init(variant.matrix_init, f"ffn.{name}"), name=name)
@@ -147,10 +146,10 @@ class ChannelMix(nn.Module):
 def _mixed(module, ramps, dtype, x_BTD, last_BD, reset_BT, valid_BT):
     """(inputs of receptance, key and value by letter, last activations to carry): token shift, or none of it."""
     if not module.variant.receptance:
-        ramps = {name: ramp_D for name, ramp_D in ramps.items() if name != "r"}
+        ramps = {name: ramp for name, ramp in ramps.items() if name != "r"}
     if not module.variant.token_shift:
         return dict.fromkeys(ramps, x_BTD), last_BD
-    mixes = {name: vector(module, f"time_mix_{name}", ramp_D, dtype) for name, ramp_D in ramps.items()}
+    mixes = {name: vector(module, f"time_mix_{name}", ramp, dtype) for name, ramp in ramps.items()}
     xx_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
     return {name: lerp(x_BTD, xx_BTD, mix_D) for name, mix_D in mixes.items()}, last_BD
 

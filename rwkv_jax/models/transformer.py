@@ -29,6 +29,7 @@ from rwkv_jax.models.layers import (
     token_shift,
     vector,
 )
+from rwkv_jax.ops import target_platform
 
 zeros = nn.initializers.zeros
 
@@ -61,6 +62,7 @@ def rotate(x_BTHK, position_BT):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
 
+@partial(jax.jit, static_argnames="precision")
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, precision=None):
     """Softmax attention of every token to the valid tokens from `start` to itself; no past.
 
@@ -69,7 +71,7 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, preci
     pass: no [T, T] array exists in either, and the future half is not computed.
     """
     plain = start_BT is None and valid_BT is None
-    if plain and q_BTHK.dtype.itemsize == 2 and jax.default_backend() == "gpu":
+    if plain and q_BTHK.dtype.itemsize == 2 and target_platform() == "gpu":
         return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
 
     T = q_BTHK.shape[1]
@@ -98,6 +100,7 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, preci
     return rearrange(jnp.concatenate(out, axis=2), "b h t k -> b t h k")
 
 
+@partial(jax.jit, static_argnames="precision")
 def cached_attention(q_BTHK, cache: KVCache, slot_BT, start_BT, precision=None):
     """Attention of tokens already written to `cache` at `slot` to the slots from `start` to their own.
 
@@ -165,7 +168,7 @@ class Attention(nn.Module):
         if self.token_shift:
             up, down = depth_ratios(layer, self.num_layers)
             xx_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
-            mixes = (mix_ramp(D, 0.5 * down), mix_ramp(D, down), mix_ramp(D, down) + 0.3 * up)
+            mixes = (mix_ramp(D, 0.5 * down), mix_ramp(D, down), mix_ramp(D, down, 0.3 * up))
             dtype = self.linear.keywords["param_dtype"]
             inputs = [
                 lerp(x_BTD, xx_BTD, vector(self, f"time_mix_{name}", mix, dtype))
@@ -231,8 +234,8 @@ class MLP(nn.Module):
     def __call__(self, x_BTD, last_BD, reset_BT, valid_BT, layer):
         if self.token_shift:
             xx_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
-            ramp_D = mix_ramp(self.dim, depth_ratios(layer, self.num_layers)[1])
-            mix_D = vector(self, "time_mix_k", ramp_D, self.linear.keywords["param_dtype"])
+            ramp = mix_ramp(self.dim, depth_ratios(layer, self.num_layers)[1])
+            mix_D = vector(self, "time_mix_k", ramp, self.linear.keywords["param_dtype"])
             x_BTD = lerp(x_BTD, xx_BTD, mix_D)
         k_BTF = checkpoint_name(self.linear(self.hidden_dim, kernel_init=orthogonal(), name="key")(x_BTD), "ffn_key")
         observe(self, "active_F", lambda: (k_BTF > 0).any((0, 1)))

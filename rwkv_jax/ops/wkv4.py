@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from rwkv_jax.ops.kernels import hopper_at_hand
+from rwkv_jax.ops.dispatch import suited_form, target_platform
 
 FORMS = ("scan", "associative", "pallas")
 
@@ -79,40 +79,39 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
         valid_BT: False where a token is padding: it leaves the state untouched, its y means nothing and takes no
             gradient (a reset there is ignored).
         impl: "scan", "associative", "pallas" (a kernel for TPUs and one for NVIDIA GPUs from Hopper on, that for TPUs
-            interpreted on a CPU), or None for the one that suits the platform. A named form is never replaced.
+            interpreted on a CPU), or None for the one that suits `target_platform()`. A named form is never replaced.
+            To compile for a TPU on another machine, name "pallas" or trace under `jax.set_mesh` of the TPU's devices.
 
     Returns:
         y_BTD in the dtype of v, inside [min v, max v] of the tokens seen, and the `WKV4State` after the last token.
     """
-    B, T, D = _check(w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT, impl)
-    dtype = jnp.promote_types(jnp.promote_types(k_BTD.dtype, v_BTD.dtype), jnp.float32)
+    _check(w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT, impl)
+    if impl is None:
+        impl = "scan" if k_BTD.shape[1] == 1 else suited_form(target_platform(), _wide(k_BTD, v_BTD))
+    return _applied(impl, w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT)
+
+
+# Compiled once for its shapes where it is called outside of `jax.jit`, and traced once for all layers where inside.
+@partial(jax.jit, static_argnums=0)
+def _applied(impl, w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT):
+    (B, T, D), dtype = k_BTD.shape, _wide(k_BTD, v_BTD)
     state = WKV4State.empty(B, D, dtype) if state is None else jax.tree.map(lambda x: x.astype(dtype), state)
     if T == 0:
         return v_BTD, state
     if reset_BT is not None and valid_BT is not None:
         reset_BT = reset_BT & valid_BT
     operands = (w_D.astype(dtype)[None], u_D.astype(dtype)[None], k_BTD, v_BTD, state, reset_BT, valid_BT)
-    if T == 1 and impl is None:
-        impl = "scan"
-    if impl in ("scan", "associative"):
+    if impl != "pallas":
         return _wkv4(impl, *operands)
-    # Chosen when lowering, so that compiling for a TPU on a CPU picks the TPU's form. What is known, 2026-11-24:
-    # CPU: measured on 2 cores, scan is the fastest at every length and size (experiments/speed/results.json).
-    # TPU: compiled for v5e and v5p, not run. Forward and backward at B 8, T 4,096, D 1,024, bfloat16: associative
-    #   accesses 66 to 70 times the bytes of inputs and outputs and takes 2.0 GB beside them, the kernel 0.07 GB.
-    # CUDA: measured on an H100, forward and backward at B 8, T 4,096, D 4,096, bfloat16: the kernel 1.2 ms,
-    #   associative 11.7, scan 113, the released CUDA kernel 4.2. The kernel needs Hopper, which lowering cannot see:
-    #   it is chosen where such GPUs are at hand, and by name.
-    form = lambda name: partial(_wkv4, name)
-    if impl is None:
-        cuda = form("gpu" if dtype != jnp.float64 and hopper_at_hand() else "associative")
-        return lax.platform_dependent(
-            *operands, cpu=form("scan"), tpu=form("tpu"), cuda=cuda, default=form("associative")
-        )
-    kernels = {"cpu": form("interpreted"), "tpu": form("tpu")}
+    # by name, the kernel of the platform for which the program is lowered, whatever this machine has
+    kernels = {"cpu": partial(_wkv4, "interpreted"), "tpu": partial(_wkv4, "tpu")}
     if dtype != jnp.float64:
-        kernels["cuda"] = form("gpu")
+        kernels["cuda"] = partial(_wkv4, "gpu")
     return lax.platform_dependent(*operands, **kernels)
+
+
+def _wide(k_BTD, v_BTD):
+    return jnp.promote_types(jnp.promote_types(k_BTD.dtype, v_BTD.dtype), jnp.float32)
 
 
 def _check(w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT, impl):
@@ -130,7 +129,6 @@ def _check(w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT, impl):
     ):
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} is {x.shape}, expected {shape}")
-    return B, T, D
 
 
 # ------------------------------------------------------------------------------------------- one token

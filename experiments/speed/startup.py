@@ -1,0 +1,229 @@
+"""What a start costs before the first number: tracing, lowering, compiling, and whole commands.
+
+Each is measured in a process of its own, so that nothing is cached but Python's byte code. With `--against=PATH`, a
+checkout of another commit, it is measured there too, in turn with ours.
+
+    python -m experiments.speed.run --suite=startup [--against=PATH]
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"6 x 512": (6, 512, 256), "12 x 768": (12, 768, 50277)}
+SMOKE_SIZES = {"2 x 16": (2, 16, 256)}
+LAYOUTS = {"stacked": True, "unstacked": False}
+PROGRAMS = ("training step", "prompt", "decode step")
+PROMPT, BATCH, WINDOW = 256, 4, 512  # tokens of a prompt; rows and tokens of a training step
+ROUNDS = 3
+WORLD_VOCAB = 65536
+SIZE_OF_COMMANDS, SMOKE_SIZE_OF_COMMANDS = (12, 768), (2, 64)
+TEXT = "The Eiffel tower is in the city of"
+PACKAGE = """
+import sys
+from rwkv.model import RWKV
+from rwkv.utils import PIPELINE, PIPELINE_ARGS
+model = RWKV(model=sys.argv[1], strategy="cpu fp32", verbose=False)
+print(PIPELINE(model, "rwkv_vocab_v20230424").generate(sys.argv[2], 1, PIPELINE_ARGS(temperature=1.0, top_p=1.0)))
+"""
+
+
+def run(smoke=False, against=None):
+    """Rows of programs and of commands, medians over rounds, seconds."""
+    sides = {"ours": ROOT} | ({"theirs": Path(against).resolve()} if against else {})
+    cells = list(itertools.product(SMOKE_SIZES if smoke else SIZES, LAYOUTS, PROGRAMS))
+    rounds = 1 if smoke else ROUNDS
+    rows = []
+    for size, layout, program in tqdm(cells, desc="programs"):
+        times = {side: [] for side in sides}
+        for i in range(rounds):
+            for side, folder in sides.items():
+                once = [] if i else ["--compile"]  # which takes longest and varies least
+                times[side].append(_fresh(folder, [__file__, size, layout, program, *once]))
+        medians = {side: _medians(taken) for side, taken in times.items()}
+        rows.append({"size": size, "layout": layout, "program": program, **medians})
+    return {"rows": rows, "commands": commands(sides, smoke, rounds), "prompt": PROMPT, "window": [BATCH, WINDOW]}
+
+
+def report(results):
+    lines = []
+    for row in results["rows"]:
+        told = [f"{side} {_told(row[side])}" for side in ("ours", "theirs") if side in row]
+        if "theirs" in row:
+            told.append(f"tracing {row['ours']['trace'] / row['theirs']['trace']:.2f} of theirs")
+        lines.append(f"{row['program']}, {row['size']}, {row['layout']}: {'; '.join(told)}")
+    for row in results["commands"]:
+        lines.append(f"{row['what']}: " + ", ".join(f"{side} {t:.1f} s" for side, t in row["seconds"].items()))
+    return lines
+
+
+def _told(taken):
+    return f"trace {taken['trace']:.2f} s, lower {taken['lower']:.2f}, compile {taken['compile']:.2f}"
+
+
+def _medians(taken):
+    return {name: statistics.median(times[name] for times in taken if name in times) for name in taken[0]}
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def commands(sides, smoke, rounds):
+    """Wall time of whole commands, from the shell to their first result."""
+    layers, dim = SMOKE_SIZE_OF_COMMANDS if smoke else SIZE_OF_COMMANDS
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pth"
+        _write_model(path, layers, dim)
+        generate = ["-m", "rwkv_jax.generate", f"--model={path}", f"--prompt={TEXT}", "--max_new_tokens=1"]
+        to_a_token = {side: functools.partial(_wall, root, generate) for side, root in sides.items()}
+        to_a_token["rwkv package"] = lambda: _wall(ROOT, ["-c", PACKAGE, str(path.with_suffix("")), TEXT])
+        to_a_step = {side: functools.partial(_first_step, root) for side, root in sides.items()}
+        imports = {
+            f"{side}, {module}": functools.partial(_wall, root, ["-c", f"import {module}"])
+            for side, root in sides.items()
+            for module in ("jax", "rwkv_jax.generate.__main__", "rwkv_jax.train.__main__")
+        }
+        rows = (
+            (f"generate, one token from a {layers} x {dim} World model", to_a_token),
+            ("train with configs/tiny.py, to the first logged step", to_a_step),
+            ("imports", imports),
+        )
+        return [{"what": what, "seconds": _in_turn(runs, rounds, what)} for what, runs in rows]
+
+
+def _in_turn(runs, rounds, what):
+    times = {side: [] for side in runs}
+    for _ in tqdm(range(rounds + 1), desc=what):  # the first round fills the caches of the file system
+        for side, taken in runs.items():
+            times[side].append(taken())
+    return {side: statistics.median(taken[1:]) for side, taken in times.items()}
+
+
+def _write_model(path, layers, dim):
+    import jax
+    import jax.numpy as jnp
+
+    import rwkv_jax
+
+    model = rwkv_jax.build("rwkv4", vocab_size=WORLD_VOCAB, num_layers=layers, dim=dim)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    rwkv_jax.save(path, model, params)
+
+
+def _environment(root):
+    settings = {"JAX_PLATFORMS": "cpu", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
+    return os.environ | {"PYTHONPATH": str(root)} | settings
+
+
+def _wall(root, arguments) -> float:
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=root, env=_environment(root), capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)[:200]} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return time.perf_counter() - began
+
+
+def _first_step(root) -> float:
+    """From the shell to the row of the first step in metrics.jsonl; what of the corpus is cached stays so."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "run" / "metrics.jsonl"
+        arguments = ["-m", "rwkv_jax.train", "--config=configs/tiny.py", f"--workdir={log.parent}"]
+        began = time.perf_counter()
+        run = subprocess.Popen(
+            [sys.executable, *arguments, "--config.log_every=1"],
+            cwd=root,
+            env=_environment(root),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            while not (log.exists() and '"step": 1,' in log.read_text()):
+                if run.poll() is not None:
+                    raise RuntimeError(f"training ended with {run.returncode}: {run.stderr.read()[-2000:]}")
+                time.sleep(0.02)
+            return time.perf_counter() - began
+        finally:
+            run.kill()
+            run.communicate()
+
+
+# ---------------------------------------------------------------------------------------------- programs
+
+
+def _fresh(root, arguments) -> dict:
+    """What a process of its own measures with the package in `root`."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=root, env=_environment(root), capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} in {root} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(size, layout, program, compile) -> dict:
+    """Seconds of tracing, lowering and perhaps compiling a program, from shapes."""
+    import jax
+
+    function, operands = _program(size, layout, program)
+    # what JAX and linen do once in a process, whatever they trace first
+    jax.jit(jax.grad(lambda x: jax.lax.scan(lambda c, t: (c * t, None), x, x[None])[0].sum())).lower(operands[-1])
+    began = time.perf_counter()
+    traced = function.trace(*operands)
+    traced_at = time.perf_counter()
+    lowered = traced.lower()
+    lowered_at = time.perf_counter()
+    taken = {"trace": traced_at - began, "lower": lowered_at - traced_at}
+    if compile:
+        lowered.compile()
+        taken["compile"] = time.perf_counter() - lowered_at
+    return taken
+
+
+def _program(size, layout, program):
+    """(jitted function, shapes of its operands, a float array last)."""
+    import jax
+    import jax.numpy as jnp
+
+    import rwkv_jax
+    from rwkv_jax import optim
+    from rwkv_jax.train.step import make_init, make_step
+
+    layers, dim, vocab_size = (SIZES | SMOKE_SIZES)[size]
+    model = rwkv_jax.build("rwkv4", vocab_size=vocab_size, num_layers=layers, dim=dim, scan=LAYOUTS[layout])
+    shape = jax.ShapeDtypeStruct
+    if program == "training step":
+        tx = optim.optimiser()
+        state = jax.eval_shape(make_init(model, tx), jax.random.key(0))
+        batch = {"tokens": shape((BATCH, WINDOW + 1), jnp.int32), "mask": shape((BATCH, WINDOW), bool)}
+        return jax.jit(make_step(model, tx), donate_argnums=0), (state, batch, shape((), jnp.float32))
+    T = PROMPT if program == "prompt" else 1
+    params = jax.eval_shape(model.init, jax.random.key(0), shape((1, 1), jnp.int32))["params"]
+    state = jax.eval_shape(lambda: model.init_state(1))
+
+    def read(params, tokens_BT, state, valid_BT, scale):
+        x_BTD, state = model.apply({"params": params}, tokens_BT, state, valid_BT=valid_BT, method="hidden")
+        return scale * model.apply({"params": params}, x_BTD[:, -1], method="logits"), state
+
+    return jax.jit(read), (params, shape((1, T), jnp.int32), state, shape((1, T), bool), shape((), jnp.float32))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="One measurement, as the suite takes it in a process of its own.")
+    for name in ("size", "layout", "program"):
+        parser.add_argument(name)
+    parser.add_argument("--compile", action="store_true")
+    print(json.dumps(measured(**vars(parser.parse_args()))))

@@ -1,0 +1,154 @@
+"""The command of the experiments: resumed cells, separate presets; statistics and sweeps by hand."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from experiments import command, stamp, statistics, sweeps
+
+
+@dataclass(frozen=True)
+class Preset:
+    size: int = 3
+    text: str = "stdlib"
+
+
+PRESETS = {"smoke": Preset(1), "cpu": Preset(2), "gpu": Preset(3)}
+
+
+class Experiment:
+    """Three cells, the second of which may be interrupted, and a log of what was computed."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.ran, self.interrupted = folder / "recall", [], False
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(command, "draw", lambda name, path: path)
+
+    def cells(self, preset, workdir, model=None):
+        def cell(name):
+            if self.interrupted and name == "b":
+                raise KeyboardInterrupt
+            self.ran.append(name)
+            return {"value": preset.size, "in": str(workdir)}
+
+        return {name: (lambda name=name: cell(name)) for name in ("a", "b", "c", *filter(None, [model]))}
+
+    def conclude(self, preset, values):
+        row = {"artefact": "Table 0", "paper": "1", "ours": str(values["a"]["value"]), "verdict": "same sign"}
+        return {"ledger": [row]}
+
+    def __call__(self, *argv):
+        doc = "What is asked.\n\nHow it is done."
+        options = {"model": "weights"}
+        return command.main(self.folder, doc, PRESETS, self.cells, self.conclude, options=options, argv=argv)
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    return Experiment(tmp_path, monkeypatch)
+
+
+def test_command_keeps_finished_cells_after_an_interruption(experiment, capsys):
+    experiment.interrupted = True
+    assert experiment() == 130
+    assert not (experiment.folder / "results.json").exists()
+    experiment.interrupted = False
+    assert experiment() == 0
+    assert experiment.ran == ["a", "b", "c"]
+    results = json.loads((experiment.folder / "results.json").read_text())
+    assert list(results["cells"]) == ["a", "b", "c"] and results["fields"] == {"size": 2, "text": "stdlib"}
+    assert results["cells"]["a"]["in"] == "runs/recall/cpu"
+    assert results["wall_seconds"] == sum(cell["wall_seconds"] for cell in results["cells"].values())
+    assert "Table 0: 2 (paper: 1): same sign" in capsys.readouterr().out
+    assert experiment("--again") == 0
+    assert experiment.ran == ["a", "b", "c"] * 2
+
+
+def test_command_keeps_presets_apart(experiment):
+    assert experiment() == 0 and experiment("--preset=gpu") == 0 and experiment("--text=other.txt") == 0
+    assert experiment.ran == ["a", "b", "c"] * 3
+    assert json.loads((experiment.folder / "gpu.json").read_text())["cells"]["a"]["value"] == 3
+    assert json.loads((experiment.folder / "results.json").read_text())["fields"]["text"] == "other.txt"
+
+
+def test_command_option_adds_a_cell_and_keeps_the_others(experiment):
+    results = lambda: json.loads((experiment.folder / "results.json").read_text())["cells"].keys()
+    assert experiment("--model=x.pth") == 0 and list(results()) == ["a", "b", "c", "x.pth"]
+    assert experiment() == 0 and list(results()) == ["a", "b", "c"]
+    assert experiment("--model=x.pth") == 0 and list(results()) == ["a", "b", "c", "x.pth"]
+    assert experiment.ran == ["a", "b", "c", "x.pth"]
+
+
+def test_command_smoke_does_not_replace_results(experiment, tmp_path, capsys):
+    assert experiment("--smoke") == 2
+    assert capsys.readouterr().err.startswith("error: a smoke would replace results that mean something")
+    assert experiment("--smoke", f"--out={tmp_path / 'out'}") == 0
+    assert not (tmp_path / "runs").exists() and not experiment.folder.exists()
+    assert experiment.ran == ["a", "b", "c"]
+
+
+def test_command_refreshes_the_ledger_with_results_in_their_place(experiment, tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- hours -->\n<!-- end -->")
+    monkeypatch.setattr(command.ledger, "HERE", tmp_path)
+    monkeypatch.setattr(command.ledger, "FILES", (page,))
+    assert experiment(f"--out={tmp_path / 'elsewhere'}") == 0 and page.read_text() == "<!-- hours -->\n<!-- end -->"
+    assert experiment() == 0 and "0.0 hours in all" in page.read_text()
+
+
+def test_command_reports_an_error_in_one_line(experiment, capsys):
+    def cells(preset, workdir, model):
+        raise ValueError("no\nsuch corpus")
+
+    experiment.cells = cells
+    assert experiment() == 2
+    assert capsys.readouterr().err.splitlines() == ["error: no such corpus"]
+
+
+def test_t_interval_agrees_with_the_table_of_student():
+    mean, low, high = statistics.t_interval([1.0, 2.0, 4.0])
+    half = 4.302653 * np.std([1, 2, 4], ddof=1) / 3**0.5  # t at 0.975 with 2 degrees of freedom
+    np.testing.assert_allclose([mean, low, high], [7 / 3, 7 / 3 - half, 7 / 3 + half], rtol=1e-6)
+    assert np.isnan(statistics.t_interval([1.0])[1])
+
+
+def test_p_value_is_the_level_at_which_the_interval_touches_zero():
+    x = np.array([1.0, 2.0, 4.0])
+    level = 1 - statistics.p_value(x)
+    assert statistics.t_interval(x, level)[1] == pytest.approx(0, abs=1e-9)
+    assert statistics.p_value([0.5, 0.5]) == 0 and statistics.p_value([0.0, 0.0]) == 1
+
+
+def test_holm_agrees_with_a_hand_calculation():
+    # ordered 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, none below the one before
+    np.testing.assert_allclose(statistics.holm([0.04, 0.01, 0.03, 0.02]), [0.06, 0.04, 0.06, 0.06])
+    assert statistics.holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_wider_returns_the_wider_interval():
+    assert statistics.wider((0, 1), (-1, 1)) == (-1, 1)
+    assert statistics.wider((0, 1), (np.nan, np.nan)) == (0, 1)
+    assert np.isnan(statistics.wider((np.nan, np.nan), (np.nan, np.nan))).all()
+
+
+@pytest.mark.parametrize(
+    ("best", "better", "widest", "expected"),
+    [
+        (8, min, None, ["4", "8", "16"]),
+        (2, min, None, ["4", "8", "16", "2", "1"]),  # the best is at an end until 1 is worse
+        (64, max, None, ["4", "8", "16", "32", "64", "128"]),
+        (64, max, 4, ["4", "8", "16", "32"]),
+    ],
+)
+def test_sweep_search_stops_when_the_best_rate_has_two_neighbours(best, better, widest, expected):
+    distance, sign, values = lambda rate: abs(np.log2(rate / best)), 1 if better is min else -1, {}
+    found = list(sweeps.search((4, 8, 16), values, lambda rate: sign * distance(rate), better, widest))
+    assert found == expected == list(values)
+    assert list(sweeps.search((4, 8, 16), values, None, better, widest)) == []  # nothing is computed again
+
+
+def test_stamp_leaves_out_the_output_folder(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run.py", "--smoke", "--out=/a", "--seed=1", "--out", "/b", "--text=x"])
+    assert stamp.stamp()["command"].endswith(" --smoke --seed=1 --text=x")

@@ -1,0 +1,111 @@
+"""The experiment on context: targets and what is read before them, gains by distance, the copy task, its stages."""
+
+import numpy as np
+import pytest
+from small import drawn, forward
+
+from experiments.context import conclusions, copying, reading, run
+from rwkv_jax import build, corpora, evaluate
+
+# little to compile
+MODEL = build("rwkv4", vocab_size=11, num_layers=1, dim=8, scan=False, receptance=False, embedding_norm=False)
+
+
+def log_p(logits_BTV, tokens_BT):
+    logits_BTV = np.asarray(logits_BTV, np.float64)
+    chosen_BT = np.take_along_axis(logits_BTV, tokens_BT[..., None], -1)[..., 0]
+    return chosen_BT - np.log(np.exp(logits_BTV).sum(-1))
+
+
+def split_of(*lengths):
+    """Documents of bytes 1 to 10, each behind its separator."""
+    rng = np.random.default_rng(0)
+    tokens = [np.concatenate([[0], rng.integers(1, 11, n)]) for n in lengths]
+    starts = np.cumsum([0, *map(len, tokens[:-1])])
+    return corpora.Split(np.concatenate(tokens), starts, (), sum(lengths))
+
+
+@pytest.fixture
+def targets(monkeypatch):
+    monkeypatch.setattr(reading, "TARGET", 4)
+    monkeypatch.setattr(reading, "TOKENS_AT_ONCE", 32)
+    return reading.targets(split_of(30, 11, 12, 40), 5, context=8, longest=25)
+
+
+def test_targets_have_their_context_within_their_document(targets):
+    lengths = np.diff(targets.text.starts, append=len(targets.text.tokens)) - 1
+    assert lengths.tolist() == [25, 12, 25]  # the one of 11 bytes is too short, the others end after 25
+    places = (targets.at_N - targets.text.starts[targets.document_N] - 1).tolist()
+    assert all(place in (8, 12, 16, 20) for place in places) and set(targets.document_N.tolist()) == {0, 1, 2}
+    assert len(set(targets.at_N.tolist())) == 5
+    with pytest.raises(ValueError, match="no held-out document has the 54 bytes"):
+        reading.targets(split_of(30, 40), 5, context=50, longest=100)
+
+
+def test_bits_after_a_context_are_those_of_a_reading_that_begins_there(targets):
+    model, params = drawn(MODEL)
+    bits_N = reading.bits_after(model, params, targets, context=9)
+    rows = targets.text.tokens[targets.at_N[:, None] + np.arange(-9, 4)]
+    nats_BT = -log_p(forward(model, params, rows[:, :-1])[0], rows[:, 1:])
+    np.testing.assert_allclose(bits_N, nats_BT[:, -4:].mean(1) / np.log(2), rtol=1e-5)
+
+
+def test_bits_after_all_of_a_document_equal_those_of_a_carried_state(targets):
+    model, params = drawn(MODEL)
+    text = targets.text
+    carried_N = evaluate.carried(model, params, text.tokens, text.starts, 8, 2)
+    reset_N = evaluate.windows(model, params, text.tokens, 8, 2)
+    first = np.flatnonzero(targets.at_N == text.starts[targets.document_N] + 9)[0]
+    # after the separator and 8 bytes, which is all there is
+    wide = reading.bits_after(model, params, targets, context=9)[first]
+    assert reading.bits_of(carried_N, targets)[first] == pytest.approx(wide, rel=1e-4)
+    assert abs(reading.bits_of(reset_N, targets) - reading.bits_of(carried_N, targets)).max() > 1e-3
+
+
+def test_gain_by_distance_is_of_documents_that_have_all_distances():
+    text = split_of(3, 9, 8)
+    reset_N, carried_N = np.zeros(len(text.tokens)), np.zeros(len(text.tokens))
+    start = text.starts[1] + 1
+    reset_N[start + 2 : start + 4] = np.log(2)  # bytes 3 and 4 of the second document
+    carried_N[start + 4 :] = np.log(2)  # and all of the third
+    assert reading.gain_by_distance(reset_N, carried_N, text, (2, 4, 8)) == [[1, -1], [-1, -1]]
+    with pytest.raises(ValueError, match="no held-out document has 10 bytes"):
+        reading.gain_by_distance(reset_N, carried_N, text, (2, 10))
+
+
+def test_reach_is_interpolated_in_log_context():
+    assert reading.reach((1, 10, 100), [3.0, 2.05, 2.0]) == pytest.approx(10)
+    assert reading.reach((1, 10, 100), [3.0, 2.5, 2.0], 0.75) == pytest.approx(10**1.5)
+    assert reading.reach((1, 10), [2.0, 2.5]) == 1  # context does harm
+
+
+def test_difference_is_paired_by_document_and_weighted_by_targets():
+    cell = {"targets": [3, 1], "after": {"8": [2.0, 3.0], "16": [1.0, 3.0]}}
+    value, low, high = conclusions.difference([cell], lambda c: c["after"]["16"], lambda c: c["after"]["8"])
+    assert (value, low, high) == (-0.75, -1, 0)
+    other = cell | {"after": {"8": [2.0, 3.0], "16": [0.0, 2.0]}}
+    both = conclusions.difference([cell, cell], lambda c: c["after"]["16"], lambda c: c["after"]["16"], [other, other])
+    assert both == (1, 1, 1)
+
+
+def test_longest_lag_solved_ends_at_the_first_that_is_not():
+    assert conclusions.longest_solved({"4": 1.0, "8": 0.99, "16": 0.5, "32": 1.0}) == 8
+    assert conclusions.longest_solved({"4": 0.9}) == 0
+
+
+def test_copy_task_is_answered_by_the_symbol_at_the_lag():
+    lag_B = np.array([1, 3, 6])
+    batch = copying.batch(lag_B, 8, np.random.default_rng(0))
+    tokens, mask = batch["tokens"], batch["mask"]
+    assert tokens.shape == (3, 9) and mask.shape == (3, 8) and mask.sum() == 3 and mask[:, -1].all()
+    for row, lag in zip(tokens, lag_B, strict=True):
+        assert row[7] == copying.ASK and np.flatnonzero(row == copying.STORE).tolist() == [7 - lag - 1]
+        assert row[8] == row[7 - lag] >= 2
+    with pytest.raises(ValueError, match="lags are 1 to 7, expected 1 to 6 in 8 tokens"):
+        copying.batch(np.array([1, 7]), 8, np.random.default_rng(0))
+
+
+def test_copy_stages_read_as_many_tokens_a_step_in_longer_windows():
+    preset = run.PRESETS["smoke"]
+    batch = run.copy_batch(preset, ((1, 2), (2, 3), (4, 1)), seed=0)
+    assert [batch(i)["mask"].shape for i in range(6)] == [(4, 8)] * 2 + [(2, 16)] * 3 + [(1, 32)]

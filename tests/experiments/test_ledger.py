@@ -1,0 +1,80 @@
+"""The README files and the committed conclusions equal what the code makes of the committed results."""
+
+import importlib
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from experiments import command, engineering, ledger
+
+
+@pytest.mark.parametrize("path", ledger.FILES, ids=lambda path: path.parent.name)
+def test_readme_blocks_equal_the_committed_results(path):
+    assert ledger.filled(path.read_text()) == path.read_text(), "python -m experiments.ledger rewrites it"
+    assert re.search("<!-- end -->", path.read_text())
+
+
+def test_filled_replaces_a_block_and_keeps_prose(monkeypatch):
+    monkeypatch.setitem(ledger.BLOCKS, "hours", lambda: "3.0 hours")
+    assert ledger.filled("a\n<!-- hours -->\nold\n<!-- end -->\nb") == "a\n<!-- hours -->\n3.0 hours\n<!-- end -->\nb"
+    with pytest.raises(ValueError, match="no block 'minutes', expected one of ledger"):
+        ledger.filled("<!-- minutes -->\n<!-- end -->")
+
+
+def test_ledger_order_names_every_experiment():
+    assert {folder.name for folder in ledger.reproductions()} <= set(ledger.ORDER)
+
+
+SLOW = {"scaling"}  # seconds of bootstrap
+
+
+@pytest.mark.parametrize(
+    "name, its",
+    [
+        pytest.param(name, its, id=f"{name} {its['preset']}", marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, its in ledger.results()
+    ],
+)
+def test_committed_conclusions_follow_from_committed_cells(name, its):
+    run = importlib.import_module(f"experiments.{name}.run")
+    preset = run.PRESETS[its["preset"]]
+    if "text" in its["fields"]:
+        preset = replace(preset, text=its["fields"]["text"])
+    assert command.fields(preset) == its["fields"]
+    conclude = run.conclude if hasattr(run, "conclude") else run.conclusions.conclude
+    found = json.loads(json.dumps(conclude(preset, command.bare(its["cells"]))))
+    assert (found["ledger"], found.get("not_run")) == (its["ledger"], its.get("not_run"))
+
+
+def test_not_run_lists_a_row_once():
+    rows = ledger.not_run().splitlines()
+    assert len(rows) == len(set(rows))
+
+
+def test_headlines_are_rows_of_the_ledger():
+    rows = [row["artefact"] for _, its in ledger.results() for row in its["ledger"]]
+    assert [headline for headline in ledger.HEADLINES if headline not in rows] == []
+
+
+def test_short_rows_repeat_numbers_of_the_long_ones():
+    numbers = lambda text: set(re.findall(r"\d[\d.,e+-]*\b", text))
+    rows = [row for _, its in ledger.results() for row in its["ledger"] if "short" in row]
+    assert rows and all(len(row["short"]) < len(row["ours"]) for row in rows)
+    assert [row["short"] for row in rows if not numbers(row["short"]) <= numbers(row["ours"])] == []
+
+
+def test_where_reports_the_hardware_of_the_cells():
+    here = {"processor": "A", "cores": 2, "devices": ["cpu"]}
+    cells = {
+        "a": here | {"wall_seconds": 60},
+        "b": here | {"wall_seconds": 600, "devices": ["H100"]},
+        "kept from before cells had it": {"wall_seconds": 60, "devices": ["cpu"]},
+    }
+    its = {"cells": cells, "stamp": here, "wall_seconds": 720}
+    assert ledger.where(its) == ("H100; 2 cores, A", "12 min")
+
+
+def test_table_escapes_the_column_separator():
+    assert engineering.table(("a", "b"), [("x|y", "z")]).splitlines()[-1] == r"| x\|y | z |"

@@ -1,0 +1,175 @@
+"""The causal trace: readings token by token, restored places, prompts and averages."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from small import D, L, V, drawn, make
+
+from experiments.trace import averages, facts, run, tracing
+from rwkv_jax.tokenizers import ByteTokenizer
+
+T, KINDS = 5, list(tracing.KINDS)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return drawn(make("rwkv4", scan=False))
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return facts.padded([3], [4, 5], [6], 7, T + 1)  # one token of padding, then the separator
+
+
+@pytest.fixture(scope="module")
+def noise_NTD(prompt):
+    noise = np.random.default_rng(0).standard_normal((2, T + 1, D)).astype(np.float32)
+    return noise * prompt.subject_T[:, None]
+
+
+@pytest.fixture(scope="module")
+def seen(small, prompt, noise_NTD):
+    return jax.tree.map(np.asarray, tracing.effects(*small, prompt, noise_NTD, 24))  # of 72 runs
+
+
+@pytest.fixture(scope="module")
+def read(small, prompt, noise_NTD):
+    """The slow twin: the model in parallel over some tokens from a state, the noise as embeddings of its own.
+
+    Ids from V on are the prompt's tokens with noise. Returns the distribution after the last token, and the state.
+    """
+    model, params = small
+    embedding_VD = params["emb"]["embedding"]
+    rows = np.concatenate([embedding_VD, noise_NTD[0] + embedding_VD[prompt.tokens_T]])
+    noisy, wide = params | {"emb": {"embedding": rows}}, model.clone(vocab_size=V + T + 1)
+
+    @jax.jit
+    def apply(tokens_T, valid_T, state):
+        x_BTD, state = wide.apply({"params": noisy}, tokens_T[None], state, valid_BT=valid_T[None], method="hidden")
+        return jax.nn.softmax(model.apply({"params": params}, x_BTD[0, -1], method="logits")), state
+
+    def read(tokens, state=None):
+        padding = np.zeros(T + 1 - len(tokens), np.int32)
+        valid_T = np.arange(T + 1) >= len(padding)
+        return apply(np.concatenate([padding, tokens]), valid_T, model.init_state(1) if state is None else state)
+
+    return read
+
+
+def test_clean_trace_is_the_model_in_parallel(prompt, seen, read):
+    p_V, _ = read(prompt.tokens_T[1:])
+    np.testing.assert_allclose(seen.clean, p_V[prompt.answer], rtol=1e-5)
+    assert abs(seen.corrupted / seen.clean - 1).min() > 1e-3  # the noise is felt
+
+
+def test_restored_state_is_a_state_replaced_between_two_calls(prompt, seen, read):
+    noisy_T = np.where(prompt.subject_T, V + np.arange(T + 1), prompt.tokens_T)
+    p_V, _ = read(noisy_T[1:])
+    np.testing.assert_allclose(seen.corrupted[0], p_V[prompt.answer], rtol=1e-5)
+    token = 3
+    _, was = read(prompt.tokens_T[1 : token + 1])
+    _, now = read(noisy_T[1 : token + 1])
+    for layer in range(L):
+        swapped = tuple(was[i] if i == layer else now[i] for i in range(L))
+        p_V, _ = read(noisy_T[token + 1 :], swapped)
+        np.testing.assert_allclose(seen.restored[0, KINDS.index("state"), token, layer], p_V[prompt.answer], rtol=1e-5)
+
+
+def test_restored_places_nobody_reads_give_nothing_back(prompt, seen):
+    by_kind = dict(zip(KINDS, seen.restored.swapaxes(0, 1), strict=True))
+    nothing = np.broadcast_to(seen.corrupted[:, None], (2, L))
+    np.testing.assert_array_equal(by_kind["state"][:, -1], nothing)  # no token comes after
+    np.testing.assert_array_equal(by_kind["both"][:, 0], nothing)  # padding
+    np.testing.assert_allclose(by_kind["residual"][:, -1, -1], [seen.clean] * 2, rtol=1e-6)
+    np.testing.assert_array_equal(by_kind["both"][:, :, -1][:, 1:-1], by_kind["state"][:, :, -1][:, 1:-1])
+    assert (abs(by_kind["both"] - by_kind["residual"]).max((0, 2)) > 1e-6)[3:-1].all()
+
+
+def test_roles_give_each_token_one_role(prompt):
+    R, name = averages.roles(prompt), averages.ROLES.index
+    assert R.sum(0).tolist() == [0, 1, 1, 1, 1, 1]
+    assert [R[:, t].argmax() for t in range(1, T + 1)] == [
+        *[name("before")] * 2, name("first of subject"), name("last of subject"), name("last"),
+    ]  # fmt: skip
+    effect_KTL = np.arange(2 * 6 * 1.0).reshape(2, 6, 1)
+    by_role = averages.by_role(effect_KTL, R)
+    assert by_role[:, name("before"), 0].tolist() == [1.5, 7.5]
+    assert np.isnan(by_role[:, name("after")]).all()
+
+
+def test_other_tokens_are_as_many_as_the_subject_and_none_of_it():
+    prompt = facts.padded([3, 3], [4, 5], [6, 6], 7, 9)
+    drawn = np.array([averages.other_tokens(prompt, np.random.default_rng(i)) for i in range(20)])
+    assert (drawn.sum(1) == 2).all()
+    assert np.flatnonzero(drawn.any(0)).tolist() == [3, 4, 7, 8]
+    short = facts.padded([], [4, 5, 6], [6], 7, 5)
+    assert averages.other_tokens(short, np.random.default_rng(0)).tolist() == [False] * 4 + [True]
+
+
+def test_depth_and_its_difference_agree_with_a_hand_calculation():
+    assert averages.depth(np.array([1.0, 0, 1])) == 0.5 and averages.depth(np.array([-5.0, 0, 2])) == 1
+    assert np.isnan(averages.depth(np.array([-1.0, 0])))
+    effect = np.zeros((4, len(KINDS), len(averages.ROLES), 2))  # [facts, kinds, roles, L]
+    effect[:, KINDS.index("both"), averages.ROLES.index("last of subject"), 0] = 1
+    effect[:, KINDS.index("both"), averages.ROLES.index("after")] = [[0, 0.5], [0, 1.5], [0, 1], [0, 1]]
+    effect[:, KINDS.index("residual"), averages.ROLES.index("after"), 0] = 0.25
+    assert averages.deeper(effect, seed=0, samples=50) == [1, 1, 1]
+    mean, low, _ = averages.by_state(effect)  # halves of 0.25, 1.25, 0.75, 0.75
+    assert mean == 0.375 and low == pytest.approx(0.375 - 3.182446 * np.std([1, 5, 3, 3], ddof=1) / 8 / 2, abs=1e-5)
+    effect[0, :, averages.ROLES.index("after")] = np.nan  # a prompt that ends soon after its subject
+    assert averages.by_state(effect)[0] == pytest.approx((1.25 + 0.75 + 0.75) / 6, abs=1e-5)
+    assert (
+        averages.over_facts([[1, np.nan], [3, 2]])[0][0] == 2 and averages.over_facts([[1, np.nan], [3, 2]])[1] is None
+    )
+
+
+def test_world_has_one_answer_a_subject_and_relation():
+    world = facts.world(subjects=20, vocab_size=64, seed=1)
+    assert len(set(world.subjects)) == 20 and {len(s) for s in world.subjects} == {2, 3}
+    prompts = facts.everything(world)
+    told = {}
+    for number, answer in enumerate(prompts.answer):
+        told.setdefault(number // facts.TEMPLATES, set()).add(int(answer))
+    assert len(told) == 20 * facts.RELATIONS and all(len(answers) == 1 for answers in told.values())
+    texts = {tuple(t[v].tolist()) for t, v in zip(prompts.tokens_T, prompts.valid_T, strict=True)}
+    assert len(texts) == len(prompts.answer)
+    words = {w for texts in (world.before, *world.after) for text in texts for w in text}
+    assert not words & {t for s in world.subjects for t in s} and not words & set(world.objects_SR.ravel().tolist())
+
+
+def test_training_rows_count_answers_alone():
+    prompts = facts.stacked([facts.padded([3], [4], [5], 6, 5), facts.padded([3, 3], [4], [5], 6, 5)])
+    rows = run.rows_of(prompts)
+    assert rows["tokens"].tolist() == [[0, 3, 4, 5, 6, 0], [0, 3, 3, 4, 5, 6]]
+    assert rows["mask"].tolist() == [[False, False, False, True, False], [False] * 4 + [True]]
+
+
+def test_facts_from_a_file_are_padded_prompts(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([{"subject": "ab", "prompt": "x ab is", "attribute": "cd"}]))
+    prompts = facts.from_file(str(path), ByteTokenizer())
+    assert bytes(prompts.tokens_T[0].tolist()) == b"\0x ab is" and prompts.answer.tolist() == [ord(" ")]
+    # the space before the subject is its own, as it is of a word's token in BPE
+    assert bytes(prompts.tokens_T[0][prompts.subject_T[0]].tolist()) == b" ab"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "expected a JSON list"),
+        ('[{"subject": "a"}]', "expected a JSON list"),
+        ('[{"subject": "zz", "prompt": "x ab is", "attribute": "cd"}]', "fact 0: 'zz' is no run of tokens"),
+    ],
+)
+def test_facts_from_a_bad_file_are_refused(tmp_path, text, says):
+    path = tmp_path / "facts.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        facts.from_file(str(path), ByteTokenizer())
+
+
+def test_cells_refuse_weights_without_facts():
+    with pytest.raises(ValueError, match="--model and --facts together"):
+        run.cells(run.PRESETS["smoke"], None, model="x.pth")

@@ -1,0 +1,104 @@
+"""The training step against the released trainer in float64: 150 recorded steps, and a clone's own `model.py`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.trajectory import released, run
+from rwkv_jax.ops import wkv4
+
+FEW = 12  # steps: all tensors get gradients from the third on, and Adam's moments have been used
+
+
+def test_trajectory_begins_as_the_released_trainers():
+    found = run.apart(run.ours(FEW), run.kept(FEW))
+    assert len(found["loss_by_step"]) == FEW
+    for name in ("loss_nats", "grad_norm_relative"):
+        assert found[name] < 1e-6, name
+
+
+@pytest.mark.slow
+def test_trajectory_has_every_step_and_the_final_tensors_of_the_released_trainer():
+    found = run.apart(run.ours(150), run.kept(150))
+    assert len(found["loss_by_step"]) == 150
+    for name in ("loss_nats", "grad_norm_relative", "final_tensors"):  # the file holds the tensors as float32
+        assert found[name] < 1e-6, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{"l2wrap": False}, {"groups": ()}])
+def test_trajectory_differs_where_a_part_of_the_step_is_left_out(change):
+    assert run.apart(run.ours(30, **change), run.kept(30))["loss_nats"] > 1e-5
+
+
+def test_apart_returns_the_largest_difference_of_each_kind():
+    a = np.array([1.0, 2.0]), np.array([4.0, 4.0]), {"x": np.array([1.0, 5.0])}
+    b = np.array([1.5, 2.0]), np.array([4.0, 5.0]), {"x": np.array([1.0, 4.0])}
+    found = run.apart(a, b)
+    assert found.pop("loss_by_step") == [0.5, 0.0]
+    assert found == pytest.approx({"loss_nats": 0.5, "grad_norm_relative": 0.2, "final_tensors": 1.0})
+    assert "final_tensors" not in run.apart(a, (*b[:2], None))
+
+
+def test_conclude_contradicts_where_one_number_is_beyond_the_tolerance():
+    cell = {"from kept": {"loss_nats": 1e-8, "grad_norm_relative": 1e-8, "loss_by_step": [1e-8]}}
+    values = {name: cell for name in run.CELLS} | {"clone, model.py 123": {"from clone": cell["from kept"]}}
+    verdict = lambda: run.conclude(run.PRESETS["smoke"], values)["ledger"][0]["verdict"]
+    assert verdict() == "reproduced"
+    values["clone, model.py 123"] = {"from clone": cell["from kept"] | {"grad_norm_relative": 1e-5}}
+    assert verdict() == "contradicted"
+
+
+def test_command_reports_a_folder_that_is_no_clone_in_one_line(tmp_path, capsys):
+    assert run.main(["--smoke", f"--out={tmp_path}", f"--rwkv-lm={tmp_path / 'clone'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --rwkv-lm=") and "there is no" in error and error.count("\n") == 1
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("class Other: pass", "AttributeError: module 'released_rwkv4' has no attribute 'RWKV'"),
+        ("import lightning_of_tomorrow", "ModuleNotFoundError: No module named 'lightning_of_tomorrow'"),
+    ],
+)
+def test_released_trajectory_reports_why_another_program_does_not_run(tmp_path, program, message):
+    path = tmp_path / released.FILE
+    path.parent.mkdir(parents=True)
+    path.write_text(program)
+    assert released.source(tmp_path) == path
+    with np.load(run.GOLDEN) as golden:
+        tensors, tokens_NBT = run.start(golden), golden["tokens"][:1]
+    with pytest.raises(ValueError, match="does not run as it did at commit") as error:
+        released.trajectory(path, tensors, tokens_NBT, run.LR)
+    assert message in str(error.value)
+
+
+@pytest.mark.live
+@pytest.mark.usefixtures("x64")
+def test_released_kernel_substitute_computes_wkv_and_its_gradient():
+    import torch
+
+    rng, (B, T, C) = np.random.default_rng(0), (2, 7, 5)
+    k, v, dy = (3 * rng.standard_normal((B, T, C)) for _ in range(3))
+    decay, u = rng.standard_normal(C), rng.standard_normal(C)
+
+    @jax.jit
+    def ours(dy, *inputs):
+        compute = lambda decay, u, k, v: wkv4(-jnp.exp(decay), u, k, v, impl="scan")[0]
+        y, pull = jax.vjp(compute, *inputs)
+        return y, pull(dy)
+
+    y, gradients = ours(dy, decay, u, k, v)
+    t = torch.from_numpy
+    w, theirs = t(-np.exp(decay)), torch.empty(B, T, C, dtype=torch.float64)
+    released.wkv_forward(B, T, C, w, t(u), t(k), t(v), theirs)
+    np.testing.assert_allclose(theirs.numpy(), y, rtol=1e-12)
+    dw, du = (torch.empty(B, C, dtype=torch.float64) for _ in range(2))
+    dk, dv = (torch.empty(B, T, C, dtype=torch.float64) for _ in range(2))
+    released.wkv_backward(B, T, C, w, t(u), t(k), t(v), theirs, t(dy), dw, du, dk, dv)
+    for name, a, b in zip(("decay", "u", "k", "v"), (dw.sum(0), du.sum(0), dk, dv), gradients, strict=True):
+        np.testing.assert_allclose(a.numpy(), b, rtol=1e-10, atol=1e-12, err_msg=name)

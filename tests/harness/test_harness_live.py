@@ -1,0 +1,206 @@
+"""Our adapter for lm-evaluation-harness against its own for transformers, on the same weights and questions."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from small import drawn
+
+import rwkv_jax
+from rwkv_jax.tokenizers import get_tokenizer
+
+pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("ignore")]
+ROOT = Path(__file__).parents[2]
+CORPUS = Path(json.__file__).read_text()  # text that every Python carries
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{context}"
+{rest}
+"""
+TASKS = {
+    "choice": ("multiple_choice", "{{question}}", "doc_to_choice: '{{choices}}'\ndoc_to_target: gold"),
+    "word": ("loglikelihood", "", "doc_to_target: '{{text}}'\nmetric_list: [{metric: acc}]"),
+    "rolling": ("loglikelihood_rolling", "", "doc_to_target: '{{text}}'\nmetric_list: [{metric: bits_per_byte}]"),
+    "text": (
+        "generate_until",
+        "{{question}}",
+        "doc_to_target: '{{text}}'\ngeneration_kwargs: {until: ['e', 'ab'], max_gen_toks: 24}\n"
+        "metric_list: [{metric: exact_match}]",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with a tokenizer, and a task of each kind on seven questions that share their beginning."""
+    folder = tmp_path_factory.mktemp("harness")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator([CORPUS], trainer)
+    library.save(str(folder / "tokenizer.json"))
+    tokenizer = get_tokenizer(str(folder / "tokenizer.json"))
+    model = rwkv_jax.build("rwkv4", vocab_size=320, num_layers=2, dim=32, matmul_precision="highest")
+    lm = rwkv_jax.RWKVForCausalLM(*drawn(model), tokenizer)
+    lm.save_pretrained(folder / "model")
+    rng, words = np.random.default_rng(0), CORPUS.split()
+    some = lambda low, high: " ".join(rng.choice(words, rng.integers(low, high)))
+    beginning = some(30, 31)
+    questions = [
+        {
+            "question": f"{beginning} {some(1, 12)}",
+            "choices": [some(1, 4) for _ in range(3)],
+            "gold": int(rng.integers(3)),
+            "text": some(10, 150),
+        }
+        for _ in range(7)
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    for name, (kind, context, rest) in TASKS.items():
+        task = TASK.format(name=f"ours_{name}", data=folder / "data.jsonl", kind=kind, context=context, rest=rest)
+        (folder / f"{name}.yaml").write_text(task)
+    return folder
+
+
+def run(folder, *command):
+    """The answers of a command to all tasks, by task: a list for each question."""
+    out = folder / command[2].replace(".", "_")
+    env = os.environ | {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    tasks = ["--tasks", ",".join(f"ours_{name}" for name in TASKS), "--include_path", folder]
+    command = [sys.executable, *command, *tasks, "--log_samples", "--output_path", out]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = {}
+    for path in out.rglob("samples_*.jsonl"):
+        name = path.name.removeprefix("samples_ours_").rpartition("_")[0]
+        answers[name] = [json.loads(line)["resps"] for line in path.read_text().splitlines()]
+    assert answers.keys() == TASKS.keys()
+    return answers
+
+
+def test_harness_answers_equal_those_of_its_adapter_for_transformers(folder):
+    theirs = run(
+        folder, "-m", "lm_eval", "run", "--model=hf", "--batch_size=1", f"--model_args=pretrained={folder}/model"
+    )
+    ours = run(folder, "-m", "rwkv_jax.harness", f"--model={folder}/model", "--batch_size=3")
+    assert ours["text"] == theirs["text"] and any(text for [[text]] in ours["text"])
+    for name in ("choice", "word", "rolling"):
+        numbers = lambda answers, name=name: np.array([[float(np.ravel(r)[0]) for r in row] for row in answers[name]])
+        # theirs are sums in float32, rounded once more than ours
+        np.testing.assert_allclose(numbers(ours), numbers(theirs), rtol=np.finfo(np.float32).eps, atol=1e-4)
+    for name in ("choice", "word"):
+        flags = lambda answers, name=name: [[str(np.ravel(r)[1]) for r in row] for row in answers[name]]
+        assert flags(ours) == flags(theirs)
+
+
+def adapter(folder, **settings):
+    from rwkv_jax.harness import HarnessLM
+
+    return HarnessLM(folder / "model", **settings)
+
+
+def ask(method, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return method([Instance("loglikelihood", {}, args, i) for i, args in enumerate(arguments)], disable_tqdm=True)
+
+
+def test_harness_max_length_cuts_contexts_and_rolls_in_windows(folder):
+    lm, short = adapter(folder), adapter(folder, max_length=16)
+    nats = lambda one, context, ids: one._loglikelihood_tokens([(None, context, ids)], disable_tqdm=True)[0][0]
+    ids = lm.tok_encode(CORPUS[:200])[:40]
+    assert nats(short, ids, [5]) == pytest.approx(nats(lm, ids[-16:], [5]), rel=1e-5)
+    assert nats(short, ids, [5, 6]) == pytest.approx(nats(lm, ids[-15:], [5, 6]), rel=1e-5)
+    with pytest.raises(ValueError, match="17 tokens to predict, expected at most the max_length of 16"):
+        nats(short, [0], ids[:17])
+    text = lm.lm.tokenizer.decode(ids)
+    assert lm.tok_encode(text) == ids
+    (whole,), (cut,) = (ask(one.loglikelihood_rolling, (text,)) for one in (lm, short))
+    windows = (([0], ids[:16]), (ids[15:16], ids[16:32]), (ids[23:32], ids[32:]))
+    assert whole == pytest.approx(nats(lm, [0], ids), rel=1e-5)
+    assert cut == pytest.approx(sum(nats(lm, *window) for window in windows), rel=1e-5) != pytest.approx(whole)
+
+
+def test_harness_puts_token_zero_before_contexts_where_asked(folder):
+    plain, with_bos = adapter(folder), adapter(folder, add_bos_token=True)
+    assert with_bos.tok_encode("ab") == [0, *plain.tok_encode("ab")] and with_bos.tok_encode("<|endoftext|>") == [0]
+    for one, context in ((plain, ""), (with_bos, "")):
+        assert ask(one.loglikelihood, (context, "ab")) == ask(plain.loglikelihood, ("", "ab"))
+    assert ask(with_bos.loglikelihood, ("def", " x")) == ask(plain.loglikelihood, ("<|endoftext|>def", " x"))
+    assert ask(with_bos.loglikelihood, ("def", " x")) != ask(plain.loglikelihood, ("def", " x"))
+    assert ask(with_bos.loglikelihood_rolling, ("def x",)) == ask(plain.loglikelihood_rolling, ("def x",))
+    line_break = adapter(folder, prefix_token_id=plain.tok_encode("\n")[0])
+    whole = plain._loglikelihood_tokens([(None, plain.tok_encode("\n"), plain.tok_encode("ab"))], disable_tqdm=True)
+    assert ask(line_break.loglikelihood, ("", "ab")) == whole != ask(plain.loglikelihood, ("", "ab"))
+    # the harness moves spaces at the end of a context to the continuation, here all of it
+    assert ask(plain.loglikelihood, ("\n", "ab")) == ask(plain.loglikelihood, ("", "\nab"))
+
+
+def test_harness_generation_follows_the_settings_of_a_task(folder):
+    lm = adapter(folder, batch_size=2)
+    settings = {"max_gen_toks": 9, "do_sample": True, "temperature": 0.8, "top_p": 0.9}
+    texts = ask(lm.generate_until, *[(context, settings) for context in ("def", "", "import json", "def")])
+    assert texts == ask(lm.generate_until, *[(context, settings) for context in ("def", "", "import json", "def")])
+    greedy = ask(lm.generate_until, ("def", {"max_gen_toks": 9}))[0]
+    assert greedy == lm.lm.generate("def", max_new_tokens=9, temperature=0) != texts[0]
+    assert (
+        ask(lm.generate_until, ("def", {"max_gen_toks": 9, "until": greedy[3]}))[0]
+        == greedy[: greedy.index(greedy[3])]
+    )
+    with pytest.raises(ValueError, match="generation_kwargs hold num_beams, expected some of until, max_gen_toks"):
+        ask(lm.generate_until, ("def", {"num_beams": 4}))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"batch_size": "auto"}, "batch_size is 'auto', expected a whole number"),
+        ({"max_length": 1}, "max_length is 1, expected at least 2"),
+        ({"prefix_token_id": 320}, "prefix_token_id is 320, expected 0 to 319"),
+    ],
+)
+def test_harness_refuses_impossible_settings(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        adapter(folder, **settings)
+
+
+def test_harness_limits_attention_to_its_trained_length(tmp_path, folder):
+    model = rwkv_jax.build("transformer", vocab_size=320, num_layers=1, dim=32)
+    rwkv_jax.save(tmp_path / "model.safetensors", *drawn(model))
+    from rwkv_jax.harness import HarnessLM
+
+    lm = HarnessLM(tmp_path / "model.safetensors", tokenizer=str(folder / "tokenizer.json"), batch_size=2)
+    assert lm.max_length == 1024
+    assert len(ask(lm.loglikelihood, ("def", " x"), ("def", " main("))) == 2
+
+
+def test_harness_command_reports_a_mistake_in_one_line(tmp_path, monkeypatch, capsys):
+    """lm_eval would first index its thousands of tasks: here it only makes the model, as it is told to."""
+    from rwkv_jax.harness import HarnessLM
+    from rwkv_jax.harness.__main__ import main
+
+    def cli_evaluate():
+        command, run, name, flag, settings, batch_size, tasks = sys.argv
+        assert [command, run, name, flag] == ["lm_eval", "run", "--model=rwkv_jax", "--model_args"]
+        assert (batch_size, tasks) == ("--batch_size=3", "--tasks=piqa")
+        HarnessLM(**json.loads(settings))
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", cli_evaluate)
+    before = list(sys.argv)
+    assert main([f"--model={tmp_path}/absent", "--batch_size=3", "--add_bos_token", "--tasks=piqa"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/absent: no such file") and error.count("\n") == 1
+    assert sys.argv == before

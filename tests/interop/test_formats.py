@@ -1,0 +1,155 @@
+"""Every file format that a model can be saved in and loaded from: what comes back is what was saved."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import drawn, forward, make, tokens
+from weights import NAMES, F, assert_same_params, assert_same_tensors, official, one_line, tiny
+
+import rwkv_jax
+from rwkv_jax import interop
+from rwkv_jax.interop import files, huggingface, pth, rwkv_cpp, safetensors_file
+
+HELD = [(format, dtype) for format in NAMES for dtype in ("float32", "float16", "bfloat16")]
+HELD.remove(("rwkv.cpp", "bfloat16"))  # see the test after the next
+
+
+def tensors_in(path):
+    """By official name, as the reader of the format gives them."""
+    if path.is_dir():
+        return huggingface.read(path)
+    readers = {"pth": pth.read, "rwkv.cpp": rwkv_cpp.read, "safetensors": lambda path: safetensors_file.read(path)[0]}
+    return readers[files.kind(path)](path)
+
+
+@pytest.mark.parametrize(("format", "dtype"), HELD)
+def test_format_returns_what_was_saved_bit_for_bit(tmp_path, format, dtype):
+    """The format is detected from the content: the file is renamed before it is loaded."""
+    model, params = tiny(dtype)
+    rwkv_jax.save(tmp_path / NAMES[format], model, params, format=format)
+    assert os.listdir(tmp_path) == [NAMES[format]]
+    (tmp_path / NAMES[format]).rename(tmp_path / "other.name")
+    for scan in (True, False):
+        loaded, found = rwkv_jax.load(tmp_path / "other.name", scan=scan)
+        expected = tiny(dtype, scan)[1]
+        assert loaded == model.clone(scan=scan)
+        if format == "rwkv.cpp":  # it stores vectors as float32
+            found = jax.tree.map(lambda x, y: np.asarray(x).astype(y.dtype), found, expected)
+        assert_same_params(found, expected)
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_format_holds_the_same_tensors_for_both_layouts(tmp_path, format):
+    for scan in (True, False):
+        rwkv_jax.save(tmp_path / f"scan {scan}", *tiny(scan=scan), format=format)
+    assert_same_tensors(tensors_in(tmp_path / "scan False"), tensors_in(tmp_path / "scan True"))
+
+
+def test_rwkv_cpp_stores_bfloat16_as_float32_and_decays_up_to_rounding(tmp_path):
+    model, params = tiny("bfloat16")
+    decays = np.linspace(-1, 1, params["blocks"]["att"]["time_decay"].size, dtype=np.float32)
+    params = jax.tree.map_with_path(
+        lambda path, x: decays.reshape(x.shape) if path[-1].key == "time_decay" else x, params
+    )
+    rwkv_jax.save(tmp_path / "m", model, params, format="rwkv.cpp")
+    _, found = rwkv_jax.load(tmp_path / "m")
+    np.testing.assert_allclose(np.ravel(found["blocks"]["att"]["time_decay"]), decays, rtol=0, atol=6e-8)
+    found["blocks"]["att"]["time_decay"] = params["blocks"]["att"]["time_decay"]
+    assert_same_params(found, jax.tree.map(lambda x: x.astype(np.float32), params))
+
+
+@pytest.mark.parametrize("kind", ["transformer", "hybrid"])
+def test_safetensors_carries_any_model(tmp_path, kind):
+    model, params = drawn(make(kind, hidden_dim=F, dropout=0.25, dtype="bfloat16"))
+    layouts = {True: params, False: rwkv_jax.unstack(params)}
+    for scan, tree in layouts.items():
+        rwkv_jax.save(tmp_path / f"{scan}", model.clone(scan=scan), tree, format="safetensors")
+    assert_same_tensors(tensors_in(tmp_path / "False"), tensors_in(tmp_path / "True"))
+    for scan, tree in layouts.items():
+        loaded, found = rwkv_jax.load(tmp_path / f"{not scan}", scan=scan)
+        assert loaded == model.clone(scan=scan)
+        assert_same_params(found, tree)
+    half, found = rwkv_jax.load(tmp_path / "True", dtype="float16")
+    assert (half.dtype, half.param_dtype, found["head"]["kernel"].dtype) == ("float32", "float16", jnp.float16)
+
+
+def test_loaded_model_computes_what_the_saved_one_did(tmp_path):
+    model, params = tiny()
+    rwkv_jax.save(tmp_path / "m.pth", model, params)
+    expected_BTV, _ = forward(model, params, tokens(2, 5))
+    np.testing.assert_array_equal(forward(*rwkv_jax.load(tmp_path / "m.pth"), tokens(2, 5))[0], expected_BTV)
+    logits_BTV, _ = forward(*rwkv_jax.load(tmp_path / "m.pth", scan=False), tokens(2, 5))
+    np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=1e-5, atol=1e-5)
+
+
+def test_loaded_parameters_do_not_depend_on_the_file(tmp_path):
+    pth.write(tmp_path / "model.pth", official())
+    _, params = rwkv_jax.load(tmp_path / "model.pth", scan=False)
+    content = bytearray((tmp_path / "model.pth").read_bytes())
+    content[200:] = bytes(len(content) - 200)
+    (tmp_path / "model.pth").write_bytes(content)
+    assert_same_tensors(interop.to_official(params), official())
+
+
+def test_describe_is_the_model_that_load_returns(tmp_path):
+    for name, (model, params) in {"m.pth": tiny("float16"), "m.safetensors": drawn(make("hybrid"))}.items():
+        rwkv_jax.save(tmp_path / name, model, params)
+        assert interop.describe(tmp_path / name) == rwkv_jax.load(tmp_path / name)[0] == model
+    (tmp_path / "m.pth").write_bytes(b"")
+    with one_line(r"m.pth: empty file"):
+        interop.describe(tmp_path / "m.pth")
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ("{", "its metadata 'rwkv_jax' are no JSON"),
+        ("[" * 100_000, "its metadata 'rwkv_jax' are no JSON"),
+        ("7", "its metadata 'rwkv_jax' are no JSON object"),
+        ({"num_layers": 40}, "num_layers is 40, and there are 2 layers"),
+        ({"dim": 10**12}, r"'blocks.0.\S+' has shape|'emb.weight' has shape|fields are not those of a model"),
+        ({"vocab_size": 12}, r"'emb.weight' has shape \(11, 8\), expected \(12, 8\)|'head.weight' has"),
+        ({"dropout": "much"}, "its fields are not those of a model"),
+        ({"layers": ["rwkv4", {}]}, "its fields are not those of a model"),
+        ({"layers": 7}, "its fields are not those of a model"),
+        ({"embedding_scale": "large"}, "its fields are not those of a model"),
+        ({"__class__": "os.system"}, "its fields are not those of a model: unknown model field"),
+    ],
+)
+def test_safetensors_fields_of_no_model_are_refused(tmp_path, fields, message):
+    model, params = tiny()
+    rwkv_jax.save(tmp_path / "m.safetensors", model, params)
+    tensors, metadata = safetensors_file.read(tmp_path / "m.safetensors")
+    text = fields if isinstance(fields, str) else json.dumps(json.loads(metadata["rwkv_jax"]) | fields)
+    safetensors_file.write(tmp_path / "m", tensors, {"rwkv_jax": text})
+    for scan in (True, False):
+        with one_line(message):
+            rwkv_jax.load(tmp_path / "m", scan=scan)
+
+
+def test_save_refuses_what_a_format_cannot_hold(tmp_path):
+    model, params = tiny()
+    with one_line(r"model.gguf: cannot write format 'gguf'; expected .pth, .saf"):
+        rwkv_jax.save(tmp_path / "model.gguf", model, params)
+    for format in ("pth", "huggingface", "rwkv.cpp"):
+        with one_line(f"{format} .* this model has 'attention' layers; save it as .safetensors"):
+            rwkv_jax.save(tmp_path / "model", make("hybrid"), params, format=format)
+    with one_line(r"params are not those of this model: unknown key 'blocks.1"):
+        rwkv_jax.save(tmp_path / "model.pth", model.clone(num_layers=1), params)
+    with one_line(r"no such folder; cannot write model.pth there", FileNotFoundError):
+        rwkv_jax.save(tmp_path / "absent" / "model.pth", model, params)
+    assert not any(tmp_path.iterdir())
+
+
+def test_load_names_what_is_not_there(tmp_path):
+    with one_line(r"absent.pth: no such file or folder", FileNotFoundError):
+        rwkv_jax.load(tmp_path / "absent.pth")
+    with one_line(r"a folder without config.json"):
+        rwkv_jax.load(tmp_path)

@@ -1,0 +1,155 @@
+"""Folders for transformers: names, parts, what is refused, and replacement of a folder as a whole."""
+
+import json
+import os
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from weights import D, F, L, V, assert_same_params, assert_same_tensors, official, one_line, tiny
+
+import rwkv_jax
+from rwkv_jax import interop
+from rwkv_jax.interop import huggingface, pth, safetensors_file
+
+
+def test_huggingface_names_translate_to_official_ones_and_back():
+    names = list(official())
+    theirs = {name: huggingface.to_transformers(name) for name in names}
+    assert theirs["blocks.0.ln0.bias"] == "rwkv.blocks.0.pre_ln.bias"
+    assert theirs["blocks.1.att.time_mix_r"] == "rwkv.blocks.1.attention.time_mix_receptance"
+    assert theirs["blocks.1.ffn.time_mix_k"] == "rwkv.blocks.1.feed_forward.time_mix_key"
+    assert (theirs["emb.weight"], theirs["head.weight"]) == ("rwkv.embeddings.weight", "head.weight")
+    assert [huggingface.to_official_name(name) for name in theirs.values()] == names
+
+
+def as_transformers_writes(folder, params, parts, suffix, prefix=""):
+    """A folder with the weights in `parts` files, safetensors or pickled, and config.json."""
+    tensors = {huggingface.to_transformers(name): x for name, x in interop.to_official(params).items()}
+    tensors = {prefix + name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "rwkv", "hidden_size": 8, "rescale_every": 6}')
+    write = safetensors.numpy.save_file if suffix == "safetensors" else lambda x, path: pth.write(path, x)
+    name = "model" if suffix == "safetensors" else "pytorch_model"
+    if parts == 1:
+        return write(tensors, folder / f"{name}.{suffix}")
+    files = [f"{name}-{i + 1:05}-of-{parts:05}.{suffix}" for i in range(parts)]
+    for i, file in enumerate(files):
+        write({key: tensors[key] for key in list(tensors)[i::parts]}, folder / file)
+    index = {"weight_map": {key: files[i % parts] for i, key in enumerate(tensors)}}
+    (folder / f"{name}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_huggingface_folder_is_read_whatever_its_files(tmp_path, suffix, parts):
+    _, params = tiny()
+    as_transformers_writes(tmp_path / "m", params, parts, suffix, prefix="_forward_module.")
+    assert_same_params(rwkv_jax.load(tmp_path / "m")[1], params)
+    file = next((tmp_path / "m").glob(f"*.{suffix}"))
+    if parts == 1:
+        assert_same_params(rwkv_jax.load(file)[1], params)
+    file.unlink()
+    with one_line(r"one of its 3 parts, is missing|a config.json without weights"):
+        rwkv_jax.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"model_type": "rwkv5"}, "model_type is 'rwkv5'; only 'rwkv'"),
+        ({"attention_hidden_size": 16}, "attention_hidden_size is 16; RWKV-4 as released has 8"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True; RWKV-4 as released has False"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; RWKV-4 as released has 1e-05"),
+    ],
+)
+def test_huggingface_config_of_another_model_is_refused(tmp_path, config, message):
+    huggingface.write(tmp_path / "m", official())
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with one_line(message):
+        rwkv_jax.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("dtype, rescale_every", [("float32", 0), ("bfloat16", 0), ("float16", 6)])
+def test_huggingface_config_tells_the_sizes_and_rescales_float16_alone(tmp_path, dtype, rescale_every):
+    huggingface.write(tmp_path / "m", official(jnp.dtype(dtype)))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    sizes = ("vocab_size", "num_hidden_layers", "hidden_size", "attention_hidden_size", "intermediate_size")
+    assert [config[name] for name in sizes] == [V, L, D, D, F]
+    assert (config["torch_dtype"], config["rescale_every"]) == (dtype, rescale_every)
+
+
+@pytest.mark.parametrize("name", ["../m/model.safetensors", "/etc/passwd", "", "a b", 7, None])
+def test_huggingface_index_names_files_of_its_own_folder_only(tmp_path, name):
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with one_line(r"does not name files of the folder|is missing"):
+        rwkv_jax.load(tmp_path)
+
+
+def test_huggingface_writes_large_models_in_parts(tmp_path, monkeypatch):
+    model, params = tiny()
+    tensors = interop.to_official(params)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 3000)
+    rwkv_jax.save(tmp_path / "m", model, params)
+    parts = sorted((tmp_path / "m").glob("model-*.safetensors"))
+    assert len(parts) > 2 and parts[0].name == f"model-00001-of-{len(parts):05}.safetensors"
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
+    for part in parts:
+        with safetensors.safe_open(part, "numpy") as file:
+            assert file.metadata() == {"format": "pt"}
+        found = safetensors.numpy.load_file(part)
+        assert sum(x.nbytes for x in found.values()) <= 3000
+        assert all(index["weight_map"][name] == part.name for name in found)
+    assert_same_params(rwkv_jax.load(tmp_path / "m")[1], params)
+
+
+def test_huggingface_puts_a_tensor_above_the_limit_into_its_own_file():
+    tensors = {name: np.zeros(size, np.uint8) for name, size in zip("abcde", (4, 6, 12, 3, 8), strict=True)}
+    assert list(huggingface.split(tensors, 10)) == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_huggingface_folder_is_replaced_whole_and_keeps_other_files(tmp_path, monkeypatch):
+    once = official()
+    twice = {name: x * 2 for name, x in once.items()}
+    holds = lambda tensors: assert_same_tensors(huggingface.read(tmp_path / "m"), tensors)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 3000)
+    huggingface.write(tmp_path / "m", once)
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    monkeypatch.undo()
+    broken = lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(safetensors_file, "write", broken)
+        huggingface.write(tmp_path / "m", twice)
+    holds(once)
+    rename = pathlib.Path.rename
+    only_the_old = lambda old, new: rename(old, new) if old.name == "m" or old.suffix == ".old" else broken()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(pathlib.Path, "rename", only_the_old)
+        huggingface.write(tmp_path / "m", twice)
+    holds(once)
+    huggingface.write(tmp_path / "m", twice)
+    holds(twice)
+    assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert os.listdir(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("found", ["file", "folder", "workdir", "link"])
+def test_huggingface_never_replaces_what_is_no_folder_of_a_model(tmp_path, found):
+    path = tmp_path / "m"
+    if found == "file":
+        path.write_text("precious")
+    elif found == "link":
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.mkdir()
+        (path / "config.json").write_text('{"model": {"name": "rwkv4"}}' if found == "workdir" else "precious")
+    before = [path.lstat().st_ino, *tmp_path.rglob("*")]
+    with one_line("exists and is no folder of an RWKV model", FileExistsError):
+        rwkv_jax.save(path, *tiny())
+    assert [path.lstat().st_ino, *tmp_path.rglob("*")] == before

@@ -1,0 +1,51 @@
+"""Fields of a model: as JSON, and what `build` says of those that do not fit."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from small import KINDS, D, L, V, make
+
+from rwkv_jax.models import LM, build
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lm_fields_survive_json(kind):
+    model = make(kind, dtype="bfloat16", dropout=0.1, hidden_dim=24, embedding_scale=1e-3)
+    values = {f.name: getattr(model, f.name) for f in fields(LM) if f.name not in ("parent", "name")}
+    assert build(KINDS[kind]["name"], **json.loads(json.dumps(values))) == model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"name": "rwkv"}, "unknown model name 'rwkv': did you mean 'rwkv4'?"),
+        ({"name": "mamba"}, "unknown model name 'mamba': expected one of rwkv4, transformer, lstm"),
+        ({"size": "169M"}, "unknown size '169M': did you mean '169m'?"),
+        ({"vocab_sise": 5}, "unknown model field 'vocab_sise': did you mean 'vocab_size'?"),
+        ({"parent": None}, "unknown model field 'parent'"),
+        ({"layers": ["rwkv4", "atention"]}, "unknown kind of layer 'atention': did you mean 'attention'?"),
+        ({"layers": []}, "num_layers is 2, expected a multiple of the 0 kinds in layers"),
+        ({"layers": ["rwkv4"] * 3}, "num_layers is 2, expected a multiple of the 3 kinds in layers"),
+        ({"embedding_init": "v4nea"}, "unknown model field embedding_init 'v4nea': did you mean 'v4neo'?"),
+        ({"matmul_precision": "hi"}, "unknown model field matmul_precision 'hi'"),
+        ({"remat": "blocks"}, "unknown model field remat 'blocks': did you mean 'block'"),
+        ({"dim": 0}, "model field dim is 0, expected a positive integer"),
+        ({"num_layers": 2.0}, "model field num_layers is 2.0, expected a positive integer"),
+    ],
+    ids=str,
+)
+def test_build_names_a_misspelt_field_and_the_nearest_right_one(arguments, line):
+    given = {"name": "rwkv4", "vocab_size": V, "num_layers": L, "dim": D} | arguments
+    with pytest.raises(ValueError) as error:
+        build(**given)
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+
+
+def test_build_names_a_missing_field():
+    with pytest.raises(ValueError, match="model field dim is None, expected a positive integer"):
+        build("rwkv4", vocab_size=V, num_layers=L)
+
+
+def test_build_takes_remat_of_earlier_runs_as_a_policy():
+    assert (make("rwkv4", remat=True).remat, make("rwkv4", remat=False).remat) == ("block", "none")

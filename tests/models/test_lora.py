@@ -1,0 +1,52 @@
+"""Low-rank adapters: they change nothing at first, and merge into the weights that compute the same."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import small
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rwkv_jax.finetune import Method
+from rwkv_jax.models import lora
+
+RANK, ALPHA = 2, 6.0
+METHOD = Method("lora", RANK, ALPHA, "key|value|(q|k|v|out|up|down)/kernel|head")
+
+
+def _shaken(adapters):
+    """Adapters that do something: at the start B is zero."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), adapters)
+
+
+def _merged(params, adapters):
+    """W + (alpha / rank) A B, in float64."""
+    flat, pairs = flatten_dict(params), flatten_dict(jax.tree.map(lambda x: np.asarray(x, np.float64), adapters))
+    for path in pairs:
+        if path[-1] == "lora_b":
+            kernel, a = (*path[:-1], "kernel"), pairs[*path[:-1], "lora_a"]
+            flat[kernel] = flat[kernel] + ALPHA / RANK * (a @ pairs[path])
+    return unflatten_dict(flat)
+
+
+@pytest.mark.parametrize(
+    "kind", ["rwkv4", *(pytest.param(k, marks=pytest.mark.slow) for k in ("transformer", "hybrid"))]
+)
+def test_adapters_change_nothing_at_first_and_merge_into_the_weights(kind):
+    model, params = small.drawn(small.make(kind))
+    tokens_BT = small.tokens(2, 8)
+    plain_BTV, _ = small.forward(model, params, tokens_BT)
+    fresh, frozen = jax.jit(functools.partial(METHOD.split, model))(params, jax.random.key(0))
+    joined = lambda adapters: small.forward(model, METHOD.bind(adapters, frozen, 2)[0], tokens_BT)[0]
+    np.testing.assert_array_equal(joined(fresh), plain_BTV)
+
+    adapters = _shaken(fresh)
+    joined_BTV = joined(adapters)
+    merged = lora.merge(jax.device_put(params), adapters, ALPHA)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), merged, _merged(params, adapters)
+    )
+    np.testing.assert_allclose(joined_BTV, small.forward(model, merged, tokens_BT)[0], rtol=1e-5, atol=1e-5)
+    assert np.abs(joined_BTV - plain_BTV).max() > 0.1

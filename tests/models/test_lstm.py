@@ -1,0 +1,66 @@
+"""The LSTM baseline; what it shares with the other models is in test_lm.py."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from judge import error_ratio
+from small import D, made, shapes_of, tokens
+
+from rwkv_jax import hardware
+from rwkv_jax.models import build, rewind, unstack
+from rwkv_jax.models.lstm import LayerState, default_hidden_dim, lstm
+
+B, T, F = 2, 6, 5
+
+
+def test_lstm_recurrence_equals_the_library():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    x_BTD, recurrent_FG, bias_G, state = draw(B, T, D), draw(F, 4 * F), draw(4 * F), LayerState(draw(B, F), draw(B, F))
+    input_DG = draw(D, 4 * F)
+    params = {}
+    for name, w, r, b in zip(
+        "ifgo", *(np.split(x, 4, axis=-1) for x in (input_DG, recurrent_FG, bias_G)), strict=True
+    ):
+        params |= {f"i{name}": {"kernel": w}, f"h{name}": {"kernel": r, "bias": b}}
+
+    step = jax.jit(nn.OptimizedLSTMCell(F).apply)
+    carry, expected = (state.c_BF, state.h_BF), []
+    for t in range(T):
+        carry, h_BF = step({"params": params}, carry, x_BTD[:, t])
+        expected.append(h_BF)
+    h_BTF, after = lstm(x_BTD @ input_DG + bias_G, recurrent_FG, state)
+    assert error_ratio(h_BTF, np.stack(expected, axis=1)) < 1e-6
+    assert error_ratio(after.c_BF, carry[0]) < 1e-6 and error_ratio(after.h_BF, carry[1]) < 1e-6
+
+
+@pytest.mark.parametrize("dim", [32, 128, 512, 768])
+def test_lstm_default_width_is_the_nearest_to_13_D2_a_layer(dim):
+    weights = lambda F: 4 * dim * F + 4 * F**2 + F * dim
+    F = default_hidden_dim(dim)
+    assert min((F - 1, F, F + 1), key=lambda F: abs(weights(F) - 13 * dim**2)) == F
+    model = build("lstm", vocab_size=256, num_layers=2, dim=dim)
+    assert hardware.flops_per_token(model, 64) == 6 * (256 * dim + 2 * weights(F))
+
+
+def test_lstm_layers_have_matrices_of_the_default_width():
+    F = default_hidden_dim(D)
+    blocks = shapes_of(made("lstm")[0])["blocks"]
+    assert sum(x.size for x in jax.tree.leaves(blocks) if x.ndim == 3) == 2 * (4 * D * F + 4 * F**2 + F * D)
+
+
+def test_lstm_starts_with_open_forget_gates_and_layers_that_add_nothing():
+    model = build("lstm", vocab_size=11, num_layers=1, dim=8)
+    params = jax.jit(lambda seed: model.init(jax.random.key(seed), tokens(1, 2))["params"])(0)
+    layer = jax.tree.map(np.asarray, params["blocks"]["lstm"])
+    assert not layer["output"]["kernel"].any()
+    np.testing.assert_array_equal(np.split(layer["bias"][0], 4), [[0] * 10, [1] * 10, [0] * 10, [0] * 10])
+    for gate_FF in np.split(layer["recurrent_kernel"][0], 4, axis=1):
+        np.testing.assert_allclose(gate_FF @ gate_FF.T, np.eye(10), atol=1e-6)
+
+
+def test_lstm_cannot_be_rewound_within_a_pass():
+    model, params = made("lstm")
+    with pytest.raises(ValueError, match=r"layers are .*lstm.*, expected rwkv4 and attention"):
+        rewind.read(model.clone(scan=False), unstack(params), tokens(B, T), model.init_state(B))

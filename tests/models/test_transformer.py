@@ -1,0 +1,242 @@
+"""The baseline's attention: blocked without a past, over the filled part of a cache with one."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from judge import error_ratio
+from small import V, forward, made, tokens
+
+from rwkv_jax.models import build, transformer
+from rwkv_jax.models.transformer import CACHE_BLOCK, QUERY_BLOCK, KVCache, cached_attention, causal_attention, rotate
+
+# ---------------------------------------------------------------------------------------- without a past
+
+
+def qkv(T, dtype=np.float32):
+    rng = np.random.default_rng(T)
+    return tuple((3 * rng.standard_normal((2, T, 3, 4))).astype(dtype) for _ in range(3))
+
+
+def documents(T):
+    """(first token of each token's document, whether a token counts, what each token sees)."""
+    rng = np.random.default_rng(0)
+    start_BT = np.maximum.accumulate(np.where(rng.random((2, T)) < 0.02, np.arange(T), 0), axis=1)
+    valid_BT = rng.random((2, T)) < 0.8
+    s, t = np.arange(T)[None, None], np.arange(T)[None, :, None]
+    return start_BT, valid_BT, (s <= t) & (s >= start_BT[..., None]) & valid_BT[:, None]
+
+
+def attention(q_BTHK, k_BTHK, v_BTHK, seen_BTS):
+    """Softmax attention in float64."""
+    q, k, v = (np.float64(x) for x in (q_BTHK, k_BTHK, v_BTHK))
+    scores = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1])
+    scores = np.where(seen_BTS[:, None], scores, -np.inf)
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    total = weights.sum(-1, keepdims=True)
+    return np.einsum("bhts,bshk->bthk", weights / np.where(total == 0, 1, total), v)
+
+
+def test_causal_attention_follows_its_formula_with_and_without_masks():
+    """Over two blocks of queries."""
+    T = QUERY_BLOCK + 12
+    start_BT, valid_BT, seen_BTS = documents(T)
+    plain, masked = jax.jit(lambda *x: (causal_attention(*x[:3]), causal_attention(*x)))(*qkv(T), start_BT, valid_BT)
+    assert error_ratio(plain, attention(*qkv(T), np.tri(T, dtype=bool)[None])) < 2e-6
+    sees = seen_BTS.any(-1)  # a padding token may see nothing
+    assert sees.mean() > 0.9 and np.isfinite(masked).all()
+    assert error_ratio(np.asarray(masked)[sees], attention(*qkv(T), seen_BTS)[sees]) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [1, QUERY_BLOCK, QUERY_BLOCK + 1, 300])
+def test_causal_attention_equals_the_library(T):
+    q, k, v = qkv(T)
+    want = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    assert error_ratio(causal_attention(q, k, v), want) < 2e-6
+    start_BT, valid_BT, seen_BTS = documents(T)
+    want = jax.nn.dot_product_attention(q, k, v, mask=seen_BTS[:, None])
+    out, sees = causal_attention(q, k, v, start_BT, valid_BT), seen_BTS.any(-1)
+    assert np.isfinite(out).all()
+    assert error_ratio(np.asarray(out)[sees], np.asarray(want)[sees]) < 2e-6
+
+
+def test_causal_attention_takes_cudnn_for_16_bit_inputs_without_masks_on_a_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **how: asked.append(how) or q)
+
+    def fused(platform, dtype, *masks):
+        asked.clear()
+        monkeypatch.setattr(transformer, "target_platform", lambda: platform)
+        jax.eval_shape(causal_attention.__wrapped__, *qkv(4, dtype), *masks)
+        return asked == [{"is_causal": True, "implementation": "cudnn"}]
+
+    start_BT, valid_BT, _ = documents(4)
+    assert fused("gpu", jnp.bfloat16) and fused("gpu", np.float16)
+    assert not fused("cpu", jnp.bfloat16) and not fused("gpu", np.float32)
+    assert not fused("gpu", jnp.bfloat16, start_BT) and not fused("gpu", jnp.bfloat16, None, valid_BT)
+
+
+def test_rotate_makes_scores_depend_on_the_distance_only():
+    q, k, _ = (x[:, :1] for x in qkv(1))
+    turn = jax.jit(lambda x, at: rotate(x, jnp.full(x.shape[:2], at)))
+    score = lambda at_q, at_k: np.einsum("bthk,bthk->bh", turn(q, at_q), turn(k, at_k))
+    np.testing.assert_allclose(score(3, 1), score(1003, 1001), rtol=1e-3, atol=1e-3)
+    assert error_ratio(score(3, 1), score(4, 1)) > 0.1
+    np.testing.assert_array_equal(turn(q, 0), q)
+    # channels 0 and 2 turn by one radian a position, 1 and 3 by 10000^(-1/2)
+    one = np.asarray(turn(np.ones_like(q), 1))[0, 0, 0]
+    angles = np.array([1.0, 0.01])
+    want = [*(np.cos(angles) - np.sin(angles)), *(np.cos(angles) + np.sin(angles))]
+    np.testing.assert_allclose(one, want, rtol=1e-6)
+
+
+def squares(program, T):
+    """Shapes in a program's text that have two dimensions of T or more."""
+    shapes = {tuple(map(int, s.split("x"))) for s in re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]", program)}
+    return {shape for shape in shapes if sum(n >= T for n in shape) > 1}
+
+
+@pytest.mark.parametrize("blocks", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_transformer_training_holds_no_T_by_T_array(blocks):
+    T = blocks * QUERY_BLOCK
+    model, params = made("transformer")
+    loss = lambda params, ids: jnp.square(model.apply({"params": params}, ids)[0]).mean()
+    gradient = jax.jit(jax.value_and_grad(loss)).lower(params, jax.ShapeDtypeStruct((1, T), jnp.int32))
+    assert not squares(gradient.as_text(), T)
+    assert f"x{QUERY_BLOCK}x{T}xf32" in gradient.as_text()
+    library = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=True)).lower(*qkv(T))
+    assert squares(library.as_text(), T)  # so that the reader above is known to see one
+
+
+@pytest.mark.parametrize("blocks", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_causal_attention_computes_scores_again_in_the_backward_pass(blocks):
+    """What is kept between the passes is linear in T."""
+    kept = lambda T: sum(
+        x.size for x in jax.tree.leaves(jax.eval_shape(lambda *qkv: jax.vjp(causal_attention, *qkv)[1], *qkv(T)))
+    )
+    assert kept(blocks * QUERY_BLOCK) < 1.5 * blocks * kept(QUERY_BLOCK)
+
+
+# ------------------------------------------------------------------------------------------- with a cache
+
+# Three programs: prompts of WIDTH tokens and single tokens with a cache of four blocks, and a pass without a cache.
+LENGTHS, WIDTH, N = (7, 1, 4), 152, 4
+ROWS, SLOTS = 2 * len(LENGTHS), 4 * CACHE_BLOCK
+T = 4 * WIDTH + N
+
+
+def alone(model, params):
+    return np.asarray(forward(model, params, tokens(ROWS, T))[0])
+
+
+def decode(model, params, prompt_BT, valid_BT, following_BT, state):
+    """Logits of each token of `following`, fed one at a time after a padded prompt."""
+    _, state = forward(model, params, prompt_BT, state, None, valid_BT)
+    out = []
+    for t in range(following_BT.shape[1]):
+        logits, state = forward(model, params, following_BT[:, t : t + 1], state)
+        out.append(logits[:, 0])
+    return np.stack(out, axis=1), state
+
+
+def ragged():
+    """(prompts, which tokens count, what follows): each length padded on the right and on the left."""
+    ids = tokens(ROWS, T)
+    prompt, valid = np.zeros((ROWS, WIDTH), np.int32), np.zeros((ROWS, WIDTH), bool)
+    following = np.zeros((ROWS, N), np.int32)
+    for b, n in enumerate(LENGTHS * 2):
+        place = slice(0, n) if b < len(LENGTHS) else slice(WIDTH - n, WIDTH)
+        prompt[b, place], valid[b, place], following[b] = ids[b, :n], True, ids[b, n : n + N]
+    return prompt, valid, following
+
+
+def spoiled(state, rubbish):
+    """The state with `rubbish` in the slots of the block in use, and NaN in the blocks that are not."""
+
+    def spoil(x):
+        if x.ndim != 4:
+            return x
+        return np.where(np.arange(SLOTS)[:, None] < CACHE_BLOCK, x + np.float32(rubbish), np.float32(np.nan))
+
+    return jax.tree.map(spoil, state)
+
+
+@pytest.mark.parametrize("shift", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_transformer_ragged_rows_decode_as_if_alone_whatever_empty_slots_hold(shift):
+    model, params = made("transformer", token_shift=shift)
+    empty = model.init_state(ROWS, max_length=SLOTS)
+    logits, state = decode(model, params, *ragged(), empty)
+    reference = alone(model, params)
+    want = np.stack([reference[b, n : n + N] for b, n in enumerate(LENGTHS * 2)])
+    assert error_ratio(logits, want) < 2e-6
+    np.testing.assert_array_equal(state[0].cache.length_B, np.add(LENGTHS * 2, N))
+    np.testing.assert_array_equal(decode(model, params, *ragged(), spoiled(empty, 1e30))[0], logits)
+
+
+def test_transformer_context_of_several_blocks_equals_a_pass_without_a_cache():
+    """Single tokens read two blocks of four one after the other, then three at once."""
+    model, params = made("transformer", token_shift=False)
+    ids, full = tokens(ROWS, T), np.ones((ROWS, WIDTH), bool)
+    state, out, begin = model.init_state(ROWS, max_length=SLOTS), [], 0
+    for length in (WIDTH, WIDTH, 1, 1, WIDTH, WIDTH, 1, 1):
+        valid = full if length > 1 else None
+        logits, state = forward(model, params, ids[:, begin : begin + length], state, None, valid)
+        out.append(logits)
+        begin += length
+    assert begin == T and 2 * WIDTH > CACHE_BLOCK and 4 * WIDTH > 2 * CACHE_BLOCK
+    assert error_ratio(np.concatenate(out, axis=1), alone(model, params)) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_length", [9, CACHE_BLOCK + 1])
+def test_transformer_logits_do_not_depend_on_the_size_of_the_cache(max_length):
+    model, params = made("transformer")
+    ids, valid = tokens(2, 9), np.ones((2, 5), bool)
+    state = model.init_state(2, max_length=max_length)
+    assert state[0].cache.k_BHSK.shape[2] == (9 if max_length == 9 else 2 * CACHE_BLOCK)
+    logits, _ = decode(model, params, ids[:, :5], valid, ids[:, 5:], state)
+    assert error_ratio(logits, forward(model, params, ids)[0][:, 5:]) < 2e-6
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_cached_attention_of_a_single_token_alone_sees_all_slots_at_once(T):
+    """The loop over blocks has a dynamic trip count, and its body sees one block."""
+    H, K, S = 2, 4, 16 * CACHE_BLOCK
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    count, slots = array(1, dtype=jnp.int32), array(1, T, dtype=jnp.int32)
+    cache = KVCache(array(1, H, S, K), array(1, H, S, K), count, count)
+    program = cached_attention.lower(array(1, T, H, K), cache, slots, slots).as_text()
+    assert f"1x{H}x{T}x{CACHE_BLOCK}xf32" in program  # scores of one block ...
+    assert (f"1x{H}x{T}x{S}xf32" in program) == (T == 1)  # ... and of all slots
+
+
+def test_transformer_cache_is_rounded_up_to_whole_blocks():
+    model = made("transformer")[0]
+    slots = lambda length: jax.eval_shape(lambda: model.init_state(2, max_length=length))[0].cache.k_BHSK.shape[2]
+    assert [slots(n) for n in (9, CACHE_BLOCK, CACHE_BLOCK + 1)] == [9, CACHE_BLOCK, 2 * CACHE_BLOCK]
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+
+def test_transformer_cache_needs_a_size():
+    with pytest.raises(ValueError, match=r"needs init_state\(batch, max_length=\.\.\.\)"):
+        made("transformer")[0].init_state(2)
+
+
+@pytest.mark.parametrize("head_size", [3, 16])
+def test_transformer_names_a_head_size_that_does_not_fit(head_size):
+    model = build("transformer", vocab_size=V, num_layers=1, dim=24, head_size=head_size)
+    with pytest.raises(ValueError, match=f"dim is 24 and head_size {head_size}, expected an even head size"):
+        jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), tokens(1, 1))
+
+
+def test_transformer_narrower_than_a_head_has_one_head():
+    model = build("transformer", vocab_size=V, num_layers=1, dim=24)
+    state = jax.eval_shape(lambda: model.init_state(2, max_length=5))
+    assert isinstance(state[0].cache, KVCache) and state[0].cache.k_BHSK.shape == (2, 1, 5, 24)

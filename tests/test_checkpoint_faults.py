@@ -1,0 +1,196 @@
+"""Checkpoints after faults: damaged files are noticed, and a kill at any moment leaves the checkpoint before."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trees import abstract, bits, files_of, one_line, train_state
+
+from rwkv_jax import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_folder_without_checkpoints_is_one_line(tmp_path):
+    assert checkpoint.steps(tmp_path / "absent") == []
+    with pytest.raises(ValueError, match="no valid checkpoint") as error:
+        checkpoint.restore(tmp_path / "absent", train_state())
+    one_line(error)
+
+
+def test_checkpoint_without_manifest_does_not_exist(tmp_path):
+    checkpoint.save(tmp_path, 1, train_state(1))
+    checkpoint.save(tmp_path, 2, train_state(2))
+    (tmp_path / "2" / "manifest.json").unlink()
+    assert checkpoint.steps(tmp_path)[-1] == 1
+    assert checkpoint.restore(tmp_path, abstract(train_state()))[0] == 1
+    checkpoint.save(tmp_path, 2, train_state(3))
+    assert checkpoint.restore(tmp_path, abstract(train_state()))[1].step == 3
+
+
+def test_leftovers_of_a_killed_save_are_cleared_and_nothing_else(tmp_path):
+    for name in ("5.partial", "7.partial.orbax-checkpoint-tmp-1", "4.partial.removed", "9"):
+        (tmp_path / name / "d").mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    checkpoint.save(tmp_path, 6, train_state(6))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "9", "notes.txt"]
+    assert checkpoint.steps(tmp_path) == [6]
+
+
+def test_verify_notices_every_flipped_byte(tmp_path):
+    checkpoint.save(tmp_path, 1, train_state(1))
+    rng = np.random.default_rng(0)
+    files = files_of(tmp_path, 1)
+    assert len(files) > 5
+    for file in files + [files[i] for i in rng.integers(len(files), size=60)]:
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= rng.integers(1, 256)
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged checkpoint") as error:
+            checkpoint.verify(tmp_path, 1)
+        assert file.name in one_line(error) or file.name == "manifest.json"
+        file.write_bytes(whole)
+        checkpoint.verify(tmp_path, 1)
+    manifest = tmp_path / "1" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"\n", b" ", 1))
+    with pytest.raises(ValueError, match=r"damaged checkpoint: manifest.json"):
+        checkpoint.verify(tmp_path, 1)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with the checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("two")
+    for step in (1, 2):
+        checkpoint.save(folder, step, train_state(step))
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(damage, two, tmp_path, capfd):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    file = max(files_of(folder, 2), key=lambda file: file.stat().st_size)
+    whole = file.read_bytes()
+    if damage == "delete":
+        file.unlink()
+    else:
+        file.write_bytes(whole[:-1] + (b"" if damage == "truncate" else bytes([whole[-1] ^ 1])))
+    step, restored = checkpoint.restore(folder, abstract(train_state()))
+    assert step == restored.step == 1
+    report = capfd.readouterr().err
+    assert report.count("\n") == 1
+    assert f"{folder / '2'}: damaged checkpoint: file {file.relative_to(folder / '2')}" in report
+    with pytest.raises(ValueError, match="damaged checkpoint"):
+        checkpoint.restore(folder, abstract(train_state()), step=2)
+
+
+def test_folder_of_damaged_checkpoints_is_one_line(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    for step in (1, 2):
+        (folder / str(step) / "_METADATA").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"no valid checkpoint \(complete ones: \[1, 2\]\)"):
+        checkpoint.restore(folder, abstract(train_state()))
+
+
+# ------------------------------------------------------------------------------------------ kills
+
+
+class KilledError(BaseException):
+    """Ends the thread that saves where it is, with nothing cleaned up, as a kill would."""
+
+
+def _killed_at(patch, name, doomed=lambda path: True, module=checkpoint):
+    """From now on saving ends where it calls `module.name(path)` on a path that `doomed` holds for."""
+    call = getattr(module, name)
+
+    def killed(path, *args, **kwargs):
+        if doomed(Path(path)):
+            raise KilledError
+        return call(path, *args, **kwargs)
+
+    patch.setattr(module, name, killed)
+
+
+REMOVED = lambda path: path.name.endswith(".partial.removed")
+# where a save of a step is killed, the step, and the newest one that there is afterwards
+KILLS = {
+    "before the manifest": (lambda patch, folder: _killed_at(patch, "_write_manifest"), 3, 2),
+    "while the manifest is written": (
+        lambda patch, folder: _killed_at(patch, "_synchronise", lambda path: path.name == "manifest.json.partial"),
+        3,
+        2,
+    ),
+    "before the rename": (lambda patch, folder: _killed_at(patch, "replace", _renamed(folder), os), 3, 2),
+    "after the rename": (
+        lambda patch, folder: _killed_at(patch, "_synchronise", lambda path: path == folder),
+        3,
+        3,
+    ),
+    "while stale ones are removed": (lambda patch, folder: _killed_at(patch, "rmtree", REMOVED, shutil), 3, 3),
+    "while it replaces itself": (lambda patch, folder: _killed_at(patch, "rmtree", REMOVED, shutil), 2, 1),
+}
+
+
+def _renamed(folder):
+    return lambda path: path.parent == folder and path.name == "3.partial"
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_save_killed_at_any_moment_leaves_the_newest_complete_one(moment, two, tmp_path, capfd):
+    folder = shutil.copytree(two, tmp_path / "checkpoints")
+    kill, step, newest = KILLS[moment]
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, folder)
+        with pytest.raises(KilledError):
+            checkpoint.save(folder, step, train_state(step))
+    found, restored = checkpoint.restore(folder, abstract(train_state()))
+    assert found == newest and bits(restored) == bits(train_state(newest))
+    assert capfd.readouterr().err == ""
+    checkpoint.save(folder, newest + 1, train_state(newest + 1))
+    assert sorted(path.name for path in folder.iterdir()) == [str(newest), str(newest + 1)]
+
+
+SAVING = """
+import sys
+import numpy as np
+from rwkv_jax import checkpoint
+
+for step in range(1, 1000):
+    print(step, flush=True)
+    checkpoint.save(sys.argv[1], step, {"w": np.full(2_000_000, step, np.float32), "step": np.int32(step)})
+"""
+
+
+def killed_while_saving(folder, step, seconds):
+    """Kill a process `seconds` after it began to save `step`."""
+    process = subprocess.Popen([sys.executable, "-c", SAVING, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if int(line) == step:
+            break
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_process_killed_while_saving_leaves_the_checkpoint_before(tmp_path, capfd):
+    within = 0
+    for attempt in range(12):
+        folder = tmp_path / str(attempt)
+        killed_while_saving(folder, 3, attempt * 0.01)
+        within += any(".partial" in path.name for path in folder.iterdir())
+        step, tree = checkpoint.restore(folder, {"w": np.zeros(2_000_000, np.float32), "step": np.int32(0)})
+        assert step >= 2 and tree["step"] == step and (tree["w"] == step).all()
+        assert capfd.readouterr().err == ""
+        checkpoint.save(folder, step + 1, tree)
+        assert sorted(int(path.name) for path in folder.iterdir()) == [step, step + 1]
+    assert within > 0, "no kill fell into a save"

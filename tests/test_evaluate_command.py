@@ -1,0 +1,139 @@
+"""`python -m rwkv_jax.evaluate`: its report, the bytes that it counts, and mistakes in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import streams
+import tokenizers
+from small import drawn
+from streams import HashModel
+
+import rwkv_jax
+from rwkv_jax import checkpoint, evaluate
+from rwkv_jax.tokenizers import get_tokenizer
+
+FIELDS = {"vocab_size": 256, "num_layers": 2, "dim": 8, "matmul_precision": "highest"}
+SEQ_LEN = 16
+
+
+@pytest.fixture(scope="module")
+def case():
+    return drawn(rwkv_jax.build("rwkv4", **FIELDS))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, case):
+    """A training run."""
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint.save(folder / "checkpoints", 3, {"params": case[1]})
+    config = {"model": {"name": "rwkv4"} | FIELDS, "tokenizer": "bytes", "seq_len": SEQ_LEN}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_bytes(bytes(range(256)) + "Käse 日本\n".encode() * 3)
+    return path
+
+
+def check_report(report, model, params, text):
+    tokens = np.frombuffer(b"\0" + text.read_bytes(), np.uint8)
+    windows = evaluate.windows(model, params, tokens, SEQ_LEN, 4)[1:]
+    best = evaluate.best_practice(model, params, tokens, np.array([0]), SEQ_LEN, 4)[1:]
+    assert report["tokens"] == report["bytes"] == len(tokens) - 1
+    assert report["windows"]["bits_per_byte"] == pytest.approx(windows.mean() / np.log(2))
+    assert report["best_practice"]["bits_per_byte"] == pytest.approx(best.mean() / np.log(2))
+    assert report["best_practice"]["perplexity"] == pytest.approx(np.exp(best.mean()))
+    assert report["best_practice_is"] == ("carried" if model.recurrent else "sliding")
+    return windows, best
+
+
+def test_evaluate_command_reports_a_training_run(workdir, case, text, capsys):
+    argv = [f"--model={workdir}", f"--data={text}", "--batch_size=4"]
+    assert evaluate.main([*argv, "--json"]) == 0
+    windows, best = check_report(json.loads(capsys.readouterr().out), *case, text)
+
+    assert evaluate.main([*argv, "--max_tokens=40"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{text}: 40 tokens, 40 bytes"
+    assert float(lines[1].split()[1]) == pytest.approx(windows[:40].mean() / np.log(2), abs=1e-4)
+    assert float(lines[2].split()[1]) == pytest.approx(best[:40].mean() / np.log(2), abs=1e-4)
+
+
+def test_evaluate_command_slides_a_window_over_text_for_attention(workdir, text, capsys, monkeypatch):
+    model = HashModel(recurrent=False)
+    monkeypatch.setattr(evaluate.interop, "load", lambda folder: (model, {}))
+    monkeypatch.setattr(evaluate, "_log_likelihoods", streams.log_likelihoods)
+    argv = [f"--model={workdir}", f"--data={text}", "--batch_size=4"]
+    assert evaluate.main([*argv, "--json"]) == 0
+    check_report(json.loads(capsys.readouterr().out), model, {}, text)
+    assert evaluate.main(argv) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["windows", "sliding"]
+
+
+def test_held_out_counts_bytes_of_the_text_and_not_tokens(tmp_path):
+    text = "Käse und Käse und Käse\n"
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    library.train_from_iterator(
+        [text], tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    )
+    library.save(str(tmp_path / "bpe.json"))
+    (tmp_path / "text.txt").write_text(text)
+    tokenizer = get_tokenizer(str(tmp_path / "bpe.json"))
+    whole = evaluate._held_out(str(tmp_path / "text.txt"), tokenizer, None)
+    assert whole.num_bytes == len(text.encode()) > len(whole.tokens)
+    part = evaluate._held_out(str(tmp_path / "text.txt"), tokenizer, 2)
+    assert part.tokens.tolist() == [0, *tokenizer.encode(text)[:2]]
+    assert part.num_bytes == len(tokenizer.decode(part.tokens[1:]).encode())
+
+
+def test_held_out_counts_bytes_of_the_file_where_the_tokenizer_normalises(tmp_path):
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    library.normalizer = tokenizers.normalizers.NFKC()
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    library.save(str(tmp_path / "nfkc.json"))
+    (tmp_path / "text.txt").write_text("\uff41\uff42" * 10)  # full-width a and b, 3 bytes each
+    split = evaluate._held_out(str(tmp_path / "text.txt"), get_tokenizer(str(tmp_path / "nfkc.json")), None)
+    assert split.num_bytes == 60 and len(split.tokens) == 21
+
+
+def test_evaluate_command_reports_mistakes_in_one_line(workdir, case, text, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"K\xe4se")
+    for size in (10, 300):
+        library = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(size)}, unk_token="0"))
+        library.save(str(tmp_path / f"{size}.json"))
+    load = evaluate.interop.load
+    monkeypatch.setattr(evaluate.interop, "load", lambda path: case if Path(path) == workdir else load(path))
+    good = {"model": workdir, "data": text}
+    for change, message in (
+        ({"model": tmp_path / "none.pth"}, "none.pth: no such file"),
+        ({"model": tmp_path}, "config.json"),
+        ({"data": tmp_path / "none.txt"}, "No such file"),
+        ({"data": tmp_path / "empty.txt"}, "empty.txt is empty"),
+        ({"data": tmp_path / "latin.txt", "tokenizer": tmp_path / "10.json"}, "latin.txt is not UTF-8"),
+        ({"tokenizer": tmp_path / "300.json"}, "has 300 tokens, the model only 256"),
+        ({"tokenizer": tmp_path / "none.json"}, "none.json"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"seq_len": -1}, "seq_len is -1"),
+    ):
+        assert evaluate.main([f"--{name}={value}" for name, value in (good | change).items()]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and message in err
+
+
+@pytest.mark.slow
+def test_evaluate_command_prints_no_warnings(workdir, text):
+    argv = [f"--model={workdir}", f"--data={text}"]
+    command = [sys.executable, "-W", "error", "-m", "rwkv_jax.evaluate", *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("bits/byte") == 2

@@ -1,0 +1,278 @@
+"""Fine-tuning runs: what they train and leave, how they load, export, merge and resume, and their mistakes."""
+
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+import training
+
+import rwkv_jax
+from rwkv_jax import checkpoint, finetune, generate, run_config, train
+from rwkv_jax.finetune import Method
+from rwkv_jax.models import lora
+from rwkv_jax.train import prepare
+from rwkv_jax.train.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = 60  # the fingerprint of weights, and each shape that a file holds
+STEPS = 4
+V, D, L = 256, 8, 2
+LORA = Method("lora", 2, 4.0, "att/(key|output)|head")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text, and a cache of tokens of its own."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    (folder / "corpus.txt").write_bytes(rng.choice(np.frombuffer(b"abc def\n", np.uint8), 20_000).tobytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RWKV_JAX_CACHE", str(folder / "cache"))
+        yield str(folder / "corpus.txt")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(model, params) and their file."""
+    model, params = small.drawn(rwkv_jax.build("rwkv4", vocab_size=V, num_layers=L, dim=D), scale=0.2)
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    rwkv_jax.save(path, model, params)
+    return model, params, str(path)
+
+
+def _config(base, text, method, **changes):
+    config = run_config.read(str(ROOT / "configs" / f"finetune.py:{method}"))
+    config.update(corpus=text, steps=STEPS, seq_len=16, batch_size=4, log_every=1, eval_every=0, eval_tokens=128)
+    config.update(save_every=2, **changes)
+    config.finetune.update(model=base[2], rank=2, targets=LORA.targets, alpha=LORA.alpha)
+    config.optim.lr = 1e-2
+    return config
+
+
+@pytest.fixture(scope="module")
+def runs(base, text, tmp_path_factory):
+    """A run by a method, when it is first asked for: workdir and final state."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def run(method):
+        return folder / method, train.run(_config(base, text, method), folder / method)
+
+    return run
+
+
+def test_lora_run_trains_its_adapters_alone(runs, base):
+    workdir, state = runs("lora")
+    assert training.same(state.frozen, base[1])
+    paths = {"/".join(str(k.key) for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)}
+    kernels = ("blocks/att/key", "blocks/att/output", "head")
+    assert paths == {f"{kernel}/lora_{x}" for kernel in kernels for x in "ab"}
+    final = jax.device_get(state.params)
+    _, before = checkpoint.restore(workdir / "checkpoints", jax.eval_shape(lambda: final), 2, key="params")
+    assert all(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (final, before)), strict=True))
+    assert not any("frozen" in str(path) for path in workdir.rglob("*"))
+
+
+def test_lora_run_loads_with_adapters_merged(runs, base):
+    workdir, state = runs("lora")
+    _, params = rwkv_jax.load(workdir)
+    assert training.same(params, lora.merge(jax.device_put(base[1]), state.params, LORA.alpha))
+
+
+@pytest.mark.slow
+def test_lora_run_loads_unstacked_and_in_bfloat16(runs):
+    workdir, _ = runs("lora")
+    _, layers = rwkv_jax.load(workdir, scan=False)
+    assert training.same(layers, rwkv_jax.unstack(jax.device_get(rwkv_jax.load(workdir)[1])))
+    assert jnp.bfloat16 == rwkv_jax.load(workdir, dtype="bfloat16")[1]["head"]["kernel"].dtype
+
+
+@pytest.mark.parametrize(
+    "target", ["m.safetensors", *(pytest.param(x, marks=pytest.mark.slow) for x in ("m.pth", "m", "m.bin"))]
+)
+def test_exported_adapters_merge_into_the_base_in_every_format(target, runs, base, tmp_path):
+    workdir, _ = runs("lora")
+    assert finetune.main(["export", str(workdir), str(tmp_path / "adapters.safetensors")]) == 0
+    if target == "m.bin":
+        rwkv_jax.save(tmp_path / target, *rwkv_jax.load(workdir), format="rwkv.cpp")
+    else:
+        assert finetune.main(["merge", base[2], str(tmp_path / "adapters.safetensors"), str(tmp_path / target)]) == 0
+    assert training.same(rwkv_jax.load(tmp_path / target)[1], rwkv_jax.load(workdir)[1])
+
+
+@pytest.mark.slow
+def test_state_run_trains_the_state_alone(runs, base):
+    workdir, state = runs("state")
+    assert training.same(state.frozen, base[1]) and training.same(rwkv_jax.load(workdir)[1], base[1])
+    assert sum(x.size for x in jax.tree.leaves(state.params)) == 4 * L * D
+    untuned = finetune.untuned_state(base[0])
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool(np.any(x != y)), state.params, untuned))
+
+
+@pytest.mark.slow
+def test_exported_state_is_a_context_for_generate(runs, base, tmp_path):
+    workdir, state = runs("state")
+    model, params, _ = base
+    path = tmp_path / "tuned.context"
+    assert finetune.main(["export", str(workdir), str(path)]) == 0
+    context, text = generate.load_context(path, model, params)
+    assert text is None and training.same(context, finetune.tuned_context(model, params, state.params))
+    # after the separator, as by hand
+    _, after = small.forward(model, params, np.zeros((1, 1), np.int32), finetune.tuned_state(state.params, 1))
+    ids = generate.generate(model, params, [[65, 66]], context=context, max_new_tokens=3, temperature=0)
+    logits_BTV, _ = small.forward(model, params, np.array([[65, 66, *ids[0][:2]]]), after)
+    assert ids[0] == np.asarray(logits_BTV)[0, 1:].argmax(-1).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "pmap", "fsdp"])
+def test_frozen_parts_of_a_run_keep_their_bits(strategy, base, text, tmp_path):
+    config = _config(base, text, "full", strategy=strategy)
+    groups = ((r"^emb/", 0.0), (r"blocks.0/", 0.0), (r"blocks.1/att", 0.5), (r"time_decay$", 2.0))
+    config.optim.update(groups=groups, weight_decay=0.1)
+    state = train.run(config, tmp_path / "run")
+    moved = jax.tree.map(lambda x, y: np.asarray(x != y), state.params, base[1])
+    assert not moved["emb"]["embedding"].any()
+    for x in jax.tree.leaves(moved["blocks"]):
+        assert not x[0].any() and x[1].any()
+    assert moved["head"]["kernel"].any()
+    shapes = [x.shape for x in jax.tree.leaves(state.opt_state)]
+    assert shapes.count((V, D)) == 0 and shapes.count((D, V)) == 2, "moments of a frozen leaf"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "state"])
+@pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
+def test_strategies_agree_on_fine_tuning(strategy, method, runs, base, text, tmp_path):
+    config = _config(base, text, method, strategy=strategy)
+    state = train.run(config, tmp_path / "run")
+    difference = jax.tree.map(lambda x, y: np.abs(x - np.asarray(y)).max(), runs(method)[1].params, state.params)
+    assert max(jax.tree.leaves(difference)) < 1e-4
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("full", "state"))])
+def test_resumed_fine_tuning_is_bit_exact(method, runs, base, text, tmp_path):
+    config = _config(base, text, method)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(training.DiedError):
+        training.die_before(patch, lambda row: row["step"] == 4)
+        train.run(config, tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2]
+    state = train.run(config, tmp_path / "run")
+    assert training.same(state, runs(method)[1])
+
+
+@pytest.mark.slow
+def test_fine_tuning_resumes_bit_exactly_after_sigkill(base, text, tmp_path):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "rwkv_jax.train", f"--config={ROOT}/configs/finetune.py:lora"]
+    command += [f"--workdir={workdir}", f"--config.corpus={text}", "--config.steps=400", "--config.seq_len=16"]
+    command += ["--config.batch_size=4", "--config.save_every=2", f"--config.finetune.model={base[2]}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not checkpoint.steps(workdir / "checkpoints") and process.poll() is None:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 0 < checkpoint.steps(workdir / "checkpoints")[-1] < 400
+    whole = [c.replace(str(workdir), str(tmp_path / "whole")) for c in command]
+    for c in (command, whole):
+        subprocess.run(c, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert training.same(*(rwkv_jax.load(tmp_path / name)[1] for name in ("run", "whole")))
+
+
+def test_run_is_held_to_the_weights_that_it_began_with(runs, base, text, tmp_path):
+    model, params, path = base
+    workdir, _ = runs("lora")
+    shutil.copy(path, tmp_path / "kept")
+    try:
+        rwkv_jax.save(path, model, params | {"head": jax.tree.map(np.negative, params["head"])})
+        with pytest.raises(ValueError, match="a run on other weights"):
+            train.run(_config(base, text, "lora"), workdir)
+        with pytest.raises(ValueError, match="trained on other weights"):
+            rwkv_jax.load(workdir)
+        Path(path).unlink()
+        with pytest.raises(ValueError, match=r"needs the weights that it was trained on: .*base\.pth"):
+            rwkv_jax.load(workdir)
+    finally:
+        shutil.copy(tmp_path / "kept", path)
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["finetune.targets=attention"], "LoRA targets 'attention' match no kernel, expected some of blocks"),
+        (["finetune.rank=0"], "config field finetune.rank is 0, expected 1 or more"),
+        (["finetune.method=adapter"], "finetune.method is 'adapter', expected full, lora or state"),
+        (["finetune.targets=("], "config field finetune.targets is '('"),
+        (["model.vocab_size=300"], "model.vocab_size is 300, and 256 in "),
+        (["model.num_layers=3"], "model.num_layers is 3, and 2 in "),
+        (["finetune.model="], "finetune.method is 'lora', which needs finetune.model"),
+        (["finetune.model=/nowhere.pth"], "/nowhere.pth: no such file or folder"),
+        pytest.param(
+            ["tokenizer=world"],
+            "model.vocab_size is 256, expected at least 65536",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not find_spec("pyrwkv_tokenizer"), reason="the World tokenizer is an extra"),
+            ],
+        ),
+    ],
+)
+def test_prepared_names_the_mistake_in_a_config(flags, expected, base, text, tmp_path):
+    fields = [f"corpus={text}", f"finetune.model={base[2]}", *flags]
+    config = run_config.read(f"{ROOT}/configs/finetune.py:lora", [f"--config.{x}" for x in fields])
+    with pytest.raises((ValueError, OSError)) as raised:
+        prepare.prepared(config, tmp_path / "run")
+    assert expected in str(raised.value)
+
+
+def test_prepared_names_a_vocabulary_smaller_than_that_of_the_tokenizer(text, tmp_path):
+    config = run_config.default()
+    config.update(corpus=text)
+    config.model.update(vocab_size=200, num_layers=1, dim=8)
+    with pytest.raises(ValueError, match=r"model.vocab_size is 200, expected at least 256, .* tokenizer 'bytes'"):
+        prepare.prepared(config, tmp_path / "run")
+
+
+def test_train_command_reports_a_mistake_in_one_line_and_leaves_nothing(base, text, tmp_path, capsys):
+    command = [f"--config={ROOT}/configs/finetune.py:lora", f"--workdir={tmp_path / 'run'}"]
+    command += [
+        f"--config.corpus={text}",
+        f"--config.finetune.model={base[2]}",
+        "--config.optim.groups=(('atr', 0.0),)",
+    ]
+    assert main(command) == 2
+    expected = "error: optim.groups: 'atr' matches none of blocks/att/key/lora_a"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(expected)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_another_tokenizer_than_that_of_the_base_is_refused(runs, base, text, tmp_path):
+    config = _config(base, text, "lora", tokenizer="characters")
+    config.finetune.model = str(runs("full")[0])
+    with pytest.raises(ValueError, match=r"tokenizer is 'characters', and .*full comes with another: 'bytes'"):
+        train.run(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_export_of_a_full_run_is_refused(runs, tmp_path, capsys):
+    assert finetune.main(["export", str(runs("full")[0]), str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,324 @@
+"""Several hosts, as processes on one machine: they train as one, are killed, freeze, stop, and resume."""
+
+import functools
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from judge import error_ratio
+
+import rwkv_jax
+from rwkv_jax import checkpoint, launch, metrics, optim, run_config, train
+from rwkv_jax.train import hosts
+from rwkv_jax.train.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+STEPS = 36
+PATIENCE = 240  # seconds that anything here may take, except an end that is due within a minute
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a text, and the cache of its tokens."""
+    place = tmp_path_factory.mktemp("hosts")
+    rng = np.random.default_rng(0)
+    words = [bytes(rng.integers(97, 123, n)).decode() for n in rng.integers(2, 9, 200)]
+    (place / "text").write_text(" ".join(rng.choice(words, 4000)))
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RWKV_JAX_CACHE", str(place / "cache"))
+    yield place
+    patch.undo()
+
+
+def _arguments(place, workdir, strategy="fsdp", *more):
+    model = ["model.num_layers=1", "model.dim=32", f"corpus={place}/text", "seq_len=16", "batch_size=8"]
+    log = ["log_every=1", "eval_every=18", "eval_tokens=256", "save_every=6", "keep=9"]
+    # A large eps keeps Adam from turning rounding into +-lr.
+    run = [f"steps={STEPS}", f"strategy={strategy}", "optim.eps=1e-3"]
+    fields = [f"--config.{x}" for x in (*model, *log, *run, *more)]
+    return ["--config=configs/tiny.py", f"--workdir={workdir}", *fields]
+
+
+def _config(place, strategy, *more):
+    return run_config.read("configs/tiny.py", _arguments(place, "", strategy, *more)[2:])
+
+
+def _start(command, **environment):
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # which gives this process four devices
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=inherited | environment, **pipes)
+
+
+def _launch(arguments, hosts=2, devices=2):
+    launcher = [sys.executable, "-W", "error", "-m", "rwkv_jax.launch", f"--hosts={hosts}", f"--devices={devices}"]
+    return _start([*launcher, "--", *arguments])
+
+
+def _pair(first, second):
+    """Two hosts of two devices as a cluster starts them: nobody watches both."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    where = [f"--coordinator={address}", "--num_hosts=2"]
+    command = [sys.executable, "-W", "error", "-m", "rwkv_jax.train"]
+    cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_COORDINATOR_BIND_ADDRESS": address}
+    return [
+        _start([*command, *arguments, *where, f"--host={i}"], **cpu) for i, arguments in enumerate((first, second))
+    ]
+
+
+def _ended(process, timeout=PATIENCE):
+    """(exit code, lines on stderr)."""
+    try:
+        _, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, err.splitlines()
+
+
+def _reached(workdir, step, *processes):
+    """Wait until the log has `step`."""
+    deadline, path = time.monotonic() + PATIENCE, workdir / "metrics.jsonl"
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        if path.exists() and any(row["step"] >= step for row in metrics.read(path)):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step}: {[_ended(process) for process in processes]}")
+
+
+def _numbers(workdir):
+    """What the log says of steps, without what depends on the clock."""
+    clock = re.compile("goodput|mfu|.*_seconds?|.*_per_second.*")
+    rows = [row for row in metrics.read(workdir / "metrics.jsonl") if "began" not in row]
+    return [{k: v for k, v in row.items() if not clock.fullmatch(k)} for row in rows]
+
+
+def _column(workdir, name):
+    return [row[name] for row in _numbers(workdir) if name in row]
+
+
+def _state(workdir, step=STEPS):
+    model = rwkv_jax.build("rwkv4", vocab_size=256, num_layers=1, dim=32)
+    like = jax.eval_shape(train.make_init(model, optim.optimiser()), jax.random.key(0))
+    return checkpoint.restore(workdir / "checkpoints", like, step)[1]
+
+
+def _same(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(a), jax.device_get(b)))
+
+
+def _errors(lines):
+    """Error lines of hosts and launcher, among what libraries print."""
+    return [line for line in lines if line.startswith("error: ") or re.search("host .*(error|resume)", line)]
+
+
+# ----------------------------------------------------------------------------------- without processes: fast
+
+
+@pytest.mark.parametrize(
+    "distributed, told, expected",
+    [
+        (False, ("a:1", None, 0), "--num_hosts missing: expected --coordinator, --num_hosts and --host together"),
+        (True, (None, None, 0), "expected --distributed, or --coordinator, --num_hosts and --host, not both"),
+        (False, ("a", 2, 0), "--coordinator is 'a', expected address:port of host 0"),
+        (False, ("a:1", 2, 2), "--host is 2, expected 0 to 1 for --num_hosts=2"),
+    ],
+)
+def test_join_names_a_wrong_combination_of_flags(distributed, told, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        hosts.join(distributed, *told)
+
+
+def test_train_command_reports_a_wrong_combination_of_flags_in_one_line(tmp_path, capsys):
+    flags = ["--coordinator=a:1", "--num_hosts=2", "--host=2"]
+    assert main(["--config=configs/tiny.py", f"--workdir={tmp_path}/run", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --host is 2, expected 0 to 1 for --num_hosts=2"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [["--hosts=0"], ["--hosts=2", "--devices=0"]])
+def test_launch_expects_at_least_one_host_and_device(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        launch.main([*flags, "--", "--workdir=run"])
+    assert end.value.code == 2 and "expected 1 or more" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_run_on_an_unconnected_host_of_a_pod_asks_for_distributed(monkeypatch, tmp_path):
+    """On a pod JAX counts all hosts by itself."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match="this is one of 4 hosts, expected --distributed on each"):
+        train.run(run_config.default(), tmp_path / "run")
+
+
+# -------------------------------------------------------------------------------------------- processes: slow
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """`whole(strategy)`: workdir and output of two hosts of two devices that nothing disturbed."""
+
+    @functools.cache
+    def whole(strategy):
+        workdir = place / f"pair-{strategy}"
+        code, lines = _ended(_launch(_arguments(place, workdir, strategy)))
+        assert code == 0, lines
+        return workdir, lines
+
+    return whole
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """`alone(strategy)`: workdir and state of the four devices of this process."""
+
+    @functools.cache
+    def alone(strategy):
+        workdir = place / f"alone-{strategy}"
+        return workdir, jax.device_get(train.run(_config(place, strategy), workdir))
+
+    return alone
+
+
+def _check_close(workdir, other, state):
+    """The same batches; losses and parameters to rounding."""
+    assert _column(workdir, "batch_hash") == _column(other, "batch_hash")
+    for name in ("loss_nats", "valid_loss_nats"):
+        assert _column(workdir, name) == pytest.approx(_column(other, name), rel=1e-6)
+    errors = jax.tree.map(error_ratio, _state(workdir).params, state.params)
+    assert max(jax.tree.leaves(errors)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
+def test_two_hosts_train_as_one_host_with_their_devices(strategy, whole, alone):
+    """Their sums over devices come in another order."""
+    workdir, lines = whole(strategy)
+    _check_close(workdir, *alone(strategy))
+    # one of them logs
+    assert _column(workdir, "tokens") == [128 * step for step in range(1, STEPS + 1)]
+    assert len(_column(workdir, "valid_loss_nats")) == 2
+    assert sorted(path.name for path in workdir.iterdir()) == [".lock", "checkpoints", "config.json", "metrics.jsonl"]
+    assert len([line for line in lines if f"{STEPS}/{STEPS} steps" in line]) == 1
+    assert len(list((workdir.parent / "cache").glob("*/train.bin"))) == 1
+
+
+@pytest.mark.slow
+def test_launch_prints_the_command_that_resumes_a_killed_run_exactly(place, whole):
+    workdir = place / "killed"
+    launcher = _launch(_arguments(place, workdir, "pmap"))
+    _reached(workdir, 20, launcher)
+    (host,) = subprocess.check_output(["pgrep", "-P", str(launcher.pid), "-f", "--", "--host=1"], text=True).split()
+    os.kill(int(host), signal.SIGKILL)
+    code, lines = _ended(launcher, 60)
+    told = [line for line in lines if "resume with" in line]
+    assert code == 128 + signal.SIGKILL and told == lines[-1:]
+    what, _, command = told[0].partition("; resume with: ")
+    assert what == "host 1 was killed by SIGKILL" and command.startswith("python -m rwkv_jax.launch --hosts=2")
+    assert max(checkpoint.steps(workdir / "checkpoints")) < STEPS
+    code, lines = _ended(_start([sys.executable, *shlex.split(command)[1:]]))
+    assert code == 0, lines
+    assert _numbers(workdir) == _numbers(whole("pmap")[0])
+    assert _same(_state(workdir), _state(whole("pmap")[0]))
+
+
+@pytest.mark.slow
+def test_hosts_stop_together_end_together_and_resume_exactly(place, whole):
+    """Without a launcher: SIGTERM to the second host, SIGKILL to the first, the second frozen; then to the end."""
+    workdir = place / "disturbed"
+    arguments = _arguments(place, workdir)
+
+    pair = _pair(arguments, arguments)
+    _reached(workdir, 5, *pair)
+    pair[1].send_signal(signal.SIGTERM)
+    (first, lines), (second, _) = (_ended(host) for host in pair)
+    assert first == second == 0, lines
+    (stopped,) = checkpoint.steps(workdir / "checkpoints")[-1:]
+    assert lines[-1] == f"stopped at step {stopped} of {STEPS}, saved; the same command resumes it"
+
+    for signum, victim in ((signal.SIGKILL, 0), (signal.SIGSTOP, 1)):
+        before = metrics.read(workdir / "metrics.jsonl")[-1]["step"]
+        pair = _pair(arguments, arguments)
+        _reached(workdir, before + 3, *pair)
+        pair[victim].send_signal(signum)
+        code, lines = _ended(pair[1 - victim], 60)
+        assert code != 0, lines
+        pair[victim].kill()
+        _ended(pair[victim])
+
+    pair = _pair(arguments, arguments)
+    assert [_ended(host)[0] for host in pair] == [0, 0]
+    assert _numbers(workdir) == _numbers(whole("fsdp")[0])
+    assert _same(_state(workdir), _state(whole("fsdp")[0]))
+
+
+@pytest.mark.slow
+def test_run_resumes_with_fewer_hosts_and_devices(place, alone):
+    """Two hosts with eight devices, one with four, one with one: what differs is the order of sums."""
+    workdir = place / "shrinking"
+    for num_hosts, devices in ((2, 4), (1, 4)):
+        before = max(checkpoint.steps(workdir / "checkpoints"), default=0)
+        launcher = _launch(_arguments(place, workdir), num_hosts, devices)
+        _reached(workdir, before + 4, launcher)
+        launcher.terminate()
+        code, lines = _ended(launcher)
+        stopped = max(checkpoint.steps(workdir / "checkpoints"))
+        assert code == 0 and before + 4 <= stopped < STEPS, lines
+        assert [line for line in lines if "stopped at step" in line] == [
+            f"stopped at step {stopped} of {STEPS}, saved; the same command resumes it"
+        ]
+    train.run(_config(place, "single"), workdir)
+    _check_close(workdir, *alone("fsdp"))
+
+
+@pytest.mark.slow
+def test_second_run_in_a_workdir_is_refused_in_one_line(place):
+    workdir = place / "taken"
+    with train.claimed(workdir):
+        code, lines = _ended(_launch(_arguments(place, workdir)))
+    assert code == 2
+    assert _errors(lines) == [f"error: {workdir} is in use by another run"]
+
+
+@pytest.mark.slow
+def test_hosts_with_different_configs_are_reported_once(place):
+    workdir = place / "two configs"
+    pair = _pair(_arguments(place, workdir), _arguments(place, workdir, "fsdp", "seed=1"))
+    (first, lines), (second, others) = (_ended(host) for host in pair)
+    assert first == second == 2
+    assert _errors(lines) == ["error: the config or corpus of host 0 differs from that of host 1"] and not _errors(
+        others
+    )
+    assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_workdir_that_hosts_do_not_share_is_named_by_the_host_without_it(place):
+    pair = _pair(_arguments(place, place / "here"), _arguments(place, place / "there"))
+    (first, lines), (second, others) = (_ended(host) for host in pair)
+    assert first == second == 2
+    expected = f"error: {place}/there of host 1 is not that of host 0, expected a folder that all hosts share"
+    assert _errors(others) == [expected] and not _errors(lines)
+    assert not list(place.glob("*here/.shared*"))
+
+
+@pytest.mark.slow
+def test_host_that_fails_alone_says_why_and_does_not_wait(place):
+    """The first host cannot write its log; the second learns that it is gone."""
+    workdir = place / "unwritable"
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").symlink_to("/nowhere/metrics.jsonl")
+    pair = _pair(*[_arguments(place, workdir)] * 2)
+    code, lines = _ended(pair[0])
+    assert code == 2 and len(_errors(lines)) == 1 and f"{workdir}/metrics.jsonl" in _errors(lines)[0]
+    began = time.monotonic()
+    assert _ended(pair[1])[0] != 0 and time.monotonic() - began < 10

@@ -1,0 +1,199 @@
+"""The loop around a step that costs nothing: its order of events, its log, and a run that is killed at any row."""
+
+import itertools
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+import training
+
+from rwkv_jax import checkpoint, data, hardware, metrics, mixture, models, run_config, train
+from rwkv_jax.train import TrainState, prepare, progress
+
+
+@pytest.fixture
+def config(text):
+    config = run_config.default()
+    config.update(corpus=text, steps=6, seq_len=8, batch_size=4, eval_tokens=0, log_every=2, save_every=4)
+    return config
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What the loop does, in order, with a program whose loss is the number of its step."""
+    events, real = [], jax.device_get
+
+    def programs(*_, **__):
+        numbers = {"put": itertools.count(1), "step": itertools.count(1)}
+
+        def note(what):
+            events.append(f"{what} {next(numbers[what])}")
+
+        def put(batch):
+            note("put")
+            return batch
+
+        def step(state, batch, lr):
+            note("step")
+            time.sleep(0.01)
+            taken = np.int32(int(state.step) + 1)
+            return state.replace(step=taken), {"loss_nats": np.float32(taken), "skipped": state.skipped}
+
+        zero, params = jax.device_put((np.int32(0), {"w": np.zeros(2, np.float32)}))
+        return lambda key: TrainState(zero, params, (), zero), step, put, None
+
+    def look(values):
+        if isinstance(values, dict) and "loss_nats" in values:
+            events.append(f"look {int(values['loss_nats'])}")
+        return real(values)
+
+    monkeypatch.setattr(prepare, "_programs", programs)
+    monkeypatch.setattr(jax, "device_get", look)
+    return events
+
+
+def test_log_row_has_the_speed_and_the_share_of_the_peak_of_all_devices(config, events, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "peak_flops", lambda device: 1e9)  # CPUs have no data sheet
+    monkeypatch.setattr(progress.Clock, "lap", lambda self, part: 0.5)  # seconds a step
+    config.strategy = "pmap"  # four devices
+    train.run(config, tmp_path / "run")
+    row = metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["tokens_per_second"] == 4 * 8 / 0.5 and row["tokens_per_second_per_device"] == 4 * 8 / 0.5 / 4
+    flops = hardware.flops_per_token(models.build(**config.model.to_dict() | {"layers": ("rwkv4",)}), 8)
+    assert row["mfu"] == pytest.approx(flops * row["tokens_per_second"] / 4e9)
+
+
+def test_loop_reads_the_metrics_of_a_step_after_dispatching_the_next(config, events, tmp_path):
+    """Except after the first, which compiles, before saving (step 4), and at the end."""
+    train.run(config, tmp_path / "run")
+    assert ", ".join(events) == (
+        "put 1, step 1, look 1, put 2, step 2, put 3, step 3, look 2, "
+        "put 4, step 4, look 3, look 4, put 5, step 5, put 6, step 6, look 5, look 6"
+    )
+    rows = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss_nats" in row]
+    assert [(row["step"], row["loss_nats"]) for row in rows] == [(2, 2), (4, 4), (6, 6)]
+
+
+def test_goodput_counts_every_moment_since_the_first_start(config, events, tmp_path, monkeypatch):
+    """Dies after step 6 of 8 with the checkpoint of step 4: steps 5 and 6 were for nothing."""
+    append = metrics.append
+
+    def dies(path, row):
+        append(path, row)
+        if row["step"] == 6:
+            raise training.DiedError
+
+    config.steps, workdir = 8, tmp_path / "run"
+    began = time.time()
+    monkeypatch.setattr(metrics, "append", dies)
+    with pytest.raises(training.DiedError):
+        train.run(config, workdir)
+    monkeypatch.setattr(metrics, "append", append)
+    time.sleep(0.1)
+    train.run(config, workdir)
+    rows = metrics.read(workdir / "metrics.jsonl")
+    starts = [row for row in rows if "began" in row]
+    assert [(row["step"], row["starts"]) for row in starts] == [(0, 1), (4, 2)]
+    last = [row for row in rows if "loss_nats" in row][-1]
+    lost, wall = last["lost_seconds"], last["wall_seconds"]
+    assert last["train_seconds"] + sum(lost.values()) == pytest.approx(wall, abs=0.01)
+    assert last["goodput"] == pytest.approx(last["train_seconds"] / wall, abs=1e-3)
+    assert 0.02 <= lost["redone"] < lost["redone"] + 0.1 <= wall <= time.time() - began
+    assert lost["down"] >= 0.1 and lost["startup"] > 0 and lost["compile"] >= 0.02 and lost["save"] > 0
+    assert 0.05 <= last["train_seconds"] < 0.5 * wall  # 2 to 4 and 6 to 8
+
+
+# ------------------------------------------------------------------------------------------ with the toy
+
+
+def test_log_row_tells_the_rate_batch_and_tokens_of_its_own_step(runs, text):
+    config = training.config(text)
+    lr = train.learning_rate(config, models.build("rwkv4", vocab_size=256, num_layers=2, dim=32))
+    corpus = mixture.prepare(text, "bytes")
+    batches = data.dataset(corpus.train, seq_len=16, batch_size=4, seed=0)
+    rows = [row for row in training.numbers(runs.whole) if "loss_nats" in row]
+    assert [row["step"] for row in rows] == list(range(1, training.STEPS + 1))
+    for row in rows:
+        step = row["step"]
+        assert row["lr"] == lr(step - 1) and row["tokens"] == step * 4 * 16
+        assert row["batch_hash"] == data.batch_hash(batches[step - 1])
+        assert row["grad_norm"] == batches[step - 1]["tokens"][:, 1:].mean() / 256  # of the batch it was taken on
+    assert len({row["batch_hash"] for row in rows}) == training.STEPS
+    held_out, counts = corpus.held_out(256)
+    nats_N = training.toy_windows(None, runs.state.params, held_out, 16, 4)
+    assert training.losses(runs.whole, "valid_loss_nats")[6] == pytest.approx(nats_N[1:][counts[1:]].mean(), rel=1e-6)
+
+
+def test_log_is_complete_and_in_order_whichever_row_a_run_died_before(toy, text, tmp_path):
+    """Rows of start, steps and evaluations; step 3 is saved before it is evaluated, and may lack its evaluation."""
+    config = lambda: training.config(text, save_every=3)
+    state = train.run(config(), tmp_path / "whole")
+    expected, num_rows = training.numbers(tmp_path / "whole"), training.STEPS + 3
+    assert len(metrics.read(tmp_path / "whole" / "metrics.jsonl")) == num_rows
+    for number in range(num_rows):
+        workdir, written = tmp_path / str(number), itertools.count()
+        with pytest.MonkeyPatch.context() as patch:
+            training.die_before(patch, lambda row: next(written) == number)  # noqa: B023
+            with pytest.raises(training.DiedError):
+                train.run(config(), workdir)
+        if (workdir / "metrics.jsonl").exists():
+            with (workdir / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 6, "loss')
+        assert training.same(train.run(config(), workdir), state), number
+        assert training.numbers(workdir) == expected, number
+
+
+def test_step_is_traced_once_over_interruption_and_resume(toy, text, tmp_path, monkeypatch):
+    traces = []
+
+    def counting(*args, **kwargs):
+        step = training.toy_step(*args, **kwargs)
+        return lambda *a, **k: (traces.append(1), step(*a, **k))[1]
+
+    monkeypatch.setattr(prepare, "make_step", counting)
+    config = training.config(text)
+    config.optim.eps = 1e-7  # of its own: its program is not compiled yet
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(training.DiedError):
+        training.die_before(patch, lambda row: row["step"] == 5)
+        train.run(config, tmp_path)
+    train.run(config, tmp_path)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_run_after_its_step_saved(signum, runs, text, tmp_path, monkeypatch, capsys):
+    append = metrics.append
+
+    def signalled(path, row):
+        append(path, row)
+        if row["step"] == 3 and "loss_nats" in row:
+            os.kill(os.getpid(), signum)
+
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(metrics, "append", signalled)
+    stopped = int(train.run(training.config(text), tmp_path).step)
+    monkeypatch.setattr(metrics, "append", append)
+    assert 3 <= stopped < training.STEPS and checkpoint.steps(tmp_path / "checkpoints")[-1] == stopped
+    assert f"stopped at step {stopped} of {training.STEPS}, saved" in capsys.readouterr().err
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert training.same(train.run(training.config(text), tmp_path), runs.state)
+    assert training.numbers(tmp_path) == training.numbers(runs.whole)
+
+
+@pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
+def test_run_resumes_under_another_strategy_with_what_its_rows_remember(strategy, toy, text, tmp_path):
+    config = lambda **changes: training.config(text, carry_state=True, data={"order": "documents"}, **changes)
+    state = train.run(config(), tmp_path / "whole")
+    assert np.any(np.asarray(state.carry[0]))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(training.DiedError):
+        training.die_before(patch, lambda row: row["step"] == 5)
+        train.run(config(), tmp_path / "run")
+    again = train.run(config(strategy=strategy), tmp_path / "run")
+    assert {shard.data.shape[0] for shard in again.carry[0].addressable_shards} == {1}
+    assert training.same(again, state)
+    assert training.numbers(tmp_path / "run") == training.numbers(tmp_path / "whole")
+    like = jax.tree.map(np.asarray, jax.device_get(train.stored(again)))
+    assert checkpoint.restore(tmp_path / "run" / "checkpoints", like)[0] == training.STEPS

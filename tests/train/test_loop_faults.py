@@ -1,0 +1,177 @@
+"""What can go wrong with a run from outside: full disks, failing writes, and kills. See docs/faults.md."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+import training
+from training import numbers, same
+
+from rwkv_jax import checkpoint, metrics, train
+from rwkv_jax.train.__main__ import main
+
+# Where one array cannot be written, Orbax closes the event loop that its writes of the others still report to.
+ORBAX = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+NOT_SAVED = r"error: .*/checkpoints/6: not saved: .*; the newest checkpoint is of step 4"
+
+
+@contextlib.contextmanager
+def mounted(folder, *options):
+    """`folder` as a file system of its own, of 4 MiB."""
+    folder.mkdir(exist_ok=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(["size=4m", *options]), "tmpfs", folder])
+    if mount.returncode:
+        pytest.skip("needs the right to mount; the limit on a file's size is tried without it")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextlib.contextmanager
+def files_limited(num_bytes):
+    """No file may grow beyond; more fails in the middle of a write, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def newest(workdir):
+    """The step of the newest checkpoint, whose files are as they were written."""
+    step = checkpoint.steps(workdir / "checkpoints")[-1]
+    checkpoint.verify(workdir / "checkpoints", step)
+    return step
+
+
+@ORBAX
+def test_failed_write_leaves_the_checkpoint_before(half, runs, text, capsys):
+    with files_limited(30_000):
+        assert main(training.arguments(text, half)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(NOT_SAVED, line), line
+    assert [p.name for p in (half / "checkpoints").iterdir() if "partial" in p.name] == []
+    assert newest(half) == 4
+    assert same(train.run(training.config(text), half), runs.state)
+    assert numbers(half) == numbers(runs.whole)
+
+
+@ORBAX
+def test_failed_save_is_reported_and_the_next_save_succeeds(runs, text, tmp_path, monkeypatch, capsys):
+    save = checkpoint.save_async
+
+    def fails_at_2(folder, step, *args, **kwargs):
+        if step != 2:
+            return save(folder, step, *args, **kwargs)
+        with files_limited(30_000):
+            future = save(folder, step, *args, **kwargs)
+            future.exception()
+        return future
+
+    monkeypatch.setattr(checkpoint, "save_async", fails_at_2)
+    assert same(train.run(training.config(text), tmp_path), runs.state)
+    told = [line for line in capsys.readouterr().err.splitlines() if "not saved" in line]
+    assert len(told) == 1 and "/checkpoints/2: not saved: " in told[0] and "training goes on" in told[0]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4, 6]
+
+
+@ORBAX
+@pytest.mark.parametrize("lacking", ["bytes", "files"])
+def test_full_disk_leaves_the_checkpoint_before(lacking, half, runs, text, tmp_path, capsys):
+    """For want of bytes, which is known beforehand; of room for files, where the write fails."""
+    with mounted(tmp_path / "disk", *(["nr_inodes=200"] if lacking == "files" else [])) as disk:
+        subprocess.run(["cp", "-r", f"{half}/.", disk], check=True)
+        if lacking == "bytes":
+            (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 50_000))
+        else:
+            for i in range(os.statvfs(disk).f_favail - 3):
+                (disk / f"filler{i}").touch()
+        assert main(training.arguments(text, disk)) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert re.fullmatch(NOT_SAVED, line), line
+        assert newest(disk) == 4
+        for filler in disk.glob("filler*"):
+            filler.unlink()
+        assert same(train.run(training.config(text), disk), runs.state)
+
+
+def test_read_only_workdir_is_refused(toy, text, tmp_path, capsys):
+    with mounted(tmp_path / "disk", "ro") as disk:
+        assert main(training.arguments(text, disk)) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: ") and line.count("\n") == 1, line
+        assert not list(disk.iterdir())
+    assert "Read-only file system" in line and str(tmp_path / "disk") in line
+
+
+# ------------------------------------------------------------------------------------------ processes killed
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """`start(arguments)`: the command line in a process of its own, forked from one that has done the imports."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))  # a kill may cut its files short
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rwkv_jax.train.__main__"])
+
+    def start(arguments):
+        process = context.Process(target=main, args=(arguments,), daemon=True)
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.mark.slow
+def test_run_killed_20_times_ends_as_if_nothing_had_happened(start, text, tmp_path):
+    """SIGKILL at random moments: among steps and saves (one a step), every fourth from the start of the command on."""
+    command = lambda name, save_every: training.arguments(
+        text, tmp_path / name, steps=400, eval_every=50, save_every=save_every
+    )
+    moments, within, reached = random.Random(0), 0, [0]
+    log, folder = tmp_path / "killed" / "metrics.jsonl", tmp_path / "killed" / "checkpoints"
+    starts = lambda: sum("began" in row for row in metrics.read(log)) if log.exists() else 0
+    for attempt in range(20):
+        before, process = starts(), start(command("killed", 1))
+        deadline = time.monotonic() + 120
+        while attempt % 4 != 3 and starts() == before and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 3.0 if attempt % 4 == 3 else 0.7))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        within += any("partial" in path.name for path in folder.iterdir())
+        reached.append(max(checkpoint.steps(folder), default=0))
+    print(f"{within} of 20 kills within a save; checkpoints reached: {reached}")
+    assert within >= 5 and reached == sorted(reached) and reached[-1] < 400
+    for name in ("killed", "whole"):
+        process = start(command(name, 0))
+        process.join()
+        assert process.exitcode == 0
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    ends = [_arrays(tmp_path / name / "checkpoints" / "400") for name in ("killed", "whole")]
+    assert len(ends[0]) > 20 and same(*ends)
+
+
+def _arrays(path):
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), orbax.metadata(path).item_metadata.tree)
+        leaves = jax.tree_util.tree_leaves_with_path(
+            orbax.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        )
+    return {jax.tree_util.keystr(keys): np.asarray(leaf) for keys, leaf in leaves}

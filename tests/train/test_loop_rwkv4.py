@@ -1,0 +1,127 @@
+"""Whole runs of RWKV-4, of one model and recipe, so that all of them share one compiled program."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import training
+from training import STEPS, losses, numbers, same
+
+import rwkv_jax
+from rwkv_jax import checkpoint, data, metrics, train
+from rwkv_jax.train import divergence
+from rwkv_jax.train.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """(workdir, end) of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    state = train.run(training.config(text), workdir)
+    return workdir, jax.device_get(state)
+
+
+def test_workdir_holds_config_log_checkpoints_and_a_model_to_load(finished):
+    workdir, state = finished
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["model"]["name"] == "rwkv4" and config["model"]["dim"] == 32
+    assert config["tokenizer"] == "bytes" and len(config["corpus"]["sha256"]) == 64 and "jax" in config["versions"]
+    rows = [r for r in metrics.read(workdir / "metrics.jsonl") if "loss_nats" in r]
+    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    for row in rows:
+        assert row["bits_per_byte"] == pytest.approx(row["loss_nats"] / np.log(2))
+        assert {"grad_norm", "lr", "tokens_per_second", "batch_hash", "skipped", "tokens"} <= row.keys()
+    assert len({r["batch_hash"] for r in rows}) == STEPS
+    assert list(losses(workdir, "valid_loss_nats")) == [3, 6]
+    assert checkpoint.steps(workdir / "checkpoints") == [4, 6]
+    assert int(state.step) == STEPS
+    model, params = rwkv_jax.load(workdir)
+    assert model.dim == 32 and same(params, state.params)
+
+
+def test_training_learns(finished):
+    values = losses(finished[0])
+    assert values[1] == pytest.approx(np.log(256), rel=0.1) and values[STEPS] < values[1] - 0.3
+    assert losses(finished[0], "valid_loss_nats")[STEPS] == pytest.approx(values[STEPS], abs=0.3)
+
+
+def test_resume_is_bit_exact_and_cuts_the_log_back(finished, text, tmp_path):
+    """Dies before row 6 with the checkpoint of step 4: row 5 and a torn row are cut, and both come again."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(training.DiedError):
+        training.die_before(patch, lambda row: row["step"] == 6)
+        train.run(training.config(text), tmp_path / "run")
+    assert list(losses(tmp_path / "run"))[-1] == 5 and checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 4
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss')
+    state = train.run(training.config(text), tmp_path / "run")
+    assert same(state, finished[1])
+    assert numbers(tmp_path / "run") == numbers(finished[0])
+
+
+# ------------------------------------------------------------------------------------------ divergence
+
+
+def test_run_ends_after_too_many_steps_that_are_not_finite(finished, text, tmp_path, capsys):
+    """A learning rate that throws the parameters away in step 1: nothing after it is finite."""
+    lost = {"optim.lr": 1e30, "max_skipped": 2, "save_every": 1}
+    assert main(training.arguments(text, tmp_path, **lost)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    expected = "error: steps 2 to 4 are not finite in loss or gradient, max_skipped is 2; the newest checkpoint is of "
+    assert re.match(expected + r"step 3; docs/faults\.md ", line), line
+    rows = [r for r in metrics.read(tmp_path / "metrics.jsonl") if "loss_nats" in r]
+    assert [(r["step"], r["skipped"], r["loss_nats"] is None) for r in rows] == [
+        (1, 0, False), (2, 1, True), (3, 2, True), (4, 3, True)
+    ]  # fmt: skip
+
+
+def test_leap_of_the_loss_ends_the_run_and_its_batch_is_replayed_as_documented(
+    finished, text, tmp_path, capsys, monkeypatch
+):
+    """The learning rate grows until the loss leaps; the lines of docs/faults.md then fetch the batch of that step."""
+    window = 4
+    monkeypatch.setattr(divergence, "WINDOW", window)
+    wild = {"steps": 30, "optim.lr": 3.0, "optim.warmup": 1.0, "max_loss_rise": 0.5, "save_every": 1, "eval_every": 0}
+    assert main(training.arguments(text, tmp_path, **wild)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    rows = [r for r in metrics.read(tmp_path / "metrics.jsonl") if "loss_nats" in r]
+    values = [r["loss_nats"] for r in rows]
+    step, rise = rows[-1]["step"], values[-1] - np.mean(values[-1 - window : -1])
+    assert f"loss {values[-1]:.3f} of step {step} is {rise:.3f} above the mean of the 4 steps before" in line
+    assert all(now - np.mean(values[i : i + window]) <= 0.5 for i, now in enumerate(values[window:-1]))
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == step - 1
+
+    program = re.search("```python\n(.*?)```", (ROOT / "docs" / "faults.md").read_text(), re.S)[1]
+    names = {}
+    exec(re.sub(r'"runs/\w+", \d+', f'"{tmp_path}", {step}', program), names)
+    assert data.batch_hash(names["batch"]) == rows[-1]["batch_hash"]
+    assert names["nll_BT"].mean() == pytest.approx(values[-1], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ strategies
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
+def test_run_has_the_same_losses_under_another_strategy(strategy, finished, text, tmp_path):
+    state = train.run(training.config(text, strategy=strategy), tmp_path)
+    assert list(losses(tmp_path).values()) == pytest.approx(list(losses(finished[0]).values()), rel=1e-4)
+    like = jax.tree.map(np.asarray, jax.device_get(train.stored(state)))
+    assert checkpoint.restore(tmp_path / "checkpoints", like)[0] == STEPS
+
+
+@pytest.mark.slow
+def test_run_in_segments_resumes_with_what_its_rows_remember(text, tmp_path):
+    carried = {"carry_state": True, "segments": 2, "stop_gradient": True, "data": {"order": "documents"}}
+    config = lambda: training.config(text, strategy="pmap", eval_tokens=0, **carried)
+    whole = train.run(config(), tmp_path / "whole")
+    assert any(np.any(np.asarray(x)) for x in jax.tree.leaves(whole.carry))
+    cut = training.copied(tmp_path / "whole", tmp_path / "cut")
+    (cut / "checkpoints" / "6" / "manifest.json").unlink()  # as if killed in this save
+    again = train.run(config(), cut)
+    assert checkpoint.steps(cut / "checkpoints")[-1] == STEPS
+    assert same(whole, again)

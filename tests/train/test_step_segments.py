@@ -1,0 +1,226 @@
+"""State carried over segments and steps: gradients against a loop by hand, every strategy, steps that are skipped.
+
+The fast tests differentiate a model that decays its past, which compiles in a second, and RWKV-4 once.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from judge import error_ratio
+from small import V, drawn, make
+
+from rwkv_jax import optim, parallel, train
+from rwkv_jax.train.step import TrainState, make_gradient
+
+B, T, K = 8, 12, 3  # segments of 4
+EXACT = {"segments": K}
+TRUNCATED = {"segments": K, "stop_gradient": True}
+
+
+class Recurrence(nn.Module):
+    @nn.compact
+    def __call__(self, x_BTD, reset_BT, h_BD):
+        decay_D = jnp.exp(-jnp.exp(self.param("time_decay", nn.initializers.normal(), x_BTD.shape[-1:])))
+
+        def step(h_BD, x_and_reset):
+            x_BD, reset_B = x_and_reset
+            h_BD = jnp.where(reset_B[:, None], 0, h_BD) * decay_D[None] + jnp.tanh(x_BD)
+            return h_BD, h_BD
+
+        end_BD, h_TBD = jax.lax.scan(step, h_BD, (x_BTD.swapaxes(0, 1), reset_BT.T))
+        return h_TBD.swapaxes(0, 1), end_BD
+
+
+class Decaying(nn.Module):
+    """h_t = decay h_{t-1} + tanh(embedding of token t), with a linear head: what a step asks of a language model."""
+
+    vocab_size: int = V
+    dim: int = 4
+    dropout: float = 0.0
+
+    def setup(self):
+        self.emb = nn.Embed(self.vocab_size, self.dim)
+        self.recurrence = Recurrence()
+        self.head = nn.Dense(self.vocab_size, use_bias=False)
+
+    def hidden(self, tokens_BT, state=None, *, reset_BT=None):
+        (h_BD,) = self.init_state(len(tokens_BT)) if state is None else state
+        reset_BT = jnp.zeros(tokens_BT.shape, bool) if reset_BT is None else reset_BT
+        h_BTD, end_BD = self.recurrence(self.emb(tokens_BT), reset_BT, h_BD)
+        return h_BTD, (end_BD,)
+
+    def logits(self, x_BTD):
+        return self.head(x_BTD)
+
+    def __call__(self, tokens_BT, state=None, *, reset_BT=None):
+        h_BTD, state = self.hidden(tokens_BT, state, reset_BT=reset_BT)
+        return self.logits(h_BTD), state
+
+    def init_state(self, batch):
+        return (jnp.zeros((batch, self.dim)),)
+
+
+DECAYING = Decaying()
+RWKV4 = make("rwkv4")
+BOTH = pytest.mark.parametrize(
+    "model", [pytest.param(DECAYING, id="decaying"), pytest.param(RWKV4, marks=pytest.mark.slow, id="rwkv4")]
+)
+
+
+@functools.cache
+def _params(model):
+    """Parameters that remember, so that a gradient over a border is not lost in rounding."""
+    return drawn(model)[1]
+
+
+def _batch(seed=0, reset=0.1):
+    rng = np.random.default_rng(seed)
+    share_B1 = np.linspace(0.2, 1, B)[:, None]
+    return {
+        "tokens": rng.integers(0, V, (B, T + 1)).astype(np.int32),
+        "mask": rng.random((B, T)) < share_B1,
+        "reset": rng.random((B, T)) < reset,
+    }
+
+
+def _carry(model, seed=9):
+    """A past for every row: above 0, as the sum of weights in a state of WKV has to be."""
+    rng, shapes = np.random.default_rng(seed), jax.eval_shape(lambda: model.init_state(B))
+    return jax.tree.map(lambda x: 0.5 + np.abs(rng.standard_normal(x.shape, np.float32)), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model, params, batch, state):
+    """(nats [B, T], end) without segments or gradients."""
+    logits_BTV, end = model.apply({"params": params}, batch["tokens"][:, :-1], state, reset_BT=batch["reset"])
+    return optim.cross_entropy(logits_BTV, batch["tokens"][:, 1:]), end
+
+
+@functools.cache
+def _program(model, **options):
+    return jax.jit(make_gradient(model, l2wrap=False, **options))
+
+
+def _gradient(model, carry=None, batch=None, **options):
+    zero = np.zeros((), np.int32)
+    state = TrainState(zero, _params(model), (), zero, carry=carry)
+    return jax.device_get(_program(model, **options)(state, batch or _batch()))
+
+
+def _by_hand(model, state, batch):
+    """Gradient, loss and end of a plain Python loop over segments, each with a gradient of its own."""
+
+    def loss(params, rows, mask_BT, state):
+        nll_BT, state = _forward(model, params, rows, state)
+        return jnp.where(mask_BT, nll_BT, 0).sum(), state
+
+    gradient, sums = jax.jit(jax.value_and_grad(loss, has_aux=True)), []
+    for i in range(0, T, T // K):
+        rows = {"tokens": batch["tokens"][:, i : i + T // K + 1], "reset": batch["reset"][:, i : i + T // K]}
+        (value, state), grads = jax.device_get(gradient(_params(model), rows, batch["mask"][:, i : i + T // K], state))
+        sums.append((grads, value))
+    grads, value = jax.tree.map(lambda *x: sum(x) / batch["mask"].sum(), *sums)
+    return grads, value, state
+
+
+def _assert_close(actual, expected, bound=1e-5):
+    errors = jax.tree.map(error_ratio, actual, expected)
+    assert max(jax.tree.leaves(errors)) < bound, errors
+
+
+@pytest.mark.parametrize(
+    ("model", "carried"),
+    [
+        pytest.param(DECAYING, False, id="decaying"),
+        pytest.param(DECAYING, True, id="decaying-carried"),
+        pytest.param(RWKV4, True, id="rwkv4-carried"),
+        pytest.param(RWKV4, False, id="rwkv4", marks=pytest.mark.slow),
+    ],
+)
+def test_segments_without_stop_have_the_gradient_of_the_whole(model, carried):
+    carry = _carry(model) if carried else None
+    segments, whole = _gradient(model, carry, **EXACT), _gradient(model, carry)
+    _assert_close(segments, whole)
+    assert (segments[2] is None) == (whole[2] is None) == (not carried)
+
+
+@BOTH
+def test_segments_with_stop_have_the_gradient_of_a_loop_by_hand(model):
+    carry = _carry(model)
+    grads, loss, end = _gradient(model, carry, **TRUNCATED)
+    _assert_close((grads, loss, end), _by_hand(model, carry, _batch()))
+    whole = _gradient(model, carry)
+    assert error_ratio(loss, whole[1]) < 1e-6  # the same forward pass
+    assert max(jax.tree.leaves(jax.tree.map(error_ratio, grads, whole[0]))) > 1e-2  # another gradient
+
+
+@BOTH
+def test_accumulation_of_segments_has_the_gradient_and_carry_of_all_rows(model):
+    carry = _carry(model)
+    _assert_close(_gradient(model, carry, accumulation=2, **TRUNCATED), _gradient(model, carry, **TRUNCATED))
+
+
+@BOTH
+def test_carry_continues_rows_and_a_reset_forgets_it(model):
+    """Two steps of T with the state handed on are one of 2·T; a reset of a row's first token drops its past alone."""
+    first, second = _batch(1), _batch(2)
+    second["tokens"][:, 0] = first["tokens"][:, -1]
+    empty = jax.device_get(model.init_state(B))
+    _, _, end = _gradient(model, empty, first)
+    _, loss, _ = _gradient(model, end, second)
+    both = {
+        "tokens": np.concatenate([first["tokens"][:, :-1], second["tokens"]], axis=1),
+        "reset": np.concatenate([first["reset"], second["reset"]], axis=1),
+    }
+    nll_BT = np.asarray(_forward(model, _params(model), both, empty)[0])[:, T:]
+    assert loss == pytest.approx(float(nll_BT[second["mask"]].mean()), rel=1e-6)
+
+    fresh = second | {"reset": second["reset"].copy()}
+    fresh["reset"][:, 0] = True
+    with_past, without = (_gradient(model, carry, fresh)[1] for carry in (end, empty))
+    assert with_past == pytest.approx(float(without), rel=1e-6)
+    assert abs(loss - with_past) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------- steps
+
+
+@functools.cache
+def _steps(model, strategy, **options):
+    """(state, losses) of three steps, and the carry before the third. A large eps keeps Adam from turning rounding
+    into +-lr."""
+    tx = optim.optimiser(eps=1e-3)
+    step = train.make_step(model, tx, **options)
+    init, step, put = parallel.STRATEGIES[strategy](train.make_init(model, tx, carry_rows=B), step)
+    state, losses = init(jax.random.key(0)), []
+    for seed in range(3):
+        state, values = step(state, put(_batch(seed)), np.float32(1e-2))
+        losses.append(float(values["loss_nats"]))
+    return state, losses
+
+
+@BOTH
+@pytest.mark.parametrize(("strategy", "accumulation"), [("pmap", 1), ("fsdp", 2)])
+def test_strategies_carry_the_rows_state_alike(strategy, accumulation, model):
+    state, losses = _steps(model, strategy, accumulation=accumulation, **TRUNCATED)
+    reference, expected = _steps(model, "single", **TRUNCATED)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    _assert_close(*(jax.device_get((x.carry, x.params)) for x in (state, reference)))
+    for x in jax.tree.leaves(state.carry):
+        assert {shard.data.shape[0] for shard in x.addressable_shards} == {B // 4}
+
+
+@BOTH
+def test_step_that_is_not_finite_leaves_the_carry(model):
+    tx, carry, zero = optim.optimiser(), _carry(model), np.zeros((), np.int32)
+    moments = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, _params(model)))
+    state = TrainState(zero, _params(model), moments, zero, carry=carry)
+    step = jax.jit(train.make_step(model, tx))
+    bad, _ = step(state, _batch() | {"mask": np.zeros((B, T), bool)}, 1e-2)  # no target: 0 / 0
+    assert bad.skipped == 1 and jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(bad.carry), carry))
+    good, _ = step(state, _batch(), 1e-2)
+    assert not np.array_equal(jax.tree.leaves(good.carry)[0], jax.tree.leaves(carry)[0])

@@ -1,0 +1,120 @@
+"""What a workdir accepts: its own run again, one run at a time, undamaged files; and branches of a trunk."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import training
+from training import STEPS, numbers, same
+
+from rwkv_jax import checkpoint, train
+from rwkv_jax.train.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("toy")
+
+
+def refused(text, workdir, capsys):
+    """The line with which the command line refuses a workdir that it leaves as it is."""
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    assert main(training.arguments(text, workdir)) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1, line
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    return line
+
+
+def test_workdir_serves_one_run_at_a_time(text, tmp_path):
+    with train.claimed(tmp_path), pytest.raises(ValueError, match="is in use by another run"):
+        train.run(training.config(text), tmp_path)
+
+
+def test_workdir_is_not_claimed_by_a_start_that_failed(runs, text, tmp_path):
+    config = training.config(text)
+    config.branch_from = "nothing"
+    with pytest.raises(ValueError, match="branch_from is 'nothing'"):
+        train.run(config, tmp_path)
+    config.branch_from = ""
+    assert same(train.run(config, tmp_path), runs.state)
+
+
+def test_workdir_of_another_config_is_refused_by_its_fields(runs, text):
+    config = training.config(text)
+    config.model.dim, config.steps = 64, 7
+    with pytest.raises(ValueError, match=r"run of another config: model\.dim was 32, now 64; steps was 6, now 7$"):
+        train.run(config, runs.whole)
+
+
+def test_workdir_without_a_younger_field_resumes_with_its_default(half, runs, text):
+    record = json.loads((half / "config.json").read_text())
+    del record["config"]["strategy"], record["config"]["optim"]["l2wrap"], record["config"]["model"]["dropout"]
+    (half / "config.json").write_text(json.dumps(record))
+    assert same(train.run(training.config(text), half), runs.state)
+    config = training.config(text)
+    config.optim.l2wrap = False
+    with pytest.raises(ValueError, match=r"run of another config: optim\.l2wrap was True, now False$"):
+        train.run(config, half)
+
+
+def test_damaged_config_is_refused_by_name(half, text, capsys):
+    for damage in (b"", b"[]", b'{"config": 3}', b'{"config": {}, "corpus": []}', b"\xff\xfe"):
+        (half / "config.json").write_bytes(damage)
+        assert f"{half}/config.json is damaged" in refused(text, half, capsys), damage
+
+
+def test_damaged_log_is_refused_by_line(half, text, capsys):
+    log = half / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    for damage in ('{"step": "one"}', "[1, 2]", "{", '{"step": 1, "train_seconds": "x"}'):
+        log.write_text("\n".join([*lines[:2], damage, *lines[2:]]) + "\n")
+        assert f"{log}: line 3" in refused(text, half, capsys), damage
+
+
+def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(runs, text, tmp_path, capsys):
+    workdir = training.copied(runs.whole, tmp_path / "run")
+    files = [p for p in (workdir / "checkpoints" / "6").rglob("*") if p.is_file()]
+    damaged = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    again = train.run(training.config(text), workdir)
+    assert "damaged checkpoint" in capsys.readouterr().err
+    assert same(again, runs.state) and numbers(workdir) == numbers(runs.whole)
+
+
+def test_workdir_whose_checkpoints_are_all_damaged_is_refused(runs, text, tmp_path, capsys):
+    workdir = training.copied(runs.whole, tmp_path / "run")
+    for path in (workdir / "checkpoints").rglob("manifest.json"):
+        largest = max((p for p in path.parent.rglob("*") if p.is_file() and p != path), key=lambda p: p.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-1])
+    assert main(training.arguments(text, workdir)) == 2
+    assert "no valid checkpoint" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------ branches
+
+
+def test_branch_starts_where_its_trunk_was(runs, text, tmp_path):
+    trunk = runs.whole / "checkpoints" / "4"
+    state = train.run(training.config(text, branch_from=str(trunk)), tmp_path)
+    assert [r["step"] for r in numbers(tmp_path) if "loss_nats" in r] == [5, 6]
+    assert same(state, runs.state)  # the same schedule, hence the same end
+
+
+def test_branch_must_go_beyond_its_trunk(runs, text, tmp_path):
+    config = training.config(text, branch_from=str(runs.whole / "checkpoints" / str(STEPS)))
+    with pytest.raises(ValueError, match=f"steps is {STEPS}, expected more than the {STEPS} of branch_from"):
+        train.run(config, tmp_path)
+
+
+def test_branch_begins_with_empty_rows_of_its_own_number(text, tmp_path):
+    carried = {"carry_state": True, "data": {"order": "documents"}, "save_every": 1}
+    train.run(training.config(text, steps=4, **carried), tmp_path / "trunk")
+    trunk = str(tmp_path / "trunk" / "checkpoints" / "4")
+    more = {"steps": 5, "batch_size": 2, "seq_len": 32, "branch_from": trunk}
+    state = train.run(training.config(text, **carried, **more), tmp_path / "branch")
+    (carry,) = jax.device_get(state.carry)
+    assert len(carry) == 2 and np.array_equal(carry, np.round(carry)) and carry.any()  # of one step: no halves
+    plain = training.config(text, **carried | {"carry_state": False, "steps": 5, "branch_from": trunk})
+    assert train.run(plain, tmp_path / "plain").carry is None
+    assert checkpoint.steps(tmp_path / "plain" / "checkpoints") == [5]
