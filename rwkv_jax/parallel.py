@@ -28,7 +28,9 @@ MIN_SHARDED = 2**14  # elements: smaller leaves cost more to gather than to keep
 
 def single(init, step, devices=None, replicas=1):
     """One device."""
-    return jax.jit(init), jax.jit(step, donate_argnums=0), jax.device_put
+    here = jax.sharding.SingleDeviceSharding((devices or jax.devices())[0])
+    # committed, as restored and pretrained arrays are: else the step is compiled again when it has met one of them
+    return jax.jit(init, out_shardings=here), jax.jit(step, donate_argnums=0), jax.device_put
 
 
 def data_parallel(init, step, devices=None, replicas=1):

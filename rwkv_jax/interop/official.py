@@ -195,7 +195,8 @@ def sharding_tree(sharding: Any, shapes: Any) -> Any:
 def place(read: Callable, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> jax.Array:
     """The array whose part at `index`, a tuple of slices, is `read(index)`; a host reads its devices' parts."""
     if sharding is None:
-        return jax.device_put(read((slice(None),) * len(shape)))  # `jnp.asarray` compiles a program for each shape
+        # `jnp.asarray` compiles a program for each shape; a copy, not a view of the memory-mapped file
+        return jax.device_put(read((slice(None),) * len(shape)), may_alias=False)
     return jax.make_array_from_callback(shape, sharding, read)
 
 

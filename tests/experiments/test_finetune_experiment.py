@@ -1,4 +1,4 @@
-"""The experiment on fine-tuning: what its committed table says, and that it runs."""
+"""The experiment on fine-tuning: pieces of its text, a smoke run, and a missing text."""
 
 import json
 import subprocess
@@ -9,16 +9,16 @@ import pytest
 
 from experiments.finetune import run, table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
-def test_pieces_are_whole_paragraphs_and_all_of_the_text():
+def test_pieces_are_whole_paragraphs_and_cover_the_text():
     paragraphs = ["a" * 3000, "b" * 2000, "c" * 10]
     assert list(run._pieces("\n\n".join(paragraphs))) == ["a" * 3000 + "\n\n" + "b" * 2000 + "\n\n", "c" * 10 + "\n\n"]
 
 
 @pytest.mark.slow
-def test_smoke_writes_the_table_the_json_and_the_figure(tmp_path):
+def test_smoke_run_writes_table_json_and_figure(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "experiments.finetune.run", "--smoke", f"--out={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -34,7 +34,7 @@ def test_smoke_writes_the_table_the_json_and_the_figure(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_text_that_is_not_there_is_one_line(tmp_path):
+def test_command_reports_a_missing_text_in_one_line(tmp_path):
     command = [sys.executable, "-m", "experiments.finetune.run", "--smoke", "--text=/nowhere", f"--out={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr.splitlines()[-1][:6]) == (2, "error:") and "/nowhere" in done.stderr

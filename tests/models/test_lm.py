@@ -52,8 +52,7 @@ def test_lm_released_sizes_have_the_parameters_of_table_2():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("size", TABLE_2)
+@pytest.mark.parametrize(("size", "scan"), [("169m", False), *((size, True) for size in TABLE_2)])
 def test_lm_parameters_of_the_released_sizes_are_counted(size, scan):
     assert count(shapes_of(build("rwkv4", size=size, scan=scan))) == TABLE_2[size]
 

@@ -17,7 +17,6 @@ PROGRAMS = 120  # un-jitted, each operation is a program of its own
 SLOWLY = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 B, T = 12, 16
 COMPILED = "/jax/core/compile/backend_compile_duration"
-NONE, ALL = np.zeros((B, T), bool), np.ones((B, T), bool)
 
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
@@ -36,7 +35,7 @@ def layout(kind, scan):
 
 
 @pytest.mark.parametrize(
-    ("kind", "past"),
+    ("kind", "past"),  # and masks
     [
         ("rwkv4", False),
         ("hybrid", True),
@@ -47,13 +46,15 @@ def layout(kind, scan):
 def test_lm_unjitted_apply_compiles_once_and_equals_the_jitted_one(kind, past):
     model, params = made(kind)
     state = model.init_state(B, max_length=T) if past else None
-    want, after = forward(model, params, tokens(B, T), state, *((NONE, ALL) if past else ()))
+    rng = np.random.default_rng(0)
+    masks = {"reset_BT": rng.random((B, T)) < 0.3, "valid_BT": rng.random((B, T)) < 0.7} if past else {}
+    jitted = forward(model, params, tokens(B, T), state, **masks)
     for scan in (True, False):
         model, params = layout(kind, scan)
-        first = model.apply({"params": params}, tokens(B, T), state)
-        same(first, (want, after))
+        first = model.apply({"params": params}, tokens(B, T), state, **masks)
+        same(first, jitted)
         begin = len(compiled)
-        again = model.apply({"params": params}, tokens(B, T), state)
+        again = model.apply({"params": params}, tokens(B, T), state, **masks)
         assert COMPILED not in compiled[begin:]
         jax.tree.map(np.testing.assert_array_equal, again, first)
 
