@@ -48,7 +48,7 @@ def test_lm_unjitted_apply_compiles_once_and_equals_the_jitted_one(kind, past):
     state = model.init_state(B, max_length=T) if past else None
     rng = np.random.default_rng(0)
     masks = {"reset_BT": rng.random((B, T)) < 0.3, "valid_BT": rng.random((B, T)) < 0.7} if past else {}
-    jitted = forward(model, params, tokens(B, T), state, **masks)
+    jitted = forward(model, params, tokens(B, T), state, *masks.values())
     for scan in (True, False):
         model, params = layout(kind, scan)
         first = model.apply({"params": params}, tokens(B, T), state, **masks)
