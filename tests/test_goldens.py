@@ -73,16 +73,9 @@ def assert_agrees(weights, tokens_BT, logits, gradients, scan):
     assert_same_gradients(to_official(jax.tree.map(np.asarray, ours_by_path)), gradients)
 
 
-def test_rwkv4_logits_match_the_released_code(golden):
-    assert golden["logits"].keys() == {"rwkv", "hf"}
-    logits_BTV, _ = forward(*ours(golden["weights"], scan=True), golden["tokens_BT"])
-    assert_same_logits(logits_BTV, golden["logits"])
-
-
-@pytest.mark.slow  # the fast suite holds gradients against the released trainer's: test_trajectory.py
-@pytest.mark.parametrize("scan", [True, False])
-def test_rwkv4_gradients_match_the_released_code(golden, scan):
-    assert len(golden["gradients"]) == 6 + 3 * 18
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_rwkv4_logits_and_gradients_match_the_released_code(golden, scan):
+    assert golden["logits"].keys() == {"rwkv", "hf"} and len(golden["gradients"]) == 6 + 3 * 18
     assert_agrees(*golden.values(), scan)
 
 

@@ -17,12 +17,14 @@ from rwkv_jax.models import rewind
 SLOW = pytest.mark.slow
 PROMPTS = [ids(5), ids(2, seed=3), [6]]
 
-# The fast tests share one compiled function: a hybrid, a draft of RWKV-4, two guesses.
+# The fast tests share one compiled function: a hybrid, a draft of RWKV-4, two guesses, and a sampler with a penalty,
+# which in most of them is too small to change anything.
 NUM_DRAFT = 2
+PENALTY = {"frequency_penalty": 1e-9}
 
 
 def drafted(**settings):
-    return {"draft": unstacked("rwkv4"), "num_draft": NUM_DRAFT} | settings
+    return {"draft": unstacked("rwkv4"), "num_draft": NUM_DRAFT} | PENALTY | settings
 
 
 def target(share):
@@ -103,6 +105,21 @@ def test_speculative_greedy_text_is_independent_of_the_draft(share, monkeypatch)
     assert_likeliest(model, params, PROMPTS, tokens)
     texts = [[*a, *b] for a, b in zip(PROMPTS, tokens, strict=True)]
     assert_near(context, whole(model, params, texts)[1])
+
+
+def test_speculative_draws_after_a_useless_draft_equal_plain_decoding():
+    """The draft is sure of a token that the model never draws: what stays of the model's distribution is all of it.
+    Penalties count the tokens that were drawn, and none that were only guessed."""
+    (model, params), (small, small_params) = target(1), unstacked("rwkv4")
+    constant = jax.tree.map(np.array, {"ln_out": params["ln_out"], "head": params["head"]})
+    constant["ln_out"]["scale"][0], constant["ln_out"]["bias"][0] = 0, 1
+    constant["head"]["kernel"][:, 255] = 0
+    never, always = (jax.tree.map(np.copy, constant) for _ in range(2))
+    never["head"]["kernel"][0, 255], always["head"]["kernel"][0, 255] = -100, 100
+    settings = {"max_new_tokens": 60, "seed": [1, 2, 3], "frequency_penalty": 2.0, "penalty_decay": 0.9}
+    draft = {"draft": (small, small_params | always), "num_draft": NUM_DRAFT}
+    tokens = speculative.generate(model, params | never, PROMPTS, **draft, **settings)
+    assert tokens == generate.generate(model, params | never, PROMPTS, **settings)
 
 
 @SLOW
@@ -206,7 +223,7 @@ def test_speculative_rows_depend_on_their_own_seed_and_continue_a_context(share)
     context = generate.read(model, params, PROMPTS)
     before = jax.tree.map(np.array, context)
     first, after = speculative.generate_with_context(model, params, [[]] * B, context=context, seed=3, **settings)
-    plain = generate.generate(model, params, PROMPTS, max_new_tokens=1, seed=3)
+    plain = generate.generate(model, params, PROMPTS, max_new_tokens=1, seed=3, **PENALTY)
     assert [new[:1] for new in first] == plain  # the first draw is the plain one
     assert_near(after, whole(model, params, [[*a, *b] for a, b in zip(PROMPTS, first, strict=True)])[1])
     jax.tree.map(np.testing.assert_array_equal, context, before)

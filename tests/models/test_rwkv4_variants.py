@@ -53,12 +53,7 @@ OTHERS = {
 }
 VARIANTS = {name: fields for name, (fields, _, _) in SAME_AS.items()} | OTHERS
 FAST = ("recurrence", "gates")
-
-
-def each(names, fast):
-    """Test parameters, those slow that are not in `fast`."""
-    return [name if name in fast else pytest.param(name, marks=slow) for name in names]
-
+SINGLE = [name for name in VARIANTS if name not in FAST]
 
 IDS, RNG = tokens(B, T), np.random.default_rng(1)
 RESET, VALID = RNG.random((B, T)) < 0.3, RNG.random((B, T)) < 0.7
@@ -98,7 +93,7 @@ def test_variant_state_carries_from_token_to_token_with_resets_and_padding(name)
 
 
 @slow
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in FAST])
+@pytest.mark.parametrize("name", SINGLE)
 def test_variant_token_by_token_equals_parallel_with_resets_and_padding(name):
     model, params = made("rwkv4", **VARIANTS[name])
     unrolled, layers = make("rwkv4", scan=False, **VARIANTS[name]), unstack(params)
@@ -112,7 +107,7 @@ def test_variant_token_by_token_equals_parallel_with_resets_and_padding(name):
     assert_same_states(state, end)
 
 
-@pytest.mark.parametrize("name", each(SAME_AS, FAST))
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=slow) for name in SAME_AS])
 def test_variant_equals_the_released_model_with_that_part_held(name):
     fields, lacks, held = SAME_AS[name]
     model, params = made("rwkv4", **fields)
@@ -225,7 +220,7 @@ def test_variations_name_the_changed_fields_and_fingerprints_tell_them():
     assert len(prints) == 6  # the released model, plain, excluded, decayed, ReLU, GELU
 
 
-@pytest.mark.parametrize("name", each(VARIANTS, ("gates", "ReLU")))
+@pytest.mark.parametrize("name", SINGLE)
 def test_files_hold_a_variant_and_formats_of_the_released_model_refuse_it(tmp_path, name):
     model, params = made("rwkv4", **VARIANTS[name])
     for file, format in (("a.pth", None), ("folder", None), ("a.bin", "rwkv.cpp")):
