@@ -16,13 +16,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grai
 
 def stamp() -> dict:
     """Command, commit (with "+" where the tree has changes), date, versions, processor, XLA's flags and devices."""
-    git = lambda *args: subprocess.run(
-        ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
     module = getattr(sys.modules["__main__"], "__spec__", None)
     return {
         "command": " ".join(["python -m", module.name if module else sys.argv[0], *_arguments()]),
-        "commit": git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else ""),
+        "commit": commit(Path(__file__).parent),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "processor": _processor(),
@@ -30,6 +27,12 @@ def stamp() -> dict:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "devices": [d.device_kind for d in jax.devices()],
     }
+
+
+def commit(folder: Path) -> str:
+    """Of the checkout that a folder is in, with "+" where the tree has changes."""
+    git = lambda *args: subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True).stdout.strip()
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
 def _arguments() -> list[str]:

@@ -1,4 +1,4 @@
-"""The figures of `results.json`, one for each suite in it: train.png, decode.png and ops.png.
+"""The figures of `results.json`, one for each suite in it: train.png, decode.png, ops.png and startup.png.
 
 python -m experiments.speed.plot [results.json [folder]]
 """
@@ -102,6 +102,33 @@ def draw_ops(results, path) -> None:
     _finish(figure, results, f"WKV, D {dim}, {dtype}", path)
 
 
+def draw_startup(results, path) -> None:
+    """Stacked bars of tracing, lowering and compiling, a panel a size; what it is compared with is paler."""
+    sizes = list(dict.fromkeys(row["size"] for row in results["rows"]))
+    figure, axes = plt.subplots(1, len(sizes), figsize=(5 * len(sizes), 3.4), layout="constrained", squeeze=False)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        rows = [row for row in results["rows"] if row["size"] == size]
+        sides = [side for side in ("ours", "theirs") if side in rows[0]]
+        for y, row in enumerate(rows):
+            for j, side in enumerate(sides):
+                left = 0.0
+                for i, part in enumerate(("trace", "lower", "compile")):
+                    seconds = row[side][part]
+                    place, height = y + (j - (len(sides) - 1) / 2) * 0.4, 0.36
+                    axis.barh(place, seconds, height, left, color=COLOURS[i], alpha=0.4 if side == "theirs" else 1)
+                    left += seconds
+                axis.text(left, place, f" {left:.1f}", va="center", fontsize=7)
+        axis.set_yticks(range(len(rows)), [f"{row['program']}, {row['layout']}" for row in rows], fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.1)
+        axis.set(title=size, xlabel="seconds", xlim=(0, None))
+    names = {"trace": "tracing", "lower": "lowering", "compile": "compiling"}
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[i]) for i in range(3)]
+    figure.legend(handles, names.values(), frameon=False, fontsize=8, ncols=3, loc="outside lower center")
+    paler = f", paler: {results['against']}" if results["against"] else ""
+    _finish(figure, results, f"before the first result{paler}", path)
+
+
 def _finish(figure, results, title, path):
     stamp = results["stamp"]
     device = f"{stamp['cores']} CPU cores" if stamp["devices"] == ["cpu"] else ", ".join(stamp["devices"])
@@ -110,7 +137,7 @@ def _finish(figure, results, title, path):
     plt.close(figure)
 
 
-DRAW = {"train": draw_train, "decode": draw_decode, "ops": draw_ops}
+DRAW = {"train": draw_train, "decode": draw_decode, "ops": draw_ops, "startup": draw_startup}
 
 if __name__ == "__main__":
     source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")

@@ -26,7 +26,7 @@ measures training. Both ran once on an H100, see experiments/README.md. No TPU h
     python -m experiments.speed.run [--suite=train|decode|ops|generation|startup] [--smoke] [--out=DIR]
     python -m experiments.speed.plot
 
-Needs requirements-live.txt. Cost: about 30 minutes on 2 cores, which nothing else may use meanwhile.
+Needs requirements-live.txt. Cost: about 40 minutes on 2 cores, which nothing else may use meanwhile.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def measure(suite, args):
         results = ops.run(args.smoke, args.rwkv_lm)
         return results, ops.report(results)
     if suite == "startup":
-        results = startup.run(args.smoke, args.against)
+        results = startup.run(args.smoke, args.against) | {"against": args.against and stamp.commit(args.against)}
         return results, startup.report(results)
     module = {"train": train, "decode": decode, "generation": generation}[suite]
     results = module.run(args.smoke)

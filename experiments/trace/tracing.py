@@ -75,7 +75,7 @@ def read(model, params, prompt, noise_TD, clean=None, residual_TL=None, state_TL
 def effects(model, params, prompt, noise_NTD, rows: int) -> Effects:
     """What noise takes from the answer, and what every place gives back; `rows` runs at a time."""
     probability = lambda *args: jnp.exp(read(model, params, prompt, *args)[0][prompt.answer])
-    _, clean = read(model, params, prompt, jnp.zeros_like(noise_NTD[0]))
+    log_p_V, clean = read(model, params, prompt, jnp.zeros_like(noise_NTD[0]))
     (N, T, _), L = noise_NTD.shape, model.num_layers
     kinds_K2 = jnp.array(list(KINDS.values()))
     places_PTL = jnp.eye(T * L, dtype=bool).reshape(T * L, T, L)
@@ -87,7 +87,7 @@ def effects(model, params, prompt, noise_NTD, rows: int) -> Effects:
 
     restored = jax.lax.map(run, jnp.arange(N * len(KINDS) * T * L), batch_size=rows)
     return Effects(
-        probability(jnp.zeros_like(noise_NTD[0])),
+        jnp.exp(log_p_V[prompt.answer]),
         jax.lax.map(probability, noise_NTD),
         restored.reshape(N, len(KINDS), T, L),
     )

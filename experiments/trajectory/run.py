@@ -52,21 +52,27 @@ class Preset:
 PRESETS = {"smoke": Preset(steps=4, compared=("float64", "without L2Wrap")), "cpu": Preset()}
 
 
-def start(golden) -> dict:
+def golden() -> dict:
+    """What the released trainer left: initial and final tensors, batches, losses, gradient norms."""
+    with np.load(GOLDEN) as arrays:
+        return dict(arrays)
+
+
+def start(arrays) -> dict:
     """The initial tensors under their released names, as float64."""
-    return {k.removeprefix("init/"): golden[k].astype(np.float64) for k in golden if k.startswith("init/")}
+    return {k.removeprefix("init/"): x.astype(np.float64) for k, x in arrays.items() if k.startswith("init/")}
 
 
 def ours(steps, dtype="float64", l2wrap=True, groups=optim.GROUPS):
     """(losses, gradient norms, final tensors under their released names) of our step on the kept batches."""
-    golden = np.load(GOLDEN)
+    arrays = golden()
     with jax.enable_x64(dtype == "float64"):
-        model, params = official.from_official(start(golden), dtype=dtype)
+        model, params = official.from_official(start(arrays), dtype=dtype)
         tx, zero = optim.optimiser(groups=groups), jnp.zeros((), jnp.int32)
         state = train.TrainState(zero, params, tx.init(params), zero)
         step = jax.jit(train.make_step(model, tx, l2wrap=l2wrap))
         losses, norms = [], []
-        for tokens_BT in golden["tokens"][:steps].astype(np.int32):
+        for tokens_BT in arrays["tokens"][:steps].astype(np.int32):
             batch = {"tokens": tokens_BT, "mask": np.ones_like(tokens_BT[:, 1:], bool)}
             state, values = step(state, batch, np.dtype(dtype).type(LR))
             losses.append(float(values["loss_nats"]))
@@ -76,9 +82,9 @@ def ours(steps, dtype="float64", l2wrap=True, groups=optim.GROUPS):
 
 def kept(steps):
     """The same of the released trainer; final tensors after the last of its steps only."""
-    golden = np.load(GOLDEN)
-    final = {k.removeprefix("final/"): golden[k] for k in golden if k.startswith("final/")}
-    return golden["losses"][:steps], golden["grad_norms"][:steps], final if steps == len(golden["losses"]) else None
+    arrays = golden()
+    final = {k.removeprefix("final/"): x for k, x in arrays.items() if k.startswith("final/")}
+    return arrays["losses"][:steps], arrays["grad_norms"][:steps], final if steps == len(arrays["losses"]) else None
 
 
 def apart(a, b) -> dict:
@@ -104,8 +110,8 @@ def cells(preset, workdir, rwkv_lm):
         path = released.source(rwkv_lm)
 
         def clone():
-            golden = np.load(GOLDEN)
-            theirs = released.trajectory(path, start(golden), golden["tokens"][:steps], LR)
+            arrays = golden()
+            theirs = released.trajectory(path, start(arrays), arrays["tokens"][:steps], LR)
             both = {"from clone": apart(ours(steps), theirs), "clone from kept": apart(theirs, kept(steps))}
             return {"losses": rounded(theirs[0])} | both
 

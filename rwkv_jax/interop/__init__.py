@@ -233,7 +233,7 @@ def _load_workdir(path: Path, dtype, sharding, scan) -> tuple[nn.Module, Any]:
         _, adapters = checkpoint.restore(path / "checkpoints", shapes, key="params")
         params = lora.merge(params, adapters, run.finetune["alpha"])
     if scan != model.scan:
-        params = stack(params, len(model.layers)) if scan else unstack(params)
+        params = stack(params, len(model.layers)) if scan else unstack(jax.device_get(params))
     if dtype is not None:
         dtype = float_dtype(dtype)
         fields = fields | {"dtype": activation_dtype(dtype), "param_dtype": dtype}
