@@ -66,6 +66,22 @@ def speed_told() -> str:
     )
 
 
+def startup() -> str:
+    """Seconds before the first result; `make speed` measures them too."""
+    results = read("speed/results.json")["startup"]
+    steps = [r for r in results["rows"] if r["program"] == "training step"]
+    traced, compiled = ([r["ours"][part] for r in steps] for part in ("trace", "compile"))
+    seconds = {row["what"].partition(",")[0]: row["seconds"] for row in results["commands"]}
+    token, step, imports = (seconds[what] for what in ("generate", "train with configs/tiny.py", "imports"))
+    return _wrapped(
+        f"From the shell to the first token of a 12 x 768 World model: {token['ours']:.1f} s, the `rwkv` package",
+        f"{token['rwkv package']:.1f}. To the first logged step of `configs/tiny.py`: {step['ours']:.1f}, of which",
+        f"{imports['ours, rwkv_jax.train.__main__']:.1f} is importing. Tracing a training step takes",
+        f"{min(traced):.1f} to {max(traced):.1f} s and compiling it {min(compiled):.0f} to {max(compiled):.0f}, by",
+        "size and layout. `JAX_COMPILATION_CACHE_DIR=~/.cache/jax` keeps compiled programs for the next start.",
+    )
+
+
 def wkv() -> str:
     rows = read("speed/results.json")["ops"]["rows"]
     claimed = [4, 1024, 512, "float32"]
@@ -218,6 +234,7 @@ BLOCKS = {
     "compare": compare,
     "speed": speed,
     "speed told": speed_told,
+    "startup": startup,
     "wkv": wkv,
     "precision": precision,
     "wkv on a gpu": wkv_on_a_gpu,
