@@ -5,6 +5,7 @@ Orbax restores most flipped bytes without a word, so a checkpoint is read only a
 manifest, and a folder without one is not a checkpoint.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,7 +109,8 @@ def _complete(orbax, folder: Path, step: int, keep: int) -> None:
                 _remove(folder / str(stale))
     except Exception as error:  # Orbax and TensorStore raise many types for what a file system refuses
         if jax.process_index() == 0:
-            _remove_partial(folder)
+            with contextlib.suppress(OSError):  # the next save removes what this one cannot
+                _remove_partial(folder)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(f"{complete}: not saved: {reason}") from error
 
@@ -255,9 +258,17 @@ def _synchronise(path: Path) -> None:
 
 
 def _remove_partial(folder: Path) -> None:
-    for path in folder.iterdir():
-        if re.fullmatch(r"\d+\.partial.*", path.name):
-            shutil.rmtree(path)
+    """Delete what saves have left unfinished. Threads of Orbax may write for a moment after their save has failed."""
+    for attempt in reversed(range(10)):
+        try:
+            for path in folder.iterdir():
+                if re.fullmatch(r"\d+\.partial.*", path.name):
+                    shutil.rmtree(path)
+            return
+        except OSError:
+            if not attempt:
+                raise
+            time.sleep(0.1)
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints after faults: damaged files are noticed, and a kill at any moment leaves the checkpoint before."""
 
+import errno
 import os
 import shutil
 import signal
@@ -41,6 +42,32 @@ def test_leftovers_of_a_killed_save_are_cleared_and_nothing_else(tmp_path):
     checkpoint.save(tmp_path, 6, train_state(6))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "9", "notes.txt"]
     assert checkpoint.steps(tmp_path) == [6]
+
+
+@pytest.mark.parametrize("writes_on", [3, 1000])
+def test_failed_save_tells_why_though_its_threads_write_on(writes_on, tmp_path, monkeypatch):
+    """A thread that has made a file anew, in a folder that is being deleted, is not what went wrong."""
+    left, remove = [writes_on], shutil.rmtree
+
+    def interrupted(path):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path)
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "no space")
+
+    checkpoint.save(tmp_path, 1, train_state(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_manifest", full)
+        patch.setattr(shutil, "rmtree", interrupted)
+        patch.setattr(time, "sleep", lambda seconds: None)
+        with pytest.raises(OSError, match=r"/2: not saved: .*no space"):
+            checkpoint.save(tmp_path, 2, train_state(2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["1"] if writes_on == 3 else ["1", "2.partial"])
+    checkpoint.save(tmp_path, 3, train_state(3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
 
 
 def test_verify_notices_every_flipped_byte(tmp_path):
