@@ -27,10 +27,15 @@ MIN_SHARDED = 2**14  # elements: smaller leaves cost more to gather than to keep
 
 
 def single(init, step, devices=None, replicas=1):
-    """One device."""
-    here = jax.sharding.SingleDeviceSharding((devices or jax.devices())[0])
-    # committed, as restored and pretrained arrays are: else the step is compiled again when it has met one of them
-    return jax.jit(init, out_shardings=here), jax.jit(step, donate_argnums=0), jax.device_put
+    """One device: the first of `devices`, or JAX's default, `jax.default_device`."""
+
+    def committed(key):
+        # as restored and pretrained arrays are; a step that meets both kinds is compiled twice
+        device = devices[0] if devices else jax.config.jax_default_device
+        device = jax.devices(device)[0] if device is None or isinstance(device, str) else device
+        return jax.jit(init, out_shardings=jax.sharding.SingleDeviceSharding(device))(key)
+
+    return committed, jax.jit(step, donate_argnums=0), jax.device_put
 
 
 def data_parallel(init, step, devices=None, replicas=1):

@@ -90,6 +90,16 @@ RUNS = [PMAP, FSDP, *(
 )]  # fmt: skip
 
 
+def test_single_runs_on_the_default_device_and_commits_its_state_to_it():
+    init, step, _ = parallel.single(lambda key: {"w": jax.random.normal(key, (3,))}, lambda state: state)
+    for device in jax.devices()[:2]:
+        with jax.default_device(device):
+            state = step(init(jax.random.key(0)))
+        assert state["w"].devices() == {device} and state["w"].committed
+    named, _, _ = parallel.single(lambda key: jax.random.normal(key, (3,)), lambda state: state, jax.devices()[2:])
+    assert named(jax.random.key(0)).devices() == {jax.devices()[2]}
+
+
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_strategies_and_accumulation_agree_under_ragged_masks(run):
     run, reference = _run(*run), _run(run[0], "single", 1, 1)

@@ -72,8 +72,13 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, preci
     """
     plain = start_BT is None and valid_BT is None
     if plain and q_BTHK.dtype.itemsize == 2 and target_platform() == "gpu":
-        return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
+        fused = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+        here = partial(_attention_by_blocks, precision=precision)  # of arrays that are committed to the CPU
+        return jax.lax.platform_dependent(q_BTHK, k_BTHK, v_BTHK, cpu=here, default=fused)
+    return _attention_by_blocks(q_BTHK, k_BTHK, v_BTHK, start_BT, valid_BT, precision)
 
+
+def _attention_by_blocks(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, precision=None):
     T = q_BTHK.shape[1]
     q_BHTK, k_BHTK, v_BHTK = (rearrange(x, "b t h k -> b h t k") for x in (q_BTHK, k_BTHK, v_BTHK))
     scale = q_BHTK.shape[-1] ** -0.5

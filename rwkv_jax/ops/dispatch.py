@@ -15,19 +15,19 @@ def hopper_at_hand() -> bool:
 
 
 def target_platform() -> str:
-    """ "cpu", "gpu" or "tpu": where what is traced now will run.
+    """Where what is traced now will run, as JAX names it: "cpu", "gpu", "tpu" or another.
 
-    The platform of the mesh in context (`jax.set_mesh`), else of `jax.default_device`, else JAX's default backend.
-    It is known before anything is traced; `jax.lax.platform_dependent` traces every form to lower one of them, which
-    made the tracing of a training step five times as long. The devices of committed arrays are not seen: to compute
-    on the CPU of a machine with a GPU, set `jax.default_device`, or name the form.
+    The platform of the mesh in context (`jax.set_mesh`), else of `jax.default_device`, else JAX's default backend. It
+    is known before anything is traced, so that one form is, where `jax.lax.platform_dependent` traces all that it may
+    choose from. The devices of committed arrays are not known by then.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
     return getattr(device, "platform", device) or jax.default_backend()
 
 
 def suited_form(platform: str, dtype) -> str:
-    """The form of WKV for a platform and a dtype of its accumulators. What is known, 2026-11-24:
+    """The form of WKV for a platform and a dtype of its accumulators: "scan", "associative", or the kernel "tpu" or
+    "gpu". What is known, 2026-11-24:
 
     CPU: measured on 2 cores, scan is the fastest at every length and size (experiments/speed/results.json).
     TPU: compiled for v5e and v5p, not run. Forward and backward at B 8, T 4,096, D 1,024, bfloat16: associative

@@ -101,6 +101,8 @@ def _applied(impl, w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT):
     if reset_BT is not None and valid_BT is not None:
         reset_BT = reset_BT & valid_BT
     operands = (w_D.astype(dtype)[None], u_D.astype(dtype)[None], k_BTD, v_BTD, state, reset_BT, valid_BT)
+    if impl in ("tpu", "gpu"):  # taken for the machine; arrays may be committed to its CPU
+        return lax.platform_dependent(*operands, cpu=partial(_wkv4, "scan"), default=partial(_wkv4, impl))
     if impl != "pallas":
         return _wkv4(impl, *operands)
     # by name, the kernel of the platform for which the program is lowered, whatever this machine has

@@ -107,19 +107,33 @@ def test_speculative_greedy_text_is_independent_of_the_draft(share, monkeypatch)
     assert_near(context, whole(model, params, texts)[1])
 
 
+def sure_of(token, params, logit):
+    """The parameters of a model whose logit for a token is always the same; without a model's own, of its head."""
+    changed = jax.tree.map(np.array, {"ln_out": params["ln_out"], "head": params["head"]})
+    changed["ln_out"]["scale"][0], changed["ln_out"]["bias"][0] = 0, 1
+    changed["head"]["kernel"][:, token] = 0
+    changed["head"]["kernel"][0, token] = logit
+    return params | changed
+
+
 def test_speculative_draws_after_a_useless_draft_equal_plain_decoding():
     """The draft is sure of a token that the model never draws: what stays of the model's distribution is all of it.
     Penalties count the tokens that were drawn, and none that were only guessed."""
     (model, params), (small, small_params) = target(1), unstacked("rwkv4")
-    constant = jax.tree.map(np.array, {"ln_out": params["ln_out"], "head": params["head"]})
-    constant["ln_out"]["scale"][0], constant["ln_out"]["bias"][0] = 0, 1
-    constant["head"]["kernel"][:, 255] = 0
-    never, always = (jax.tree.map(np.copy, constant) for _ in range(2))
-    never["head"]["kernel"][0, 255], always["head"]["kernel"][0, 255] = -100, 100
+    params, draft = sure_of(255, params, -100), (small, sure_of(255, small_params, 100))
     settings = {"max_new_tokens": 60, "seed": [1, 2, 3], "frequency_penalty": 2.0, "penalty_decay": 0.9}
-    draft = {"draft": (small, small_params | always), "num_draft": NUM_DRAFT}
-    tokens = speculative.generate(model, params | never, PROMPTS, **draft, **settings)
-    assert tokens == generate.generate(model, params | never, PROMPTS, **settings)
+    tokens = speculative.generate(model, params, PROMPTS, draft=draft, num_draft=NUM_DRAFT, **settings)
+    assert tokens == generate.generate(model, params, PROMPTS, **settings)
+
+
+def test_speculative_never_draws_a_refused_token_instead_of_itself():
+    """The draft is sure of a token that the model draws every other time, so what stays of it when refused is none:
+    without taking q away it would be three times of four."""
+    (model, params), (small, small_params) = target(1), unstacked("rwkv4")
+    params, draft = sure_of(255, params, 6.7), (small, sure_of(255, small_params, 100))
+    tokens = speculative.generate(model, params, PROMPTS, **drafted(draft=draft, max_new_tokens=60, seed=[1, 2, 3]))
+    share = np.mean(np.concatenate(tokens) == 255)
+    assert 0.4 < share < 0.6
 
 
 @SLOW

@@ -79,6 +79,10 @@ def test_causal_attention_takes_cudnn_for_16_bit_inputs_without_masks_on_a_gpu(m
     assert fused("gpu", jnp.bfloat16) and fused("gpu", np.float16)
     assert not fused("cpu", jnp.bfloat16) and not fused("gpu", np.float32)
     assert not fused("gpu", jnp.bfloat16, start_BT) and not fused("gpu", jnp.bfloat16, None, valid_BT)
+    arrays = qkv(4, jnp.bfloat16)  # on the CPU of a machine with a GPU
+    wanted = causal_attention(*arrays)
+    monkeypatch.setattr(transformer, "target_platform", lambda: "gpu")
+    np.testing.assert_array_equal(jax.jit(causal_attention.__wrapped__)(*arrays), wanted)
 
 
 def test_rotate_makes_scores_depend_on_the_distance_only():

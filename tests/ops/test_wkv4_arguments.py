@@ -105,8 +105,19 @@ def test_wkv4_never_replaces_a_named_form(chosen, machine, form):
         assert wkv4(*arguments(T), impl=form) == form
 
 
-@pytest.mark.parametrize(("platform", "form"), [("cpu", "scan"), ("tpu", "tpu"), ("gpu", "associative")])
-def test_wkv4_without_a_named_form_traces_that_of_the_platform_only(machine, monkeypatch, platform, form):
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_wkv4_computes_on_the_cpu_of_a_machine_with_an_accelerator(machine, platform):
+    on_the_cpu = jax.device_put(arguments(18), jax.devices("cpu")[0])
+    machine(platform, "9.0" if platform == "gpu" else None)
+    found, wanted = wkv4(*on_the_cpu), wkv4(*on_the_cpu, impl="scan")
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("platform", "forms"), [("cpu", {"scan"}), ("tpu", {"tpu", "scan"}), ("gpu", {"associative"})]
+)
+def test_wkv4_without_a_named_form_traces_that_of_the_platform_only(machine, monkeypatch, platform, forms):
+    """And beside a kernel the form for arrays that are committed to the CPU of its machine."""
     passes, traced = OPERATOR._form, []
 
     def record(impl, direction):
@@ -117,7 +128,7 @@ def test_wkv4_without_a_named_form_traces_that_of_the_platform_only(machine, mon
     machine(platform, "8.0" if platform == "gpu" else None)
     w, u, k, v, state = arguments(19)  # a shape of this test's own, which no other has traced
     jax.make_jaxpr(jax.grad(lambda v: wkv4(w, u, k, v, state)[0].sum()))(v)
-    assert set(traced) == {(form, "forward"), (form, "backward")}
+    assert set(traced) == {(form, direction) for form in forms for direction in ("forward", "backward")}
 
 
 def test_wkv4_without_a_named_form_is_the_program_of_the_form_itself():
