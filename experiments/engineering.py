@@ -67,7 +67,7 @@ def speed_told() -> str:
 
 
 def startup() -> str:
-    """Seconds before the first result; `make speed` measures them too."""
+    """Seconds before the first result."""
     results = read("speed/results.json")["startup"]
     steps = [r for r in results["rows"] if r["program"] == "training step"]
     traced, compiled = ([r["ours"][part] for r in steps] for part in ("trace", "compile"))
@@ -78,7 +78,7 @@ def startup() -> str:
         f"{token['rwkv package']:.1f}. To the first logged step of `configs/tiny.py`: {step['ours']:.1f}, of which",
         f"{imports['ours, rwkv_jax.train.__main__']:.1f} is importing. Tracing a training step takes",
         f"{min(traced):.1f} to {max(traced):.1f} s and compiling it {min(compiled):.0f} to {max(compiled):.0f}, by",
-        "size and layout. `JAX_COMPILATION_CACHE_DIR=~/.cache/jax` keeps compiled programs for the next start.",
+        f"size and layout (`{results['stamp']['command']}`, {results['stamp']['date']}).",
     )
 
 

@@ -16,7 +16,7 @@ _CONTENTS = {
     "unstack": "models",  # and back
     "load": "interop",  # (model, params) from any file or folder that holds them
     "save": "interop",  # and back
-    "RWKVForCausalLM": "pretrained",  # model, parameters and tokenizer in one: generate, stream, read, score, embed
+    "RWKVForCausalLM": "pretrained",  # model, parameters and tokenizer: generate, stream, read, logits, score, embed
     "stream": "generate",  # text that continues a prompt, in pieces as they come
     "log_likelihoods": "evaluate",  # nats of each token given those before it
 }

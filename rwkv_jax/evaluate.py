@@ -30,7 +30,7 @@ from tqdm import tqdm
 from rwkv_jax import corpora, interop, tokenizers
 
 POSITIONS = 128  # whose logits, [B, POSITIONS, V], exist at one time
-SEGMENTS = (32, 128, 512)  # tokens that `continuations` reads at one time: of few lengths, as each is compiled
+SEGMENTS = (4, 32, 128, 512)  # tokens that `continuations` reads at one time: few lengths, as each is compiled
 
 
 def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
@@ -88,8 +88,8 @@ def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarr
     if lengths_B.min() == 0:
         raise ValueError("nothing to score in an empty text, expected at least one token")
     longest = int(lengths_B.max())
-    segment = segment_for(longest)
-    tokens_BN = np.zeros((len(texts), -(-longest // segment) * segment + 1), np.int32)
+    segment = segment_for(longest - 1)  # the last token is only predicted
+    tokens_BN = np.zeros((len(texts), -(-(longest - 1) // segment) * segment + 1), np.int32)
     for row, text in zip(tokens_BN, texts, strict=True):
         row[: len(text)] = text
     first_B1 = tokens_BN[:, :1]
@@ -107,7 +107,7 @@ def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarr
 
 
 def segment_for(length: int) -> int:
-    """The shortest of `SEGMENTS` that holds a text of `length` tokens, else the longest."""
+    """The shortest of `SEGMENTS` that holds `length` tokens, else the longest."""
     return next((segment for segment in SEGMENTS if length <= segment), SEGMENTS[-1])
 
 

@@ -139,8 +139,8 @@ class RWKVForCausalLM:
         return generate.read(self.model, self.params, prompts, context)
 
     def logits(self, text, context: Context | None = None) -> tuple[Any, Context]:
-        """Logits [T, V] of what follows each token of a text, float32 NumPy, and the context after it: jitted, where
-        `model.apply` is not. A list for a list; of an empty text, without a context, those after the separator."""
+        """Logits [T, V] of what follows each token of a text, float32 NumPy, and the context after it; compiled,
+        unlike `model.apply`. A list for a list; of an empty text, without a context, those after the separator."""
         texts, single, _ = self._prompts(text)
         found, context = generate.logits(self.model, self.params, texts, context)
         return (found[0] if single else found), context

@@ -4,17 +4,19 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most programs here run for milliseconds and compile for seconds: without LLVM's optimisations for a third of that, and
+# for half of it again without XLA's new fusion emitters (a version that has no such option ignores it).
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the suite on what users run; it passes either way.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_force_host_platform_device_count=4",
-        # half the time to compile a training step; a version of XLA that does not know the option ignores it
-        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+        if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
+        else "",
         os.environ.get("XLA_FLAGS", ""),
     )
 )
-# Most programs here run for milliseconds and compile for seconds; without LLVM's optimisations for a third of that.
-# JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the suite on what users run; it passes either way.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Programs that take long to compile are read back by the next run. No limit on the size of the cache: with one, JAX
 # looks at every entry at every write.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
@@ -71,7 +73,20 @@ def pytest_testnodedown(node):
 def pytest_terminal_summary(terminalreporter):
     most = sorted((count, name) for name, count in programs.items() if name != "in all")[-3:]
     listed = ", ".join(f"{name} {count}" for count, name in reversed(most))
-    terminalreporter.write_line(f"{programs.get('in all', 0):,} programs compiled; most by {listed or 'none'}")
+    terminalreporter.write_line(f"{programs.get('in all', 0):,} programs compiled; most by {listed}")
+
+
+@pytest.fixture
+def compiled():
+    """A function that returns the number of programs compiled since it was last called."""
+    last = programs.get("in all", 0)
+
+    def count():
+        nonlocal last
+        before, last = last, programs.get("in all", 0)
+        return last - before
+
+    return count
 
 
 @pytest.fixture

@@ -66,8 +66,8 @@ def test_best_practice_is_carried_without_attention_and_sliding_with_it():
         evaluate.carried(HashModel(recurrent=False), {}, TOKENS, STARTS, 16, 3)
 
 
-@pytest.mark.parametrize("longest", [2, 33, 600])
-def test_continuations_read_texts_of_any_lengths_in_segments(longest):
+@pytest.mark.parametrize(("longest", "segment"), [(2, 4), (5, 4), (33, 32), (34, 128), (600, 512)])
+def test_continuations_read_texts_of_any_lengths_in_segments(longest, segment):
     model, prefix, rng = HashModel(), [5, 6, 7], np.random.default_rng(0)
     *_, [state] = model.judged({}, np.array([[*prefix, 0]], np.int32))
     model.calls.clear()
@@ -84,15 +84,9 @@ def test_continuations_read_texts_of_any_lengths_in_segments(longest):
         np.testing.assert_array_equal(nats[1:], expected)
         np.testing.assert_array_equal(likeliest[1:], expected > -0.5)
     [(tokens, *_)] = set(model.calls)
-    assert tokens == (3, evaluate.segment_for(longest) + 1)
+    assert tokens == (3, segment + 1)
     with pytest.raises(ValueError, match="nothing to score in an empty text"):
         evaluate.continuations(model, {}, [[1], []], logits_BV[:2], np.full(2, state))
-
-
-def test_segment_is_the_shortest_that_holds_the_text():
-    short, middle, long = evaluate.SEGMENTS
-    lengths = (1, short, short + 1, middle, middle + 1, long, long + 1)
-    assert [evaluate.segment_for(length) for length in lengths] == [short, short, middle, middle, long, long, long]
 
 
 def test_protocols_refuse_what_they_cannot_score():

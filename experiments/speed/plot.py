@@ -108,14 +108,14 @@ def draw_startup(results, path) -> None:
     figure, axes = plt.subplots(1, len(sizes), figsize=(5 * len(sizes), 3.4), layout="constrained", squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
         rows = [row for row in results["rows"] if row["size"] == size]
-        sides = [side for side in ("ours", "theirs") if side in rows[0]]
+        sides = [side for side in ("ours", "before") if side in rows[0]]
         for y, row in enumerate(rows):
             for j, side in enumerate(sides):
                 left = 0.0
                 for i, part in enumerate(("trace", "lower", "compile")):
                     seconds = row[side][part]
                     place, height = y + (j - (len(sides) - 1) / 2) * 0.4, 0.36
-                    axis.barh(place, seconds, height, left, color=COLOURS[i], alpha=0.4 if side == "theirs" else 1)
+                    axis.barh(place, seconds, height, left, color=COLOURS[i], alpha=0.4 if side == "before" else 1)
                     left += seconds
                 axis.text(left, place, f" {left:.1f}", va="center", fontsize=7)
         axis.set_yticks(range(len(rows)), [f"{row['program']}, {row['layout']}" for row in rows], fontsize=8)

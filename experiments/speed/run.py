@@ -12,8 +12,8 @@ ops: WKV forward and backward at B 4, T 1,024, D 512 takes at most 0.35 of the t
 times its own forward pass, and a quarter of the temporary memory; time a token from 32k to 128k within 25 %. Three
 times its own forward pass is an aim: 3.3 on 2026-11-24.
 startup: seconds of tracing, lowering and compiling a training step, a prompt and a decode step, and of the commands up
-to their first token or step, the former beside the `rwkv` package; `--against=PATH`, a checkout of another commit,
-takes all of it there too.
+to their first step or token, the token beside that of the `rwkv` package. `--against=PATH`, a checkout of an earlier
+commit, measures that too. Runs by name only.
 
 On a GPU, with flash-linear-attention and torch for CUDA installed and RWKV-LM cloned to PATH, one command measures WKV
 beside the released CUDA kernel, that package's Triton kernel and fused attention, in at most 8 minutes; `pile`
@@ -26,7 +26,7 @@ measures training. Both ran once on an H100, see experiments/README.md. No TPU h
     python -m experiments.speed.run [--suite=train|decode|ops|generation|startup] [--smoke] [--out=DIR]
     python -m experiments.speed.plot
 
-Needs requirements-live.txt. Cost: about 40 minutes on 2 cores, which nothing else may use meanwhile.
+Needs requirements-live.txt. Cost: about 30 minutes on 2 cores, startup 10, which nothing else may use meanwhile.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from pathlib import Path
 from experiments import stamp
 from experiments.speed import decode, generation, ops, startup, train
 
-SUITES = ("train", "decode", "ops", "generation", "startup")
+SUITES = ("train", "decode", "ops", "generation")
 
 
 def measure(suite, args):
@@ -63,14 +63,18 @@ def line(row):
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.speed.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=SUITES, help="one of them; default: all in turn")
+    parser.add_argument("--suite", choices=(*SUITES, "startup"), help="one of them; default: all but startup in turn")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes, numbers without meaning")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of results.json")
     parser.add_argument(
         "--rwkv-lm", type=Path, help="clone of BlinkDL/RWKV-LM, whose CUDA kernel is compiled and timed"
     )
-    parser.add_argument("--against", type=Path, help="a checkout of another commit, whose start is timed beside ours")
+    parser.add_argument(
+        "--against", type=Path, help="a checkout of an earlier commit, whose start is timed beside ours"
+    )
     args = parser.parse_args(argv)
+    if args.against and not (args.suite == "startup" and (args.against / "rwkv_jax").is_dir()):
+        parser.error(f"--against={args.against}: expected --suite=startup and a folder with rwkv_jax/")
     # JAX would take three quarters of a GPU's memory at its start, and the peers in torch need some.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     args.out.mkdir(parents=True, exist_ok=True)

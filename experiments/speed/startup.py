@@ -1,7 +1,8 @@
 """What a start costs before the first number: tracing, lowering, compiling, and whole commands.
 
-Each is measured in a process of its own, so that nothing is cached but Python's byte code. With `--against=PATH`, a
-checkout of another commit, it is measured there too, in turn with ours.
+Each is measured in a process of its own, so that nothing is cached but Python's byte code: tracing and lowering in
+every round, of which the median is told, compiling once. With `--against=PATH`, a checkout of an earlier commit, all
+of it is measured there too, in turn with ours.
 
     python -m experiments.speed.run --suite=startup [--against=PATH]
 """
@@ -40,8 +41,8 @@ print(PIPELINE(model, "rwkv_vocab_v20230424").generate(sys.argv[2], 1, PIPELINE_
 
 
 def run(smoke=False, against=None):
-    """Rows of programs and of commands, medians over rounds, seconds."""
-    sides = {"ours": ROOT} | ({"theirs": Path(against).resolve()} if against else {})
+    """Rows of programs and of commands, seconds."""
+    sides = {"ours": ROOT} | ({"before": Path(against).resolve()} if against else {})
     cells = list(itertools.product(SMOKE_SIZES if smoke else SIZES, LAYOUTS, PROGRAMS))
     rounds = 1 if smoke else ROUNDS
     rows = []
@@ -49,8 +50,9 @@ def run(smoke=False, against=None):
         times = {side: [] for side in sides}
         for i in range(rounds):
             for side, folder in sides.items():
-                once = [] if i else ["--compile"]  # which takes longest and varies least
-                times[side].append(_fresh(folder, [__file__, size, layout, program, *once]))
+                once = [] if i else ["--compile"]  # which takes longest
+                out = _output(folder, [__file__, size, layout, program, *once])
+                times[side].append(json.loads(out.splitlines()[-1]))
         medians = {side: _medians(taken) for side, taken in times.items()}
         rows.append({"size": size, "layout": layout, "program": program, **medians})
     return {"rows": rows, "commands": commands(sides, smoke, rounds), "prompt": PROMPT, "window": [BATCH, WINDOW]}
@@ -59,9 +61,9 @@ def run(smoke=False, against=None):
 def report(results):
     lines = []
     for row in results["rows"]:
-        told = [f"{side} {_told(row[side])}" for side in ("ours", "theirs") if side in row]
-        if "theirs" in row:
-            told.append(f"tracing {row['ours']['trace'] / row['theirs']['trace']:.2f} of theirs")
+        told = [f"{side} {_told(row[side])}" for side in ("ours", "before") if side in row]
+        if "before" in row:
+            told.append(f"tracing {row['ours']['trace'] / row['before']['trace']:.2f} of before")
         lines.append(f"{row['program']}, {row['size']}, {row['layout']}: {'; '.join(told)}")
     for row in results["commands"]:
         lines.append(f"{row['what']}: " + ", ".join(f"{side} {t:.1f} s" for side, t in row["seconds"].items()))
@@ -122,17 +124,25 @@ def _write_model(path, layers, dim):
 
 
 def _environment(root):
+    """Without settings of JAX's own, such as a cache of compiled programs."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     settings = {"JAX_PLATFORMS": "cpu", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
-    return os.environ | {"PYTHONPATH": str(root)} | settings
+    return own | {"PYTHONPATH": str(root)} | settings
 
 
-def _wall(root, arguments) -> float:
-    began = time.perf_counter()
+def _output(root, arguments) -> str:
+    """What Python prints with the package in `root`."""
     done = subprocess.run(
         [sys.executable, *arguments], cwd=root, env=_environment(root), capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)[:200]} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def _wall(root, arguments) -> float:
+    began = time.perf_counter()
+    _output(root, arguments)
     return time.perf_counter() - began
 
 
@@ -162,16 +172,6 @@ def _first_step(root) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- programs
-
-
-def _fresh(root, arguments) -> dict:
-    """What a process of its own measures with the package in `root`."""
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=root, env=_environment(root), capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} in {root} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measured(size, layout, program, compile) -> dict:

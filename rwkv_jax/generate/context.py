@@ -135,7 +135,7 @@ def _slots(model, context, room, likely) -> int | None:
         return None
     leaves = jax.tree.leaves(context.state)
     slots = next(x.shape[grows[0]] for x, grows in zip(leaves, axes, strict=True) if grows)
-    length = max(int(np.max(entry.cache.length_B)) for entry in context.state if hasattr(entry, "cache"))
+    length = max(int(np.asarray(entry.cache.length_B).max()) for entry in context.state if hasattr(entry, "cache"))
     if length + room <= slots:
         return None
     return _round_up(max(length + room, min(2 * slots, length + likely)))

@@ -65,7 +65,10 @@ def _chunks(prompts):
 
 
 def logits(model, params, prompts, context: Context | None = None) -> tuple[list[np.ndarray], Context]:
-    """Logits [T, V] of what follows each token of each prompt, float32 at least, and what `read` returns."""
+    """Logits [T, V] of what follows each token of each prompt, float32 at least, and what `read` returns.
+
+    Takes and refuses what `read` does. All logits are kept on the host, twice while they are joined.
+    """
     model, params = per_layer(model, params)
     rows, _ = as_prompts(prompts, model.vocab_size, context)
     context = begin(model, context, len(rows), max(map(len, rows)))

@@ -173,7 +173,7 @@ def check(tensors: Mapping[str, np.ndarray], model: nn.Module) -> None:
 
 def parameter_shapes(model: nn.Module) -> Any:
     """The tree of `jax.ShapeDtypeStruct` of a model's parameters; computes nothing, and traces one layer of a kind."""
-    shapes = jax.eval_shape(functools.partial(_init, model.clone(scan=True)), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(_init, model.clone(scan=True)), jax.eval_shape(jax.random.key, 0))
     return shapes if model.scan else jax.eval_shape(unstack, shapes)
 
 
@@ -193,10 +193,13 @@ def sharding_tree(sharding: Any, shapes: Any) -> Any:
 
 
 def place(read: Callable, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """The array whose part at `index`, a tuple of slices, is `read(index)`; a host reads its devices' parts."""
+    """The array whose part at `index`, a tuple of slices, is `read(index)`, a copy, which the array may take over.
+
+    A host reads the parts of its devices.
+    """
     if sharding is None:
-        # `jnp.asarray` compiles a program for each shape; a copy, not a view of the memory-mapped file
-        return jax.device_put(read((slice(None),) * len(shape)), may_alias=False)
+        # `jnp.asarray` would compile a program for each shape
+        return jax.device_put(read((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, read)
 
 

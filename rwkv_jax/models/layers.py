@@ -158,9 +158,12 @@ def mix_ramp(dim: int, power, offset=0.0):
 
 
 def vector(module: nn.Module, name: str, value: Callable, dtype):
-    """A per-channel parameter whose initial value is a formula, `value()`, which is traced at the start only."""
+    """A per-channel parameter [D] whose initial value is a formula, `value()`, traced where parameters are made."""
     if module.has_variable("params", name):
-        return module.get_variable("params", name)
+        found_D = module.get_variable("params", name)
+        if found_D.shape != (module.dim,):
+            raise ValueError(f"{'/'.join((*module.path, name))} is {found_D.shape}, expected {(module.dim,)}")
+        return found_D
     return module.param(name, lambda _: value().astype(dtype))
 
 

@@ -250,7 +250,7 @@ class LM(nn.Module):
         """
         if self.scan and self._eager(tokens_BT, state, reset_BT, valid_BT):
             # linen hands its lifted scan a new function in every call, which JAX would compile in every call
-            apart, params = self.clone(scan=False, parent=None), unstack(self.variables["params"])
+            apart, params = self.clone(scan=False, remat="none", parent=None), _unstack(self.variables["params"])
             masks = {"reset_BT": reset_BT, "valid_BT": valid_BT}
             return apart.apply({"params": params}, tokens_BT, state, **masks, method="hidden")
         x_BTD = dropout(self, self.emb(tokens_BT), self.dropout)
@@ -274,7 +274,7 @@ class LM(nn.Module):
         return self.ln_out(x_BTD), tuple(entry(i) for i in range(self.num_layers))
 
     def _eager(self, *operands):
-        """Whether this is a plain forward pass outside of `jax.jit` and other transforms."""
+        """Whether this is a plain forward pass, none of whose operands is traced."""
         collecting = any(map(self.is_mutable_collection, ("params", "intermediates")))
         if collecting or (self.dropout and self.has_rng("dropout")):
             return False
@@ -331,6 +331,9 @@ def unstack(params):
     repeats = len(jax.tree.leaves(blocks)[0])
     layer = lambda i: jax.tree.map(lambda x: x[i // len(units)], units[i % len(units)])
     return rest | {f"blocks_{i}": layer(i) for i in range(repeats * len(units))}
+
+
+_unstack = jax.jit(unstack)  # one program, not one for each layer and shape
 
 
 def stack(params, period: int = 1):

@@ -29,7 +29,7 @@ from rwkv_jax.models.layers import (
     token_shift,
     vector,
 )
-from rwkv_jax.ops import target_platform
+from rwkv_jax.ops.dispatch import target_platform
 
 zeros = nn.initializers.zeros
 

@@ -1,6 +1,5 @@
 """The recurrences: pure functions of arrays."""
 
-from rwkv_jax.ops.dispatch import target_platform
 from rwkv_jax.ops.wkv4 import WKV4State, wkv4
 
-__all__ = ["WKV4State", "target_platform", "wkv4"]
+__all__ = ["WKV4State", "wkv4"]

@@ -23,9 +23,10 @@ SHAPE = (2, 24, 64, "bfloat16")
 @pytest.mark.slow
 @pytest.mark.live
 def test_speed_smoke_measures_every_suite_and_draws_its_figures(tmp_path):
-    command = [sys.executable, "-m", "experiments.speed.run", "--smoke", f"--out={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    for suite in ([], ["--suite=startup", f"--against={ROOT}"]):
+        command = [sys.executable, "-m", "experiments.speed.run", "--smoke", f"--out={tmp_path}", *suite]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert results.keys() == {"train", "decode", "ops", "generation", "startup"}
 
@@ -111,34 +112,34 @@ def test_startup_report_has_a_line_a_row_and_the_ratio_of_tracing():
     times = lambda trace: {"trace": trace, "lower": 0.25, "compile": 1.5}
     row = {"size": "2 x 16", "layout": "stacked", "program": "prompt", "ours": times(0.5)}
     results = {
-        "rows": [row, row | {"program": "decode step", "theirs": times(2.0)}],
-        "commands": [{"what": "imports", "seconds": {"ours, jax": 0.32, "theirs, jax": 1.0}}],
+        "rows": [row, row | {"program": "decode step", "before": times(2.0)}],
+        "commands": [{"what": "imports", "seconds": {"ours, jax": 0.32, "before, jax": 1.0}}],
     }
     assert startup.report(results) == [
         "prompt, 2 x 16, stacked: ours trace 0.50 s, lower 0.25, compile 1.50",
         "decode step, 2 x 16, stacked: ours trace 0.50 s, lower 0.25, compile 1.50; "
-        "theirs trace 2.00 s, lower 0.25, compile 1.50; tracing 0.25 of theirs",
-        "imports: ours, jax 0.3 s, theirs, jax 1.0 s",
+        "before trace 2.00 s, lower 0.25, compile 1.50; tracing 0.25 of before",
+        "imports: ours, jax 0.3 s, before, jax 1.0 s",
     ]
 
 
 def test_startup_run_compiles_once_and_takes_medians_of_both_sides(monkeypatch, tmp_path):
     taken, calls = iter(range(100)), []
 
-    def fresh(root, arguments):
+    def output(root, arguments):
         calls.append((root, *arguments[1:]))
-        return {"trace": next(taken), "lower": 1} | ({"compile": 5} if "--compile" in arguments else {})
+        return json.dumps({"trace": next(taken), "lower": 1} | ({"compile": 5} if "--compile" in arguments else {}))
 
-    monkeypatch.setattr(startup, "_fresh", fresh)
+    monkeypatch.setattr(startup, "_output", output)
     monkeypatch.setattr(startup, "commands", lambda sides, smoke, rounds: [(list(sides), smoke, rounds)])
     monkeypatch.setattr(startup, "SIZES", {"a": None})
     found = startup.run(against=tmp_path)
-    assert found["commands"] == [(["ours", "theirs"], False, 3)]
+    assert found["commands"] == [(["ours", "before"], False, 3)]
     assert [(row["layout"], row["program"]) for row in found["rows"][::3]] == [
         ("stacked", "training step"), ("unstacked", "training step")
     ]  # fmt: skip
     assert (
-        found["rows"][0]["ours"] == {"trace": 2, "lower": 1, "compile": 5} and found["rows"][0]["theirs"]["trace"] == 3
+        found["rows"][0]["ours"] == {"trace": 2, "lower": 1, "compile": 5} and found["rows"][0]["before"]["trace"] == 3
     )
     assert len(calls) == 6 * 2 * 3 and sum("--compile" in call for call in calls) == 6 * 2
     assert calls[0] == (ROOT, "a", "stacked", "training step", "--compile") and calls[1][0] == tmp_path

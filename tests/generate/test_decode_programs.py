@@ -1,33 +1,12 @@
 """How many programs reading and drawing compile."""
 
-import jax.monitoring
 import pytest
 from generating import ids, unstacked
 
 from rwkv_jax import RWKVForCausalLM, tokenizers
 from rwkv_jax.generate.decode import FIRST_CHUNKS
 
-COMPILE = "/jax/core/compile/backend_compile_duration"
 LENGTHS = (1, 2, 5, 15, 16, 17, 31, 48, 64, 65, 100, 255, 256, 257, 300, 511, 512, 513, 530, 600)
-
-
-@pytest.fixture
-def compiled():
-    """A function that returns the number of programs compiled since it was last called."""
-    seconds = []
-
-    def listen(event, duration, **_):
-        if event == COMPILE:
-            seconds.append(duration)
-
-    def count():
-        found = len(seconds)
-        seconds.clear()
-        return found
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield count
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_generate_compiles_few_programs_whatever_the_prompt_and_the_settings(compiled):

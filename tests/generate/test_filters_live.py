@@ -8,6 +8,7 @@ from rwkv_jax.generate import filters
 from rwkv_jax.generate.sampling import distribution, history, sampler
 
 pytestmark = pytest.mark.live
+LIVE = "needs requirements-live.txt"
 PENALTIES = ("presence_penalty", "frequency_penalty")
 
 
@@ -33,8 +34,8 @@ def filtered(logits_V, history_=None, **options):
 @pytest.mark.parametrize("seed", range(3))
 def test_filters_equal_those_of_transformers(options, seed):
     """Each processor, and all of them in the order in which `generate` applies them."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason=LIVE)
+    transformers = pytest.importorskip("transformers", reason=LIVE)
     torch.manual_seed(seed)
     size, text = 600, [[1, 2, 40, 8, 7]]
     config = transformers.GPT2Config(
@@ -62,7 +63,7 @@ def test_filters_equal_those_of_transformers(options, seed):
 @pytest.mark.parametrize("top_p", [0.3, 0.85, 0.99])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_filters_equal_those_of_the_rwkv_package(monkeypatch, temperature, top_p, top_k):
-    torch, utils = pytest.importorskip("torch"), pytest.importorskip("rwkv.utils")
+    torch, utils = pytest.importorskip("torch", reason=LIVE), pytest.importorskip("rwkv.utils", reason=LIVE)
     logits_V = 3 * np.random.default_rng(4).standard_normal(500, np.float32)
     drawn_from = []
     monkeypatch.setattr(np.random, "choice", lambda a, p: drawn_from.append(p) or 0)
@@ -73,7 +74,7 @@ def test_filters_equal_those_of_the_rwkv_package(monkeypatch, temperature, top_p
 
 def test_penalties_equal_those_of_the_rwkv_package():
     """What its `generate` hands to `sample_logits`, over a text that it is made to write."""
-    torch, utils = pytest.importorskip("torch"), pytest.importorskip("rwkv.utils")
+    torch, utils = pytest.importorskip("torch", reason=LIVE), pytest.importorskip("rwkv.utils", reason=LIVE)
     logits_TV = np.random.default_rng(4).standard_normal((12, 6), np.float32)
     text, steps, seen = iter([1, 3, 3, 2, 1, 1, 5, 3, 1, 0, 0, 1]), iter(logits_TV), []
 

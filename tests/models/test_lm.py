@@ -1,6 +1,7 @@
 """Every model behind the one signature: RWKV-4, the transformer, the LSTM and hybrids."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from judge import error_ratio
-from small import KINDS, D, V, forward, made, make, shapes_of, tokens
+from small import KINDS, D, L, V, forward, made, make, shapes_of, tokens
 
 import rwkv_jax
 from rwkv_jax.models import SIZES, build, stack, unstack
@@ -24,6 +25,21 @@ def same(actual, expected, limit=2e-6):
 
 
 # --------------------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (1, 1, D)])
+def test_lm_names_a_vector_of_another_shape(scan, shape):
+    """Such as those of the released code; a vector of one number would be broadcast without a word."""
+    _, params = made("rwkv4")
+
+    def given(path, x):
+        return np.zeros((L, *shape), np.float32) if path[-1].key == "time_mix_k" else x
+
+    params = jax.tree_util.tree_map_with_path(given, params)
+    call = functools.partial(forward, make("rwkv4", scan=scan))
+    with pytest.raises(ValueError, match=re.escape(f"att/time_mix_k is {shape}, expected ({D},)")):
+        jax.eval_shape(call, params if scan else unstack(params), tokens(1, 1))
 
 
 def count(params):

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from rwkv_jax.ops import WKV4State, target_platform, wkv4
-from rwkv_jax.ops.dispatch import hopper_at_hand
+from rwkv_jax.ops import WKV4State, wkv4
+from rwkv_jax.ops.dispatch import hopper_at_hand, target_platform
 from rwkv_jax.ops.wkv4 import FORMS
 
 ROWS, D = 4, 6
