@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most programs here run for milliseconds and compile for seconds: without LLVM's optimisations for a third of that, and
-# for half of it again without XLA's new fusion emitters (a version that has no such option ignores it).
+# Most programs here run for milliseconds and compile for seconds: a third of that without LLVM's optimisations, and
+# half of it again without XLA's new fusion emitters (a version that has no such option ignores it).
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the suite on what users run; it passes either way.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = " ".join(

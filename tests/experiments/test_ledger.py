@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import types
 from dataclasses import replace
 
 import pytest
@@ -78,3 +79,23 @@ def test_where_reports_the_hardware_of_the_cells():
 
 def test_table_escapes_the_column_separator():
     assert engineering.table(("a", "b"), [("x|y", "z")]).splitlines()[-1] == r"| x\|y | z |"
+
+
+def test_ledger_run_names_what_failed_and_ends_with_an_error(monkeypatch, tmp_path, capsys):
+    codes, ran = {"a": 0, "b": 2, "c": 0, "d": 1}, []
+
+    def run(command):
+        name = command[-1].split(".")[1]
+        ran.append(name)
+        return types.SimpleNamespace(returncode=codes[name])
+
+    monkeypatch.setattr(ledger, "reproductions", lambda: [tmp_path / name for name in codes])
+    monkeypatch.setattr(ledger.subprocess, "run", run)
+    monkeypatch.setattr(ledger, "FILES", ())
+    assert ledger.main(["--run"]) == 2 and ran == list(codes)
+    assert capsys.readouterr().err.startswith("error: failed: b, d; ")
+    codes.update(dict.fromkeys("bd", 0))
+    assert ledger.main(["--run"]) == 0 and ledger.main([]) == 0
+    codes["b"] = 130  # the user's interrupt ends it all
+    ran.clear()
+    assert ledger.main(["--run"]) == 130 and ran == ["a", "b"]

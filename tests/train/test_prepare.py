@@ -13,7 +13,8 @@ from rwkv_jax.train.prepare import prepared
         ("accumulation", 0), ("seed", 2**32), ("keep", 0), ("steps", 0), ("eval_tokens", 1), ("log_every", -1),
         ("optim.lr", 0.0), ("optim.lr", float("inf")), ("optim.lr_end", 0.0), ("optim.eps", float("nan")),
         ("optim.warmup", 2.0), ("optim.betas", (0.9, 0.99, 0.999)), ("optim.groups", (("(", 2.0),)),
-        ("optim.groups", (("a",),)), ("model.dropout", 1.0), ("model.head_size", 0), ("model.dtype", "float31"),
+        ("optim.groups", (("a",),)), ("optim.weight_decay", -0.1), ("optim.clip", float("inf")),
+        ("max_loss_rise", -1.0), ("model.dropout", 1.0), ("model.head_size", 0), ("model.dtype", "float31"),
         ("model.wkv_impl", "cuda"),
     ],
 )  # fmt: skip
