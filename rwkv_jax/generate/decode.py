@@ -264,7 +264,7 @@ def generate_with_context(model, params, prompt_ids, *, context=None, **settings
 
 def per_layer(model, params):
     """Model and parameters of one layer each, which decoding reads fastest."""
-    return (model.clone(scan=False), unstack(params)) if model.scan else (model, params)
+    return (model.clone(scan=False), jax.jit(unstack)(params)) if model.scan else (model, params)
 
 
 def as_prompts(prompts, vocab_size: int, context: Context | None) -> tuple[list[np.ndarray], bool]:

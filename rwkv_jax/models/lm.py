@@ -138,7 +138,8 @@ class LM(nn.Module):
     """Fields are plain JSON values; None means the model's own default.
 
     `apply` in `jax.jit` is one program for each shape. Outside of it a plain forward pass runs operation by operation,
-    one layer after the other, for stacked parameters on a copy of each layer's: slower, but nothing is compiled twice.
+    one layer after the other: slower, but nothing is compiled twice. Stacked parameters are copied for it in every
+    call, which takes their memory once more.
     """
 
     vocab_size: int
@@ -250,7 +251,8 @@ class LM(nn.Module):
         """
         if self.scan and self._eager(tokens_BT, state, reset_BT, valid_BT):
             # linen hands its lifted scan a new function in every call, which JAX would compile in every call
-            apart, params = self.clone(scan=False, remat="none", parent=None), _unstack(self.variables["params"])
+            apart = self.clone(scan=False, remat="none", parent=None)
+            params = jax.jit(unstack)(self.variables["params"])  # one program, not one for each layer and shape
             masks = {"reset_BT": reset_BT, "valid_BT": valid_BT}
             return apart.apply({"params": params}, tokens_BT, state, **masks, method="hidden")
         x_BTD = dropout(self, self.emb(tokens_BT), self.dropout)
@@ -331,9 +333,6 @@ def unstack(params):
     repeats = len(jax.tree.leaves(blocks)[0])
     layer = lambda i: jax.tree.map(lambda x: x[i // len(units)], units[i % len(units)])
     return rest | {f"blocks_{i}": layer(i) for i in range(repeats * len(units))}
-
-
-_unstack = jax.jit(unstack)  # one program, not one for each layer and shape
 
 
 def stack(params, period: int = 1):
