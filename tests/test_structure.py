@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,18 @@ def test_names_of_test_files_are_unique():
             files[path.name].append(name_of(path))
     twice = {name: paths for name, paths in files.items() if len(paths) > 1}
     assert not twice, f"names used twice: {twice}"
+
+
+def test_tests_that_pages_and_sources_name_exist():
+    files, named = {path.name: path for path in TESTS}, 0
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "experiments" / "README.md", *SOURCES]
+    for page in pages:
+        for path, test in re.findall(r"\b((?:tests/)?[\w/]*test_\w+\.py)(?:::(\w+))?", page.read_text()):
+            file = ROOT / path if path.startswith("tests/") else files.get(path, ROOT / path)
+            assert file.is_file(), f"{name_of(page)} names {path}"
+            assert f"def {test}" in file.read_text(), f"{name_of(page)} names {path}::{test}"
+            named += 1
+    assert named > 5
 
 
 def test_package_import_loads_the_standard_library_alone():
