@@ -55,8 +55,9 @@ def programs_within_budget(request):
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > MEMORY_MAPS:
         jax.clear_caches()
-    if request.config.option.markexpr == "not slow and not live":
-        assert programs[name] <= allowed, f"{name} compiled {programs[name]} programs, expected at most {allowed}"
+    if request.config.option.markexpr == "not slow and not live" and programs[name] > allowed:
+        compiled = f"{name} compiled {programs[name]} programs, expected at most {allowed}"
+        pytest.fail(f"{compiled}; JAX_LOG_COMPILES=1 lists them, see Tests in CONTRIBUTING.md", pytrace=False)
 
 
 def pytest_sessionfinish(session):
