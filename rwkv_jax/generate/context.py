@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rwkv_jax.models import per_layer
+
 CACHE_STEP = 256  # caches are multiples of this, so that they share compiled functions
 
 
@@ -175,8 +177,6 @@ class PrefixCache:
     """
 
     def __init__(self, model, params, max_entries: int = 16):
-        from rwkv_jax.generate.decode import per_layer  # here, because decoding needs contexts
-
         if max_entries < 1:
             raise ValueError(f"max_entries is {max_entries}, expected at least 1")
         self._model, self._params = per_layer(model, params)

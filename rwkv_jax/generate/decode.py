@@ -19,7 +19,7 @@ from jax.tree_util import Partial
 
 from rwkv_jax.generate import sampling
 from rwkv_jax.generate.context import Context, begin, check, with_room
-from rwkv_jax.models import unstack
+from rwkv_jax.models import per_layer
 
 PROMPT_CHUNK = 256  # tokens of a prompt read at one time
 FIRST_CHUNKS = (16, 64, PROMPT_CHUNK)  # of these the first chunk is the shortest that will do
@@ -260,11 +260,6 @@ def generate_with_context(model, params, prompt_ids, *, context=None, **settings
         for row, more in zip(tokens, new, strict=True):
             row += more
     return (tokens[0] if single else tokens), progress.context
-
-
-def per_layer(model, params):
-    """Model and parameters of one layer each, which decoding reads fastest."""
-    return (model.clone(scan=False), jax.jit(unstack)(params)) if model.scan else (model, params)
 
 
 def as_prompts(prompts, vocab_size: int, context: Context | None) -> tuple[list[np.ndarray], bool]:

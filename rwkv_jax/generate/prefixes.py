@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from rwkv_jax.generate.context import Context, begin, concatenate, rows
-from rwkv_jax.generate.decode import per_layer, read
+from rwkv_jax.generate.decode import read
+from rwkv_jax.models import per_layer
 
 SHARED = 32  # common beginnings are cut to a multiple of this: reading fewer tokens apart costs more than it saves
 

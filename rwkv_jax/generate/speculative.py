@@ -21,8 +21,8 @@ from jax import lax
 
 from rwkv_jax.generate import sampling
 from rwkv_jax.generate.context import Context, with_room
-from rwkv_jax.generate.decode import as_prompts, per_layer, prepare, read
-from rwkv_jax.models import rewind
+from rwkv_jax.generate.decode import as_prompts, prepare, read
+from rwkv_jax.models import per_layer, rewind
 
 ROUNDS = 8  # in one call of the compiled function, at most
 

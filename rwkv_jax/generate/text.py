@@ -15,7 +15,8 @@ import numpy as np
 
 from rwkv_jax import tokenizers
 from rwkv_jax.generate.context import Context, copy, go_back, mark, with_room
-from rwkv_jax.generate.decode import DISPATCH, advance, as_prompts, per_layer, prepare, read, read_on
+from rwkv_jax.generate.decode import DISPATCH, advance, as_prompts, prepare, read, read_on
+from rwkv_jax.models import per_layer
 
 
 class StoppedText:

@@ -1,5 +1,5 @@
 """Models: parameters and names around `ops`, one file per version."""
 
-from rwkv_jax.models.lm import LM, SIZES, build, stack, unstack, upgraded, variations
+from rwkv_jax.models.lm import LM, SIZES, build, per_layer, stack, unstack, upgraded, variations
 
-__all__ = ["LM", "SIZES", "build", "stack", "unstack", "upgraded", "variations"]
+__all__ = ["LM", "SIZES", "build", "per_layer", "stack", "unstack", "upgraded", "variations"]

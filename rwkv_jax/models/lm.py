@@ -180,13 +180,16 @@ class LM(nn.Module):
         unit = self._unit(linear, norm)
         if self.scan:
             axes = {"params": 0, "intermediates": 0}
+            # The check traces a layer once more, though nothing is broadcast out of it. Without it keys are split in
+            # another way: what is drawn from a seed stays what it was.
+            draws = self.is_initializing() or self.has_rng("dropout")
             self.blocks = nn.scan(
                 self._remat(unit.func, prevent_cse=False),
                 variable_axes=axes,
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, 0),
                 length=self.num_layers // len(self.layers),
-                check_constancy_invariants=False,  # nothing is broadcast out of a layer: else it is traced twice
+                check_constancy_invariants=draws,
             )(**unit.keywords)
         else:
             make = {kind: self._block(kind, linear, norm) for kind in self.layers}
@@ -251,10 +254,11 @@ class LM(nn.Module):
         """
         if self.scan and self._eager(tokens_BT, state, reset_BT, valid_BT):
             # linen hands its lifted scan a new function in every call, which JAX would compile in every call
-            apart = self.clone(scan=False, remat="none", parent=None)
-            params = jax.jit(unstack)(self.variables["params"])  # one program, not one for each layer and shape
-            masks = {"reset_BT": reset_BT, "valid_BT": valid_BT}
-            return apart.apply({"params": params}, tokens_BT, state, **masks, method="hidden")
+            apart, params = per_layer(self.clone(remat="none", parent=None), self.variables["params"])
+            return apart.apply({"params": params}, tokens_BT, state, reset_BT, valid_BT, method="_hidden")
+        return self._hidden(tokens_BT, state, reset_BT, valid_BT)
+
+    def _hidden(self, tokens_BT, state, reset_BT, valid_BT):
         x_BTD = dropout(self, self.emb(tokens_BT), self.dropout)
         if self.embedding_norm:
             x_BTD = self.ln0(x_BTD)
@@ -322,6 +326,22 @@ class Unit(nn.Module):
             x_BTD, entry = block(name=f"block_{j}")(x_BTD, entry, reset_BT, valid_BT, layer + j)
             new.append(entry)
         return x_BTD, tuple(new)
+
+
+def per_layer(model, params):
+    """Model and parameters of one layer each, from either layout.
+
+    Raises:
+        ValueError: stacked parameters are those of another number of layers.
+    """
+    if not model.scan:
+        return model, params
+    wanted = model.num_layers // len(model.layers)
+    for path, x in jax.tree_util.tree_leaves_with_path(params["blocks"]):
+        if x.shape[:1] != (wanted,):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"blocks/{name} is {x.shape}, expected {wanted} layers of it")
+    return model.clone(scan=False), jax.jit(unstack)(params)  # one program, not one for each layer and shape
 
 
 def unstack(params):

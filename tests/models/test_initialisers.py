@@ -136,6 +136,14 @@ def test_every_layer_and_every_seed_draws_its_own_matrices(scan):
             assert a.shape != b.shape or np.abs(a - b).max() > 0.1
 
 
+def test_stacked_layers_draw_what_they_have_always_drawn_from_a_seed():
+    """A seed in a config or a paper names these numbers, however a model is traced; as of version 0.1."""
+    model = build("rwkv4", vocab_size=19, num_layers=3, dim=16)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    drawn = params["blocks"]["att"]["value"]["kernel"][:, 0, 0]
+    np.testing.assert_allclose(drawn, [-0.355276, 0.183897, 0.210737], atol=1e-5)
+
+
 def test_stacked_hybrid_layers_know_their_depth_and_attention_starts_as_rwkv4():
     """Attention: orthogonal inputs, zero outputs, RWKV's own mixes in the token shift."""
     tensors = initial(**STACKED)

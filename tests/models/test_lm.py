@@ -12,6 +12,7 @@ from judge import error_ratio
 from small import KINDS, D, L, V, forward, made, make, shapes_of, tokens
 
 import rwkv_jax
+from rwkv_jax import generate
 from rwkv_jax.models import SIZES, build, stack, unstack
 
 PURE = ("rwkv4", "transformer", "lstm")
@@ -25,6 +26,20 @@ def same(actual, expected, limit=2e-6):
 
 
 # --------------------------------------------------------------------------------------------- parameters
+
+
+def test_lm_names_stacked_parameters_of_another_number_of_layers():
+    """Un-jitted and in decoding, which take them apart: a layer too many would be ignored without a word."""
+    model, params = made("rwkv4")
+    deeper = jax.tree.map(lambda x: np.concatenate([x, x]), params["blocks"])
+    shorter = jax.tree.map(np.copy, params["blocks"])
+    shorter["att"]["time_decay"] = shorter["att"]["time_decay"][:1]
+    for blocks, named in ((deeper, "att/key/kernel"), (shorter, "att/time_decay")):
+        line = rf"blocks/{named} is \(.*\), expected {L} layers of it"
+        with pytest.raises(ValueError, match=line):
+            model.apply({"params": params | {"blocks": blocks}}, tokens(1, 2))
+        with pytest.raises(ValueError, match=line):
+            generate.read(model, params | {"blocks": blocks}, [[1]])
 
 
 @pytest.mark.parametrize("scan", [True, False])

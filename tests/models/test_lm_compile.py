@@ -70,6 +70,7 @@ def test_lm_unjitted_apply_calls_interceptors_every_time(scan):
     assert calls == first * 2
     counts = collections.Counter(first)
     assert counts["Block", "__call__"] == counts["TimeMix", "__call__"] == L and counts["Embed", "__call__"] == 1
+    assert counts["LM", "hidden"] == 1
 
 
 def test_lm_runs_layer_by_layer_in_plain_unjitted_calls_only():
