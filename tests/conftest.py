@@ -14,6 +14,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
         if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
         else "",
+        # on a busy machine devices meet late in a collective operation; XLA ends the process after 40 s
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
         os.environ.get("XLA_FLAGS", ""),
     )
 )
