@@ -78,7 +78,7 @@ def startup() -> str:
         f"{token['rwkv package']:.1f}. To the first logged step of `configs/tiny.py`: {step['ours']:.1f}, of which",
         f"{imports['ours, rwkv_jax.train.__main__']:.1f} is importing. Tracing a training step takes",
         f"{min(traced):.1f} to {max(traced):.1f} s and compiling it {min(compiled):.0f} to {max(compiled):.0f}, by",
-        f"size and layout (`{results['stamp']['command']}`, {results['stamp']['date']}).",
+        f"size and layout (`python -m experiments.speed.run --suite=startup`, {results['stamp']['date']}).",
     )
 
 

@@ -4,7 +4,8 @@ Each is measured in a process of its own, so that nothing is cached but Python's
 every round, of which the median is told, compiling once. With `--against=PATH`, a checkout of an earlier commit, all
 of it is measured there too, in turn with ours.
 
-    python -m experiments.speed.run --suite=startup [--against=PATH]
+    git worktree add runs/8d922b8 8d922b8
+    python -m experiments.speed.run --suite=startup --against=runs/8d922b8
 """
 
 import argparse

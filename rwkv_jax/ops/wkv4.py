@@ -79,7 +79,8 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
         valid_BT: False where a token is padding: it leaves the state untouched, its y means nothing and takes no
             gradient (a reset there is ignored).
         impl: "scan", "associative", "pallas" (a kernel for TPUs and one for NVIDIA GPUs from Hopper on, that for TPUs
-            interpreted on a CPU), or None for the one that suits `target_platform()`. A named form is never replaced.
+            interpreted on a CPU), or None for the one that suits `target_platform()`; where that is a kernel, arrays
+            that are committed to the CPU of the machine take "scan". A named form is never replaced.
             To compile for a TPU on another machine, name "pallas" or trace under `jax.set_mesh` of the TPU's devices.
 
     Returns:
