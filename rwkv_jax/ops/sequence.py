@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rwkv_jax.ops.wkv4 import FORGET, WKV4State, merge, wkv4
+from rwkv_jax.ops.wkv4 import wkv4
+from rwkv_jax.ops.wkv4_algebra import FORGET, WKV4State, merge_states
 
 
 def wkv4_sequence(w_D, u_D, k_BTD, v_BTD, state=None, *, axis_name, reset_BT=None, valid_BT=None, impl=None):
@@ -29,7 +30,7 @@ def wkv4_sequence(w_D, u_D, k_BTD, v_BTD, state=None, *, axis_name, reset_BT=Non
     state = WKV4State.empty(B, D, dtype) if state is None else jax.tree.map(lambda x: x.astype(dtype), state)
     parts = lax.all_gather((_fade(w_D.astype(dtype)[None], T, **masks), part), axis_name)
 
-    final, before = lax.scan(lambda past, part: (merge(part[0], past, part[1]), past), state, parts)
+    final, before = lax.scan(lambda past, part: (merge_states(part[0], past, part[1]), past), state, parts)
     own = jax.tree.map(lambda x: x[lax.axis_index(axis_name)], before)
     return wkv4(w_D, u_D, k_BTD, v_BTD, own, **masks, impl=impl)[0], final
 

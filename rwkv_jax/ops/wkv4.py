@@ -31,40 +31,35 @@ for float64).
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from rwkv_jax.ops.dispatch import suited_form, target_platform
+from rwkv_jax.ops.dispatch import (
+    accumulator_dtype,
+    check_form,
+    check_shapes,
+    hopper_at_hand,
+    run_form,
+    target_platform,
+)
+from rwkv_jax.ops.wkv4_algebra import (
+    EMPTY,
+    FORGET,
+    WKV4State,
+    choose_states,
+    merge_states,
+    read_token,
+    token_grads,
+    write_token,
+)
 
 FORMS = ("scan", "associative", "pallas")
 
 CHUNK = 32  # tokens between the states that `scan` keeps for its backward pass; 8 to 64 are within 6 % on a CPU
 STEP = 2  # tokens in one step of its loops: forward and backward 12 % faster than by one or by four on a CPU
-EMPTY = -1e38  # log_scale of "nothing seen yet": exp(EMPTY - anything) is 0, and it stays finite when decayed
-FORGET = -2e38  # log decay that drops the past at a reset: below EMPTY, so that an empty past cannot survive it
-
-
-class WKV4State(NamedTuple):
-    """The past of every channel: a = num * exp(log_scale), b = den * exp(log_scale), each [B, D].
-
-    (num, den, log_scale) and (num e^-c, den e^-c, log_scale + c) are the same state. Gradients are those of
-    functions of a and b: a returned log_scale is a constant, num and den carry the whole cotangent, which is
-    exact for anything that only feeds the state back into `wkv4`. The gradient of the empty state is zero.
-    """
-
-    num: jax.Array
-    den: jax.Array
-    log_scale: jax.Array
-
-    @classmethod
-    def empty(cls, batch: int, dim: int, dtype=jnp.float32) -> "WKV4State":
-        # an array for each leaf, so that a state can be donated
-        zeros = lambda: jnp.zeros((batch, dim), dtype)
-        return cls(zeros(), zeros(), jnp.full((batch, dim), EMPTY, dtype))
 
 
 def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, impl=None):
@@ -86,105 +81,46 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
     Returns:
         y_BTD in the dtype of v, inside [min v, max v] of the tokens seen, and the `WKV4State` after the last token.
     """
-    _check(w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT, impl)
-    if impl is None:
-        impl = "scan" if k_BTD.shape[1] == 1 else suited_form(target_platform(), _wide(k_BTD, v_BTD))
-    return _applied(impl, w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT)
+    check_form(impl, FORMS)
+    if k_BTD.ndim != 3 or k_BTD.shape != v_BTD.shape:
+        raise ValueError(f"k and v are {k_BTD.shape} and {v_BTD.shape}, expected one shape [B, T, D]")
+    B, T, D = k_BTD.shape
+    masks = {"reset_BT": (reset_BT, (B, T)), "valid_BT": (valid_BT, (B, T))}
+    past = {f"state.{name}": (getattr(state, name, None), (B, D)) for name in WKV4State._fields}
+    check_shapes(w=(w_D, (D,)), u=(u_D, (D,)), **masks, **past)
+    form = impl or suited_form(target_platform(), T, accumulator_dtype(k_BTD, v_BTD))
+    return _applied(form, w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT)
+
+
+def suited_form(platform: str, T: int, dtype) -> str:
+    """The fastest form on a platform, for a number of tokens and a dtype of the accumulators.
+
+    A single token is a step of "scan" everywhere. Else, as of 2026-11-24:
+
+    CPU: measured on 2 cores, scan is the fastest at every length and size (experiments/speed/results.json).
+    TPU: compiled for v5e and v5p, not run. Forward and backward at B 8, T 4,096, D 1,024, bfloat16: associative
+      accesses 66 to 70 times the bytes of inputs and outputs and takes 2.0 GB beside them, the kernel 0.07 GB.
+    CUDA: measured on an H100, forward and backward at B 8, T 4,096, D 4,096, bfloat16: the kernel 1.2 ms,
+      associative 11.7, scan 113, the released CUDA kernel 4.2. The kernel needs Hopper.
+    """
+    if T == 1 or platform == "cpu":
+        return "scan"
+    if platform == "tpu":
+        return "tpu"
+    return "gpu" if platform == "gpu" and dtype != jnp.float64 and hopper_at_hand() else "associative"
 
 
 # Compiled once for its shapes where it is called outside of `jax.jit`, and traced once for all layers where inside.
 @partial(jax.jit, static_argnums=0)
-def _applied(impl, w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT):
-    (B, T, D), dtype = k_BTD.shape, _wide(k_BTD, v_BTD)
+def _applied(form, w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT):
+    (B, T, D), dtype = k_BTD.shape, accumulator_dtype(k_BTD, v_BTD)
     state = WKV4State.empty(B, D, dtype) if state is None else jax.tree.map(lambda x: x.astype(dtype), state)
     if T == 0:
         return v_BTD, state
     if reset_BT is not None and valid_BT is not None:
         reset_BT = reset_BT & valid_BT
     operands = (w_D.astype(dtype)[None], u_D.astype(dtype)[None], k_BTD, v_BTD, state, reset_BT, valid_BT)
-    if impl in ("tpu", "gpu"):  # taken for the machine; arrays may be committed to its CPU
-        return lax.platform_dependent(*operands, cpu=partial(_wkv4, "scan"), default=partial(_wkv4, impl))
-    if impl != "pallas":
-        return _wkv4(impl, *operands)
-    # by name, the kernel of the platform for which the program is lowered, whatever this machine has
-    kernels = {"cpu": partial(_wkv4, "interpreted"), "tpu": partial(_wkv4, "tpu")}
-    if dtype != jnp.float64:
-        kernels["cuda"] = partial(_wkv4, "gpu")
-    return lax.platform_dependent(*operands, **kernels)
-
-
-def _wide(k_BTD, v_BTD):
-    return jnp.promote_types(jnp.promote_types(k_BTD.dtype, v_BTD.dtype), jnp.float32)
-
-
-def _check(w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT, impl):
-    if impl is not None and impl not in FORMS:
-        raise ValueError(f"impl is {impl!r}, expected None or one of {', '.join(FORMS)}")
-    if k_BTD.ndim != 3 or k_BTD.shape != v_BTD.shape:
-        raise ValueError(f"k and v are {k_BTD.shape} and {v_BTD.shape}, expected one shape [B, T, D]")
-    B, T, D = k_BTD.shape
-    for name, x, shape in (
-        ("w", w_D, (D,)),
-        ("u", u_D, (D,)),
-        ("reset_BT", reset_BT, (B, T)),
-        ("valid_BT", valid_BT, (B, T)),
-        *((f"state.{field}", getattr(state, field, None), (B, D)) for field in WKV4State._fields),
-    ):
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} is {x.shape}, expected {shape}")
-
-
-# ------------------------------------------------------------------------------------------- one token
-
-
-def read(u, k, v, state):
-    """(y, denominator, weight of the past in it, weight of the current token): the larger weight is 1."""
-    d = (state.log_scale - k) - u
-    smaller = jnp.exp(-jnp.abs(d))
-    past, now = jnp.where(d > 0, 1, smaller), jnp.where(d > 0, smaller, 1)
-    den = past * state.den + now
-    return (past * state.num + now * v) / den, den, past, now
-
-
-def write(w, k, v, state):
-    """(the state after a token, weight of the past in it, weight of the token).
-
-    Differences first: log_scale is rounded, and (p - q) + w recovers what rounding took, where p + w - q would lose a
-    small decay beside a large exponent at every step.
-    """
-    q = jnp.maximum(state.log_scale + w, k)
-    past, now = jnp.exp((state.log_scale - q) + w), jnp.exp(k - q)
-    return WKV4State(past * state.num + now * v, past * state.den + now, q), past, now
-
-
-def token_grads(u, k, v, dy, before, past, now, after):
-    """(dw, du, dk, dv) of one token, and the cotangent (num, den) of the state before it.
-
-    `before` is the state that the token read, `past` and `now` are the weights by which it wrote the next one, whose
-    cotangent (num, den) is `after`. Both cotangents are those of num and den as stored, at the scale of their state:
-    the share of the past in what follows, which cannot overflow.
-    """
-    G, H = after
-    y, den, past_read, now_read = read(u, k, v, before)
-    g = dy / den
-    du = now_read * g * (v - y)
-    dv = now_read * g + now * G
-    dk = du + now * (G * v + H)
-    dw = past * (before.num * G + before.den * H)
-    g = past_read * g
-    return (dw, du, dk, dv), (past * G + g, past * H - g * y)
-
-
-def merge(w, earlier, later):
-    """State `earlier` decayed by w, plus `later`."""
-    q = lax.stop_gradient(jnp.maximum(earlier.log_scale + w, later.log_scale))  # the gauge of `WKV4State`
-    e1, e2 = jnp.exp((earlier.log_scale - q) + w), jnp.exp(later.log_scale - q)
-    return WKV4State(e1 * earlier.num + e2 * later.num, e1 * earlier.den + e2 * later.den, q)
-
-
-def _where(mask, a, b):
-    """Choose whole states by a boolean mask without a channel axis; None chooses b."""
-    return b if mask is None else jax.tree.map(lambda x, y: jnp.where(mask[..., None], x, y), a, b)
+    return run_form(_wkv4, form, *operands, gpu_kernel=dtype != jnp.float64)
 
 
 # ------------------------------------------------------------------------------------ scan over tokens
@@ -237,10 +173,10 @@ def _scan_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
         def token(carry, i):
             (state, y_BTD), t = carry, start + i
             k, v = _at(k_BTD, t).astype(dtype), _at(v_BTD, t).astype(dtype)
-            state = _where(_at(reset_BT, t), empty, state)
-            new = write(w, k, v, state)[0]
-            new = new if valid_BT is None else _where(_at(valid_BT, t), new, state)
-            return new, _put(y_BTD, read(u, k, v, state)[0], t)
+            state = choose_states(_at(reset_BT, t), empty, state)
+            new = write_token(w, k, v, state)[0]
+            new = new if valid_BT is None else choose_states(_at(valid_BT, t), new, state)
+            return new, _put(y_BTD, read_token(u, k, v, state)[0], t)
 
         return _each(token, carry, chunk), carry[0]
 
@@ -264,11 +200,11 @@ def _scan_backward(w, u, k_BTD, v_BTD, starts_MBD, reset_BT, valid_BT, dy_BTD, d
 
         def recompute(carry, i):
             (state, kept), t = carry, start + i
-            state = _where(_at(reset_BT, t), empty, state)
-            new, past, now = write(w, _at(k_BTD, t).astype(dtype), _at(v_BTD, t).astype(dtype), state)
+            state = choose_states(_at(reset_BT, t), empty, state)
+            new, past, now = write_token(w, _at(k_BTD, t).astype(dtype), _at(v_BTD, t).astype(dtype), state)
             if valid_BT is not None:
                 unwritten = (state, jnp.ones_like(past), jnp.zeros_like(now))
-                new, past, now = _where(_at(valid_BT, t), (new, past, now), unwritten)
+                new, past, now = choose_states(_at(valid_BT, t), (new, past, now), unwritten)
             return new, jax.tree.map(lambda x_CBD, x: _put(x_CBD, x, i, axis=0), kept, (state, past, now))
 
         def token(carry, i):
@@ -277,7 +213,7 @@ def _scan_backward(w, u, k_BTD, v_BTD, starts_MBD, reset_BT, valid_BT, dy_BTD, d
             state, past, now = jax.tree.map(lambda x_CBD: _at(x_CBD, i, axis=0), kept)
             (dw_t, du_t, dk, dv), dstate = token_grads(u, k, v, dy, state, past, now, dstate)
             dw_t = dw_t if valid_BT is None else jnp.where(_at(valid_BT, t)[:, None], dw_t, 0)
-            dstate = _where(_at(reset_BT, t), jax.tree.map(jnp.zeros_like, dstate), dstate)
+            dstate = choose_states(_at(reset_BT, t), jax.tree.map(jnp.zeros_like, dstate), dstate)
             return dstate, dw + dw_t, du + du_t, _put(dk_BTD, dk, t), _put(dv_BTD, dv, t)
 
         carry, kept = carry
@@ -298,7 +234,7 @@ def _scan_backward(w, u, k_BTD, v_BTD, starts_MBD, reset_BT, valid_BT, dy_BTD, d
 def _associative_states(w, k, v, state, reset_BT, valid_BT):
     """States [B, T + 1, D]: the incoming one and the one after each token."""
     tokens_BTD = WKV4State(v, jnp.ones_like(v), k)
-    tokens_BTD = tokens_BTD if valid_BT is None else _where(valid_BT, tokens_BTD, _empty_like(k))
+    tokens_BTD = tokens_BTD if valid_BT is None else choose_states(valid_BT, tokens_BTD, _empty_like(k))
     decay_BTD = jnp.broadcast_to(jnp.maximum(w, FORGET)[None], k.shape)
     decay_BTD = decay_BTD if valid_BT is None else jnp.where(valid_BT[..., None], decay_BTD, 0.0)
     decay_BTD = decay_BTD if reset_BT is None else jnp.where(reset_BT[..., None], FORGET, decay_BTD)
@@ -308,7 +244,7 @@ def _associative_states(w, k, v, state, reset_BT, valid_BT):
 
     def combine(left, right):
         (w1, s1), (w2, s2) = left, right
-        return jnp.maximum(w1 + w2, FORGET), merge(w2, s1, s2)
+        return jnp.maximum(w1 + w2, FORGET), merge_states(w2, s1, s2)
 
     return lax.associative_scan(combine, (decay_BTD, tokens_BTD), axis=1)[1]
 
@@ -320,24 +256,24 @@ def _empty_like(x_BTD):
 def _associative_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     k, v = k_BTD.astype(state.num.dtype), v_BTD.astype(state.num.dtype)
     states_BTD = _associative_states(w, k, v, state, reset_BT, valid_BT)
-    before_BTD = _where(reset_BT, _empty_like(k), jax.tree.map(lambda x: x[:, :-1], states_BTD))
+    before_BTD = choose_states(reset_BT, _empty_like(k), jax.tree.map(lambda x: x[:, :-1], states_BTD))
     final = jax.tree.map(lambda x: x[:, -1], states_BTD)
-    return read(u[None], k, v, before_BTD)[0].astype(v_BTD.dtype), final, state
+    return read_token(u[None], k, v, before_BTD)[0].astype(v_BTD.dtype), final, state
 
 
 def _associative_backward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT, dy_BTD, dstate):
     """The cotangents obey a linear recurrence with known factors: `past`, the weight that each token left its past."""
     k, v, dy = (x.astype(state.num.dtype) for x in (k_BTD, v_BTD, dy_BTD))
     states_BTD = _associative_states(w, k, v, state, reset_BT, valid_BT)
-    before_BTD = _where(reset_BT, _empty_like(k), jax.tree.map(lambda x: x[:, :-1], states_BTD))
+    before_BTD = choose_states(reset_BT, _empty_like(k), jax.tree.map(lambda x: x[:, :-1], states_BTD))
     after_scale = states_BTD.log_scale[:, 1:]
     past, now = jnp.exp((before_BTD.log_scale - after_scale) + w[None]), jnp.exp(k - after_scale)
     if valid_BT is not None:
-        past, now = _where(valid_BT, (past, now), (jnp.ones_like(past), jnp.zeros_like(now)))
+        past, now = choose_states(valid_BT, (past, now), (jnp.ones_like(past), jnp.zeros_like(now)))
 
     zeros_BTD = (jnp.zeros_like(v), jnp.zeros_like(v))
     _, reads_BTD = token_grads(u[None], k, v, dy, before_BTD, past, now, zeros_BTD)
-    factors_BTD, reads_BTD = _where(reset_BT, (zeros_BTD[0], zeros_BTD), (past, reads_BTD))
+    factors_BTD, reads_BTD = choose_states(reset_BT, (zeros_BTD[0], zeros_BTD), (past, reads_BTD))
     # the cotangent of the final state enters as one more token after the last
     reads_BTD = jax.tree.map(lambda x, s: jnp.concatenate([x, s[:, None]], axis=1), reads_BTD, dstate)
     factors_BTD = jnp.concatenate([factors_BTD, jnp.ones_like(factors_BTD[:, :1])], axis=1)
@@ -358,22 +294,23 @@ def _associative_backward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT, dy_BTD,
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wkv4(impl, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
-    return _forward(impl, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT)[0]
+def _wkv4(form, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
+    return _forward(form, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT)[0]
 
 
-def _forward(impl, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
+def _forward(form, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     saved = (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT)
-    y_BTD, final, starts = _form(impl, "forward")(*saved)
+    forward, _ = _passes(form)
+    y_BTD, final, starts = forward(*saved)
     y_BTD, starts = checkpoint_name((y_BTD, starts), "wkv")  # a policy that keeps both runs no recurrence twice
     return (y_BTD, final), (saved, starts)
 
 
-def _backward(impl, residuals, cotangents):
+def _backward(form, residuals, cotangents):
     (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT), starts = residuals
     dy_BTD, dfinal = cotangents
     dy_BTD = dy_BTD if valid_BT is None else jnp.where(valid_BT[..., None], dy_BTD, 0)
-    backward = _form(impl, "backward")
+    _, backward = _passes(form)
     dw, du, dk_BTD, dv_BTD, (dnum, dden) = backward(
         w, u, k_BTD, v_BTD, starts, reset_BT, valid_BT, dy_BTD, (dfinal.num, dfinal.den)
     )
@@ -381,19 +318,23 @@ def _backward(impl, residuals, cotangents):
     return dw.sum(0, keepdims=True), du.sum(0, keepdims=True), dk_BTD, dv_BTD, dstate, None, None
 
 
-def _form(impl, direction):
-    """The pass of a form: forward -> (y, final state, what its backward pass wants of the states)."""
-    if impl == "scan":
-        return {"forward": _scan_forward, "backward": _scan_backward}[direction]
-    if impl == "associative":
-        return {"forward": _associative_forward, "backward": _associative_backward}[direction]
-    if impl == "gpu":
+def _passes(form):
+    """(forward, backward) of a form. Forward returns y, the final state and what backward wants of the states.
+
+    Kernels are imported where they are chosen: each needs a compiler that not every platform has.
+    """
+    if form == "scan":
+        return _scan_forward, _scan_backward
+    if form == "associative":
+        return _associative_forward, _associative_backward
+    if form == "gpu":
         from rwkv_jax.ops.kernels import wkv4_gpu
 
-        return getattr(wkv4_gpu, direction)
+        return wkv4_gpu.forward, wkv4_gpu.backward
     from rwkv_jax.ops.kernels import wkv4_tpu
 
-    return partial(getattr(wkv4_tpu, direction), interpret=impl == "interpreted")
+    interpret = form == "interpreted"
+    return partial(wkv4_tpu.forward, interpret=interpret), partial(wkv4_tpu.backward, interpret=interpret)
 
 
 _wkv4.defvjp(_forward, _backward)

@@ -118,13 +118,17 @@ def test_wkv4_computes_on_the_cpu_of_a_machine_with_an_accelerator(machine, plat
 )
 def test_wkv4_without_a_named_form_traces_that_of_the_platform_only(machine, monkeypatch, platform, forms):
     """And beside a kernel the form for arrays that are committed to the CPU of its machine."""
-    passes, traced = OPERATOR._form, []
+    passes, traced = OPERATOR._passes, []
 
-    def record(impl, direction):
-        traced.append((impl, direction))
-        return passes(impl, direction)
+    def record(form):
+        forward, backward = passes(form)
+        note = lambda direction: traced.append((form, direction))
+        return (
+            lambda *args: note("forward") or forward(*args),
+            lambda *args: note("backward") or backward(*args),
+        )
 
-    monkeypatch.setattr(OPERATOR, "_form", record)
+    monkeypatch.setattr(OPERATOR, "_passes", record)
     machine(platform, "8.0" if platform == "gpu" else None)
     w, u, k, v, state = arguments(19)  # a shape of this test's own, which no other has traced
     jax.make_jaxpr(jax.grad(lambda v: wkv4(w, u, k, v, state)[0].sum()))(v)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rwkv_jax.ops.wkv4 import EMPTY, FORGET, WKV4State
+from rwkv_jax.ops.wkv4_algebra import EMPTY, FORGET, WKV4State
 
 BLOCK_T = 16
 BLOCK_D = 128  # threads of a warpgroup

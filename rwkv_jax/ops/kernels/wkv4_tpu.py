@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rwkv_jax.ops.wkv4 import EMPTY, FORGET, WKV4State, merge, read, token_grads
+from rwkv_jax.ops.wkv4_algebra import EMPTY, FORGET, WKV4State, merge_states, read_token, token_grads
 
 ROWS = 8  # sublanes of a register
 BLOCK_T = 256
@@ -148,9 +148,9 @@ def _prefixes(decay, states, carry):
     for distance in (1, 2, 4):
         earlier = jax.tree.map(lambda x, by=distance: pltpu.roll(x, by, 0), (decay, states))
         earlier = _choose(row >= distance, earlier, (jnp.zeros_like(decay), _empty(states)))
-        states = merge(decay, earlier[1], states)
+        states = merge_states(decay, earlier[1], states)
         decay = jnp.maximum(decay + earlier[0], FORGET)
-    return merge(decay, carry, states)
+    return merge_states(decay, carry, states)
 
 
 def _suffixes(factor, terms, carry):
@@ -222,7 +222,7 @@ def _forward_kernel(w_ref, u_ref, k_ref, v_ref, state_ref, *refs, masked):
         k, v = k_ref[0, rows, :].astype(dtype), v_ref[0, rows, :].astype(dtype)
         decay, reset, valid = _group(w, kind_ref, rows, k.shape)
         before, after = _states(decay, k, v, reset, valid, carry)
-        y_ref[0, rows, :] = read(u, k, v, before)[0].astype(y_ref.dtype)
+        y_ref[0, rows, :] = read_token(u, k, v, before)[0].astype(y_ref.dtype)
         return _last(after)
 
     carry = jax.lax.fori_loop(0, k_ref.shape[1] // ROWS, eight, WKV4State(*_rows(carry_ref)))
