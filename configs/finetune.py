@@ -27,10 +27,7 @@ def get_config(arg="lora"):
     config = run_config.default()
     for name in ("vocab_size", "num_layers", "dim", "head_size"):
         config.model[name] = placeholder(int)
-    for name in ("embedding_norm", "receptance"):
-        config.model[name] = placeholder(bool)
-    for name in ("current_token", "previous_token"):
-        config.model[name] = placeholder(str)
+    config.model.embedding_norm = placeholder(bool)
     config.tokenizer = placeholder(str)
     config.finetune.method = method
     config.optim.update(lr=RATES[method], schedule="cosine")

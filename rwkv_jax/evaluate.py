@@ -154,7 +154,7 @@ def carried(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.
     """
     _check(model, tokens, starts, seq_len, batch_size)
     if not model.recurrent:
-        raise ValueError(f"layers are {model.layers}, expected none of attention: it has no state of fixed size")
+        raise ValueError(f"layers are {model.layers}, expected none whose state grows with the text")
     starts, lengths = np.asarray(starts), np.diff(starts, append=len(tokens))
     rows = [(starts[documents], lengths[documents]) for documents in _balanced(lengths, min(batch_size, len(starts)))]
 
@@ -327,7 +327,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.evaluate",
         description="Bits per byte and perplexity of held-out text: in windows of the training length from an empty "
-        "past, and as the model predicts best (recurrent: state carried; attention: sliding windows).",
+        "past, and as the model predicts best (state carried, or sliding windows where it grows with the text).",
     )
     parser.add_argument("--model", required=True, dest="path", help="whatever rwkv_jax.load reads")
     parser.add_argument("--data", required=True, help="a text file, all of it held out")

@@ -4,7 +4,7 @@
 
     full     all parameters; rules of `optim.groups` freeze some of them, or some layers
     lora     low-rank adapters beside matrices (`models.lora`). `rwkv_jax.load(workdir)` merges them
-    state    the state before the first token, 4 numbers a channel and layer. `load` gives the model as it was
+    state    the state before the first token (RWKV-4: 4 numbers a channel and layer). `load` gives the model as it was
 
 What the last two learn can leave the workdir as one small file that belongs to the model, and only to it:
 
@@ -23,17 +23,14 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rwkv_jax import checkpoint, generate, interop, optim, tokenizers
+from rwkv_jax import checkpoint, generate, interop, models, optim, tokenizers
 from rwkv_jax.corpora import SEPARATOR
 from rwkv_jax.interop import files, safetensors_file
 from rwkv_jax.models import lora
-from rwkv_jax.models.lm import RELEASED
-from rwkv_jax.models.rwkv4 import LayerState
-from rwkv_jax.ops import WKV4State
 
 FORMAT = "rwkv_jax adapters 1"
 # What a model's weights decide, and a config may leave open with None.
-SIZES = ("vocab_size", "num_layers", "dim", "layers", "hidden_dim", "head_size", *RELEASED)
+SIZES = ("vocab_size", "num_layers", "dim", "layers", "hidden_dim", "head_size", "embedding_norm")
 
 
 @dataclass(frozen=True)
@@ -54,14 +51,14 @@ class Method:
             return lora.init(key, params, self.rank, self.targets), params
         return untuned_state(model), params
 
-    def bind(self, trained, frozen, batch: int):
+    def bind(self, model, trained, frozen, batch: int):
         """(parameters, state [batch, ...] before the first token or None) that a model takes."""
         trained = optim.frozen_stopped(trained, self.groups)
         if self.name == "full":
             return trained, None
         if self.name == "lora":
             return lora.join(frozen, trained, self.alpha), None
-        return frozen, tuned_state(trained, batch)
+        return frozen, tuned_state(model, trained, batch)
 
     def check(self, model) -> None:
         """ValueError where this does not fit the model, or a rule names nothing."""
@@ -78,7 +75,7 @@ def method_of(config) -> Method:
     f = config.finetune
     if f.method != "full" and not f.model:
         raise ValueError(f"finetune.method is {f.method!r}, which needs finetune.model, the weights to start from")
-    groups = tuple(map(tuple, config.optim.groups))
+    groups = tuple(map(tuple, config.optim.groups or ()))
     return (
         Method(f.method, f.rank, f.alpha, f.targets, groups) if f.method == "lora" else Method(f.method, groups=groups)
     )
@@ -97,6 +94,11 @@ def completed(config):
         if wanted not in (None, found):
             raise ValueError(f"model.{name} is {wanted!r}, and {found!r} in {path}, the model to fine-tune")
         config.model[name] = found
+    for name, wanted in config.model.variant.items():
+        found = base.variant.get(name)
+        if wanted not in (None, found):
+            raise ValueError(f"model.variant.{name} is {wanted!r}, and {found!r} in {path}, the model to fine-tune")
+        config.model.variant[name] = found
     own = tokenizers.carried(path) if path.is_dir() else None
     if config.tokenizer is None:
         config.tokenizer = own or tokenizers.of_model(path, base.vocab_size)
@@ -121,32 +123,29 @@ def with_base(state, method: Method, path: str, param_dtype: str):
 
 
 def untuned_state(model):
-    """What state tuning begins with, [L, D] each: nearly the empty state, whose own gradient is zero.
+    """The tree that state tuning begins with: `Kind.tuned_start` of each layer, stacked as parameters are.
 
-    value and log_den: num / den and log den at log_scale 0, beginning at 0 and -5, next to which any token's exp(k)
-    counts. att_last and ffn_last: what token shift takes for the token before the first.
+    Raises:
+        ValueError: a kind of layer has no state that can be tuned.
     """
-    if set(model.layers) != {"rwkv4"}:
-        raise ValueError(f"finetune.method is 'state', expected RWKV layers alone: the model has {model.layers}")
-    zeros = jnp.zeros((model.num_layers, model.dim), jnp.promote_types(model.dtype, jnp.float32))
-    lasts = {} if model.token_shift is False else {"att_last": zeros, "ffn_last": zeros}
-    return {"blocks": lasts | {"value": zeros, "log_den": zeros - 5}}
+    fixed = [name for name, kind, _ in model.unit if kind.tuned_start is None]
+    if fixed:
+        raise ValueError(f"finetune.method is 'state', and the state of {fixed[0]!r} layers cannot be tuned")
+    layers = {f"blocks_{i}": kind.tuned_start(config) for i, (_, kind, config) in enumerate(model.every_layer)}
+    return models.stack(layers, len(model.layers))
 
 
-def tuned_state(tuned, batch: int) -> tuple:
+def tuned_state(model, tuned, batch: int) -> tuple:
     """The tuned values as a state of `batch` equal rows."""
-    blocks = tuned["blocks"]
-    den_LD = jnp.exp(blocks["log_den"])
-    wkv = WKV4State(blocks["value"] * den_LD, den_LD, jnp.zeros_like(den_LD))
-    layers = LayerState(blocks.get("att_last"), wkv, blocks.get("ffn_last"))
-    row = lambda i: jax.tree.map(lambda x_LD: jnp.broadcast_to(x_LD[i], (batch, x_LD.shape[1])), layers)
-    return tuple(row(i) for i in range(len(den_LD)))
+    layers = models.unstack(tuned)
+    states = [kind.tuned_state(layers[f"blocks_{i}"]) for i, (_, kind, _) in enumerate(model.every_layer)]
+    return jax.tree.map(lambda x_D: jnp.broadcast_to(x_D, (batch, *x_D.shape)), tuple(states))
 
 
 def tuned_context(model, params, tuned) -> generate.Context:
     """The beginning of a document after a tuned state, for `generate(context=...)`: the separator has been read."""
     wide = jnp.promote_types(model.dtype, jnp.float32)
-    before = generate.Context(tuned_state(tuned, 1), jnp.zeros((1, model.vocab_size), wide))
+    before = generate.Context(tuned_state(model, tuned, 1), jnp.zeros((1, model.vocab_size), wide))
     return generate.read(model, params, [[SEPARATOR]], before)
 
 

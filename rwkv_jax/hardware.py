@@ -6,8 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rwkv_jax.models.lstm import default_hidden_dim
-
 
 class Chip(NamedTuple):
     """What a vendor promises of one chip. Rates are those of its data sheet, reached by nothing real."""
@@ -94,32 +92,15 @@ def _best_seconds(f, seconds):
 
 def flops_per_token(model, seq_len: int) -> float:
     """Training FLOPs of one token, forward and backward: 6 for every weight of a matrix product, the embedding's
-    look-up free (Table 2 counts 2 (V D + 13 D^2 L) forward), plus 6 L D T for causal attention over T tokens and
-    60 L D for WKV (about 20 forward a channel; 0.1 % at D 512)."""
-    D, repeats = model.dim, model.num_layers // len(model.layers)
-    total = 6.0 * model.vocab_size * D
-    for kind in model.layers:
-        if kind == "rwkv4":
-            layer = 6 * ((5 if model.receptance else 3) * D**2 + 2 * D * (model.hidden_dim or 4 * D)) + 60 * D
-        elif kind == "lstm":
-            F = model.hidden_dim or default_hidden_dim(D)
-            layer = 6 * (5 * D * F + 4 * F**2)
-        else:
-            layer = 6 * (4 * D**2 + 2 * D * (model.hidden_dim or 9 * D // 2)) + 6 * D * seq_len
-        total += repeats * layer
-    return total
-
-
-# Products with D^2 weights that the backward pass computes again, of 13 in a layer's forward pass: see
-# `models.lm.REMAT`. No gradient needs the last product of the transformer's layer.
-RECOMPUTED = {
-    "rwkv4": {"none": 0, "matmuls": 0, "outputs": 8, "block": 13},
-    "attention": {"none": 0, "matmuls": 0, "outputs": 7.5, "block": 8.5},
-    "lstm": {"none": 0, "matmuls": 6.6, "outputs": 11.7, "block": 11.7},  # the recurrence runs twice in all
-}
+    look-up free (Table 2 counts 2 (V D + 13 D^2 L) forward), and what a kind of layer adds (`Kind.flops`)."""
+    head = 6.0 * model.vocab_size * model.dim
+    return head + sum(kind.flops(config, seq_len) for _, kind, config in model.every_layer)
 
 
 def recomputed_flops_per_token(model) -> float:
-    """FLOPs beside `flops_per_token` that `model.remat` costs: products with weights of the default hidden widths."""
-    repeats = model.num_layers / len(model.layers)
-    return 2 * model.dim**2 * repeats * sum(RECOMPUTED[kind][model.remat] for kind in model.layers)
+    """FLOPs beside `flops_per_token` that `model.remat` costs: products with weights of the default hidden widths.
+
+    `Kind.recomputed` has, for each choice in `models.lm.REMAT`, the products with D^2 weights that the backward pass
+    computes again; RWKV-4 has 13 in a layer's forward pass.
+    """
+    return sum(2 * model.dim**2 * kind.recomputed.get(model.remat, 0) for _, kind, _ in model.every_layer)

@@ -11,25 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rwkv_jax.models import KINDS, kind_of
+
 LOGITS = 2**27  # elements of the logits that exist at one time: 512 MiB of float32
 
-# Learning-rate multipliers of RWKV-v4neo (`layerwise_lr=1`), as (regex over the parameter path, factor): the first
-# match wins, anything else has 1. Its second Pile stage used 5 for both and for time_mix.
-GROUPS = ((r"/time_decay$", 2.0), (r"/time_first$", 3.0))
+
+def released_groups() -> tuple:
+    """Learning-rate multipliers of the released trainers, (regex over the parameter path, factor), of all kinds of
+    layers: the first match wins, anything else has 1."""
+    return tuple(rule for kind in KINDS.values() for rule in kind.groups)
 
 
 def optimiser(
-    betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, clip=1.0, groups: Sequence = GROUPS
+    betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, clip=1.0, groups: Sequence | None = None
 ) -> optax.GradientTransformation:
     """Descent direction per unit of learning rate: the step applies `params - lr * direction`.
 
     The learning rate stays outside, an input of the step, so that no schedule is compiled into the program. Decay is
-    decoupled (AdamW) and for matrices only, the embedding, the head and LoRA's included. What a group's factor 0
-    freezes is not moved, by decay neither, and has no moments unless other layers of its leaf have.
-    Parameters and gradients may have any dtype: moments and direction are float32 at least.
+    decoupled (AdamW) and for matrices only: `Kind.decayed`, the embedding, the head and LoRA's. What a group's factor
+    0 freezes is not moved, by decay neither, and has no moments unless other layers of its leaf have.
+    Parameters and gradients may have any dtype: moments and direction are float32 at least. `groups` None are the
+    `released_groups`.
     """
+    groups = released_groups() if groups is None else groups
+    decayed = re.compile("|".join((r"^emb/", r"/lora_[ab]$", *(kind.decayed for kind in KINDS.values()))))
     matrices = lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, x: bool(re.search(r"(kernel|embedding|lora_[ab])$", _name(path))), params
+        lambda path, x: bool(decayed.search(_name(path))), params
     )
     by_group = optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, factors(updates, groups)))
     adam = optax.scale_by_adam(*betas, eps=eps)
@@ -74,11 +81,11 @@ def factors(params, groups: Sequence):
 
 
 def check_groups(params, groups: Sequence) -> None:
-    """ValueError where a rule matches nothing; not for those of `GROUPS`, which other models' trees may lack."""
+    """ValueError where a rule matches nothing; not for the released ones, which other models' trees may lack."""
     leaves = [_names(path, x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     names = [name for name, layers in leaves for name in (name, *layers)]
-    for pattern, factor in groups:
-        if (pattern, factor) not in GROUPS and not any(re.search(_spelled_out(pattern), name) for name in names):
+    for pattern, _ in (rule for rule in groups if rule not in released_groups()):
+        if not any(re.search(_spelled_out(pattern), name) for name in names):
             raise ValueError(f"optim.groups: {pattern!r} matches none of {', '.join(sorted(n for n, _ in leaves))}")
 
 
@@ -143,19 +150,9 @@ def schedule(
     return at
 
 
-# (width, learning rate) of the released runs (Table 3) from 768 on; below, the best of `python -m
-# experiments.compare.run --sweep` for short byte-level runs. In between on a straight line in log-log.
-RELEASED_RATES = ((768, 6e-4), (1024, 4e-4), (2048, 3e-4), (4096, 1.5e-4), (5120, 1e-4))
-LEARNING_RATES = {
-    "rwkv4": ((64, 1.6e-2), (128, 8e-3), (256, 4e-3), *RELEASED_RATES),
-    "attention": ((64, 8e-3), (128, 2e-3), (256, 1e-3), *RELEASED_RATES),
-    "lstm": ((64, 8e-3), (128, 2e-3), (256, 1e-3), *RELEASED_RATES),  # those of attention
-}
-
-
 def default_lr(kind: str, dim: int) -> float:
-    """Learning rate that suits a width, for models of `kind` "rwkv4", "attention" or "lstm"."""
-    table = LEARNING_RATES[kind]
+    """Learning rate that suits a width: between those of the kind's table on a straight line in log-log."""
+    table = kind_of(kind).learning_rates
     dim = min(max(dim, table[0][0]), table[-1][0])
     (d1, lr1), (d2, lr2) = next((a, b) for a, b in itertools.pairwise(table) if dim <= b[0])
     share = math.log(dim / d1) / math.log(d2 / d1)

@@ -7,7 +7,8 @@ import re
 import runpy
 import typing
 
-from rwkv_jax import models, optim, orders
+from rwkv_jax import models, orders
+from rwkv_jax.models.block import switches
 
 
 def default():
@@ -16,12 +17,14 @@ def default():
     from ml_collections.config_dict import placeholder
 
     hints = typing.get_type_hints(models.LM)
-    model = {"name": "rwkv4", "vocab_size": 256, "num_layers": 4, "dim": 128}
+    model = {"name": models.kinds.DEFAULT, "vocab_size": 256, "num_layers": 4, "dim": 128}
     for field in dataclasses.fields(models.LM):
-        if field.name in ("parent", "name", "layers", *model):
+        if field.name in ("parent", "name", "layers", "variant", *model):
             continue
         optional = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
         model[field.name] = placeholder(optional[0]) if optional else field.default
+    kinds = models.KINDS.values()
+    model["variant"] = {name: placeholder(t) for kind in kinds for name, (t, _) in switches(kind.variant).items()}
     return ConfigDict(
         {
             "model": model | {"layers": placeholder(tuple)},
@@ -55,7 +58,7 @@ def default():
                 "eps": 1e-8,
                 "weight_decay": 0.0,
                 "clip": 1.0,
-                "groups": optim.GROUPS,  # (regex over parameter paths, learning-rate factor)
+                "groups": placeholder(tuple),  # (regex over parameter paths, factor); None: `optim.released_groups`
                 "l2wrap": True,
             },
             "finetune": {
@@ -121,6 +124,18 @@ RANGES = {
         "pairs of a regular expression and a factor",
     ),
 }
+
+
+def model_of(config) -> models.LM:
+    """The model that a config describes. ValueError as from `models.build`."""
+    return models.build(**model_fields(config))
+
+
+def model_fields(config) -> dict:
+    """The arguments of `models.build` in a config, without what is left to the model."""
+    model = config.model.to_dict()
+    model["variant"] = {name: value for name, value in model["variant"].items() if value is not None}
+    return {name: value for name, value in model.items() if not (name == "layers" and value is None)}
 
 
 def check(config) -> None:

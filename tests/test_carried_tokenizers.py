@@ -171,7 +171,7 @@ def begin(config, folder):
     """Prepare a run and its workdir up to the first logged step; returns what it was prepared with."""
     run = prepare.prepared(config, folder)
     folder.mkdir(exist_ok=True)
-    workdir.write_config(folder, run.config, prepare.model_fields(run.config), run.corpus)
+    workdir.write_config(folder, run.config, run_config.model_fields(run.config), run.corpus)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     return run
 

@@ -62,7 +62,7 @@ def test_best_practice_is_carried_without_attention_and_sliding_with_it():
     for recurrent, protocol in ((True, evaluate.carried), (False, evaluate.sliding)):
         arguments = (HashModel(recurrent), {}, TOKENS, STARTS, 16, 3)
         np.testing.assert_array_equal(evaluate.best_practice(*arguments), protocol(*arguments))
-    with pytest.raises(ValueError, match="expected none of attention"):
+    with pytest.raises(ValueError, match="expected none whose state grows"):
         evaluate.carried(HashModel(recurrent=False), {}, TOKENS, STARTS, 16, 3)
 
 

@@ -49,7 +49,7 @@ def test_tuned_state_has_a_gradient_where_the_empty_one_has_none():
     @jax.grad
     def gradients(tuned_and_empty):
         tuned, wkv = tuned_and_empty
-        rows = finetune.tuned_state(tuned, 1), tuple(e._replace(wkv=w) for e, w in zip(empty, wkv, strict=True))
+        rows = finetune.tuned_state(model, tuned, 1), tuple(e._replace(wkv=w) for e, w in zip(empty, wkv, strict=True))
         state = jax.tree.map(lambda *rows: jnp.concatenate(rows), *rows)
         return model.apply({"params": params}, tokens_BT, state)[0].std((1, 2)).sum()
 
@@ -64,7 +64,7 @@ def test_tuned_context_has_read_the_separator_after_the_tuned_state(base):
     model, params = base
     tuned = _drawn(finetune.untuned_state(model))
     context = finetune.tuned_context(model, params, tuned)
-    logits_BTV, state = small.forward(model, params, np.zeros((1, 1), np.int32), finetune.tuned_state(tuned, 1))
+    logits_BTV, state = small.forward(model, params, np.zeros((1, 1), np.int32), finetune.tuned_state(model, tuned, 1))
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
     close(context.logits_BV, logits_BTV[:, -1])
     jax.tree.map(close, context.state, state)
@@ -72,7 +72,7 @@ def test_tuned_context_has_read_the_separator_after_the_tuned_state(base):
 
 def test_tuned_state_is_value_and_denominator_in_every_row(base):
     tuned = _drawn(finetune.untuned_state(base[0]))["blocks"]
-    for i, layer in enumerate(finetune.tuned_state({"blocks": tuned}, 3)):
+    for i, layer in enumerate(finetune.tuned_state(base[0], {"blocks": tuned}, 3)):
         den_D = np.exp(tuned["log_den"][i])
         expected = tuned["att_last"][i], (tuned["value"][i] * den_D, den_D, 0 * den_D), tuned["ffn_last"][i]
         for x_BD, x_D in zip(jax.tree.leaves(layer), jax.tree.leaves(expected), strict=True):
@@ -93,7 +93,7 @@ def test_saved_adapters_round_trip_and_belong_to_their_model(base, tmp_path):
 @pytest.mark.parametrize(
     "kind, method, expected",
     [
-        ("hybrid", Method("state"), "finetune.method is 'state', expected RWKV layers alone"),
+        ("hybrid", Method("state"), "finetune.method is 'state', and the state of 'attention' layers cannot be tuned"),
         ("rwkv4", Method("lora", 2, 4.0, "attention"), "LoRA targets 'attention' match no kernel, expected some of"),
         ("rwkv4", Method("lora", 2, 4.0, "head", (("atr", 0.0),)), "optim.groups: 'atr' matches none of head/lora_a"),
         ("rwkv4", Method(groups=(("atr", 0.0),)), "optim.groups: 'atr' matches none of blocks/att/key/kernel"),

@@ -23,7 +23,7 @@ def test_factors_are_those_of_the_first_rule_that_matches_a_leaf_or_a_layer():
     assert factors["blocks"]["ffn"]["key"]["kernel"].ravel().tolist() == [3, 0, *[3] * 10]
     layers = optim.factors(models.unstack(params), rules)
     assert [layers[f"blocks_{i}"]["att"]["key"]["kernel"] for i in range(12)] == att.ravel().tolist()
-    assert optim.factors(params, optim.GROUPS)["blocks"]["att"]["time_first"] == 3.0
+    assert optim.factors(params, optim.released_groups())["blocks"]["att"]["time_first"] == 3.0
 
 
 def test_frozen_part_is_not_moved_by_decay_and_has_no_moments():

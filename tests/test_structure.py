@@ -152,6 +152,31 @@ def test_rules_of_imports_find_offenders():
     assert not list(forbidden_imports("experiments", ["absl.flags", "torch", "numpy"]))
 
 
+def words_of_code(tree):
+    """(line, text) of names and of strings, docstrings left out."""
+    bodies = (node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef))
+    docstrings = {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+        for field in ("id", "attr", "name", "arg"):
+            if isinstance(text := getattr(node, field, None), str):
+                yield node.lineno, text
+
+
+def test_kinds_of_layers_are_named_in_their_own_files_and_the_weight_tables_only():
+    """What other code knows of a kind stands in its record: see `models/block.py`."""
+    from rwkv_jax.models import KINDS
+
+    own = {f"models/{name}.py" for name in ("kinds", *KINDS)} | {"interop/official.py", "interop/huggingface.py"}
+    name, wrong = re.compile(rf"\b({'|'.join(KINDS)})\b"), []
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "rwkv_jax") and path.relative_to(ROOT / "rwkv_jax").as_posix() not in own:
+            named = [(line, text) for line, text in words_of_code(TREES[path]) if name.search(text)]
+            wrong += [f"{name_of(path)}:{line}: {text}" for line, text in named]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_files_end_before_line_400():
     lines = {name_of(path): len(path.read_text().splitlines()) for path in {*SOURCES, *TESTS}}
     wrong = sorted((count, name) for name, count in lines.items() if count > MOST_LINES)

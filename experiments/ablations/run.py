@@ -35,25 +35,25 @@ import numpy as np
 
 from experiments import command, sweeps, text
 from experiments.statistics import holm, p_value, t_interval, wider
-from rwkv_jax import corpora, evaluate, hardware, optim, run_config
+from rwkv_jax import corpora, evaluate, hardware, run_config
 
 HERE = Path(__file__).parent
 RELEASED = "RWKV-4"
-FROZEN_DECAY = (("/time_decay$", 0.0), *optim.GROUPS[1:])
+FROZEN_DECAY = (("/time_decay$", 0.0), ("/time_first$", 3.0))
 # Arm: (fields of the model, groups of the optimiser, whether it takes a part away). The important come first.
 ARMS = {
-    RELEASED: ({}, optim.GROUPS, False),
-    "no token shift": ({"token_shift": False}, optim.GROUPS, True),
-    "no receptance": ({"receptance": False}, optim.GROUPS, True),
-    "no receptance, F + D": ({"receptance": False, "wider": True}, optim.GROUPS, True),
-    "u = 0": ({"current_token": "plain"}, optim.GROUPS, True),
-    "no current token": ({"current_token": "excluded"}, optim.GROUPS, True),
+    RELEASED: ({}, None, False),
+    "no token shift": ({"variant": {"token_shift": False}}, None, True),
+    "no receptance": ({"variant": {"receptance": False}}, None, True),
+    "no receptance, F + D": ({"variant": {"receptance": False}, "wider": True}, None, True),
+    "u = 0": ({"variant": {"current_token": "plain"}}, None, True),
+    "no current token": ({"variant": {"current_token": "excluded"}}, None, True),
     "fixed decay": ({}, FROZEN_DECAY, True),
-    "exponent n": ({"previous_token": "decayed"}, optim.GROUPS, False),
-    "GELU": ({"activation": "gelu"}, optim.GROUPS, True),
-    "ReLU": ({"activation": "relu"}, optim.GROUPS, True),
-    "initialiser as printed": ({"matrix_init": "printed"}, optim.GROUPS, False),
-    "all matrices N(0, 0.02)": ({"matrix_init": "normal"}, optim.GROUPS, True),
+    "exponent n": ({"variant": {"previous_token": "decayed"}}, None, False),
+    "GELU": ({"variant": {"activation": "gelu"}}, None, True),
+    "ReLU": ({"variant": {"activation": "relu"}}, None, True),
+    "initialiser as printed": ({"variant": {"matrix_init": "printed"}}, None, False),
+    "all matrices N(0, 0.02)": ({"variant": {"matrix_init": "normal"}, "head_init": "normal"}, None, True),
     "one learning rate": ({}, (), True),
 }
 PRINTED = "initialiser as printed"

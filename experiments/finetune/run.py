@@ -42,7 +42,7 @@ PIECE_BYTES = 4096
 # arm: method, changes of the config, learning rates tried
 ARMS = {
     "full": ("full", {}, (6e-4, 2e-3)),
-    "full, embedding frozen": ("full", {"optim.groups": ((r"^emb/", 0.0), *optim.GROUPS)}, (6e-4, 2e-3)),
+    "full, embedding frozen": ("full", {"optim.groups": ((r"^emb/", 0.0), *optim.released_groups())}, (6e-4, 2e-3)),
     "LoRA, rank 2": ("lora", {"finetune.rank": 2, "finetune.alpha": 4.0}, (5e-3, 2e-2)),
     "LoRA, rank 8": ("lora", {"finetune.rank": 8, "finetune.alpha": 16.0}, (5e-3, 2e-2)),
     "state": ("state", {}, (3e-2, 1e-1)),
@@ -118,10 +118,10 @@ def run_arm(arm, base, text, preset, seed, folder, validation):
         if int(state.step) < preset.steps:
             raise KeyboardInterrupt
         model, params = rwkv_jax.load(workdir)
-        tuned = finetune.tuned_state(state.params, preset.batch_size) if ARMS[arm][0] == "state" else None
+        tuned = finetune.tuned_state(model, state.params, preset.batch_size) if ARMS[arm][0] == "state" else None
         nats = partial(_nats, model, params, preset, tuned)
         tried[lr] = level(nats(validation), validation), nats
-    factors = optim.factors(state.params, config.optim.groups)
+    factors = optim.factors(state.params, config.optim.groups or ())
     trained = sum(x.size for x, f in zip(*map(jax.tree.leaves, (state.params, factors)), strict=True) if np.any(f))
     best = min(tried, key=lambda lr: tried[lr][0])
     validated = {f"{lr:g}": bits for lr, (bits, _) in tried.items()}

@@ -65,7 +65,10 @@ def claimed(preset, measured) -> list[dict]:
     found = []
     for factor, tokens in CLAIMS:
         sizes = {name: (s.num_layers, s.dim, s.vocab_size) for name, s in preset.shapes.items()}
-        released = {name: (*size, models.lm.NEOX_VOCAB) for name, size in models.lm.SIZES.items()}
+        released = {
+            name: (its["num_layers"], its["dim"], its["vocab_size"])
+            for name, its in models.kind_of("rwkv4").sizes.items()
+        }
         sizes |= {name: size for name, size in released.items() if size not in sizes.values()}
         its = [r for r in measured if r["position"] == tokens and r["baseline"] == CACHED]
         found.append({

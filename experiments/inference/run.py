@@ -55,7 +55,7 @@ HERE = Path(__file__).parent
 ARMS = {
     "rwkv4": {"name": "rwkv4"},
     "transformer": {"name": "transformer"},
-    "transformer+shift": {"name": "transformer", "token_shift": True},
+    "transformer+shift": {"name": "transformer", "variant": {"token_shift": True}},
 }
 SHIFTED, UNCACHED = conclusions.SHIFTED, conclusions.UNCACHED
 

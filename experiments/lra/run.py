@@ -46,7 +46,7 @@ HERE = Path(__file__).parent
 ARMS = {
     "rwkv4": {"name": "rwkv4"},
     "transformer": {"name": "transformer"},
-    "transformer+shift": {"name": "transformer", "token_shift": True},
+    "transformer+shift": {"name": "transformer", "variant": {"token_shift": True}},
 }
 # Table 4, share right of RWKV, and the range of its attention rows but for the two that learned nothing
 PAPER = {"listops": 0.5588, "imdb": 0.8604, "aan": 0.8834, "cifar10": 0.7053, "pathfinder": 0.5842}

@@ -44,7 +44,7 @@ HERE = Path(__file__).parent
 ARMS = {
     "rwkv4": {"name": "rwkv4"},
     "transformer": {"name": "transformer"},
-    "transformer+shift": {"name": "transformer", "token_shift": True},
+    "transformer+shift": {"name": "transformer", "variant": {"token_shift": True}},
     "hybrid": {"name": "rwkv4", "layers": ("rwkv4", "attention")},
 }
 REACHED, DONE = 0.9, 0.99

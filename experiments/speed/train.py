@@ -26,8 +26,8 @@ import numpy as np
 import rwkv_jax
 from experiments.speed.timing import medians, ratio
 from rwkv_jax import hardware, optim, train
+from rwkv_jax.models.attention import causal_attention
 from rwkv_jax.models.layers import matmul
-from rwkv_jax.models.transformer import causal_attention
 from rwkv_jax.ops import wkv4
 
 CPU = {"num_layers": 6, "dim": 512, "vocab_size": 256, "dtype": "float32", "batch": 4, "seq_len": 512}

@@ -63,7 +63,7 @@ def start(arrays) -> dict:
     return {k.removeprefix("init/"): x.astype(np.float64) for k, x in arrays.items() if k.startswith("init/")}
 
 
-def ours(steps, dtype="float64", l2wrap=True, groups=optim.GROUPS):
+def ours(steps, dtype="float64", l2wrap=True, groups=None):
     """(losses, gradient norms, final tensors under their released names) of our step on the kept batches."""
     arrays = golden()
     with jax.enable_x64(dtype == "float64"):

@@ -137,7 +137,8 @@ def _slots(model, context, room, likely) -> int | None:
         return None
     leaves = jax.tree.leaves(context.state)
     slots = next(x.shape[grows[0]] for x, grows in zip(leaves, axes, strict=True) if grows)
-    length = max(int(np.asarray(entry.cache.length_B).max()) for entry in context.state if hasattr(entry, "cache"))
+    entries = zip(model.every_layer, context.state, strict=True)
+    length = max(int(np.asarray(kind.cached(entry)[1]).max()) for (_, kind, _), entry in entries if kind.cached)
     if length + room <= slots:
         return None
     return _round_up(max(length + room, min(2 * slots, length + likely)))

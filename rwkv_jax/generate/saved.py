@@ -61,7 +61,8 @@ def _context(path, model, arrays) -> Context:
         raise ValueError(f"{path} is damaged: {error}") from None
     leaves = zip(jax.tree.leaves(context.state), cache_axes(model), strict=True)
     slots = {x.shape[axis] for x, grows in leaves for axis in grows}
-    counts = np.array([(c.start_B, c.length_B) for c in (getattr(e, "cache", None) for e in context.state) if c])
+    entries = zip(model.every_layer, context.state, strict=True)
+    counts = np.array([kind.cached(entry) for (_, kind, _), entry in entries if kind.cached])
     if len(slots) > 1 or (counts < 0).any() or (counts > max(slots, default=0)).any():
         raise ValueError(f"{path} is damaged: its caches are not those of one text")
     return context

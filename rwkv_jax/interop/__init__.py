@@ -28,7 +28,7 @@ from rwkv_jax.interop.official import (
     to_official,
     without_prefix,
 )
-from rwkv_jax.models import build, lora, stack, unstack, upgraded, variations
+from rwkv_jax.models import build, lora, stack, unstack
 
 __all__ = [
     "describe", "fingerprint", "from_official", "load", "locate", "parameter_shapes", "read_run", "save", "states",
@@ -135,9 +135,7 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
             f"{' | '.join(FORMATS)}"
         )
     if format != "safetensors" and (differs := _unreleased(model)):
-        raise ValueError(
-            f"{path}: {format} holds RWKV-4 as released only, and this model has {differs}; save it as .safetensors"
-        )
+        raise ValueError(f"{path}: {format} holds released models only, and this one has {differs}; use .safetensors")
     tensors = to_official(params)
     try:
         check(tensors, model)
@@ -150,9 +148,10 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
 
 
 def _unreleased(model: nn.Module) -> str | None:
-    """What of a model the released RWKV-4 has not."""
-    others = [f"{kind!r} layers" for kind in model.layers if kind != "rwkv4"]
-    return next(iter(others + [f"{name}={getattr(model, name)!r}" for name in variations(model)]), None)
+    """The first thing by which a model is none that was released."""
+    others = [f"{name!r} layers" for name, kind, _ in model.unit if not kind.released]
+    switches = dict(model.variant) | ({} if model.embedding_norm else {"embedding_norm": False})
+    return next(iter([*others, *(f"{name}={value!r}" for name, value in switches.items())]), None)
 
 
 def _fields(model: nn.Module) -> dict[str, Any]:
@@ -168,7 +167,7 @@ def _parse_fields(text: str) -> dict[str, Any]:
         raise ValueError(f"its metadata {_FIELDS!r} are no JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"its metadata {_FIELDS!r} are no JSON object")
-    return upgraded(fields)
+    return fields
 
 
 class Run(NamedTuple):
@@ -206,7 +205,7 @@ def read_run(workdir) -> Run:
         )
     try:
         record = files.read_json(path)
-        fields = upgraded(dict(record["model"]))
+        fields = dict(record["model"])
         finetune = dict(record.get("config", {}).get("finetune", {}))
         return Run(workdir, fields.pop("name"), fields, finetune, record.get("base_fingerprint"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -233,7 +232,8 @@ def _load_workdir(path: Path, dtype, sharding, scan) -> tuple[nn.Module, Any]:
         _, adapters = checkpoint.restore(path / "checkpoints", shapes, key="params")
         params = lora.merge(params, adapters, run.finetune["alpha"])
     if scan != model.scan:
-        params = stack(params, len(model.layers)) if scan else unstack(jax.device_get(params))
+        stacked = model.clone(scan=True)
+        params = stack(params, len(model.layers), stacked.layers_apart) if scan else unstack(jax.device_get(params))
     if dtype is not None:
         dtype = float_dtype(dtype)
         fields = fields | {"dtype": activation_dtype(dtype), "param_dtype": dtype}

@@ -10,7 +10,6 @@ from jax.experimental import multihost_utils
 
 from rwkv_jax.models import unstack
 
-UNSEEN = ("activation", "current_token", "previous_token")  # fields that no shape tells
 SAMPLES = 64  # numbers of a parameter that its fingerprint looks at
 
 
@@ -38,7 +37,7 @@ def fingerprint(model, params) -> str:
     shapes, samples = (unstack(tree) if layers else tree for tree in trees)
     parts = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(samples), strict=True)
     found = sorted((jax.tree_util.keystr(path), size.tolist(), part.tobytes().hex()) for (path, size), part in parts)
-    heads = min(model.head_size, model.dim) if "attention" in model.layers else None  # no shape tells it
-    values = [(getattr(model, name), getattr(type(model), name)) for name in UNSEEN]
-    changed = [value for value, default in values if value != default]
-    return hashlib.sha256(json.dumps([heads, found, *changed]).encode()).hexdigest()
+    unseen = [kind.unseen(config) for _, kind, config in model.unit]
+    unseen = next((value for value in unseen if value is not None), None)
+    switches = sorted(model.variant.items())
+    return hashlib.sha256(json.dumps([unseen, found, *switches]).encode()).hexdigest()

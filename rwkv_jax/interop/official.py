@@ -18,11 +18,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from rwkv_jax.interop import files
-from rwkv_jax.models import build, unstack
+from rwkv_jax.models import KINDS, build, unstack
 
 # Parts of names that tell a later version, in this order: 6 and 7 have ln_x too.
 _LATER_VERSIONS = {".att.r_k": "RWKV-7", ".att.time_maa": "RWKV-6", ".att.ln_x.": "RWKV-5"}
-_DECAYS = ("time_decay", "time_first")  # float32 at least: rounding them rounds long memory away
 
 
 def from_official(
@@ -101,10 +100,10 @@ def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | No
     # Largest first: a leaf's copy on its way in then never comes on top of a whole model.
     order = sorted(shapes, key=lambda path: -math.prod(shapes[path].shape))
     for path in tqdm(order, "weights", unit="array", disable=None):
-        names = _official_names(path, shapes[path].shape, len(model.layers))
+        names = _official_names(path, shapes[path].shape, len(model.layers), model.layers_apart)
         layers = [_oriented(path, tensors[name]) for name in names]
         kept = functools.reduce(jnp.promote_types, [x.dtype for x in layers])
-        keeps = dtype is None and path[-1] not in _DECAYS
+        keeps = dtype is None and not _kept_wide("/".join(path))
         wanted = float_dtype(kept) if keeps else shapes[path].dtype
         read = functools.partial(_part, layers, path[0] == "blocks", wanted)
         params[path] = place(read, shapes[path].shape, shardings[path])
@@ -118,8 +117,9 @@ def to_official(params: Any) -> dict[str, np.ndarray]:
     """
     out = {}
     period = sum(name.startswith("block_") for name in params.get("blocks", {})) or 1
+    apart = sum(name.startswith("blocks_") for name in params)
     for path, x in flatten_dict(params).items():
-        names = _official_names(path, x.shape, period)
+        names = _official_names(path, x.shape, period, apart)
         layers = np.asarray(x) if path[0] == "blocks" else np.asarray(x)[None]
         for name, layer in zip(names, layers, strict=True):
             out[name] = layer[None, None] if path[-1].startswith("time_mix") else _oriented(path, layer)
@@ -158,7 +158,8 @@ def check(tensors: Mapping[str, np.ndarray], model: nn.Module) -> None:
         shape = leaf.shape[1:] if path[0] == "blocks" else leaf.shape
         shape = shape[::-1] if path[-1] == "kernel" else shape
         shape = (1, 1, *shape) if path[-1].startswith("time_mix") else shape
-        expected |= dict.fromkeys(_official_names(path, leaf.shape, len(model.layers)), shape)
+        names = _official_names(path, leaf.shape, len(model.layers), model.layers_apart)
+        expected |= dict.fromkeys(names, shape)
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing:
         raise ValueError(f"key {min(missing)!r} is missing ({len(missing)} of the {len(expected)} expected are)")
@@ -226,15 +227,22 @@ def _matrix_shape(tensors, name) -> tuple[int, int]:
     return tensors[name].shape
 
 
-def _official_names(path: tuple[str, ...], shape: tuple[int, ...], period: int) -> list[str]:
+def _kept_wide(path: str) -> bool:
+    """Whether a parameter is float32 at least, whatever the others are."""
+    return any(kind.kept_wide and re.search(kind.kept_wide, path) for kind in KINDS.values())
+
+
+def _official_names(path: tuple[str, ...], shape: tuple[int, ...], period: int, apart: int) -> list[str]:
     """What a leaf of our tree is called in a state dict, layer by layer where it is stacked.
 
-    `period`: layers in the repeating unit, which a stacked hybrid keeps apart as block_0, block_1, ...
+    Args:
+        period: layers in the repeating unit, which a stacked hybrid keeps apart as block_0, block_1, ...
+        apart: layers before the stacked ones.
     """
     first, *rest = path
     rest[-1] = "weight" if rest[-1] in ("kernel", "scale", "embedding") else rest[-1]
     if first == "blocks":
-        offset = int(rest.pop(0).removeprefix("block_")) if period > 1 else 0
+        offset = apart + (int(rest.pop(0).removeprefix("block_")) if period > 1 else 0)
         return [".".join(["blocks", str(offset + i * period), *rest]) for i in range(shape[0])]
     first = "blocks.0.ln0" if first == "ln0" else first.replace("blocks_", "blocks.")
     return [".".join([first, *rest])]

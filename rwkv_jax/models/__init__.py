@@ -1,5 +1,9 @@
-"""Models: parameters and names around `ops`, one file per version."""
+"""Models: parameters and names around `ops`, one file for each kind of layer.
 
-from rwkv_jax.models.lm import LM, SIZES, build, per_layer, stack, unstack, upgraded, variations
+`block.py` says what a kind of layer is, `kinds.py` lists them, and `lm.py` makes a language model of them.
+"""
 
-__all__ = ["LM", "SIZES", "build", "per_layer", "stack", "unstack", "upgraded", "variations"]
+from rwkv_jax.models.kinds import KINDS, kind_of
+from rwkv_jax.models.lm import LM, build, per_layer, stack, unstack
+
+__all__ = ["KINDS", "LM", "build", "kind_of", "per_layer", "stack", "unstack"]

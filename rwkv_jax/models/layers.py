@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -78,6 +79,7 @@ def _orthogonal(gain, key, shape, dtype):
 
 
 # Of the hidden channels in channel mixing and in an MLP. GELU in its tanh form.
+Activation = Literal["relu2", "relu", "gelu"]
 ACTIVATIONS = {"relu2": lambda x: jnp.square(nn.relu(x)), "relu": nn.relu, "gelu": nn.gelu}
 
 
@@ -157,12 +159,12 @@ def mix_ramp(dim: int, power, offset=0.0):
     return lambda: (jnp.arange(dim) / dim) ** power + offset
 
 
-def vector(module: nn.Module, name: str, value: Callable, dtype):
-    """A per-channel parameter [D] whose initial value is a formula, `value()`, traced where parameters are made."""
+def vector(module: nn.Module, name: str, value: Callable, dim: int, dtype):
+    """A parameter [dim] whose initial value is a formula, `value()`, traced where parameters are made."""
     if module.has_variable("params", name):
         found_D = module.get_variable("params", name)
-        if found_D.shape != (module.dim,):
-            raise ValueError(f"{'/'.join((*module.path, name))} is {found_D.shape}, expected {(module.dim,)}")
+        if found_D.shape != (dim,):
+            raise ValueError(f"{'/'.join((*module.path, name))} is {found_D.shape}, expected {(dim,)}")
         return found_D
     return module.param(name, lambda _: value().astype(dtype))
 

@@ -5,7 +5,7 @@ One signature serves training, prefill and decoding, for RWKV, the transformer a
     logits_BTV, state = model.apply({"params": params}, tokens_BT, state, reset_BT=None, valid_BT=None)
 """
 
-import difflib
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -14,22 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rwkv_jax.models import lstm, rwkv4, transformer
-from rwkv_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, dropout, embedding_init, matmul, orthogonal
-from rwkv_jax.ops.wkv4 import FORMS
+from rwkv_jax.models.block import BlockConfig, Kind, Switches, check_choice, make_variant, switches
+from rwkv_jax.models.kinds import kind_of, kind_of_model
+from rwkv_jax.models.layers import LayerNorm, Linear, dropout, embedding_init, matmul, orthogonal
 
-# Sizes of the released models (Table 2): layers and width. Their vocabulary is GPT-NeoX-20B's.
-SIZES = {
-    "169m": (12, 768),
-    "430m": (24, 1024),
-    "1b5": (24, 2048),
-    "3b": (32, 2560),
-    "7b": (32, 4096),
-    "14b": (40, 5120),
-}
-NEOX_VOCAB = 50277
-MODELS = {"rwkv4": ("rwkv4",), "transformer": ("attention",), "lstm": ("lstm",)}
-KINDS = ("rwkv4", "attention", "lstm")  # of layers
 # What of a layer's forward pass is kept for the backward pass, by `checkpoint_name`; the rest is computed again.
 # Temporary memory of a step in MiB, 12 layers of D 256 on 4 windows of 1,024 tokens, float32, beside a state of 119
 # (compiled.memory_analysis(), CPU, jax 0.10.2, 2026-11-26), and values kept a token and layer of RWKV-4: from D to 4 D
@@ -39,7 +27,7 @@ KINDS = ("rwkv4", "attention", "lstm")  # of layers
 #   "matmuls"       774           731   12 D
 #   "outputs"       405           372   4 D
 #   "block"         264           340   D
-OUTPUTS = ("wkv", "att", "ffn_value")
+OUTPUTS = ("mixed", "att", "ffn_value")
 REMAT = {
     "none": None,  # everything is kept
     "block": (),  # the input of each layer: the whole layer runs twice
@@ -50,15 +38,9 @@ CHOICES = {
     "remat": tuple(REMAT),
     "dtype": ("float32", "bfloat16", "float16", "float64"),
     "param_dtype": ("float32", "bfloat16", "float16", "float64"),
-    "wkv_impl": (None, *FORMS),
     "embedding_init": ("v4", "v4neo", "v5", "normal"),
     "embedding_norm": (True, False),
-    "token_shift": (None, True, False),
-    "activation": (None, *ACTIVATIONS),
-    "current_token": ("bonus", "plain", "excluded"),
-    "previous_token": ("whole", "decayed"),
-    "receptance": (True, False),
-    "matrix_init": ("released", "printed", "normal"),
+    "head_init": ("orthogonal", "normal"),
     "matmul_precision": (None, "default", "high", "highest"),
 }
 
@@ -66,17 +48,34 @@ CHOICES = {
 def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
     """A model by name, "rwkv4", "transformer" or "lstm", with the fields of `LM`; `size` is one of the released sizes.
 
-    `build("rwkv4", layers=("rwkv4", "attention"), ...)` is a hybrid of alternating layers.
+    `build("rwkv4", layers=("rwkv4", "attention"), ...)` is a hybrid of alternating layers. A switch of a kind of layer
+    may be given by its own name: `build("rwkv4", receptance=False, ...)` is `variant={"receptance": False}`.
+
+    Raises:
+        ValueError: naming the first field that is unknown, or has a value that it cannot have.
     """
-    _one_of("model name", name, MODELS)
-    defaults = {"layers": MODELS[name]}
+    kind = kind_of_model(name)
+    chosen = {"layers": (kind,)} | overrides
     if size is not None:
-        _one_of("size", size, SIZES)
-        defaults |= {"vocab_size": NEOX_VOCAB, "num_layers": SIZES[size][0], "dim": SIZES[size][1]}
-    chosen = defaults | overrides
+        check_choice("size", size, kind_of(kind).sizes)
+        chosen = dict(kind_of(kind).sizes[size]) | chosen
+    chosen["layers"] = tuple(chosen["layers"])
+    kinds = [kind_of(kind) for kind in chosen["layers"]]
+    if not kinds:
+        raise ValueError("model field layers is empty, expected kinds of layers")
+    known = dict.fromkeys(name for kind in kinds for name in switches(kind.variant))
     names = [f.name for f in fields(LM) if f.name not in ("parent", "name")]
+    given = dict(chosen.pop("variant", {})) | {key: chosen.pop(key) for key in known if key in chosen}
+    given = {key: value for key, value in given.items() if value is not None}
     for key in chosen:
-        _one_of("model field", key, names)
+        check_choice("model field", key, (*names, *known))
+    for key in given:
+        check_choice("switch of model.variant", key, known)
+    _check_fields(chosen, kinds)
+    return LM(**chosen, variant=_changed(given, kinds))
+
+
+def _check_fields(chosen, kinds):
     for key in ("vocab_size", "num_layers", "dim"):
         if not isinstance(chosen.get(key), int) or chosen[key] < 1:
             raise ValueError(f"model field {key} is {chosen.get(key)!r}, expected a positive integer")
@@ -86,52 +85,25 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
             raise ValueError(f"model field {key} is {value!r}, expected a positive integer")
     if not 0 <= chosen.get("dropout", 0.0) < 1:
         raise ValueError(f"model field dropout is {chosen['dropout']!r}, expected a share from 0 to below 1")
-    if isinstance(chosen.get("remat"), bool):  # as runs of version 0.1 have it
-        chosen["remat"] = "block" if chosen["remat"] else "none"
-    for key, choices in CHOICES.items():
+    forms = dict.fromkeys(form for kind in kinds for form in kind.forms)
+    for key, choices in (CHOICES | {"wkv_impl": (None, *forms)}).items():
         if key in chosen:
-            _one_of(f"model field {key}", chosen[key], choices)
-    chosen["layers"] = tuple(chosen["layers"])
-    for kind in chosen["layers"]:
-        _one_of("kind of layer", kind, KINDS)
-    for key in ("current_token", "previous_token", "receptance", "matrix_init"):
-        if "rwkv4" not in chosen["layers"] and chosen.get(key, getattr(LM, key)) != getattr(LM, key):
-            raise ValueError(f"model field {key} is {chosen[key]!r}, which means nothing without RWKV-4 layers")
-    if not chosen["layers"] or chosen["num_layers"] % len(chosen["layers"]):
+            check_choice(f"model field {key}", chosen[key], choices)
+    if chosen["num_layers"] % len(kinds):
         raise ValueError(
-            f"num_layers is {chosen['num_layers']}, expected a multiple of the {len(chosen['layers'])} kinds in layers"
+            f"num_layers is {chosen['num_layers']}, expected a multiple of the {len(kinds)} kinds in layers"
         )
-    return LM(**chosen)
 
 
-# Values with which a model of RWKV-4 layers computes what the released one does.
-RELEASED = {
-    "embedding_norm": (True,),
-    "token_shift": (None, True),
-    "activation": (None, "relu2"),
-    "current_token": ("bonus",),
-    "previous_token": ("whole",),
-    "receptance": (True,),
-}
-
-
-def variations(model: "LM") -> list[str]:
-    """The fields by which a model of RWKV-4 layers is another than the released one."""
-    return [name for name, values in RELEASED.items() if getattr(model, name) not in values]
-
-
-def upgraded(fields: dict) -> dict:
-    """Fields of a model that a run or file holds, as `build` takes them: those of 0.1 have no `receptance`, and say
-    "no token shift" of RWKV-4, meaning attention layers alone."""
-    old = "receptance" not in fields and fields.get("token_shift") is False
-    return {**fields, "token_shift": None} if old else fields
-
-
-def _one_of(what, given, known):
-    if given not in known:
-        near = difflib.get_close_matches(str(given), [str(k) for k in known], n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(map(str, known))}"
-        raise ValueError(f"unknown {what} {given!r}: {hint}")
+def _changed(given: Mapping[str, Any], kinds) -> dict:
+    """The switches that change one of the kinds: models that are the same have the same fields."""
+    defaults = []
+    for kind in kinds:
+        own = switches(kind.variant)
+        make_variant(kind.variant, {name: value for name, value in given.items() if name in own})
+        defaults.append({name: default for name, (_, default) in own.items()})
+    differs = lambda name: any(name in its and its[name] != given[name] for its in defaults)
+    return {name: given[name] for name in sorted(given) if differs(name)}
 
 
 class LM(nn.Module):
@@ -145,7 +117,7 @@ class LM(nn.Module):
     vocab_size: int
     num_layers: int
     dim: int
-    layers: tuple[str, ...] = ("rwkv4",)  # one repeating unit, num_layers / len(layers) times
+    layers: tuple[str, ...]  # one repeating unit of kinds, num_layers / len(layers) times: see `kinds.KINDS`
     hidden_dim: int | None = None  # F: 4 D for RWKV-4, 4.5 D for attention, 1.28 D for LSTM: 13 D^2 a layer of all
     dtype: str = "float32"  # activations; norms' statistics, WKV, logits and loss are float32 at least
     param_dtype: str = "float32"
@@ -154,21 +126,50 @@ class LM(nn.Module):
     embedding_init: str = "v4neo"  # see `layers.embedding_init`
     embedding_scale: float | None = None
     embedding_norm: bool = True  # LN0
-    token_shift: bool | None = None  # None: in RWKV-4, not in attention, where it is on q, k, v and the MLP's input
-    activation: str | None = None  # see `layers.ACTIVATIONS`; None: "relu2" in RWKV-4, "gelu" in attention's MLP
-    current_token: str = "bonus"  # RWKV-4: these four as in `rwkv4.Variant`
-    previous_token: str = "whole"
-    receptance: bool = True
-    matrix_init: str = "released"  # "normal": the head too
-    wkv_impl: str | None = None  # see `ops.wkv4`
+    head_init: str = "orthogonal"  # released; "normal": standard deviation 0.02 (GPT-2)
+    variant: Mapping[str, Any] = Switches()  # switches of the kinds of layers: see their `Variant`
+    wkv_impl: str | None = None  # form of the kinds' operator, `impl` of `ops.wkv4` for instance
     head_size: int = 64  # attention: K; a narrower model has one head
     remat: str = "none"  # what the backward pass computes again, see `REMAT`
     scan: bool = True  # parameters stacked [L, ...], compile time independent of depth; False: one set a layer
 
+    def __post_init__(self):
+        self.variant = Switches(self.variant)
+        super().__post_init__()
+
+    @property
+    def unit(self) -> tuple[tuple[str, Kind, BlockConfig], ...]:
+        """(name, record, config) of each layer of the repeating unit."""
+        names = {f.name for f in fields(BlockConfig)} - {"impl", "variant"}
+        shared = {name: getattr(self, name) for name in names} | {"impl": self.wkv_impl}
+        of_kind = lambda kind: {k: v for k, v in self.variant.items() if k in switches(kind.variant)}
+        config = lambda kind: BlockConfig(**shared, variant=make_variant(kind.variant, of_kind(kind)))
+        return tuple((name, kind_of(name), config(kind_of(name))) for name in self.layers)
+
+    @property
+    def every_layer(self) -> tuple[tuple[str, Kind, BlockConfig], ...]:
+        """`unit`, repeated: one entry for each of the L layers."""
+        return self.unit * (self.num_layers // len(self.layers))
+
+    @property
+    def layers_apart(self) -> int:
+        """How many layers, from the first on, have parameters of their own, `blocks_0`, ...; `blocks` stacks the rest.
+
+        All without `scan`. With it none, or the first unit where a layer in it hands values up to later ones: carried
+        through the scan they would be kept once a layer for the backward pass, where as an input to all they are kept
+        once.
+        """
+        if not self.scan:
+            return self.num_layers
+        return len(self.layers) if any(kind.shares_first for _, kind, _ in self.unit) else 0
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the state of every layer has a fixed size, however long the past."""
+        return all(kind.cached is None for _, kind, _ in self.unit)
+
     def setup(self):
         kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        linear = partial(Linear, precision=self.matmul_precision, **kw)
-        norm = partial(LayerNorm, **kw)
         self.emb = nn.Embed(
             self.vocab_size,
             self.dim,
@@ -176,69 +177,20 @@ class LM(nn.Module):
             **kw,
         )
         if self.embedding_norm:
-            self.ln0 = norm()
-        unit = self._unit(linear, norm)
-        if self.scan:
-            axes = {"params": 0, "intermediates": 0}
-            # The check traces a layer once more, though nothing is broadcast out of it. Without it keys are split in
-            # another way: what is drawn from a seed stays what it was.
-            draws = self.is_initializing() or self.has_rng("dropout")
-            self.blocks = nn.scan(
-                self._remat(unit.func, prevent_cse=False),
-                variable_axes=axes,
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, 0),
-                length=self.num_layers // len(self.layers),
-                check_constancy_invariants=draws,
-            )(**unit.keywords)
-        else:
-            make = {kind: self._block(kind, linear, norm) for kind in self.layers}
-            kinds = self.layers * (self.num_layers // len(self.layers))
-            self.blocks = [self._remat(make[kind].func)(**make[kind].keywords) for kind in kinds]
-        self.ln_out = norm()
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        self.head = linear(
+            self.ln0 = LayerNorm(**kw)
+        for i, (_, kind, config) in enumerate(self.every_layer[: self.layers_apart]):
+            setattr(self, f"blocks_{i}", kind.block(config))
+        if self.layers_apart < self.num_layers:
+            blocks = tuple((kind.block, config) for _, kind, config in self.unit)
+            self.blocks = Unit(blocks) if len(blocks) > 1 else blocks[0][0](blocks[0][1])
+        self.ln_out = LayerNorm(**kw)
+        self.head = Linear(
             self.vocab_size,
-            kernel_init=nn.initializers.normal(0.02) if self.matrix_init == "normal" else orthogonal(0.5),
-            dot_general=partial(matmul, preferred_element_type=wide),
+            precision=self.matmul_precision,
+            kernel_init=nn.initializers.normal(0.02) if self.head_init == "normal" else orthogonal(0.5),
+            dot_general=partial(matmul, preferred_element_type=jnp.promote_types(self.dtype, jnp.float32)),
+            **kw,
         )
-
-    def _block(self, kind, linear, norm):
-        shared = {
-            "dim": self.dim,
-            "hidden_dim": self.hidden_dim,
-            "num_layers": self.num_layers,
-            "linear": linear,
-            "norm": norm,
-            "dropout": self.dropout,
-        }
-        if kind == "rwkv4":
-            variant = rwkv4.Variant(
-                self._shifts(kind),
-                self.current_token,
-                self.previous_token,
-                self.receptance,
-                self.activation or "relu2",
-                self.matrix_init,
-            )
-            return partial(rwkv4.Block, wkv_impl=self.wkv_impl, variant=variant, **shared)
-        if kind == "lstm":
-            return partial(lstm.Block, **shared)
-        own = {"token_shift": self._shifts(kind), "activation": self.activation or "gelu"}
-        return partial(transformer.Block, head_size=self.head_size, **own, **shared)
-
-    def _shifts(self, kind):
-        return kind == "rwkv4" if self.token_shift is None else self.token_shift
-
-    def _unit(self, linear, norm):
-        blocks = tuple(self._block(kind, linear, norm) for kind in self.layers)
-        return blocks[0] if len(blocks) == 1 else partial(Unit, blocks=blocks)
-
-    def _remat(self, block, **kw):
-        names = REMAT[self.remat]
-        if names is None:
-            return block
-        return nn.remat(block, policy=jax.checkpoint_policies.save_only_these_names(*names), **kw)
 
     def hidden(self, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
         """Activations [B, T, D] after the final norm, and the state after the last token.
@@ -262,22 +214,48 @@ class LM(nn.Module):
         x_BTD = dropout(self, self.emb(tokens_BT), self.dropout)
         if self.embedding_norm:
             x_BTD = self.ln0(x_BTD)
-        if not self.scan:
-            new = []
-            for i, block in enumerate(self.blocks):
-                entry = None if state is None else state[i]
-                x_BTD, entry = block(x_BTD, entry, reset_BT, valid_BT, jnp.float32(i))
-                new.append(entry)
+        apart, period = self.layers_apart, len(self.layers)
+        new, first = [], {}  # the state after each layer; what the first layer of a kind hands up, by kind
+        for i, (name, kind, _) in enumerate(self.every_layer[:apart]):
+            layer = self._remat(partial(_layer, name, kind), prevent_cse=True)
+            past = None if state is None else state[i]
+            block = getattr(self, f"blocks_{i}")
+            x_BTD, entry, first = layer(block, x_BTD, past, reset_BT, valid_BT, jnp.float32(i), first)
+            new.append(entry)
+        if apart == self.num_layers:
             return self.ln_out(x_BTD), tuple(new)
-        period = len(self.layers)
-        first = jnp.arange(0, self.num_layers, period, dtype=jnp.float32)
+
+        def unit(blocks, x_BTD, states, reset_BT, valid_BT, number, first):
+            blocks, after = blocks.block if period > 1 else (blocks,), []
+            for j, (name, kind, _) in enumerate(self.unit):
+                past = None if states is None else states[j]
+                x_BTD, entry, first = _layer(name, kind, blocks[j], x_BTD, past, reset_BT, valid_BT, number + j, first)
+                after.append(entry)
+            return x_BTD, tuple(after)
+
+        number = jnp.arange(apart, self.num_layers, period, dtype=jnp.float32)
+        states = None
         if state is not None:
-            state = tuple(jax.tree.map(lambda *x: jnp.stack(x), *state[j::period]) for j in range(period))
-            state = state[0] if period == 1 else state
-        x_BTD, state = self.blocks(x_BTD, state, reset_BT, valid_BT, first)
-        state = (state,) if period == 1 else state
-        entry = lambda i: jax.tree.map(lambda x: x[i // period], state[i % period])
-        return self.ln_out(x_BTD), tuple(entry(i) for i in range(self.num_layers))
+            states = tuple(jax.tree.map(lambda *x: jnp.stack(x), *state[apart + j :: period]) for j in range(period))
+        # The check traces a layer once more, though nothing is broadcast out of it. Without it keys are split in
+        # another way: what is drawn from a seed stays what it was.
+        draws = self.is_initializing() or self.has_rng("dropout")
+        x_BTD, states = nn.scan(
+            self._remat(unit, prevent_cse=False),
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            length=len(number),
+            check_constancy_invariants=draws,
+        )(self.blocks, x_BTD, states, reset_BT, valid_BT, number, first)
+        entry = lambda i: jax.tree.map(lambda x: x[i // period], states[i % period])
+        return self.ln_out(x_BTD), (*new, *(entry(i) for i in range(self.num_layers - apart)))
+
+    def _remat(self, layer, **kw):
+        names = REMAT[self.remat]
+        if names is None:
+            return layer
+        return nn.remat(layer, policy=jax.checkpoint_policies.save_only_these_names(*names), **kw)
 
     def _eager(self, *operands):
         """Whether this is a plain forward pass, none of whose operands is traced."""
@@ -296,36 +274,24 @@ class LM(nn.Module):
 
     def init_state(self, batch: int, max_length: int | None = None) -> tuple:
         """The empty past. `max_length` tokens is what a KV cache can hold; a recurrent state has no such limit."""
-        wide, D = jnp.promote_types(self.dtype, jnp.float32), self.dim
-        shifts = self._shifts
-        make = {
-            "rwkv4": lambda: rwkv4.init_state(batch, D, wide, shifts("rwkv4")),
-            "lstm": lambda: lstm.init_state(batch, D, self.hidden_dim, wide),
-            "attention": lambda: transformer.init_state(
-                batch, D, self.head_size, max_length, self.dtype, shifts("attention")
-            ),
-        }
-        return tuple(make[self.layers[i % len(self.layers)]]() for i in range(self.num_layers))
-
-    @property
-    def recurrent(self) -> bool:
-        """Whether the state of every layer has a fixed size, however long the past."""
-        return "attention" not in self.layers
+        return tuple(kind.init_state(config, batch, max_length) for _, kind, config in self.every_layer)
 
 
 class Unit(nn.Module):
-    """Blocks of several kinds in turn: what a hybrid repeats."""
+    """Blocks of several kinds, which a hybrid repeats. Their parameters are `block_0`, `block_1`, ..."""
 
-    blocks: tuple
+    kinds: tuple  # (class of the block, its config) of each
 
-    @nn.compact
-    def __call__(self, x_BTD, state, reset_BT, valid_BT, layer):
-        new = []
-        for j, block in enumerate(self.blocks):
-            entry = None if state is None else state[j]
-            x_BTD, entry = block(name=f"block_{j}")(x_BTD, entry, reset_BT, valid_BT, layer + j)
-            new.append(entry)
-        return x_BTD, tuple(new)
+    def setup(self):
+        self.block = [block(config) for block, config in self.kinds]
+
+
+def _layer(name, kind, block, x_BTD, state, reset_BT, valid_BT, number, first):
+    """(x, state, first) after a layer; `first` holds by kind what its first layer hands up."""
+    if not kind.shares_first:
+        return *block(x_BTD, state, reset_BT, valid_BT, number), first
+    x_BTD, state, own = block(x_BTD, state, reset_BT, valid_BT, number, first.get(name))
+    return x_BTD, state, first | {name: own}
 
 
 def per_layer(model, params):
@@ -336,8 +302,8 @@ def per_layer(model, params):
     """
     if not model.scan:
         return model, params
-    wanted = model.num_layers // len(model.layers)
-    for path, x in jax.tree_util.tree_leaves_with_path(params["blocks"]):
+    wanted = (model.num_layers - model.layers_apart) // len(model.layers)
+    for path, x in jax.tree_util.tree_leaves_with_path(params.get("blocks", {})):
         if x.shape[:1] != (wanted,):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"blocks/{name} is {x.shape}, expected {wanted} layers of it")
@@ -348,16 +314,27 @@ def unstack(params):
     """Stacked parameters (`scan=True`) as one set a layer (`scan=False`), which decoding reads faster: a 12 x 768
     float32 model decodes at 41 to 45 tokens/s from per-layer arrays, at 27 from stacked ones (2-core CPU)."""
     rest = {k: v for k, v in params.items() if k != "blocks"}
-    blocks = params["blocks"]
+    if "blocks" not in params:
+        return rest
+    blocks, apart = params["blocks"], sum(k.startswith("blocks_") for k in rest)
     units = [blocks[f"block_{j}"] for j in range(len(blocks))] if "block_0" in blocks else [blocks]
     repeats = len(jax.tree.leaves(blocks)[0])
     layer = lambda i: jax.tree.map(lambda x: x[i // len(units)], units[i % len(units)])
-    return rest | {f"blocks_{i}": layer(i) for i in range(repeats * len(units))}
+    return rest | {f"blocks_{apart + i}": layer(i) for i in range(repeats * len(units))}
 
 
-def stack(params, period: int = 1):
-    """One set of parameters a layer as stacked ones. `period`: layers in a hybrid's repeating unit."""
-    rest = {k: v for k, v in params.items() if not k.startswith("blocks_")}
-    layers = [params[f"blocks_{i}"] for i in range(len(params) - len(rest))]
-    units = [jax.tree.map(lambda *x: jnp.stack(x), *layers[j::period]) for j in range(period)]
+def stack(params, period: int = 1, apart: int = 0):
+    """One set of parameters a layer as stacked ones.
+
+    Args:
+        period: layers in a hybrid's repeating unit.
+        apart: layers that stay as they are: `LM.layers_apart` of the stacked model.
+    """
+    stacked = sorted((k for k in params if k.startswith("blocks_")), key=lambda k: int(k.removeprefix("blocks_")))[
+        apart:
+    ]
+    rest = {k: v for k, v in params.items() if k not in stacked}
+    if not stacked:
+        return rest
+    units = [jax.tree.map(lambda *x: jnp.stack(x), *(params[k] for k in stacked[j::period])) for j in range(period)]
     return rest | {"blocks": units[0] if period == 1 else {f"block_{j}": u for j, u in enumerate(units)}}

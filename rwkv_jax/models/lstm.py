@@ -9,7 +9,6 @@ the forget gate begins at 1 (Jozefowicz et al. 2015), the output projection at 0
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from rwkv_jax.models.attention import KIND as ATTENTION
+from rwkv_jax.models.block import BlockConfig, Kind
 from rwkv_jax.models.layers import batch_sharded, dropout, orthogonal
 
 
@@ -29,9 +30,9 @@ class LayerState(NamedTuple):
     c_BF: jax.Array
 
 
-def default_hidden_dim(dim: int) -> int:
-    """F with which a layer has nearly 13 D^2 weights."""
-    return round(dim * (math.sqrt(233) - 5) / 8)
+def hidden_dim(config: BlockConfig) -> int:
+    """F with which a layer has nearly 13 D^2 weights, where the config has none."""
+    return config.hidden_dim or round(config.dim * (math.sqrt(233) - 5) / 8)
 
 
 @partial(jax.jit, static_argnames="precision")
@@ -63,47 +64,57 @@ def lstm(x_BTG, recurrent_FG, state: LayerState, reset_BT=None, valid_BT=None, p
 
 
 class Layer(nn.Module):
-    dim: int
-    hidden_dim: int
-    linear: Callable
+    config: BlockConfig
 
     @nn.compact
     def __call__(self, x_BTD, state, reset_BT, valid_BT):
-        F, dtype = self.hidden_dim, self.linear.keywords["param_dtype"]
+        config, F, dtype = self.config, hidden_dim(self.config), self.config.param_dtype
         if state is None:
-            state = init_state(len(x_BTD), self.dim, F, jnp.promote_types(x_BTD.dtype, jnp.float32))
+            state = init_state(config, len(x_BTD))
         forget_1 = lambda _: jnp.repeat(jnp.array([0, 1, 0, 0], dtype), F)
         gates = lambda key: jnp.concatenate([orthogonal()(k, (F, F), dtype) for k in jax.random.split(key, 4)], axis=1)
         bias_G = self.param("bias", forget_1).astype(x_BTD.dtype)
         recurrent_FG = self.param("recurrent_kernel", gates)
-        x_BTG = checkpoint_name(self.linear(4 * F, kernel_init=orthogonal(), name="input")(x_BTD), "key")
+        x_BTG = checkpoint_name(config.linear(4 * F, kernel_init=orthogonal(), name="input")(x_BTD), "key")
         with jax.named_scope("lstm"):
             h_BTF, state = lstm(
-                x_BTG + bias_G[None, None], recurrent_FG, state, reset_BT, valid_BT, self.linear.keywords["precision"]
+                x_BTG + bias_G[None, None], recurrent_FG, state, reset_BT, valid_BT, config.matmul_precision
             )
-        o_BTD = self.linear(self.dim, kernel_init=nn.initializers.zeros, name="output")(checkpoint_name(h_BTF, "wkv"))
-        return checkpoint_name(o_BTD, "att"), state
+        output = config.linear(config.dim, kernel_init=nn.initializers.zeros, name="output")
+        return checkpoint_name(output(checkpoint_name(h_BTF, "mixed")), "att"), state
 
 
 class Block(nn.Module):
     """x + LSTM(ln1(x))."""
 
-    dim: int
-    hidden_dim: int | None
-    num_layers: int
-    linear: Callable
-    norm: Callable
-    dropout: float
+    config: BlockConfig
 
     @nn.compact
     def __call__(self, x_BTD, state, reset_BT, valid_BT, layer):
-        lstm = Layer(self.dim, self.hidden_dim or default_hidden_dim(self.dim), self.linear, name="lstm")
+        recurrence, ln1 = Layer(self.config, name="lstm"), self.config.norm(name="ln1")
         x_BTD = batch_sharded(x_BTD)
-        h_BTD, state = lstm(self.norm(name="ln1")(x_BTD), state, reset_BT, valid_BT)
-        return batch_sharded(dropout(self, x_BTD + h_BTD, self.dropout)), state
+        h_BTD, state = recurrence(ln1(x_BTD), state, reset_BT, valid_BT)
+        return batch_sharded(dropout(self, x_BTD + h_BTD, self.config.dropout)), state
 
 
-def init_state(batch: int, dim: int, hidden_dim: int | None, dtype=jnp.float32) -> LayerState:
-    """The empty past."""
-    zeros = lambda: jnp.zeros((batch, hidden_dim or default_hidden_dim(dim)), dtype)
+def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -> LayerState:
+    """The empty past, of one size whatever `max_length`."""
+    zeros = lambda: jnp.zeros((batch, hidden_dim(config)), config.wide)
     return LayerState(zeros(), zeros())
+
+
+def flops(config: BlockConfig, seq_len: int) -> float:
+    """6 for every weight of a matrix product."""
+    F = hidden_dim(config)
+    return 6 * (5 * config.dim * F + 4 * F**2)
+
+
+KIND = Kind(
+    block=Block,
+    init_state=init_state,
+    flops=flops,
+    learning_rates=ATTENTION.learning_rates,
+    recomputed={"matmuls": 6.6, "outputs": 11.7, "block": 11.7},  # the recurrence runs twice in all
+    decayed=r"kernel$",
+    sizes=ATTENTION.sizes,
+)

@@ -2,19 +2,21 @@
 
 Where paper and code disagree, code wins: the non-zero matrices at the start are `att.value`, `ffn.key`, `head` and
 the embedding (the paper's appendix E prints the opposite, with which channel mixing never gets a gradient), and
-`time_mix_r` has its 0.5 in the exponent. A `Variant` is another model, one part of it changed.
+`time_mix_r` has its 0.5 in the exponent.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from rwkv_jax.models.block import BlockConfig, Kind
 from rwkv_jax.models.layers import (
     ACTIVATIONS,
+    Activation,
     batch_sharded,
     depth_ratios,
     dropout,
@@ -27,9 +29,11 @@ from rwkv_jax.models.layers import (
     vector,
 )
 from rwkv_jax.ops import WKV4State, wkv4
+from rwkv_jax.ops.wkv4 import FORMS
 
 zeros = nn.initializers.zeros
-NOTHING = -1e30  # u of a current token that does not count: below any k and decay, above `ops.wkv4.EMPTY`
+NOTHING = -1e30  # u of a current token that does not count: below any k and decay, above `ops.wkv4_algebra.EMPTY`
+FORGETS = 1e-3  # a channel that keeps less than this share of its sums from one token to the next forgets at once
 
 
 class LayerState(NamedTuple):
@@ -40,15 +44,19 @@ class LayerState(NamedTuple):
     ffn_last: jax.Array | None  # [B, D] last input of channel mixing, after ln2
 
 
-class Variant(NamedTuple):
-    """What of RWKV-4 can be exchanged, one part at a time; the defaults are the released model."""
+@dataclass(frozen=True)
+class Variant:
+    """Ablation switches; the defaults are the released model."""
 
     token_shift: bool = True  # False: r, k, v from the current token alone, no time_mix_*
-    current_token: str = "bonus"  # in the average: "bonus", by a learned u; "plain", u is 0; "excluded"
-    previous_token: str = "whole"  # in the average: "whole", decays begin after it; "decayed" once already
+    shift_v: bool = True  # False: v of time mixing from the current token alone, no time_mix_v
+    current_token: Literal["bonus", "plain", "excluded"] = (
+        "bonus"  # in the average: with a learned u, u = 0, not at all
+    )
+    previous_token: Literal["whole", "decayed"] = "whole"  # in the average: decays begin after it, or with it
     receptance: bool = True  # False: both gates are 1/2, their value at the start, and 2 D^2 parameters fewer
-    activation: str = "relu2"  # see `layers.ACTIVATIONS`
-    matrix_init: str = "released"  # see `kernel_init`
+    activation: Activation = "relu2"  # of the hidden channels of channel mixing
+    matrix_init: Literal["released", "printed", "normal"] = "released"  # see `kernel_init`
 
 
 def kernel_init(scheme: str, name: str):
@@ -70,31 +78,28 @@ def kernel_init(scheme: str, name: str):
 class TimeMix(nn.Module):
     """o_t = W_o (sigmoid(r_t) * wkv_t), with r, k, v from the current and the previous token (Eqs. 11-17)."""
 
-    dim: int
-    num_layers: int
-    linear: Callable
-    wkv_impl: str | None
-    variant: Variant = Variant()
+    config: BlockConfig
 
     @nn.compact
     def __call__(self, x_BTD, last_BD, wkv_state, reset_BT, valid_BT, layer):
-        D, variant = self.dim, self.variant
-        up, down = depth_ratios(layer, self.num_layers)
-        mix_dtype = self.linear.keywords["param_dtype"]
-        decay_dtype = jnp.promote_types(mix_dtype, jnp.float32)  # a bf16 decay would round memory away
+        D, variant = self.config.dim, self.config.variant
+        up, down = depth_ratios(layer, self.config.num_layers)
+        decay_dtype = jnp.promote_types(self.config.param_dtype, jnp.float32)  # a bf16 decay would round memory away
         ramps = {"k": mix_ramp(D, down), "v": mix_ramp(D, down, 0.3 * up), "r": mix_ramp(D, 0.5 * down)}
-        mixed, last_BD = _mixed(self, ramps, mix_dtype, x_BTD, last_BD, reset_BT, valid_BT)
+        unshifted = () if variant.shift_v else ("v",)
+        inputs, last_BD = _shifted(self, ramps, unshifted, x_BTD, last_BD, reset_BT, valid_BT)
         decay = lambda: -5 + 8 * (jnp.arange(D) / max(D - 1, 1)) ** (0.7 + 1.3 * up)
-        w_D = -jnp.exp(vector(self, "time_decay", decay, decay_dtype))
+        w_D = -jnp.exp(vector(self, "time_decay", decay, D, decay_dtype))
         u_D = self._bonus(lambda: jnp.log(0.3) + 0.5 * ((jnp.arange(D) + 1) % 3 - 1), w_D)
 
-        matrix = lambda name: self.linear(D, kernel_init=kernel_init(variant.matrix_init, f"att.{name}"), name=name)
-        k_BTD, v_BTD = matrix("key")(mixed["k"]), matrix("value")(mixed["v"])
+        init = lambda name: kernel_init(variant.matrix_init, f"att.{name}")
+        matrix = lambda name: self.config.linear(D, kernel_init=init(name), name=name)
+        k_BTD, v_BTD = matrix("key")(inputs["k"]), matrix("value")(inputs["v"])
         gate_BTD = 0.5
         if variant.receptance:
-            gate_BTD = nn.sigmoid(checkpoint_name(matrix("receptance")(mixed["r"]), "receptance"))
+            gate_BTD = nn.sigmoid(checkpoint_name(matrix("receptance")(inputs["r"]), "receptance"))
         observe(self, "k_max", lambda: jnp.abs(k_BTD).max())
-        wkv = lambda shared, rows: wkv4(*shared, *rows[:3], reset_BT=rows[3], valid_BT=rows[4], impl=self.wkv_impl)
+        wkv = lambda shared, rows: wkv4(*shared, *rows[:3], reset_BT=rows[3], valid_BT=rows[4], impl=self.config.impl)
         k_BTD, v_BTD = checkpoint_name(k_BTD, "key"), checkpoint_name(v_BTD, "value")
         rows = (k_BTD, v_BTD, wkv_state, reset_BT, valid_BT)
         with jax.named_scope("wkv"):
@@ -103,84 +108,137 @@ class TimeMix(nn.Module):
         return checkpoint_name(o_BTD, "att"), last_BD, wkv_state
 
     def _bonus(self, start, w_D):
-        """u of Eq. 16, which is all that tells apart what becomes of the newest two tokens.
+        """u of Eq. 16, the only thing that tells apart the variants of the newest two tokens.
 
         "excluded": the weight exp(u + k_t) is 0, unless nothing came before: a document's first token sees itself.
         "decayed" is the average over the past with weights exp((t-i) w + k_i). Numerator and denominator divided by
         exp(w), it is Eq. 16 with the bonus u - w.
         """
-        if self.variant.current_token == "bonus":
-            u_D = vector(self, "time_first", start, w_D.dtype)
+        variant = self.config.variant
+        if variant.current_token == "bonus":
+            u_D = vector(self, "time_first", start, self.config.dim, w_D.dtype)
         else:
-            u_D = jnp.full_like(w_D, 0 if self.variant.current_token == "plain" else NOTHING)
-        return u_D if self.variant.previous_token == "whole" else u_D - w_D
+            u_D = jnp.full_like(w_D, 0 if variant.current_token == "plain" else NOTHING)
+        return u_D if variant.previous_token == "whole" else u_D - w_D
 
 
 class ChannelMix(nn.Module):
     """o_t = sigmoid(r_t) * W_v max(k_t, 0)^2, with r, k from the current and the previous token (Eq. 18)."""
 
-    dim: int
-    hidden_dim: int
-    num_layers: int
-    linear: Callable
-    variant: Variant = Variant()
+    config: BlockConfig
 
     @nn.compact
     def __call__(self, x_BTD, last_BD, reset_BT, valid_BT, layer):
-        D, F, variant = self.dim, self.hidden_dim, self.variant
-        ramp = mix_ramp(D, depth_ratios(layer, self.num_layers)[1])
-        mix_dtype = self.linear.keywords["param_dtype"]
-        ramps = {"k": ramp, "r": ramp}
-        mixed, last_BD = _mixed(self, ramps, mix_dtype, x_BTD, last_BD, reset_BT, valid_BT)
+        D, variant = self.config.dim, self.config.variant
+        ramp = mix_ramp(D, depth_ratios(layer, self.config.num_layers)[1])
+        inputs, last_BD = _shifted(self, {"k": ramp, "r": ramp}, (), x_BTD, last_BD, reset_BT, valid_BT)
 
-        matrix = lambda name, F: self.linear(F, kernel_init=kernel_init(variant.matrix_init, f"ffn.{name}"), name=name)
-        k_BTF = checkpoint_name(matrix("key", F)(mixed["k"]), "ffn_key")
+        init = lambda name: kernel_init(variant.matrix_init, f"ffn.{name}")
+        matrix = lambda name, F: self.config.linear(F, kernel_init=init(name), name=name)
+        k_BTF = checkpoint_name(matrix("key", hidden_dim(self.config))(inputs["k"]), "ffn_key")
         observe(self, "active_F", lambda: (k_BTF > 0).any((0, 1)))
         gate_BTD = 0.5
         if variant.receptance:
-            gate_BTD = nn.sigmoid(checkpoint_name(matrix("receptance", D)(mixed["r"]), "ffn_receptance"))
+            gate_BTD = nn.sigmoid(checkpoint_name(matrix("receptance", D)(inputs["r"]), "ffn_receptance"))
         v_BTD = matrix("value", D)(ACTIVATIONS[variant.activation](k_BTF))
         return gate_BTD * checkpoint_name(v_BTD, "ffn_value"), last_BD
 
 
-def _mixed(module, ramps, dtype, x_BTD, last_BD, reset_BT, valid_BT):
-    """(inputs of receptance, key and value by letter, last activations to carry): token shift, or none of it."""
-    if not module.variant.receptance:
-        ramps = {name: ramp for name, ramp in ramps.items() if name != "r"}
-    if not module.variant.token_shift:
-        return dict.fromkeys(ramps, x_BTD), last_BD
-    mixes = {name: vector(module, f"time_mix_{name}", ramp, dtype) for name, ramp in ramps.items()}
-    xx_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
-    return {name: lerp(x_BTD, xx_BTD, mix_D) for name, mix_D in mixes.items()}, last_BD
+def _shifted(module, ramps, unshifted, x_BTD, last_BD, reset_BT, valid_BT):
+    """(inputs of receptance, key and value by letter, last activations to carry), after token shift where it is on."""
+    variant, dtype = module.config.variant, module.config.param_dtype
+    inputs = {name: x_BTD for name in ramps if name != "r" or variant.receptance}
+    if variant.token_shift:
+        previous_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
+        for name in (name for name in inputs if name not in unshifted):
+            mix_D = vector(module, f"time_mix_{name}", ramps[name], module.config.dim, dtype)
+            inputs[name] = lerp(x_BTD, previous_BTD, mix_D)
+    return inputs, last_BD
 
 
 class Block(nn.Module):
     """x + TimeMix(ln1(x)), then x + ChannelMix(ln2(x)). Token shift sees the normed input."""
 
-    dim: int
-    hidden_dim: int | None
-    num_layers: int
-    linear: Callable
-    norm: Callable
-    dropout: float
-    wkv_impl: str | None
-    variant: Variant = Variant()
+    config: BlockConfig
 
     @nn.compact
     def __call__(self, x_BTD, state, reset_BT, valid_BT, layer):
         att_last, wkv_state, ffn_last = state or (None, None, None)
-        att = TimeMix(self.dim, self.num_layers, self.linear, self.wkv_impl, self.variant, name="att")
-        hidden_dim = self.hidden_dim or 4 * self.dim
-        ffn = ChannelMix(self.dim, hidden_dim, self.num_layers, self.linear, self.variant, name="ffn")
+        att, ffn = TimeMix(self.config, name="att"), ChannelMix(self.config, name="ffn")
+        ln1, ln2 = self.config.norm(name="ln1"), self.config.norm(name="ln2")
         x_BTD = batch_sharded(x_BTD)
-        h_BTD, att_last, wkv_state = att(self.norm(name="ln1")(x_BTD), att_last, wkv_state, reset_BT, valid_BT, layer)
-        x_BTD = dropout(self, x_BTD + h_BTD, self.dropout)
-        h_BTD, ffn_last = ffn(self.norm(name="ln2")(x_BTD), ffn_last, reset_BT, valid_BT, layer)
-        x_BTD = batch_sharded(dropout(self, x_BTD + h_BTD, self.dropout))
+        h_BTD, att_last, wkv_state = att(ln1(x_BTD), att_last, wkv_state, reset_BT, valid_BT, layer)
+        x_BTD = dropout(self, x_BTD + h_BTD, self.config.dropout)
+        h_BTD, ffn_last = ffn(ln2(x_BTD), ffn_last, reset_BT, valid_BT, layer)
+        x_BTD = batch_sharded(dropout(self, x_BTD + h_BTD, self.config.dropout))
         return x_BTD, LayerState(att_last, wkv_state, ffn_last)
 
 
-def init_state(batch: int, dim: int, dtype=jnp.float32, shift: bool = True) -> LayerState:
-    """The empty past."""
-    last = lambda: jnp.zeros((batch, dim), dtype) if shift else None
-    return LayerState(last(), WKV4State.empty(batch, dim, dtype), last())
+def hidden_dim(config: BlockConfig) -> int:
+    return config.hidden_dim or 4 * config.dim
+
+
+def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -> LayerState:
+    """The empty past, of one size whatever `max_length`."""
+    last = lambda: jnp.zeros((batch, config.dim), config.wide) if config.variant.token_shift else None
+    return LayerState(last(), WKV4State.empty(batch, config.dim, config.wide), last())
+
+
+def flops(config: BlockConfig, seq_len: int) -> float:
+    """6 for every weight of a matrix product (Table 2 counts 13 D^2 forward) and 60 D for WKV, about 20 D of which are
+    forward (0.1 % at D 512)."""
+    D = config.dim
+    return 6 * ((5 if config.variant.receptance else 3) * D**2 + 2 * D * hidden_dim(config)) + 60 * D
+
+
+def observed(params, sown) -> dict:
+    keeps_D = jnp.exp(-jnp.exp(params["att"]["time_decay"]))
+    dead = {"forgetting": jnp.mean(keeps_D < FORGETS), "inactive": 1 - sown["ffn"]["active_F"].mean()}
+    return {"k_max": sown["att"]["k_max"], "dead_channels": dead}
+
+
+def tuned_start(config: BlockConfig) -> dict:
+    """What state tuning begins with, [D] each: nearly the empty state, whose own gradient is zero.
+
+    value and log_den: num / den and log den at log_scale 0, beginning at 0 and -5, next to which any token's exp(k)
+    counts. att_last and ffn_last: what token shift takes for the token before the first.
+    """
+    zeros_D = jnp.zeros(config.dim, config.wide)
+    lasts = {"att_last": zeros_D, "ffn_last": zeros_D} if config.variant.token_shift else {}
+    return lasts | {"value": zeros_D, "log_den": zeros_D - 5}
+
+
+def tuned_state(tuned) -> LayerState:
+    den_D = jnp.exp(tuned["log_den"])
+    wkv = WKV4State(tuned["value"] * den_D, den_D, jnp.zeros_like(den_D))
+    return LayerState(tuned.get("att_last"), wkv, tuned.get("ffn_last"))
+
+
+NEOX = {"vocab_size": 50277}  # that of the GPT-NeoX-20B tokenizer
+SIZES = {  # the released models (Table 2)
+    "169m": NEOX | {"num_layers": 12, "dim": 768},
+    "430m": NEOX | {"num_layers": 24, "dim": 1024},
+    "1b5": NEOX | {"num_layers": 24, "dim": 2048},
+    "3b": NEOX | {"num_layers": 32, "dim": 2560},
+    "7b": NEOX | {"num_layers": 32, "dim": 4096},
+    "14b": NEOX | {"num_layers": 40, "dim": 5120},
+}
+RELEASED_RATES = ((768, 6e-4), (1024, 4e-4), (2048, 3e-4), (4096, 1.5e-4), (5120, 1e-4))  # (width, rate) of Table 3
+
+KIND = Kind(
+    block=Block,
+    init_state=init_state,
+    flops=flops,
+    # below the released widths the best of `python -m experiments.compare.run --sweep` for short byte-level runs
+    learning_rates=((64, 1.6e-2), (128, 8e-3), (256, 4e-3), *RELEASED_RATES),
+    variant=Variant,
+    forms=FORMS,
+    recomputed={"outputs": 8, "block": 13},
+    groups=((r"/time_decay$", 2.0), (r"/time_first$", 3.0)),  # RWKV-v4neo, `layerwise_lr=1`
+    kept_wide=r"/time_(decay|first)$",  # rounding them rounds long memory away
+    observe=observed,
+    tuned_start=tuned_start,
+    tuned_state=tuned_state,
+    sizes=SIZES,
+    released="RWKV-4",
+)

@@ -302,7 +302,7 @@ def _forward(form, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     saved = (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT)
     forward, _ = _passes(form)
     y_BTD, final, starts = forward(*saved)
-    y_BTD, starts = checkpoint_name((y_BTD, starts), "wkv")  # a policy that keeps both runs no recurrence twice
+    y_BTD, starts = checkpoint_name((y_BTD, starts), "mixed")  # a policy that keeps both runs no recurrence twice
     return (y_BTD, final), (saved, starts)
 
 

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rwkv_jax import models
 from rwkv_jax.finetune import FULL
@@ -19,7 +20,6 @@ GROUPS = (
     ("time_mix", r"/att/"),
     ("channel_mix", r"/ffn/"),
 )
-FORGETS = 1e-3  # a channel that keeps less than this share of its sums from one token to the next forgets at once
 POSITIONS = 64  # whose logits exist at one time
 
 
@@ -31,16 +31,19 @@ def make_diagnose(model, tx, method=FULL, **options):
         parameter_norm, gradient_norm, update_norm
             L2 norms by group of `GROUPS`: of what the step starts from, of its gradient before clipping, and of the
             change that it makes
+        logit_max
+            largest logit over the batch, without dropout
+
+    and what the kinds of layers observe (`Kind.observe`), NaN for the layers that do not:
+
         k_max [L]
             largest |k| of each layer over the batch: WKV works with exp(k) kept as differences of exponents, other
             programs overflow near 88 in float32 and 11 in float16. Of attention the keys, before rotation
         dead_channels
-            "forgetting" [L]: share of time-mixing channels whose decay exp(-exp(time_decay)) is below `FORGETS`; they
-            see the current and the previous token only. NaN for attention
+            "forgetting" [L]: share of time-mixing channels that nearly lose their sums from one token to the next;
+            they see the current and the previous token only
             "inactive" [L]: share of hidden channels of channel mixing (ReLU^2) or of an MLP (GELU) whose
             pre-activation is above 0 at no token of the batch
-        logit_max
-            largest logit over the batch, without dropout
 
     Options are those of `make_gradient`.
     """
@@ -51,19 +54,12 @@ def make_diagnose(model, tx, method=FULL, **options):
         new_state, _ = apply_gradient(tx, state, grads, loss, lr)
         updates = jax.tree.map(jnp.subtract, new_state.params, state.params)
         trees = {"parameter_norm": state.params, "gradient_norm": grads, "update_norm": updates}
-        params, initial = method.bind(state.params, state.frozen, len(batch["tokens"]))
-        seen = _over_batch(model, params, initial if state.carry is None else state.carry, batch)
+        params, initial = method.bind(model, state.params, state.frozen, len(batch["tokens"]))
+        logit_max, sown = _over_batch(model, params, initial if state.carry is None else state.carry, batch)
         if axis_name is not None:
-            seen = jax.lax.pmax(seen, axis_name)
+            logit_max, sown = jax.lax.pmax((logit_max, sown), axis_name)
         values = {name: norms(tree) for name, tree in trees.items()}
-        values |= {"k_max": seen["k_max"], "logit_max": seen["logit_max"]}
-        inactive = [1 - active_F.mean() for active_F in seen["active"]]
-        return state, values | {
-            "dead_channels": {
-                "forgetting": jnp.stack(_forgetting(model, params)),
-                "inactive": jnp.stack(inactive),
-            }
-        }
+        return state, values | _observed(model, params, sown) | {"logit_max": logit_max}
 
     return diagnose
 
@@ -79,30 +75,30 @@ def norms(tree) -> dict:
 
 
 def _over_batch(model, params, initial, batch):
-    """Maxima over the batch, of floats as of truth values: {"k_max": [L], "active": L times [F], "logit_max": []}."""
+    """(largest logit, what each layer sowed): maxima over the batch, of floats as of truth values."""
     apply = lambda *args, **kw: model.apply({"params": params}, *args, **kw)
     tokens_BT = batch["tokens"][:, :-1]
     (x_BTD, _), collected = apply(
         tokens_BT, initial, reset_BT=batch.get("reset"), method="hidden", mutable=["intermediates"]
     )
-    layers = _layers(model, collected["intermediates"])
     logit_max = jax.lax.map(  # [B, T, V] may be larger than everything else
         lambda x_BD: apply(x_BD[:, None], method="logits").max(), x_BTD.swapaxes(0, 1), batch_size=POSITIONS
     )
-    return {
-        "k_max": jnp.stack([layer["att"]["k_max"][0] for layer in layers]),
-        "active": [layer["ffn"]["active_F"][0].astype(jnp.float32) for layer in layers],
-        "logit_max": logit_max.max(),
-    }
+    sown = _layers(model, collected.get("intermediates", {}))
+    return logit_max.max(), jax.tree.map(lambda x: x.astype(jnp.float32), sown)
 
 
-def _forgetting(model, params):
-    decays = [layer["att"].get("time_decay") for layer in _layers(model, params)]
-    share = lambda decay_D: jnp.mean(jnp.exp(-jnp.exp(decay_D)) < FORGETS)
-    return [jnp.float32(jnp.nan) if decay_D is None else share(decay_D) for decay_D in decays]
+def _observed(model, params, sown) -> dict:
+    """Values [L] of all that a layer of the model observes, NaN for a layer that does not."""
+    once = lambda tree: jax.tree.map(lambda x: x[0], tree, is_leaf=lambda x: isinstance(x, tuple))
+    kinds, params = [kind for _, kind, _ in model.every_layer], _layers(model, params)
+    seen = [flatten_dict(kind.observe(*layer)) for kind, *layer in zip(kinds, params, map(once, sown), strict=True)]
+    names = dict.fromkeys(name for layer in seen for name in layer)
+    stacked = {name: jnp.stack([layer.get(name, jnp.float32(jnp.nan)) for layer in seen]) for name in names}
+    return unflatten_dict(stacked)
 
 
-def _layers(model, tree):
+def _layers(model, tree) -> list:
     """The part of each layer, first to last, of a tree that is laid out like the parameters."""
-    tree = models.unstack(tree) if model.scan else tree
-    return [tree[f"blocks_{i}"] for i in range(model.num_layers)]
+    tree = models.unstack(tree)
+    return [tree.get(f"blocks_{i}", {}) for i in range(model.num_layers)]

@@ -10,9 +10,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, parallel
+from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, parallel, run_config
 from rwkv_jax.train import divergence, hosts, progress
-from rwkv_jax.train.prepare import model_fields, prepared
+from rwkv_jax.train.prepare import prepared
 from rwkv_jax.train.step import TrainState, stored
 from rwkv_jax.train.workdir import claimed, restore, rows, write_config
 
@@ -36,7 +36,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
         with hosts.together():
             held.enter_context(claimed(workdir))
             held.callback(checkpoint.wait)  # nothing of this run writes there any more when another may
-            write_config(workdir, config, model_fields(config), r.corpus)
+            write_config(workdir, config, run_config.model_fields(config), r.corpus)
         hosts.check_shared(workdir)
         before = rows(workdir / "metrics.jsonl")
         state, start = restore(workdir, config, r.model, r.method, r.init)
@@ -107,7 +107,7 @@ def _loop(r, workdir, state, start, profile, clock, write, stop):
     def evaluate_step():
         held_out, counts = r.corpus.held_out(config.eval_tokens)
         with parallel.beside_the_step(config.strategy, config.replicas):
-            params, initial = r.method.bind(state.params, state.frozen, config.batch_size)
+            params, initial = r.method.bind(r.model, state.params, state.frozen, config.batch_size)
             nll = evaluate.windows(r.model, params, held_out, config.seq_len, config.batch_size, initial)
         losses = _losses(nll[1:][counts[1:]].mean(), config)
         write({"step": done} | {f"valid_{k}": v for k, v in losses.items()})

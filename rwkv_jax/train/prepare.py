@@ -38,7 +38,7 @@ def prepared(config, workdir: Path) -> Run:
     method = finetune.method_of(config)
     if config.finetune.model:
         config = finetune.completed(config)
-    model = models.build(**model_fields(config))
+    model = run_config.model_of(config)
     method.check(model)
     parallel.check_divisible(config.batch_size, config.accumulation, config.strategy, config.replicas)
     _check_segments(config, model)
@@ -54,7 +54,7 @@ def prepared(config, workdir: Path) -> Run:
     stream = functools.partial(data.dataset, corpus.train, **shape, seed=config.seed, order=config.data.order)
     batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size, config.replicas))
     o = config.optim
-    recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, tuple(tuple(g) for g in o.groups))
+    recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, o.groups and tuple(map(tuple, o.groups)))
     programs = _programs(
         model,
         method,
@@ -69,11 +69,6 @@ def prepared(config, workdir: Path) -> Run:
         stop_gradient=config.stop_gradient,
     )
     return Run(config, model, method, corpus, batches, mine, lr, *programs)
-
-
-def model_fields(config) -> dict:
-    """What `models.build` takes of a config."""
-    return {k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)}
 
 
 @functools.cache
@@ -91,7 +86,7 @@ def _check_segments(config, model):
     if (config.carry_state or config.segments > 1) and not model.recurrent:
         raise ValueError(
             f"carry_state is {config.carry_state} and segments {config.segments}, expected False and 1: "
-            f"layers are {model.layers}, and attention has no state of fixed size"
+            f"layers are {model.layers}, of which one has a state that grows with the text"
         )
     if config.finetune.method == "state" and (config.segments > 1 or config.data.order != "shuffled"):
         raise ValueError(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from rwkv_jax import finetune, hardware, models, optim, parallel, run_config
+from rwkv_jax import finetune, hardware, optim, parallel, run_config
 from rwkv_jax.train.step import make_init, make_step
 
 TARGETS = ("v5e", "v5p", "v6e")  # which have one device a chip
@@ -66,7 +66,7 @@ def rehearse(config, target: str) -> dict:
             f"gathered over the network between them"
         )
     parallel.check_divisible(config.batch_size, config.accumulation, "fsdp", config.replicas, num_chips)
-    model = models.build(**{k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)})
+    model = run_config.model_of(config)
     o = config.optim
     tx = optim.optimiser(tuple(o.betas), o.eps, o.weight_decay, o.clip, o.groups)
     options = {"method": finetune.method_of(config), "accumulation": config.accumulation}
@@ -123,9 +123,10 @@ def step_seconds(model, config, params, chip: hardware.Chip, slices: int = 1) ->
 
     Compute: the FLOPs of `hardware`. Memory, at least: the optimiser reads and writes parameters and two moments and
     reads gradients, the products read gathered weights three times a micro-batch, and a layer's activations pass
-    through memory about 120 D times a token (20 D in and out of its products, as much again between them, three times
-    over for forward, backward and weight gradient). XLA's count, which takes fast memory for slow, is 286 D (one layer
-    of D 768 without remat on 8 windows of 1,024 a chip, bfloat16, v5e; libtpu 0.0.52, 2026-11-26).
+    through memory `Kind.memory_traffic` D times a token (RWKV-4: 120, 20 in and out of its products, as much again
+    between them, three times over for forward, backward and weight gradient). XLA's count, which takes fast memory for
+    slow, is 286 D (one layer of D 768 without remat on 8 windows of 1,024 a chip, bfloat16, v5e; libtpu 0.0.52,
+    2026-11-26).
     """
     num_chips = _mesh_of(params).size
     tokens, size = config.batch_size * config.seq_len / num_chips, jnp.dtype(model.dtype).itemsize
@@ -133,7 +134,8 @@ def step_seconds(model, config, params, chip: hardware.Chip, slices: int = 1) ->
     within, between = interconnect_bytes(model, params, config.replicas, slices, config.accumulation)
     executed = hardware.flops_per_token(model, config.seq_len) + hardware.recomputed_flops_per_token(model)
     moved = 7 * _share(params, 4) + 3 * size * num_params * config.accumulation
-    moved += (120 * model.dim * model.num_layers + 6 * model.vocab_size) * size * tokens
+    traffic = sum(kind.memory_traffic * model.dim for _, kind, _ in model.every_layer)
+    moved += (traffic + 6 * model.vocab_size) * size * tokens
     seconds = {
         "compute": executed * tokens / chip.flops,
         "memory": moved / chip.memory_rate,

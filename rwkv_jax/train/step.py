@@ -78,7 +78,7 @@ def make_gradient(
     def objective(trained, frozen, batch, state, key):
         tokens_BT, mask_BT = batch["tokens"], batch["mask"]
         rngs = {"dropout": key} if model.dropout else None
-        params, initial = method.bind(trained, frozen, len(tokens_BT))
+        params, initial = method.bind(model, trained, frozen, len(tokens_BT))
         start, reset_BT = initial if state is None else state, batch.get("reset")
         x_BTD, end = model.apply(
             {"params": params}, tokens_BT[:, :-1], start, reset_BT=reset_BT, rngs=rngs, method="hidden"

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rwkv_jax import checkpoint, finetune, interop, metrics, models, run_config, tokenizers
+from rwkv_jax import checkpoint, finetune, interop, metrics, run_config, tokenizers
 from rwkv_jax.train.step import stored
 
 # What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
@@ -99,7 +99,6 @@ def _write_json(path, record):
 def _read_config(path):
     try:
         old = json.loads(path.read_text())
-        old["config"]["model"] = models.upgraded(old["config"]["model"])
         if not isinstance(old["config"], dict) or not isinstance(old["corpus"]["sha256"], str):
             raise TypeError("config or corpus is of another type")
     except (ValueError, TypeError, KeyError) as error:

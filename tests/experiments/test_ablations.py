@@ -8,9 +8,8 @@ import pytest
 
 from experiments.ablations import table
 from experiments.ablations.run import ARMS, PRESETS, PRINTED, RELEASED, conclude, config_of, name_of, over_documents
-from rwkv_jax import hardware, interop, optim
-from rwkv_jax.models import build
-from rwkv_jax.train.prepare import model_fields
+from rwkv_jax import hardware, interop
+from rwkv_jax.run_config import model_of
 
 PRESET = PRESETS["cpu"]
 EFFECTS = {"no token shift": 0.1, "GELU": 0.03, "u = 0": 0.003, PRINTED: 0.2}
@@ -82,11 +81,13 @@ def test_conclude_takes_each_arm_at_its_best_rate_on_validation_text():
 
 def test_config_of_an_arm_changes_one_thing():
     default = config_of(PRESET, RELEASED, 0, PRESET.lr)
-    assert default.optim.groups == optim.GROUPS
+    assert default.optim.groups is None
     for arm in ARMS:
         config = config_of(PRESET, arm, 0, PRESET.lr)
         changed = [key for key in default.model if config.model[key] != default.model[key]]
-        of_the_model = {"no receptance, F + D": 2} | dict.fromkeys((RELEASED, "fixed decay", "one learning rate"), 0)
+        of_the_model = {"no receptance, F + D": 2, "all matrices N(0, 0.02)": 2} | dict.fromkeys(
+            (RELEASED, "fixed decay", "one learning rate"), 0
+        )
         assert len(changed) == of_the_model.get(arm, 1), arm
         config.model, config.optim.groups = default.model, default.optim.groups
         assert config == default
@@ -96,7 +97,7 @@ def test_wider_channel_mixing_has_the_parameters_of_the_receptances():
     """But for the receptances' four mixes less two: 2 D a layer fewer, of 13 D^2."""
 
     def of(arm):
-        model = build(**model_fields(config_of(PRESET, arm, 0, 1.0)))
+        model = model_of(config_of(PRESET, arm, 0, 1.0))
         count = sum(x.size for x in jax.tree.leaves(interop.parameter_shapes(model)))
         return count, hardware.flops_per_token(model, PRESET.seq_len)
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.scaling import fit, run
-from rwkv_jax import models
-from rwkv_jax.train import prepare
+from rwkv_jax import run_config
 
 COMPUTE = np.geomspace(1e13, 1e16, 36)
 NOISE = 1 + 0.002 * np.random.default_rng(0).standard_normal(len(COMPUTE))
@@ -18,7 +17,7 @@ def test_every_size_of_a_preset_is_a_model_with_a_learning_rate(name):
     for arm in preset.arms:
         for size in preset.sizes:
             config = run.config_of(preset, arm, size, 100)
-            model = models.build(**prepare.model_fields(config))
+            model = run_config.model_of(config)
             assert (model.num_layers, model.dim) == size and model.dim % model.head_size == 0
             assert 1e-5 < config.optim.lr < 0.1
 
@@ -29,7 +28,7 @@ def test_every_size_of_a_preset_has_parameters(name):
     preset = run.PRESETS[name]
     for arm in preset.arms:
         for size in preset.sizes:
-            model = models.build(**prepare.model_fields(run.config_of(preset, arm, size, 100, lr=1e-3)))
+            model = run_config.model_of(run.config_of(preset, arm, size, 100, lr=1e-3))
             jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32))
 
 

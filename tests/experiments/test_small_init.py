@@ -5,8 +5,7 @@ import pytest
 
 from experiments.small_init.run import ARMS, PRESETS, SHARES, SMALL, USUAL, bpe, conclude, config_of, tokens_until
 from rwkv_jax import corpora, tokenizers
-from rwkv_jax.models import build
-from rwkv_jax.train.prepare import model_fields
+from rwkv_jax.run_config import model_of
 
 PRESET = PRESETS["cpu"]
 
@@ -70,7 +69,7 @@ def test_bpe_vocabulary_is_built_once_and_round_trips_text(tmp_path):
 
 def test_arms_are_two_by_two_and_differ_in_nothing_else(tmp_path):
     config = lambda arm: config_of(PRESET, arm, 0, 0.01, tmp_path / "bpe.json")
-    models = {arm: build(**model_fields(config(arm))) for arm in ARMS}
+    models = {arm: model_of(config(arm)) for arm in ARMS}
     assert {(m.embedding_init, m.embedding_norm) for m in models.values()} == {
         (scheme, norm) for scheme in ("v5", "normal") for norm in (True, False)
     }

@@ -139,7 +139,7 @@ def test_save_refuses_what_a_format_cannot_hold(tmp_path):
     with one_line(r"model.gguf: cannot write format 'gguf'; expected .pth, .saf"):
         rwkv_jax.save(tmp_path / "model.gguf", model, params)
     for format in ("pth", "huggingface", "rwkv.cpp"):
-        with one_line(f"{format} .* this model has 'attention' layers; save it as .safetensors"):
+        with one_line(f"{format} .* this one has 'attention' layers; use .safetensors"):
             rwkv_jax.save(tmp_path / "model", make("hybrid"), params, format=format)
     with one_line(r"params are not those of this model: unknown key 'blocks.1"):
         rwkv_jax.save(tmp_path / "model.pth", model.clone(num_layers=1), params)

@@ -239,7 +239,7 @@ def draws():
             for part, names in MATRICES.items()
             for name in names
         }
-        head = make(matrix_init="normal").bind({}).head.kernel_init
+        head = make(head_init="normal").bind({}).head.kernel_init
         return (
             tables | kernels | {"normal head": head(key, (64, 64), jnp.float32), "gain": orthogonal(0.5)(key, (D, 16))}
         )

@@ -13,7 +13,7 @@ from small import KINDS, D, L, V, forward, made, make, shapes_of, tokens
 
 import rwkv_jax
 from rwkv_jax import generate
-from rwkv_jax.models import SIZES, build, stack, unstack
+from rwkv_jax.models import build, kind_of, stack, unstack
 
 PURE = ("rwkv4", "transformer", "lstm")
 AND_SLOWLY = lambda *fast: [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
@@ -72,7 +72,7 @@ TABLE_2 = {
 
 
 def test_lm_released_sizes_have_the_parameters_of_table_2():
-    assert SIZES.keys() == TABLE_2.keys()
+    assert kind_of("rwkv4").sizes.keys() == TABLE_2.keys()
     for size, parameters in TABLE_2.items():
         model = build("rwkv4", size=size)
         V, L, D = model.vocab_size, model.num_layers, model.dim

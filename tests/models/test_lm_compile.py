@@ -10,7 +10,7 @@ import pytest
 from judge import error_ratio
 from small import L, forward, made, make, shapes_of, tokens
 
-from rwkv_jax.models import lstm, rwkv4, transformer, unstack
+from rwkv_jax.models import attention, lstm, rwkv4, unstack
 
 PROGRAMS = 120  # un-jitted, each operation is a program of its own
 SLOWLY = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
@@ -101,7 +101,7 @@ def test_lm_unjitted_apply_drops_out_and_collects_as_the_jitted_one():
 
 # ---------------------------------------------------------------------------------------- one trace a block
 
-BLOCKS = (rwkv4.Block, transformer.Block, lstm.Block)
+BLOCKS = (rwkv4.Block, attention.Block, lstm.Block)
 
 
 @pytest.mark.parametrize(

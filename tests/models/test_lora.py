@@ -39,7 +39,7 @@ def test_adapters_change_nothing_at_first_and_merge_into_the_weights(kind):
     tokens_BT = small.tokens(2, 8)
     plain_BTV, _ = small.forward(model, params, tokens_BT)
     fresh, frozen = jax.jit(functools.partial(METHOD.split, model))(params, jax.random.key(0))
-    joined = lambda adapters: small.forward(model, METHOD.bind(adapters, frozen, 2)[0], tokens_BT)[0]
+    joined = lambda adapters: small.forward(model, METHOD.bind(model, adapters, frozen, 2)[0], tokens_BT)[0]
     # in one program to the bit; the plain model is another, which XLA may round differently, and does for the hybrid
     np.testing.assert_array_equal(joined(fresh), joined(jax.tree.map(np.zeros_like, fresh)))
     np.testing.assert_allclose(joined(fresh), plain_BTV, rtol=1e-5, atol=1e-5)

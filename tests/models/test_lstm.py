@@ -9,7 +9,8 @@ from small import D, made, shapes_of, tokens
 
 from rwkv_jax import hardware
 from rwkv_jax.models import build, rewind, unstack
-from rwkv_jax.models.lstm import LayerState, default_hidden_dim, lstm
+from rwkv_jax.models.block import BlockConfig
+from rwkv_jax.models.lstm import LayerState, hidden_dim, lstm
 
 B, T, F = 2, 6, 5
 
@@ -38,14 +39,14 @@ def test_lstm_recurrence_equals_the_library():
 @pytest.mark.parametrize("dim", [32, 128, 512, 768])
 def test_lstm_default_width_is_the_nearest_to_13_D2_a_layer(dim):
     weights = lambda F: 4 * dim * F + 4 * F**2 + F * dim
-    F = default_hidden_dim(dim)
+    F = hidden_dim(BlockConfig(dim, 1))
     assert min((F - 1, F, F + 1), key=lambda F: abs(weights(F) - 13 * dim**2)) == F
     model = build("lstm", vocab_size=256, num_layers=2, dim=dim)
     assert hardware.flops_per_token(model, 64) == 6 * (256 * dim + 2 * weights(F))
 
 
 def test_lstm_layers_have_matrices_of_the_default_width():
-    F = default_hidden_dim(D)
+    F = hidden_dim(BlockConfig(D, 1))
     blocks = shapes_of(made("lstm")[0])["blocks"]
     assert sum(x.size for x in jax.tree.leaves(blocks) if x.ndim == 3) == 2 * (4 * D * F + 4 * F**2 + F * D)
 

@@ -1,7 +1,5 @@
 """Ablation switches of RWKV-4: each changes its part alone, and in every form of the computation."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +7,13 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from judge import error_ratio
 from scipy import special
-from small import D, V, forward, made, make, tokens
+from small import D, forward, made, make, tokens
 
 import rwkv_jax
 from rwkv_jax import finetune, interop
-from rwkv_jax.models import build, unstack, upgraded, variations
-from rwkv_jax.models.layers import ACTIVATIONS, Linear
+from rwkv_jax.models import unstack
+from rwkv_jax.models.block import BlockConfig, make_variant
+from rwkv_jax.models.layers import ACTIVATIONS
 from rwkv_jax.models.rwkv4 import ChannelMix, Variant
 from rwkv_jax.ops import wkv4
 
@@ -24,6 +23,7 @@ MIXES = {"att/time_mix_k", "att/time_mix_v", "att/time_mix_r", "ffn/time_mix_k",
 GATES = {"att/receptance/kernel", "ffn/receptance/kernel", "att/time_mix_r", "ffn/time_mix_r"}
 # Fields, the parameters that the model then lacks, and the values of them with which the released model is the same.
 SAME_AS = {
+    "no shift of v": ({"shift_v": False}, {"att/time_mix_v"}, {"att/time_mix_v": lambda x, w: np.ones_like(x)}),
     "no token shift": ({"token_shift": False}, MIXES, {"time_mix_": lambda x, w: np.ones_like(x)}),
     "no u": ({"current_token": "plain"}, {"att/time_first"}, {"time_first": lambda x, w: np.zeros_like(x)}),
     "no current token": (
@@ -135,14 +135,13 @@ def test_variant_equals_the_released_model_with_that_part_held(name):
 @pytest.mark.parametrize("scan", [True, False])
 def test_fields_reach_the_layers_and_default_to_the_released_variant(scan):
     def layer(kind="rwkv4", **fields):
-        blocks = make(kind, scan=scan, **fields).bind({}).blocks
-        return blocks if scan else blocks[-1]
+        return getattr(make(kind, scan=scan, **fields).bind({}), "blocks" if scan else "blocks_1").config.variant
 
     fields = {"token_shift": False, "current_token": "plain", "previous_token": "decayed", "receptance": False}
     fields |= {"activation": "gelu", "matrix_init": "normal"}
     for name, value in fields.items():
-        assert layer(**{name: value}).variant == Variant(**{name: value})
-    assert layer().variant == layer(token_shift=True, activation="relu2").variant == Variant()
+        assert layer(**{name: value}) == layer(variant={name: value}) == Variant(**{name: value})
+    assert layer() == layer(token_shift=True, activation="relu2") == Variant()
     transformer = layer("transformer", token_shift=None)
     assert (transformer.activation, transformer.token_shift) == ("gelu", False)
     assert layer("transformer", activation="relu").activation == "relu" and layer("transformer").token_shift
@@ -179,11 +178,11 @@ def test_channel_mixing_applies_the_activation_of_the_variant():
     x_BTD, shapes = draw(B, T, D), {"key": (D, 4 * D), "value": (4 * D, D), "receptance": (D, D)}
     params = {"time_mix_k": draw(D), "time_mix_r": draw(D)}
     params |= {name: {"kernel": draw(*shape)} for name, shape in shapes.items()}
-    linear = functools.partial(Linear, dtype="float32", param_dtype="float32", precision="highest")
+    config = lambda name: BlockConfig(D, 1, matmul_precision="highest", variant=Variant(activation=name))
 
     @jax.jit
     def run(params, x_BTD):
-        mixing = lambda name: ChannelMix(D, 4 * D, 1, linear, Variant(activation=name))
+        mixing = lambda name: ChannelMix(config(name))
         apply = lambda name: mixing(name).apply({"params": params}, x_BTD, None, None, None, jnp.float32(0))[0]
         return {name: apply(name) for name in ACTIVATIONS}
 
@@ -208,13 +207,13 @@ def test_activations_change_the_logits():
     assert min(error_ratio(outputs[i], outputs[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
 
 
-def test_variations_name_the_changed_fields_and_fingerprints_tell_them():
+def test_variant_holds_what_is_changed_and_fingerprints_tell_it():
     released, params = made("rwkv4")
-    assert variations(released) == variations(make("rwkv4", token_shift=True, activation="relu2")) == []
+    assert released.variant == make("rwkv4", token_shift=True, activation="relu2").variant == {}
     prints = {interop.fingerprint(released, params)}
     for fields in VARIANTS.values():
         model = make("rwkv4", **fields)
-        assert sorted(variations(model)) == sorted(fields)
+        assert model.variant == {name: value for name, value in fields.items() if name != "embedding_norm"}
         if fields.keys() <= {"activation", "current_token", "previous_token"}:  # no name or shape need tell
             prints.add(interop.fingerprint(model, params))
     assert len(prints) == 6  # the released model, plain, excluded, decayed, ReLU, GELU
@@ -225,7 +224,7 @@ def test_files_hold_a_variant_and_formats_of_the_released_model_refuse_it(tmp_pa
     model, params = made("rwkv4", **VARIANTS[name])
     for file, format in (("a.pth", None), ("folder", None), ("a.bin", "rwkv.cpp")):
         with pytest.raises(
-            ValueError, match=r"RWKV-4 as released only, and this model has \w+=.*; save it as"
+            ValueError, match=r"holds released models only, and this one has \w+=.*; use .safetensors"
         ) as error:
             rwkv_jax.save(tmp_path / file, model, params, format)
         assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
@@ -239,16 +238,22 @@ def test_files_hold_a_variant_and_formats_of_the_released_model_refuse_it(tmp_pa
 
 def test_tuned_state_without_token_shift_has_no_last_activations():
     model = make("rwkv4", token_shift=False)
-    tuned = jax.eval_shape(lambda: finetune.tuned_state(finetune.untuned_state(model), B))
+    tuned = jax.eval_shape(lambda: finetune.tuned_state(model, finetune.untuned_state(model), B))
     assert jax.tree.structure(tuned) == jax.tree.structure(jax.eval_shape(lambda: model.init_state(B)))
 
 
-def test_upgraded_keeps_the_meaning_of_fields_of_version_0_1():
-    old = {"vocab_size": V, "num_layers": 1, "dim": D, "token_shift": False}
-    assert build("rwkv4", **upgraded(old)) == build("rwkv4", vocab_size=V, num_layers=1, dim=D)
-    assert upgraded(old | {"receptance": True})["token_shift"] is False
-
-
-def test_build_refuses_fields_of_rwkv_alone_for_a_transformer():
-    with pytest.raises(ValueError, match="model field receptance is False, which means nothing without RWKV-4 layers"):
+def test_build_refuses_switches_of_another_kind_of_layer():
+    with pytest.raises(ValueError, match="unknown model field 'receptance'"):
         make("transformer", receptance=False)
+    with pytest.raises(ValueError, match=r"unknown switch of model.variant 'receptance': expected one of token_shift"):
+        make("transformer", variant={"receptance": False})
+    with pytest.raises(ValueError, match=r"unknown switch of model.variant 'shift_w': did you mean 'shift_v'"):
+        make("rwkv4", variant={"shift_w": False})
+
+
+@pytest.mark.parametrize("value", [1, "False", None])
+def test_build_refuses_a_switch_of_another_type(value):
+    with pytest.raises(ValueError, match=rf"model.variant.receptance is {value!r}, expected a bool"):
+        make_variant(Variant, {"receptance": value})
+    with pytest.raises(ValueError, match=r"unknown model.variant.current_token 'bonu': did you mean 'bonus'"):
+        make_variant(Variant, {"current_token": "bonu"})

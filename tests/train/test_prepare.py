@@ -39,7 +39,7 @@ def test_workdir_is_not_created_for_a_config_that_is_refused(text, tmp_path):
     [
         ({"segments": 5}, "seq_len is 16, expected a multiple of 5 segments"),
         ({"data": {"order": "shuffled"}}, "data.order is 'shuffled' with carry_state, expected 'documents'"),
-        ({"model": {"name": "transformer"}}, "carry_state is True and segments 2, .* attention has no state"),
+        ({"model": {"name": "transformer"}}, "carry_state is True and segments 2, .* a state that grows"),
     ],
 )
 def test_state_that_cannot_be_carried_is_refused(changes, line, text, tmp_path):

@@ -1,12 +1,11 @@
 """The transformer baseline: pre-LN, rotary, GELU, zero-initialised output projections, no biases.
 
 Equal in size to RWKV-4 by construction: attention 4 D^2 and an MLP of hidden width 4.5 D make 13 D^2 a layer, RWKV-4's
-own count. `token_shift` gives q, k, v and the MLP's input RWKV's token shift, the arm without which a comparison
-at small scale mostly measures that shift.
+own count. With `token_shift`, a comparison at small scale does not mostly measure RWKV's token shift.
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -17,8 +16,10 @@ from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from rwkv_jax.models.block import BlockConfig, Kind
 from rwkv_jax.models.layers import (
     ACTIVATIONS,
+    Activation,
     batch_sharded,
     depth_ratios,
     dropout,
@@ -29,6 +30,7 @@ from rwkv_jax.models.layers import (
     token_shift,
     vector,
 )
+from rwkv_jax.models.rwkv4 import RELEASED_RATES, SIZES
 from rwkv_jax.ops.dispatch import target_platform
 
 zeros = nn.initializers.zeros
@@ -44,6 +46,14 @@ class KVCache(NamedTuple):
     v_BHSK: jax.Array
     length_B: jax.Array
     start_B: jax.Array  # first slot of the current document: what precedes it is out of sight
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Ablation switches."""
+
+    token_shift: bool = False  # True: RWKV's token shift on q, k, v and the MLP's input
+    activation: Activation = "gelu"  # of the MLP
 
 
 class LayerState(NamedTuple):
@@ -157,35 +167,27 @@ def _index(cumulative_from, reset_BT, position_BT):
 
 
 class Attention(nn.Module):
-    dim: int
-    num_layers: int
-    linear: Callable
-    head_size: int
-    token_shift: bool
+    config: BlockConfig
 
     @nn.compact
     def __call__(self, x_BTD, last_BD, cache, reset_BT, valid_BT, layer):
-        D = x_BTD.shape[-1]
-        K = min(self.head_size, D)
+        config, D, K = self.config, self.config.dim, head_size(self.config)
         if D % K or K % 2:
             raise ValueError(f"dim is {D} and head_size {K}, expected an even head size that divides dim")
         inputs = [x_BTD] * 3
-        if self.token_shift:
-            up, down = depth_ratios(layer, self.num_layers)
-            xx_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
-            mixes = (mix_ramp(D, 0.5 * down), mix_ramp(D, down), mix_ramp(D, down, 0.3 * up))
-            dtype = self.linear.keywords["param_dtype"]
-            inputs = [
-                lerp(x_BTD, xx_BTD, vector(self, f"time_mix_{name}", mix, dtype))
-                for name, mix in zip("qkv", mixes, strict=True)
-            ]
-        project = lambda name, x: checkpoint_name(self.linear(D, kernel_init=orthogonal(), name=name)(x), name)
+        if config.variant.token_shift:
+            up, down = depth_ratios(layer, config.num_layers)
+            previous_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
+            ramps = (mix_ramp(D, 0.5 * down), mix_ramp(D, down), mix_ramp(D, down, 0.3 * up))
+            mix = lambda name, ramp: vector(self, f"time_mix_{name}", ramp, D, config.param_dtype)
+            inputs = [lerp(x_BTD, previous_BTD, mix(*named)) for named in zip("qkv", ramps, strict=True)]
+        project = lambda name, x: checkpoint_name(config.linear(D, kernel_init=orthogonal(), name=name)(x), name)
         q, k, v = (
             rearrange(project(name, x), "b t (h k) -> b t h k", k=K)
             for name, x in zip(("query", "key", "value"), inputs, strict=True)
         )
         observe(self, "k_max", lambda: jnp.abs(k).max())
-        precision = self.linear.keywords["precision"]
+        precision = config.matmul_precision
         if reset_BT is not None and valid_BT is not None:
             reset_BT = reset_BT & valid_BT
         with jax.named_scope("attention"):
@@ -193,8 +195,8 @@ class Attention(nn.Module):
                 y, cache = self._without_past(q, k, v, reset_BT, valid_BT, precision), None
             else:
                 y, cache = self._after(cache, q, k, v, reset_BT, valid_BT, precision)
-        y_BTD = checkpoint_name(rearrange(y, "b t h k -> b t (h k)"), "wkv")
-        o_BTD = self.linear(D, kernel_init=zeros, name="output")(y_BTD)
+        y_BTD = checkpoint_name(rearrange(y, "b t h k -> b t (h k)"), "mixed")
+        o_BTD = config.linear(D, kernel_init=zeros, name="output")(y_BTD)
         return checkpoint_name(o_BTD, "att"), last_BD, cache
 
     def _without_past(self, q, k, v, reset_BT, valid_BT, precision):
@@ -228,62 +230,82 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    dim: int
-    hidden_dim: int
-    num_layers: int
-    linear: Callable
-    token_shift: bool
-    activation: str
+    config: BlockConfig
 
     @nn.compact
     def __call__(self, x_BTD, last_BD, reset_BT, valid_BT, layer):
-        if self.token_shift:
-            xx_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
-            ramp = mix_ramp(self.dim, depth_ratios(layer, self.num_layers)[1])
-            mix_D = vector(self, "time_mix_k", ramp, self.linear.keywords["param_dtype"])
-            x_BTD = lerp(x_BTD, xx_BTD, mix_D)
-        k_BTF = checkpoint_name(self.linear(self.hidden_dim, kernel_init=orthogonal(), name="key")(x_BTD), "ffn_key")
+        config, D = self.config, self.config.dim
+        if config.variant.token_shift:
+            previous_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
+            ramp = mix_ramp(D, depth_ratios(layer, config.num_layers)[1])
+            x_BTD = lerp(x_BTD, previous_BTD, vector(self, "time_mix_k", ramp, D, config.param_dtype))
+        k_BTF = config.linear(hidden_dim(config), kernel_init=orthogonal(), name="key")(x_BTD)
+        k_BTF = checkpoint_name(k_BTF, "ffn_key")
         observe(self, "active_F", lambda: (k_BTF > 0).any((0, 1)))
-        o_BTD = self.linear(self.dim, kernel_init=zeros, name="value")(ACTIVATIONS[self.activation](k_BTF))
+        o_BTD = config.linear(D, kernel_init=zeros, name="value")(ACTIVATIONS[config.variant.activation](k_BTF))
         return checkpoint_name(o_BTD, "ffn_value"), last_BD
 
 
 class Block(nn.Module):
     """x + Attention(ln1(x)), then x + MLP(ln2(x))."""
 
-    dim: int
-    hidden_dim: int | None
-    num_layers: int
-    linear: Callable
-    norm: Callable
-    dropout: float
-    head_size: int
-    token_shift: bool
-    activation: str
+    config: BlockConfig
 
     @nn.compact
     def __call__(self, x_BTD, state, reset_BT, valid_BT, layer):
         cache, att_last, ffn_last = state or (None, None, None)
-        shared = {"dim": self.dim, "num_layers": self.num_layers, "linear": self.linear}
-        att = Attention(head_size=self.head_size, token_shift=self.token_shift, name="att", **shared)
-        hidden_dim = self.hidden_dim or 9 * self.dim // 2
-        own = {"token_shift": self.token_shift, "activation": self.activation}
-        ffn = MLP(hidden_dim=hidden_dim, name="ffn", **own, **shared)
+        att, ffn = Attention(self.config, name="att"), MLP(self.config, name="ffn")
+        ln1, ln2 = self.config.norm(name="ln1"), self.config.norm(name="ln2")
         x_BTD = batch_sharded(x_BTD)
-        h_BTD, att_last, cache = att(self.norm(name="ln1")(x_BTD), att_last, cache, reset_BT, valid_BT, layer)
-        x_BTD = dropout(self, x_BTD + h_BTD, self.dropout)
-        h_BTD, ffn_last = ffn(self.norm(name="ln2")(x_BTD), ffn_last, reset_BT, valid_BT, layer)
-        x_BTD = batch_sharded(dropout(self, x_BTD + h_BTD, self.dropout))
+        h_BTD, att_last, cache = att(ln1(x_BTD), att_last, cache, reset_BT, valid_BT, layer)
+        x_BTD = dropout(self, x_BTD + h_BTD, self.config.dropout)
+        h_BTD, ffn_last = ffn(ln2(x_BTD), ffn_last, reset_BT, valid_BT, layer)
+        x_BTD = batch_sharded(dropout(self, x_BTD + h_BTD, self.config.dropout))
         return x_BTD, None if state is None else LayerState(cache, att_last, ffn_last)
 
 
-def init_state(batch, dim, head_size, max_length, dtype, shift) -> LayerState:
+def hidden_dim(config: BlockConfig) -> int:
+    return config.hidden_dim or 9 * config.dim // 2
+
+
+def head_size(config: BlockConfig) -> int:
+    """K; a model narrower than the head size of its config has one head."""
+    return min(config.head_size, config.dim)
+
+
+def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -> LayerState:
     """An empty cache for `max_length` tokens (rounded up to whole blocks)."""
     if max_length is None:
         raise ValueError("an attention layer needs init_state(batch, max_length=...): its cache has a fixed size")
-    K = min(head_size, dim)
+    K = head_size(config)
     size = CACHE_BLOCK * math.ceil(max_length / CACHE_BLOCK) if max_length > CACHE_BLOCK else max_length
-    kv = lambda: jnp.zeros((batch, dim // K, size, K), dtype)
+    kv = lambda: jnp.zeros((batch, config.dim // K, size, K), config.dtype)
     count = lambda: jnp.zeros(batch, jnp.int32)
-    last = lambda: jnp.zeros((batch, dim), jnp.promote_types(dtype, jnp.float32)) if shift else None
+    last = lambda: jnp.zeros((batch, config.dim), config.wide) if config.variant.token_shift else None
     return LayerState(KVCache(kv(), kv(), count(), count()), last(), last())
+
+
+def flops(config: BlockConfig, seq_len: int) -> float:
+    """6 for every weight of a matrix product, and 6 D T for causal attention over T tokens."""
+    D = config.dim
+    return 6 * (4 * D**2 + 2 * D * hidden_dim(config)) + 6 * D * seq_len
+
+
+def observed(params, sown) -> dict:
+    inactive = 1 - sown["ffn"]["active_F"].mean()
+    return {"k_max": sown["att"]["k_max"], "dead_channels": {"inactive": inactive}}
+
+
+KIND = Kind(
+    block=Block,
+    init_state=init_state,
+    flops=flops,
+    # below the released widths the best of `python -m experiments.compare.run --sweep` for short byte-level runs
+    learning_rates=((64, 8e-3), (128, 2e-3), (256, 1e-3), *RELEASED_RATES),
+    variant=Variant,
+    cached=lambda state: (state.cache.start_B, state.cache.length_B),
+    unseen=head_size,
+    recomputed={"outputs": 7.5, "block": 8.5},  # no gradient needs the last product of a layer
+    observe=observed,
+    sizes=SIZES,  # transformers of the released models' sizes
+)

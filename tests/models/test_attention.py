@@ -10,8 +10,8 @@ import pytest
 from judge import error_ratio
 from small import V, forward, made, tokens
 
-from rwkv_jax.models import build, transformer
-from rwkv_jax.models.transformer import CACHE_BLOCK, QUERY_BLOCK, KVCache, cached_attention, causal_attention, rotate
+from rwkv_jax.models import attention, build
+from rwkv_jax.models.attention import CACHE_BLOCK, QUERY_BLOCK, KVCache, cached_attention, causal_attention, rotate
 
 # ---------------------------------------------------------------------------------------- without a past
 
@@ -30,7 +30,7 @@ def documents(T):
     return start_BT, valid_BT, (s <= t) & (s >= start_BT[..., None]) & valid_BT[:, None]
 
 
-def attention(q_BTHK, k_BTHK, v_BTHK, seen_BTS):
+def softmax_attention(q_BTHK, k_BTHK, v_BTHK, seen_BTS):
     """Softmax attention in float64."""
     q, k, v = (np.float64(x) for x in (q_BTHK, k_BTHK, v_BTHK))
     scores = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1])
@@ -46,10 +46,10 @@ def test_causal_attention_follows_its_formula_with_and_without_masks():
     T = QUERY_BLOCK + 12
     start_BT, valid_BT, seen_BTS = documents(T)
     plain, masked = jax.jit(lambda *x: (causal_attention(*x[:3]), causal_attention(*x)))(*qkv(T), start_BT, valid_BT)
-    assert error_ratio(plain, attention(*qkv(T), np.tri(T, dtype=bool)[None])) < 2e-6
+    assert error_ratio(plain, softmax_attention(*qkv(T), np.tri(T, dtype=bool)[None])) < 2e-6
     sees = seen_BTS.any(-1)  # a padding token may see nothing
     assert sees.mean() > 0.9 and np.isfinite(masked).all()
-    assert error_ratio(np.asarray(masked)[sees], attention(*qkv(T), seen_BTS)[sees]) < 2e-6
+    assert error_ratio(np.asarray(masked)[sees], softmax_attention(*qkv(T), seen_BTS)[sees]) < 2e-6
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_causal_attention_takes_cudnn_for_16_bit_inputs_without_masks_on_a_gpu(m
 
     def fused(platform, dtype, *masks):
         asked.clear()
-        monkeypatch.setattr(transformer, "target_platform", lambda: platform)
+        monkeypatch.setattr(attention, "target_platform", lambda: platform)
         jax.eval_shape(causal_attention.__wrapped__, *qkv(4, dtype), *masks)
         return asked == [{"is_causal": True, "implementation": "cudnn"}]
 
@@ -81,7 +81,7 @@ def test_causal_attention_takes_cudnn_for_16_bit_inputs_without_masks_on_a_gpu(m
     assert not fused("gpu", jnp.bfloat16, start_BT) and not fused("gpu", jnp.bfloat16, None, valid_BT)
     arrays = qkv(4, jnp.bfloat16)  # on the CPU of a machine with a GPU
     wanted = causal_attention(*arrays)
-    monkeypatch.setattr(transformer, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
     np.testing.assert_array_equal(jax.jit(causal_attention.__wrapped__)(*arrays), wanted)
 
 

@@ -1,0 +1,126 @@
+"""The contract between a kind of layer and the rest of the code.
+
+A kind of layer is one file of this folder, whose `KIND` is all that other code knows of it, and one line of
+`models.kinds.KINDS`. Its block is a linen module with one field, `config`:
+
+    x_BTD, state = Block(config)(x_BTD, state, reset_BT, valid_BT, layer)
+
+`state` is what `KIND.init_state` or an earlier call returned, or None where there is no past; `reset_BT` and
+`valid_BT` are as in `LM.hidden`, or None; `layer` is the layer's number from 0, a float32 that may be traced. With
+`shares_first` a block takes the values that the first layer of its kind hands up to the later ones, None in that first
+layer, and returns them, or those that it got:
+
+    x_BTD, state, first = Block(config)(x_BTD, state, reset_BT, valid_BT, layer, first)
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from rwkv_jax.models.layers import LayerNorm, Linear
+
+
+class Switches(dict):
+    """A JSON object of switches that can be hashed, so that a model can be a static argument of `jax.jit`."""
+
+    def __hash__(self):
+        return hash(tuple(sorted(self.items())))
+
+
+@dataclass(frozen=True)
+class NoVariant:
+    """Switches of a kind that has none."""
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Sizes and dtypes that a block is made with; fields are those of `LM`."""
+
+    dim: int
+    num_layers: int
+    hidden_dim: int | None = None  # None: the kind's own share of `dim`
+    head_size: int = 64
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    matmul_precision: str | None = None
+    dropout: float = 0.0
+    impl: str | None = None  # form of the kind's operator
+    variant: Any = NoVariant()  # an instance of the kind's `variant`
+
+    @property
+    def wide(self):
+        """Dtype of states and accumulators: float32 at least."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    def linear(self, features: int, **kw) -> Linear:
+        """x W, without bias."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return Linear(features, precision=self.matmul_precision, **dtypes, **kw)
+
+    def norm(self, **kw) -> nn.LayerNorm:
+        return LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, **kw)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All that other code knows of a kind of layer. Regular expressions are over paths: "blocks/att/key/kernel".
+
+    Rules about parameters go by name for all kinds together: one name means the same in all of them.
+    """
+
+    block: type[nn.Module]
+    init_state: Callable  # (config, batch, max_length) -> state of one layer without a past
+    flops: Callable[[BlockConfig, int], float]  # of training, a token and layer, at a sequence length
+    learning_rates: Sequence[tuple[int, float]]  # (width, rate) in ascending order: see `optim.default_lr`
+    variant: type = NoVariant  # frozen dataclass of the kind's ablation switches; the defaults are the released model
+    forms: Sequence[str] = ()  # of its operator: what `LM.wkv_impl` may be beside None
+    shares_first: bool = False  # the first layer of this kind hands values up to the later ones
+    cached: Callable | None = None  # state -> (begin, end) [B] of the slots in use, if it grows with the text
+    unseen: Callable = lambda config: None  # what no parameter's shape tells of how the block computes
+    recomputed: Mapping[str, float] = field(default_factory=dict)  # see `hardware.recomputed_flops_per_token`
+    memory_traffic: float = 120.0  # activations that pass through memory in a step, times D a token: see `rehearse`
+    groups: Sequence[tuple[str, float]] = ()  # (regex, factor) of the learning rate, as the released trainer has them
+    decayed: str = r"/kernel$"  # parameters with weight decay
+    kept_wide: str | None = None  # parameters that stay float32 at least, whatever the others are
+    observe: Callable = lambda params, sown: {}  # (layer's parameters, what it sowed) -> see `train.diagnostics`
+    tuned_start: Callable | None = None  # config -> tree of [D] arrays that state tuning begins with; None: cannot
+    tuned_state: Callable | None = None  # such a tree -> state of one layer, leaves without the batch axis
+    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # fields of `LM` by name of a released size
+    released: str | None = None  # name of the version whose released files `interop` reads and writes
+
+
+def make_variant(cls: type, given: Mapping[str, Any]):
+    """The switches of one kind.
+
+    Raises:
+        ValueError: a switch that `cls` has not, or a value of another type or outside of its choices.
+    """
+    hints = typing.get_type_hints(cls)
+    for name, value in given.items():
+        check_choice("switch of model.variant", name, hints)
+        if typing.get_origin(hints[name]) is typing.Literal:
+            check_choice(f"model.variant.{name}", value, typing.get_args(hints[name]))
+        elif type(value) is not hints[name]:
+            raise ValueError(f"model.variant.{name} is {value!r}, expected a {hints[name].__name__}")
+    return cls(**given)
+
+
+def switches(cls: type) -> dict[str, tuple[type, Any]]:
+    """Type and default of each switch."""
+    hints = typing.get_type_hints(cls)
+    plain = lambda hint: type(typing.get_args(hint)[0]) if typing.get_origin(hint) is typing.Literal else hint
+    return {f.name: (plain(hints[f.name]), f.default) for f in dataclasses.fields(cls)}
+
+
+def check_choice(what: str, given, known) -> None:
+    """Raise ValueError, with the nearest name, unless `given` is among `known`."""
+    if given not in known:
+        near = difflib.get_close_matches(str(given), [str(k) for k in known], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(map(str, known)) or 'none'}"
+        raise ValueError(f"unknown {what} {given!r}: {hint}")

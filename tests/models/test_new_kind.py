@@ -1,0 +1,214 @@
+"""A kind of layer that the package has never heard of, `running_sum`, works everywhere: one line registers it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import running_sum
+from judge import error_ratio
+from small import drawn, forward, shapes_of, tokens
+from training import DiedError, config, die_before, losses, numbers, same, write_text
+
+import rwkv_jax
+from rwkv_jax import evaluate, hardware, interop, models, optim, train
+from rwkv_jax.models import stack, unstack
+from rwkv_jax.tokenizers import get_tokenizer
+
+PROGRAMS = 90  # a whole run of training under each strategy, files and generation: the kind meets everything here
+B, T, D, L, V = 2, 6, 8, 4, 11
+LAYERS = {"alone": ("sum",), "hybrid": ("sum", "attention"), "second": ("attention", "sum")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.KINDS, "sum", running_sum.KIND)
+        yield
+
+
+def make(layers="alone", **fields):
+    sizes = {"vocab_size": V, "dim": D, "num_layers": L, "head_size": 4, "matmul_precision": "highest"}
+    return models.build("sum", layers=LAYERS[layers], **(sizes | fields))
+
+
+def params_of(model):
+    """The same numbers in either layout."""
+    _, params = drawn(model.clone(scan=False), scale=0.3)
+    stacked = jax.jit(stack, static_argnums=(1, 2))
+    return jax.device_get(stacked(params, len(model.layers), model.layers_apart)) if model.scan else params
+
+
+def in_numpy(params, ids, reset_BT, valid_BT):
+    """Logits [B, T, V] of a model of running sums, in float64."""
+    params = jax.tree.map(np.float64, params)
+
+    def norm(x, p):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+    x, first = norm(params["emb"]["embedding"][ids], params["ln0"]), None
+    for i in range(L):
+        p = params[f"blocks_{i}"]
+        h = norm(x, p["ln"]) @ p["input"]["kernel"]
+        first = h if first is None else first
+        sums, s = np.zeros_like(h), np.zeros((B, D))
+        for t in range(T):
+            new = np.where(reset_BT[:, t, None], 0, p["sum_decay"] * s) + h[:, t]
+            s = sums[:, t] = np.where(valid_BT[:, t, None], new, s)
+        x = x + (sums + first) @ p["output"]["kernel"]
+    return norm(x, params["ln_out"]) @ params["head"]["kernel"]
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_lm_hands_the_first_layers_value_to_all_later_ones(scan):
+    rng = np.random.default_rng(0)
+    model, ids, reset_BT, valid_BT = make(scan=scan), tokens(B, T), rng.random((B, T)) < 0.3, rng.random((B, T)) < 0.8
+    params = params_of(model)
+    logits_BTV, _ = forward(model, params, ids, None, reset_BT, valid_BT)
+    expected = in_numpy(unstack(params), ids, reset_BT, valid_BT)
+    assert error_ratio(np.asarray(logits_BTV)[valid_BT], expected[valid_BT]) < 1e-5
+
+
+def test_lm_keeps_the_layers_of_the_first_unit_apart():
+    names = lambda layers: sorted(name for name in shapes_of(make(layers)) if name.startswith("blocks"))
+    assert names("alone") == ["blocks", "blocks_0"]
+    assert names("hybrid") == names("second") == ["blocks", "blocks_0", "blocks_1"]
+    assert sorted(shapes_of(make("second", num_layers=2))) == ["blocks_0", "blocks_1", "emb", "head", "ln0", "ln_out"]
+    assert jax.tree.leaves(shapes_of(make())["blocks"])[0].shape[0] == L - 1
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_lm_layouts_and_remat_agree_in_value_and_gradient(layers):
+    model = make(layers)
+    params = params_of(model)
+    both = params, params_of(model.clone(scan=False))
+
+    @jax.jit
+    def gradients(stacked, apart):
+        def loss(model):
+            return lambda params: jnp.square(model.apply({"params": params}, tokens(B, T))[0]).sum()
+
+        remat, unrolled = model.clone(remat="block"), model.clone(scan=False)
+        return [*(jax.grad(loss(m))(stacked) for m in (model, remat)), jax.grad(loss(unrolled))(apart)]
+
+    plain, remat, unrolled = map(jax.device_get, gradients(*both))
+    assert jax.tree.all(jax.tree.map(lambda a, b: error_ratio(a, b) < 1e-5, plain, remat))
+    assert jax.tree.all(jax.tree.map(lambda a, b: error_ratio(a, b) < 1e-5, unstack(plain), unrolled))
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_lm_state_carries_from_token_to_token(layers):
+    model = make(layers)
+    params, ids = params_of(model), tokens(B, T)
+    whole, _ = forward(model, params, ids)
+    step = jax.jit(functools.partial(model.apply, {"params": params}))
+    state, steps = model.init_state(B, T), []
+    for t in range(T):
+        logits, state = step(ids[:, t : t + 1], state)
+        steps.append(logits)
+    assert error_ratio(np.concatenate(steps, axis=1), whole) < 1e-5
+    assert model.recurrent == (layers == "alone")
+
+
+@pytest.mark.slow
+def test_lm_keeps_what_is_handed_up_once_for_the_backward_pass():
+    """Carried through the scan over layers, it would be kept for each of them beside the layer's input."""
+    B, T, D = 4, 256, 64
+
+    def temporaries(num_layers):
+        model = make(dim=D, num_layers=num_layers, remat="block")
+        loss = lambda params: jnp.square(model.apply({"params": params}, tokens(B, T))[0]).sum()
+        return jax.jit(jax.grad(loss)).lower(shapes_of(model)).compile().memory_analysis().temp_size_in_bytes
+
+    a_layer = (temporaries(17) - temporaries(9)) / 8
+    assert 0.9 < a_layer / (4 * B * T * D) < 1.5
+
+
+def test_interop_saves_and_loads_it(tmp_path):
+    for layers in LAYERS:
+        model = make(layers, variant={"decayed": False})
+        params = params_of(model)
+        rwkv_jax.save(tmp_path / f"{layers}.safetensors", model, params)
+        for scan in (True, False):
+            again, read = rwkv_jax.load(tmp_path / f"{layers}.safetensors", scan=scan)
+            assert again == model.clone(scan=scan) and again.variant == {"decayed": False}
+            assert same(read, params if scan else unstack(params))
+        with pytest.raises(ValueError, match=r"holds released models only, and this one has '(sum|attention)' layers"):
+            rwkv_jax.save(tmp_path / "model.pth", model, params)
+    assert interop.fingerprint(again, read) == interop.fingerprint(model, params)
+    assert interop.fingerprint(make(layers), params) != interop.fingerprint(model, params)
+    rounded = rwkv_jax.load(tmp_path / "alone.safetensors", dtype="bfloat16")[1]["blocks"]
+    assert rounded["sum_decay"].dtype == "float32" and rounded["input"]["kernel"].dtype == "bfloat16"
+
+
+def test_generate_continues_and_streams():
+    model = make(vocab_size=256)
+    lm = rwkv_jax.RWKVForCausalLM(model, params_of(model), get_tokenizer("bytes"))
+    text = lm.generate("ab", max_new_tokens=5, temperature=0)
+    assert "".join(lm.stream("ab", max_new_tokens=5, temperature=0)) == text
+    assert lm.generate("", max_new_tokens=5, temperature=0, context=lm.read("ab")) == text
+
+
+def test_other_modules_take_its_record():
+    model = make("hybrid")
+    attention = models.KINDS["attention"].flops(model.unit[1][2], T)
+    assert hardware.flops_per_token(model, T) == 6 * V * D + 2 * (12 * D**2 + attention)
+    assert optim.default_lr("sum", D) == 1e-2 and (r"/sum_decay$", 0.5) in optim.released_groups()
+    assert optim.factors(shapes_of(model), optim.released_groups())["blocks_0"]["sum_decay"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda: hardware.flops_per_token(make().clone(layers=("rum",)), T),
+        lambda: hardware.recomputed_flops_per_token(make().clone(layers=("rum",))),
+        lambda: optim.default_lr("rum", D),
+        lambda: make().clone(layers=("rum",)).recurrent,
+    ],
+)
+def test_unknown_kind_is_an_error_everywhere(look):
+    with pytest.raises(ValueError, match="unknown kind of layer 'rum': did you mean 'sum'"):
+        look()
+
+
+def config_of(folder, strategy="single"):
+    its = config(write_text(folder / "text.txt"), strategy=strategy, eval_every=0, diagnostics_every=3)
+    its.model.update(name="sum", num_layers=3)
+    return its
+
+
+@functools.cache
+def trained(folder, strategy):
+    return train.run(config_of(folder, strategy), folder / strategy)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
+def test_run_agrees_under_every_strategy(folder, strategy):
+    trained(folder, "single"), trained(folder, strategy)
+    ours, theirs = losses(folder / "single"), losses(folder / strategy)
+    assert ours.keys() == theirs.keys() and len(ours) == 6
+    np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-5)
+    seen = [row["h_max"] for row in numbers(folder / strategy) if "h_max" in row]
+    assert np.shape(seen) == (2, 3) and np.all(np.array(seen) > 0)
+
+
+def test_run_resumes_bit_for_bit_after_it_died(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(DiedError):
+        die_before(patch, lambda row: row.get("step") == 5)
+        train.run(config_of(folder), tmp_path / "run")
+    assert same(train.run(config_of(folder), tmp_path / "run").params, trained(folder, "single").params)
+    assert numbers(tmp_path / "run") == numbers(folder / "single")
+
+
+def test_evaluate_reads_windows_of_a_run(folder):
+    trained(folder, "single")
+    model, params = rwkv_jax.load(folder / "single")
+    nll_N = evaluate.windows(model, params, np.arange(97, 161, dtype=np.uint8), 16, 4)
+    assert model.layers == ("sum",) and np.isfinite(nll_N[1:]).all() and nll_N[1:].mean() < 7
