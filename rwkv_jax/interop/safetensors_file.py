@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_jax.interop import files
+from rwkv_jax import files
+from rwkv_jax.interop import formats
 
 _DTYPES = {
     "F64": "float64",
@@ -45,7 +46,7 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     size = Path(path).stat().st_size
     if size < 8:
         raise ValueError(f"{path}: truncated: {size} bytes, no .safetensors header")
-    buffer = files.view(path)
+    buffer = formats.view(path)
     length = int.from_bytes(buffer[:8], "little")
     if length > min(_LONGEST_HEADER, size - 8):
         raise ValueError(f"{path}: truncated or damaged: a header of {length:,} bytes in a file of {size:,}")
@@ -82,7 +83,7 @@ def _view(path, buffer, start: int, held: int, name: str, entry) -> np.ndarray:
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{path}: {name!r} has dtype {dtype!r}, expected one of {', '.join(_DTYPES)}")
     whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in sizes)
-    if not whole or not files.can_be_a_shape(shape):
+    if not whole or not formats.can_be_a_shape(shape):
         raise ValueError(f"{path}: damaged: {name!r} has shape {shape!r:.99} and offsets {[begin, end]!r:.99}")
     needed = math.prod(shape) * jnp.dtype(_DTYPES[dtype]).itemsize
     if end - begin != needed or end > held:
@@ -118,4 +119,4 @@ def write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) 
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in tqdm(order, Path(path).name, unit="tensor", disable=None):
-            file.write(files.content(tensors[name]))
+            file.write(formats.content(tensors[name]))

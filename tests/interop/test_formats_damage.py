@@ -11,7 +11,7 @@ import pytest
 from weights import one_line
 
 import rwkv_jax
-from rwkv_jax.interop import files, huggingface, pth, rwkv_cpp, safetensors_file
+from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_file
 
 FILES = {"pth": "m.pth", "safetensors": "m.safetensors", "huggingface": "m/model.safetensors", "rwkv.cpp": "m.bin"}
 FILES |= {"config": "m/config.json", "index": "m/model.safetensors.index.json"}
@@ -70,7 +70,7 @@ def load(path):
 
 def read(path):
     readers = {"pth": pth.read, "rwkv.cpp": rwkv_cpp.read, "safetensors": lambda path: safetensors_file.read(path)[0]}
-    return {name: x.tobytes() for name, x in readers[files.kind(path)](path).items()}
+    return {name: x.tobytes() for name, x in readers[formats.kind(path)](path).items()}
 
 
 def test_damaged_file_cut_anywhere_is_an_error(place):
