@@ -1,8 +1,8 @@
 """An RWKV-4 state <-> the state of the `rwkv` package: a flat list of 5 L vectors [D], NumPy and float32.
 
-Ours is a tuple of `models.rwkv4.LayerState`, one a layer, leaves [1, D]; theirs lists att_last, num, den, log_scale and
-ffn_last of each layer. In a channel that has read nothing (num = den = 0) any log_scale means the same: theirs is -1e30
-at the start, ours -1e38.
+Ours is a tuple of `models.rwkv4.LayerState`, one a layer, leaves [1, D]; theirs lists att_last, num, den, log_scale
+and ffn_last of each layer. In a channel that has read nothing (num = den = 0) any log_scale means the same: theirs is
+-1e30 at the start, ours -1e38.
 """
 
 from collections.abc import Sequence
