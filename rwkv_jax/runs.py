@@ -40,7 +40,7 @@ def trained_length(path) -> int:
 
 
 class Run(NamedTuple):
-    """What the config.json of a training workdir says of its model."""
+    """The model of a training workdir, as its config.json describes it."""
 
     path: Path
     name: str
@@ -73,7 +73,7 @@ class Run(NamedTuple):
 
 
 def read_run(workdir) -> Run:
-    """The run of a workdir; ValueError where `workdir` holds none."""
+    """The run of a training workdir; ValueError where `workdir` is none."""
     workdir = Path(workdir)
     path = workdir / "config.json"
     if not path.is_file():

@@ -38,7 +38,7 @@ def name_of(path: Path) -> str:
 def module_of(path: Path) -> str:
     """The room that a file belongs to: "ops" for rwkv_jax/ops/wkv4.py, "train", "experiments", "configs".
 
-    A `__main__.py`, which no module imports, is a command, and may stand above the room in whose folder it lies.
+    A `__main__.py` is a command, which stands above the room in whose folder it lies: no module may import it.
     """
     if path.name == "__main__.py":
         return "commands"
@@ -65,7 +65,7 @@ def rooms(path: Path):
         if first in ("experiments", "configs"):
             yield first
         elif first == "rwkv_jax" and rest:
-            yield rest[0]
+            yield "commands" if "__main__" in rest else rest[0]
 
 
 def is_private(name: str) -> bool:

@@ -54,5 +54,5 @@ def content(array: Any) -> np.ndarray:
 
 
 def can_be_a_shape(sizes: Sequence[int]) -> bool:
-    """Whether NumPy can express it; even an array of no elements may have too large a size."""
+    """True where NumPy can express it; even an array of no elements may have too large a size."""
     return len(sizes) <= 8 and math.prod(max(n, 1) for n in sizes) < 2**59
