@@ -14,16 +14,16 @@ _CONTENTS = {
     "build": "models",  # a model by name: build("rwkv4", vocab_size=256, num_layers=6, dim=512)
     "stack": "models",  # parameters of one layer each -> stacked [L, ...]
     "unstack": "models",  # and back
-    "load": "interop",  # (model, params) from any file or folder that holds them
+    "load": "runs",  # (model, params) from any file or folder that holds them
     "save": "interop",  # and back
     "RWKVForCausalLM": "pretrained",  # model, parameters and tokenizer: generate, stream, read, logits, score, embed
     "stream": "generate",  # text that continues a prompt, in pieces as they come
     "log_likelihoods": "evaluate",  # nats of each token given those before it
 }
 _MODULES = (
-    "checkpoint", "corpora", "data", "evaluate", "finetune", "generate", "hardware", "harness", "interop", "launch",
-    "metrics", "mixture", "models", "ops", "optim", "orders", "parallel", "pretrained", "run_config",
-    "tokenizers", "train",
+    "checkpoint", "corpora", "data", "evaluate", "files", "finetune", "generate", "hardware", "harness", "interop",
+    "launch", "metrics", "mixture", "models", "ops", "optim", "orders", "parallel", "pretrained", "run_config",
+    "runs", "tokenizers", "train",
 )  # fmt: skip
 
 __all__ = ["RWKVForCausalLM", "build", "load", "log_likelihoods", "save", "stack", "stream", "unstack"]

@@ -23,6 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from rwkv_jax import files
+
 MANIFEST = "manifest.json"
 
 # Orbax narrates every save through absl's one logger. Its warnings stay, and so does what others log there; the
@@ -133,12 +135,12 @@ def verify(folder, step: int) -> None:
         raise ValueError(f"{path}: no complete checkpoint; {folder} has steps {steps(folder)}")
     written = (path / MANIFEST).read_bytes()
     try:
-        recorded = json.loads(written)
+        recorded = files.parse_json(written)
         if _encode(recorded) != written:
             raise ValueError("not as it was written")
         sizes = {name: entry["bytes"] for name, entry in recorded.items()}
         digests = {name: entry["sha256"] for name, entry in recorded.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged checkpoint: {MANIFEST}: {error}") from error
     for name, size in sizes.items():
         if not (path / name).is_file():
@@ -224,13 +226,13 @@ def _has_manifest(path: Path) -> bool:
 
 
 def _write_manifest(path: Path) -> None:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    paths = sorted(file for file in path.rglob("*") if file.is_file())
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_sha256, files))
-        list(pool.map(_synchronise, [*files, *{file.parent for file in files}]))
+        digests = list(pool.map(_sha256, paths))
+        list(pool.map(_synchronise, [*paths, *{file.parent for file in paths}]))
     entry = lambda file, digest: {"bytes": file.stat().st_size, "sha256": digest}
     entries = {
-        file.relative_to(path).as_posix(): entry(file, digest) for file, digest in zip(files, digests, strict=True)
+        file.relative_to(path).as_posix(): entry(file, digest) for file, digest in zip(paths, digests, strict=True)
     }
     beside = path / f"{MANIFEST}.partial"
     beside.write_bytes(_encode(entries))

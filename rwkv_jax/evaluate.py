@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rwkv_jax import corpora, interop, tokenizers
+from rwkv_jax import corpora, interop, runs, tokenizers
 
 POSITIONS = 128  # whose logits, [B, POSITIONS, V], exist at one time
 SEGMENTS = (4, 32, 128, 512)  # tokens that `continuations` reads at one time: few lengths, as each is compiled
@@ -297,11 +297,9 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
 
 def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
     folder = interop.locate(path)
-    config = folder / "config.json"
-    run = json.loads(config.read_text()) if config.is_file() else {}
-    model, params = interop.load(folder)
+    model, params = runs.load(folder)
     name = tokenizer or tokenizers.of_model(folder, model.vocab_size)
-    tokenizer, seq_len = tokenizers.get_tokenizer(name), seq_len or run.get("seq_len", 1024)
+    tokenizer, seq_len = tokenizers.get_tokenizer(name), seq_len or runs.trained_length(folder)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
     if max_tokens is not None and max_tokens < 1:

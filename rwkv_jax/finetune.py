@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rwkv_jax import checkpoint, generate, interop, models, optim, tokenizers
+from rwkv_jax import checkpoint, generate, interop, models, optim, runs, tokenizers
 from rwkv_jax.corpora import SEPARATOR
-from rwkv_jax.interop import files, safetensors_file
+from rwkv_jax.interop import formats, safetensors_file
 from rwkv_jax.models import lora
 
 FORMAT = "rwkv_jax adapters 1"
@@ -88,7 +88,7 @@ def completed(config):
         ValueError: it names another size, or a tokenizer of another vocabulary.
     """
     path = interop.locate(config.finetune.model)
-    base, config = interop.describe(path), config.copy_and_resolve_references()
+    base, config = runs.describe(path), config.copy_and_resolve_references()
     for name in SIZES:
         wanted, found = config.model[name], getattr(base, name)
         if wanted not in (None, found):
@@ -119,7 +119,7 @@ def with_base(state, method: Method, path: str, param_dtype: str):
     shardings = jax.tree.map(lambda x: x.sharding, drawn)
     jax.tree.map(lambda x: x.delete(), drawn)  # never two models in memory
     scan = "blocks" in drawn
-    return state.replace(**{name: interop.load(path, dtype=param_dtype, sharding=shardings, scan=scan)[1]})
+    return state.replace(**{name: runs.load(path, dtype=param_dtype, sharding=shardings, scan=scan)[1]})
 
 
 def untuned_state(model):
@@ -167,7 +167,7 @@ def load_adapters(path, model, params) -> tuple[dict, float]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; expected saved adapters")
-    if files.kind(path) != "safetensors":
+    if formats.kind(path) != "safetensors":
         raise ValueError(f"{path} holds no adapters")
     arrays, metadata = safetensors_file.read(path)
     if metadata.get("format") != FORMAT:
@@ -184,10 +184,10 @@ def learned(workdir) -> tuple:
     Raises:
         ValueError: the run trained anything else.
     """
-    run = interop.read_run(workdir)
+    run = runs.read_run(workdir)
     if run.method == "full":
         raise ValueError(f"{workdir} is no run by lora or state: rwkv_jax.load gives all that it has learned")
-    model, params = run.base()
+    model, params = run.model, run.base()
     f = run.finetune
     method = Method(f["method"], f["rank"], f["alpha"], f["targets"])
     shapes = jax.eval_shape(lambda params: method.split(model, params, jax.random.key(0))[0], params)
@@ -206,7 +206,7 @@ def export(workdir, destination) -> None:
 
 def merge(base, adapters, destination) -> None:
     """The weights at `base` with adapters merged into them, as another file or folder."""
-    model, params = interop.load(base)
+    model, params = runs.load(base)
     interop.save(destination, model, lora.merge(params, *load_adapters(adapters, model, params)))
 
 

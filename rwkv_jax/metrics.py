@@ -7,11 +7,12 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from rwkv_jax import files
 
 # What a run goes on from, and hence must be of its type.
 _RESUMED = {"step": int, "began": int | float, "train_seconds": int | float, "lost_seconds": dict}
@@ -68,9 +69,8 @@ def opened(workdir, step: int = 0, config: dict | None = None, *, tensorboard: b
 def _wandb_id(workdir):
     path = workdir / "wandb_id"
     if not path.exists():
-        beside = path.with_suffix(".partial")
-        beside.write_text(secrets.token_hex(4))
-        os.replace(beside, path)
+        with files.written(path) as file:
+            file.write(secrets.token_hex(4).encode())
     return path.read_text()
 
 
@@ -113,12 +113,8 @@ def cut_back(path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for row, line in _rows(path) if row.get("step", step) <= step]
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("wb") as file:
+    with files.written(path) as file:
         file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _rows(path):
@@ -127,11 +123,9 @@ def _rows(path):
             if not line.endswith(b"\n"):
                 return
             try:
-                row = json.loads(line)
+                row = files.parse_json(line)
             except ValueError as error:
                 raise ValueError(f"{path}: line {number} is no JSON object: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number} is {type(row).__name__}, expected a JSON object")
             for name, kind in _RESUMED.items():
                 if name in row and not isinstance(row[name], kind):
                     raise ValueError(

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkv_jax import evaluate, generate, interop, tokenizers
+from rwkv_jax import evaluate, generate, interop, runs, tokenizers
 from rwkv_jax.corpora import SEPARATOR
 from rwkv_jax.generate import speculative
 from rwkv_jax.generate.context import Context, begin
@@ -66,7 +66,7 @@ class RWKVForCausalLM:
             sharding: where the parameters go, see `rwkv_jax.load`.
         """
         path = interop.locate(path_or_name)
-        model, params = interop.load(path, dtype=dtype, sharding=sharding, scan=False)
+        model, params = runs.load(path, dtype=dtype, sharding=sharding, scan=False)
         try:
             found = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
         except (OSError, ValueError) as error:

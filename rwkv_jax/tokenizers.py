@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from rwkv_jax import files
+
 TOKENIZER_FILE = "tokenizer.json"
 WORLD_FILE = "rwkv_vocab_v20230424.txt"  # as the released World models carry it
 _CONFIG_FILE = "tokenizer_config.json"
@@ -206,12 +208,12 @@ def _of_characters(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
 def _released_characters(path: Path) -> tokenizers.Tokenizer:
     data = path.read_bytes().removeprefix(b"\xff\xfe")
     try:
-        entries = json.loads(data.decode("utf-16le" if b"\0" in data[:64] else "utf-8"))
+        entries = files.parse_json(data.decode("utf-16le" if b"\0" in data[:64] else "utf-8"))
         vocabulary = {character: int(i) for i, character in entries.items()}
         if not all(isinstance(c, str) and len(c) == 1 for c in vocabulary) or len(vocabulary) != len(entries):
             raise ValueError("its values are not distinct characters")
         return _of_characters(vocabulary)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f'{path}: expected a list of characters, {{"0": "...", ...}}: {error}') from None
 
 
@@ -324,23 +326,23 @@ def of_model(path, vocab_size: int) -> str:
 def carried(folder: Path) -> str | None:
     """What `get_tokenizer` takes for the tokenizer of a workdir or Hugging Face folder; None if it holds none."""
     config = folder / "config.json"
-    name = json.loads(config.read_text()).get("tokenizer") if config.is_file() else None
+    name = files.read_json(config).get("tokenizer") if config.is_file() else None
     if name in NAMES:
         return name
     # What the config names may have stayed behind when the folder moved; what lies in the folder has not.
-    files = [folder / name] if isinstance(name, str) else []
-    files += [folder / TOKENIZER_FILE, folder / WORLD_FILE]
-    return next((str(file) for file in files if file.is_file()), name)
+    candidates = [folder / name] if isinstance(name, str) else []
+    candidates += [folder / TOKENIZER_FILE, folder / WORLD_FILE]
+    return next((str(file) for file in candidates if file.is_file()), name)
 
 
 def _find_neox(beside: Path) -> str:
     from huggingface_hub import try_to_load_from_cache
 
     folders = list(dict.fromkeys([beside, Path(".")]))
-    files = [folder / name for folder in folders for name in ("20B_tokenizer.json", TOKENIZER_FILE)]
+    candidates = [folder / name for folder in folders for name in ("20B_tokenizer.json", TOKENIZER_FILE)]
     if isinstance(cached := try_to_load_from_cache(_NEOX_HUB, TOKENIZER_FILE), str):
-        files.append(Path(cached))
-    for file in files:
+        candidates.append(Path(cached))
+    for file in candidates:
         if file.is_file() and get_tokenizer(str(file)).vocab_size == _NEOX_SIZE:
             return str(file)
     raise FileNotFoundError(

@@ -99,6 +99,9 @@ def test_tokenizer_of_an_old_workdir_may_lie_elsewhere(tmp_path):
     assert of_model(tmp_path / "run", 300) == elsewhere
     os.rename(elsewhere, tmp_path / "run/tokenizer.json")
     assert of_model(tmp_path / "run", 300) == str(tmp_path / "run/tokenizer.json")
+    (tmp_path / "run/config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: holds a JSON list, expected an object"):
+        of_model(tmp_path / "run", 300)
 
 
 # ---- guessed

@@ -68,7 +68,7 @@ def test_evaluate_command_reports_a_training_run(workdir, case, text, capsys):
 
 def test_evaluate_command_slides_a_window_over_text_for_attention(workdir, text, capsys, monkeypatch):
     model = HashModel(recurrent=False)
-    monkeypatch.setattr(evaluate.interop, "load", lambda folder: (model, {}))
+    monkeypatch.setattr(evaluate.runs, "load", lambda folder: (model, {}))
     monkeypatch.setattr(evaluate, "_log_likelihoods", streams.log_likelihoods)
     argv = [f"--model={workdir}", f"--data={text}", "--batch_size=4"]
     assert evaluate.main([*argv, "--json"]) == 0
@@ -112,8 +112,8 @@ def test_evaluate_command_reports_mistakes_in_one_line(workdir, case, text, tmp_
     for size in (10, 300):
         library = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(size)}, unk_token="0"))
         library.save(str(tmp_path / f"{size}.json"))
-    load = evaluate.interop.load
-    monkeypatch.setattr(evaluate.interop, "load", lambda path: case if Path(path) == workdir else load(path))
+    load = evaluate.runs.load
+    monkeypatch.setattr(evaluate.runs, "load", lambda path: case if Path(path) == workdir else load(path))
     good = {"model": workdir, "data": text}
     for change, message in (
         ({"model": tmp_path / "none.pth"}, "none.pth: no such file"),

@@ -18,11 +18,12 @@ TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 ORDER = (
     {"experiments"},
     {"configs"},
+    {"commands"},
     {"train", "launch", "pretrained", "finetune", "harness"},
     {"run_config"},
-    {"generate", "evaluate", "interop", "checkpoint", "parallel", "optim", "metrics", "hardware"},
+    {"generate", "evaluate", "runs", "interop", "checkpoint", "parallel", "optim", "metrics", "hardware"},
     {"data", "mixture", "orders", "corpora", "tokenizers", "models"},
-    {"ops"},
+    {"ops", "files"},
 )
 RANK = {name: len(ORDER) - i for i, line in enumerate(ORDER) for name in line}
 EDGES = {"run_config", "configs", "experiments"}  # modules that may import absl and ml_collections
@@ -35,7 +36,12 @@ def name_of(path: Path) -> str:
 
 
 def module_of(path: Path) -> str:
-    """The room that a file belongs to: "ops" for rwkv_jax/ops/wkv4.py, "train", "experiments", "configs"."""
+    """The room that a file belongs to: "ops" for rwkv_jax/ops/wkv4.py, "train", "experiments", "configs".
+
+    A `__main__.py` is a command, which stands above the room in whose folder it lies: no module may import it.
+    """
+    if path.name == "__main__.py":
+        return "commands"
     parts = path.relative_to(ROOT).with_suffix("").parts
     return parts[1] if parts[0] == "rwkv_jax" else parts[0]
 
@@ -59,7 +65,7 @@ def rooms(path: Path):
         if first in ("experiments", "configs"):
             yield first
         elif first == "rwkv_jax" and rest:
-            yield rest[0]
+            yield "commands" if "__main__" in rest else rest[0]
 
 
 def is_private(name: str) -> bool:

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from rwkv_jax import interop, tokenizers
+from rwkv_jax import interop, runs, tokenizers
 from rwkv_jax.generate import load_context, save_context, stream
 from rwkv_jax.generate.chat import TEMPLATES, Conversation, chat, default_template
 
@@ -43,7 +43,7 @@ def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop,
 
 def _load(name, tokenizer):
     path = interop.locate(name)
-    model, params = interop.load(path, scan=False)
+    model, params = runs.load(path, scan=False)
     return model, params, tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
 
 

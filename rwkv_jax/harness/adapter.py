@@ -30,7 +30,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from rwkv_jax import generate, interop
+from rwkv_jax import generate, interop, runs
 from rwkv_jax.corpora import SEPARATOR
 from rwkv_jax.generate.context import rows
 from rwkv_jax.generate.prefixes import read_many
@@ -38,7 +38,6 @@ from rwkv_jax.harness.requests import WINDOW, batches, score
 from rwkv_jax.pretrained import RWKVForCausalLM
 
 NAME = "rwkv_jax"  # by which lm_eval's own command knows the adapter
-TRAINED_LENGTH = 1024  # of a model with attention whose folder does not tell
 SAMPLING = ("top_p", "top_k", "min_p", "typical_p")  # what a task may ask of a sampler besides the temperature
 
 
@@ -82,7 +81,7 @@ class HarnessLM(TemplateLM):
         if self.lm.tokenizer is None:
             raise ValueError(f"{pretrained} comes without a tokenizer, expected tokenizer=...")
         if max_length is None and not self.lm.model.recurrent:
-            max_length = _trained_length(path)
+            max_length = runs.trained_length(path) if path else runs.RELEASED_LENGTH
         if not 0 <= prefix_token_id < self.lm.model.vocab_size:
             raise ValueError(f"prefix_token_id is {prefix_token_id}, expected 0 to {self.lm.model.vocab_size - 1}")
         self.batch_size, self.max_length, self.add_bos_token = int(batch_size), max_length, add_bos_token
@@ -182,9 +181,3 @@ def _settings(asked: dict) -> tuple[dict, list[str], int]:
         known = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", *SAMPLING))
         raise ValueError(f"generation_kwargs hold {next(iter(asked))}, expected some of {known}")
     return sampling, stop, count
-
-
-def _trained_length(path) -> int:
-    config = path and path / "config.json"
-    run = json.loads(config.read_text()) if config and config.is_file() else {}
-    return run.get("seq_len", TRAINED_LENGTH)

@@ -6,33 +6,26 @@ Each format is a reader and a writer of tensors by name; `official` is where nam
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import jax
-import numpy as np
 
-from rwkv_jax.interop import files, huggingface, pth, rwkv_cpp, safetensors_file, states
+from rwkv_jax import files
+from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_file, states
 from rwkv_jax.interop.fingerprint import fingerprint
 from rwkv_jax.interop.official import (
-    activation_dtype,
     check,
-    float_dtype,
     from_fields,
     from_official,
     model_of,
     model_of_fields,
     parameter_shapes,
-    place,
-    sharding_tree,
     to_official,
     without_prefix,
 )
-from rwkv_jax.models import build, lora, stack, unstack
 
 __all__ = [
-    "describe", "fingerprint", "from_official", "load", "locate", "parameter_shapes", "read_run", "save", "states",
-    "to_official",
+    "describe", "fingerprint", "from_official", "load", "locate", "parameter_shapes", "save", "states", "to_official",
 ]  # fmt: skip
 
 FORMATS = ("pth", "safetensors", "huggingface", "rwkv.cpp")
@@ -40,15 +33,15 @@ _FIELDS = "rwkv_jax"  # where a .safetensors of ours has the fields of its model
 
 
 def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True) -> tuple[nn.Module, Any]:
-    """Model and parameters from whatever `path` is, which its content tells and never its name:
+    """Model and parameters from a file or folder, whose format is detected from its content:
 
     an official RWKV-4 `.pth`; a `.safetensors` with official or transformers' names, or one of ours, with any model;
-    a folder of transformers' RwkvForCausalLM; an rwkv.cpp file, FP32 or FP16; a training workdir (`config.json`
-    beside `checkpoints/`; its newest valid checkpoint, with LoRA's adapters merged into the weights beneath).
+    a folder of transformers' RwkvForCausalLM; an rwkv.cpp file, FP32 or FP16. `rwkv_jax.load` takes a training
+    workdir too.
 
     Args:
       path: of a file or folder, or a name on the Hugging Face hub: see `locate`.
-      dtype: of parameters and activations; None keeps what the file or the run has. See `from_official`.
+      dtype: of parameters and activations; None keeps what the file has. See `from_official`.
       sharding: None for the default device, one `jax.sharding.Sharding`, or a tree of them like the parameters.
         Arrays are built from the memory-mapped file straight onto their devices: a host reads only its shards.
       scan: layers stacked [L, ...], or one set of parameters a layer (which decodes faster).
@@ -58,8 +51,6 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
       ValueError: what is there is damaged or no model that this reads, in one line that says why.
     """
     path = locate(path)
-    if _is_workdir(path):
-        return _load_workdir(path, dtype, sharding, scan)
     tensors, fields = _read(path)
     try:
         if fields is None:
@@ -72,9 +63,6 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
 def describe(path) -> nn.Module:
     """The model that `load` would return for `path`, without reading its parameters; the same errors."""
     path = locate(path)
-    if _is_workdir(path):
-        run = read_run(path)
-        return build(run.name, **run.fields)
     tensors, fields = _read(path)
     try:
         return model_of(tensors) if fields is None else model_of_fields(_parse_fields(fields), tensors)
@@ -87,7 +75,7 @@ def _read(path: Path) -> tuple[dict, str | None]:
     fields = None
     if path.is_dir():
         tensors = huggingface.read(path)
-    elif (kind := files.kind(path)) == "safetensors":
+    elif (kind := formats.kind(path)) == "safetensors":
         tensors, metadata = safetensors_file.read(path)
         fields = metadata.get(_FIELDS)
     else:
@@ -162,85 +150,7 @@ def _fields(model: nn.Module) -> dict[str, Any]:
 
 def _parse_fields(text: str) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its metadata {_FIELDS!r} are no JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"its metadata {_FIELDS!r} are no JSON object")
+        fields = files.parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"its metadata {_FIELDS!r}: {error}") from error
     return fields
-
-
-class Run(NamedTuple):
-    """What the config.json of a training workdir says of its model."""
-
-    path: Path
-    name: str
-    fields: dict[str, Any]
-    finetune: dict[str, Any]  # that section of the run's config; empty where training began from nothing
-    fingerprint: str | None  # of the weights that a fine-tuning run lies on
-
-    @property
-    def method(self) -> str:
-        return self.finetune.get("method", "full") if self.finetune.get("model") else "full"
-
-    def base(self) -> tuple[nn.Module, Any]:
-        """The model, and the parameters that a run by "lora" or "state" has left as they were."""
-        try:
-            _, params = load(self.finetune["model"], dtype=self.fields["param_dtype"], scan=self.fields["scan"])
-        except OSError as error:
-            raise ValueError(f"{self.path} needs the weights that it was trained on: {error}") from error
-        model = build(self.name, **self.fields)
-        if self.fingerprint not in (None, fingerprint(model, params)):
-            raise ValueError(f"{self.path} was trained on other weights than {self.finetune['model']} now holds")
-        return model, params
-
-
-def read_run(workdir) -> Run:
-    """ValueError where `workdir` holds no training run."""
-    workdir = Path(workdir)
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{workdir}: a folder without config.json; expected a training workdir or a folder for transformers"
-        )
-    try:
-        record = files.read_json(path)
-        fields = dict(record["model"])
-        finetune = dict(record.get("config", {}).get("finetune", {}))
-        return Run(workdir, fields.pop("name"), fields, finetune, record.get("base_fingerprint"))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}: expected {{"model": {{"name": ..., fields}}}}: {error!r}') from error
-
-
-def _is_workdir(path: Path) -> bool:
-    config = path / "config.json"
-    return path.is_dir() and not (config.is_file() and "model_type" in files.read_json(config))
-
-
-def _load_workdir(path: Path, dtype, sharding, scan) -> tuple[nn.Module, Any]:
-    from rwkv_jax import checkpoint  # here, because Orbax takes seconds to import and a .pth does without
-
-    run = read_run(path)
-    model, fields = build(run.name, **run.fields), run.fields
-    if run.method == "full":
-        _, params = checkpoint.restore(path / "checkpoints", parameter_shapes(model), key="params")
-    else:
-        _, params = run.base()
-    if run.method == "lora":
-        rank, targets = run.finetune["rank"], run.finetune["targets"]
-        shapes = jax.eval_shape(lambda x: lora.init(jax.random.key(0), x, rank, targets), params)
-        _, adapters = checkpoint.restore(path / "checkpoints", shapes, key="params")
-        params = lora.merge(params, adapters, run.finetune["alpha"])
-    if scan != model.scan:
-        stacked = model.clone(scan=True)
-        params = stack(params, len(model.layers), stacked.layers_apart) if scan else unstack(jax.device_get(params))
-    if dtype is not None:
-        dtype = float_dtype(dtype)
-        fields = fields | {"dtype": activation_dtype(dtype), "param_dtype": dtype}
-    model = build(run.name, **fields | {"scan": scan})
-    shapes = parameter_shapes(model)
-
-    def put(x, leaf, sharding):
-        return place(lambda index: np.asarray(x)[index].astype(leaf.dtype), leaf.shape, sharding)
-
-    return model, jax.tree.map(put, params, shapes, sharding_tree(sharding, shapes))

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rwkv_jax import tokenizers
-from rwkv_jax.interop import FORMATS, load, locate, save
+from rwkv_jax import runs, tokenizers
+from rwkv_jax.interop import FORMATS, locate, save
 
 
 def main(argv=None) -> int:
@@ -17,7 +17,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     try:
         source = locate(args.source)
-        model, params = load(source, dtype=args.dtype)
+        model, params = runs.load(source, dtype=args.dtype)
         save(args.destination, model, params, format=args.format)
         if Path(args.destination).is_dir():
             _carry_tokenizer(source, args.destination, model.vocab_size)

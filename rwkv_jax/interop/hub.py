@@ -6,7 +6,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors
 
-from rwkv_jax.interop import files
+from rwkv_jax import files
 
 _NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<file>[\w-][\w./-]*\.(?:pth|safetensors|bin)))?")
 _BESIDE = ["*.json", "*.txt"]  # config and index, and what tokenizers are made of

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_jax.interop import files, pth, safetensors_file
+from rwkv_jax import files
+from rwkv_jax.interop import formats, pth, safetensors_file
 from rwkv_jax.interop.official import layer_count, without_prefix
 
 SHARD_BYTES = 5 * 10**9  # of tensors in one file
@@ -72,7 +73,7 @@ def read(folder) -> dict[str, np.ndarray]:
         raise ValueError(f"{folder}: a config.json without weights; expected one of {', '.join(_WEIGHTS)}")
     tensors = {}
     for path in _parts(present) if present.suffix == ".json" else [present]:
-        tensors |= pth.read(path) if files.kind(path) == "pth" else safetensors_file.read(path)[0]
+        tensors |= pth.read(path) if formats.kind(path) == "pth" else safetensors_file.read(path)[0]
     return named_officially(tensors)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from rwkv_jax.interop import files
+from rwkv_jax import files
 from rwkv_jax.models import KINDS, build, unstack
 
 # Parts of names that tell a later version, in this order: 6 and 7 have ln_x too.

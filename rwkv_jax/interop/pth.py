@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_jax.interop import files
+from rwkv_jax import files
+from rwkv_jax.interop import formats
 
 _DTYPES = {
     "DoubleStorage": "float64",
@@ -99,7 +100,7 @@ def read(path) -> dict[str, np.ndarray]:
     path = Path(path)
     with path.open("rb") as file:
         records = _records(path, file)
-    buffer = files.view(path)
+    buffer = formats.view(path)
     spans = {name: _span(path, buffer, info) for name, info in records.items()}
     root = next((name.removesuffix("data.pkl") for name in spans if name.endswith("/data.pkl")), None)
     if root is None:
@@ -139,8 +140,8 @@ def _check_memo(program: bytes) -> None:
 
 def _records(path, file) -> dict[str, zipfile.ZipInfo]:
     head = file.read(64)
-    files.refuse_other_things(path, head)
-    if not head.startswith(files.PTH):
+    formats.refuse_other_things(path, head)
+    if not head.startswith(formats.PTH):
         raise ValueError(f"{path}: not a zip file; expected a .pth that torch.save wrote")
     try:
         with zipfile.ZipFile(file) as archive:
@@ -166,7 +167,7 @@ def _span(path, buffer, info: zipfile.ZipInfo) -> tuple[int, int]:
 def _view(path, buffer, span, name, tensor: _Tensor) -> np.ndarray:
     storage, offset, shape, strides = tensor
     sizes_valid = len(shape) == len(strides) and all(_is_size(n) for n in (offset, *shape, *strides))
-    if not isinstance(storage, _Storage) or not sizes_valid or not files.can_be_a_shape(shape):
+    if not isinstance(storage, _Storage) or not sizes_valid or not formats.can_be_a_shape(shape):
         raise ValueError(f"{path}: {name!r} is no strided view of a storage: {tuple(tensor)}")
     if span is None:
         raise ValueError(f"{path}: {name!r} needs record 'data/{storage.key}', which the file lacks")
@@ -200,7 +201,7 @@ def write(path, tensors: Mapping[str, np.ndarray]) -> None:
         _add(archive, file.tell(), "data.pkl", _pickle(tensors))
         _add(archive, file.tell(), "byteorder", b"little")
         for key, value in enumerate(tqdm(tensors.values(), path.name, unit="tensor", disable=None)):
-            _add(archive, file.tell(), f"data/{key}", files.content(value))
+            _add(archive, file.tell(), f"data/{key}", formats.content(value))
         _add(archive, file.tell(), "version", b"3\n")
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_jax.interop import files
+from rwkv_jax import files
+from rwkv_jax.interop import formats
 from rwkv_jax.interop.official import layer_count, refuse_later_versions, without_prefix
 
 _DTYPES = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
 _QUANTISED = {2: "Q4_0", 3: "Q4_1", 4: "Q4_1_O", 5: "Q4_2", 6: "Q4_3", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}
-_MAGIC = int.from_bytes(files.RWKV_CPP, "little")
+_MAGIC = int.from_bytes(formats.RWKV_CPP, "little")
 
 
 def read(path) -> dict[str, np.ndarray]:
@@ -33,7 +34,7 @@ def read(path) -> dict[str, np.ndarray]:
     size = Path(path).stat().st_size
     if size < 24:
         raise ValueError(f"{path}: truncated: {size} bytes, no rwkv.cpp header")
-    buffer = files.view(path)
+    buffer = formats.view(path)
     _, version, V, D, L, mostly = struct.unpack("<6i", buffer[:24])
     if version not in (100, 101):
         raise ValueError(f"{path}: rwkv.cpp file version {version}, expected 100 or 101")
@@ -119,4 +120,4 @@ def write(path, tensors: Mapping[str, np.ndarray]) -> None:
             file.write(struct.pack("<3i", x.ndim, len(name.encode()), dtype))
             file.write(struct.pack(f"<{x.ndim}i", *x.shape[::-1]))
             file.write(name.encode())
-            file.write(files.content(x.astype(_DTYPES[dtype])))
+            file.write(formats.content(x.astype(_DTYPES[dtype])))

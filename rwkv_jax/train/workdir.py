@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rwkv_jax import checkpoint, finetune, interop, metrics, run_config, tokenizers
+from rwkv_jax import checkpoint, files, finetune, interop, metrics, run_config, tokenizers
 from rwkv_jax.train.step import stored
 
 # What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
@@ -81,7 +81,7 @@ def write_config(workdir, config, fields, corpus):
 def hold_to_base(workdir, model, params):
     """Note in `config.json` what weights a run lies on; ValueError if they are not those that it began with."""
     path = workdir / "config.json"
-    record, found = json.loads(path.read_text()), interop.fingerprint(model, params)
+    record, found = files.read_json(path), interop.fingerprint(model, params)
     if record.get("base_fingerprint", found) != found:
         raise ValueError(
             f"{workdir} holds a run on other weights than {record['config']['finetune']['model']} now has"
@@ -91,14 +91,13 @@ def hold_to_base(workdir, model, params):
 
 
 def _write_json(path, record):
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(beside, path)
+    with files.written(path) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
 
 
 def _read_config(path):
     try:
-        old = json.loads(path.read_text())
+        old = files.parse_json(path.read_bytes())
         if not isinstance(old["config"], dict) or not isinstance(old["corpus"]["sha256"], str):
             raise TypeError("config or corpus is of another type")
     except (ValueError, TypeError, KeyError) as error:

@@ -12,7 +12,7 @@ from weights import NAMES, F, assert_same_params, assert_same_tensors, official,
 
 import rwkv_jax
 from rwkv_jax import interop
-from rwkv_jax.interop import files, huggingface, pth, rwkv_cpp, safetensors_file
+from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_file
 
 HELD = [(format, dtype) for format in NAMES for dtype in ("float32", "float16", "bfloat16")]
 HELD.remove(("rwkv.cpp", "bfloat16"))  # see the test after the next
@@ -23,7 +23,7 @@ def tensors_in(path):
     if path.is_dir():
         return huggingface.read(path)
     readers = {"pth": pth.read, "rwkv.cpp": rwkv_cpp.read, "safetensors": lambda path: safetensors_file.read(path)[0]}
-    return readers[files.kind(path)](path)
+    return readers[formats.kind(path)](path)
 
 
 @pytest.mark.parametrize(("format", "dtype"), HELD)
@@ -110,9 +110,9 @@ def test_describe_is_the_model_that_load_returns(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ("{", "its metadata 'rwkv_jax' are no JSON"),
-        ("[" * 100_000, "its metadata 'rwkv_jax' are no JSON"),
-        ("7", "its metadata 'rwkv_jax' are no JSON object"),
+        ("{", "its metadata 'rwkv_jax': no JSON: "),
+        ("[" * 100_000, "its metadata 'rwkv_jax': no JSON: "),
+        ("7", "its metadata 'rwkv_jax': holds a JSON int, expected an object"),
         ({"num_layers": 40}, "num_layers is 40, and there are 2 layers"),
         ({"dim": 10**12}, r"'blocks.0.\S+' has shape|'emb.weight' has shape|fields are not those of a model"),
         ({"vocab_size": 12}, r"'emb.weight' has shape \(11, 8\), expected \(12, 8\)|'head.weight' has"),

@@ -11,7 +11,7 @@ import pytest
 from weights import one_line
 
 import rwkv_jax
-from rwkv_jax.interop import files, huggingface, pth, rwkv_cpp, safetensors_file
+from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_file
 
 FILES = {"pth": "m.pth", "safetensors": "m.safetensors", "huggingface": "m/model.safetensors", "rwkv.cpp": "m.bin"}
 FILES |= {"config": "m/config.json", "index": "m/model.safetensors.index.json"}
@@ -70,7 +70,7 @@ def load(path):
 
 def read(path):
     readers = {"pth": pth.read, "rwkv.cpp": rwkv_cpp.read, "safetensors": lambda path: safetensors_file.read(path)[0]}
-    return {name: x.tobytes() for name, x in readers[files.kind(path)](path).items()}
+    return {name: x.tobytes() for name, x in readers[formats.kind(path)](path).items()}
 
 
 def test_damaged_file_cut_anywhere_is_an_error(place):
@@ -190,21 +190,17 @@ def cpp_tensor(name, shape, numbers=b"", dtype=0):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "torch's old format"),
         (b"GGUF\x03\x00\x00\x00", "no weights; expected a .pth, .safetensors or rwkv.cpp file"),
-        ((2**60).to_bytes(8, "little") + b"{}", "a header of 1,152,921,504,606,846,976 bytes in a file of 10"),
-        (safetensors(b"{" + b'"a":[' * 100_000), "its header is no JSON"),
-        (safetensors(b'{"a":' + b"[" * 100_000), "its header is no JSON"),
-        (safetensors(b'{"a":1,"a":2}'), "a name occurs twice"),
-        (safetensors({"a": entry([2**40], 0, 2**42)}), "'a' takes 4,398,046,511,104 bytes"),
-        (safetensors({"a": entry([0, 2**62], 0, 0)}, b"1"), r"'a' has shape \[0, 4611686018427387904\]"),
-        (safetensors({"a": entry([2**62, 4], 0, 4)}, bytes(4)), r"'a' has shape \[4611686018427387904, 4\]"),
-        (safetensors({"a": entry([0, 3], 0, 0)}, b"1"), "tensors of 0 bytes together in 1 bytes"),
-        (safetensors({"a": entry([-1], 4, 0)}, bytes(4)), r"'a' has shape \[-1\] and offsets"),
-        (safetensors({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, bytes(4)), "tensors of 8 bytes together in 4"),
-        (safetensors({"a": entry([1], 4, 8)}, bytes(8)), "tensors of 4 bytes together in 8 bytes"),
-        (safetensors({"a": entry([4], 0, 4, "F8_E4M3")}, bytes(4)), "'a' has dtype 'F8_E4M3', expected one of F64"),
-        (safetensors({"a": entry({}, 0, 4)}, bytes(4)), r"'a' has shape \{\} and offsets"),
-        (safetensors({"a": entry("", 0, 4)}, bytes(4)), r"'a' has shape '' and offsets"),
-        (safetensors({"__metadata__": {"a": 1}}), "its metadata are not strings"),
+        ((2**60).to_bytes(8, "little") + b"{}", "truncated or damaged: .* header too large"),
+        (safetensors(b'{"a":' + b"[" * 100_000), "truncated or damaged: .* recursion limit"),
+        (
+            safetensors({"a": {"dtype": "F\n" * 1000, "shape": [], "data_offsets": [0, 0]}}),
+            "damaged: .* unknown variant",
+        ),
+        (safetensors({"a": entry([2**40], 0, 2**42)}), "truncated or damaged: .* file not fully covered"),
+        (safetensors({"a": entry([0, 2**62], 0, 0)}), r"damaged: 'a' has shape \[0, 4611686018427387904\]"),
+        (safetensors({"a": entry([0] * 100, 0, 0)}), r"damaged: 'a' has shape \[0, 0, 0"),
+        (safetensors({"a": entry([1], 4, 8)}, bytes(8)), "truncated or damaged: .* invalid offset for tensor `a`"),
+        (safetensors({"a": entry([4], 0, 4, "F8_E4M3")}, bytes(4)), "'a' has dtype F8_E4M3, expected one of F64"),
         (safetensors({"a": entry([1], 0, 4)}, bytes(4)), "no RWKV-4 weights: 'emb.weight' is not among the 1 keys"),
         (cpp(version=7), "file version 7, expected 100 or 101"),
         (cpp(dtype=7), r"it is quantised \(Q5_0\); convert from the FP16 or FP32 file"),

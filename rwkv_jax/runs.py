@@ -1,0 +1,126 @@
+"""Training workdirs as models; `load` and `describe` take one of these, or whatever `interop` reads."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from rwkv_jax import files, interop
+from rwkv_jax.interop.official import activation_dtype, float_dtype, place, sharding_tree
+from rwkv_jax.models import build, lora, stack, unstack
+
+RELEASED_LENGTH = 1024  # tokens that the released RWKV-4 models were trained on at a time
+
+
+def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True) -> tuple[nn.Module, Any]:
+    """Model and parameters from whatever `path` is, which its content tells and never its name.
+
+    A training workdir (`config.json` beside `checkpoints/`) gives its newest valid checkpoint, with LoRA's adapters
+    merged into the weights beneath. Everything else is read by `interop.load`, which has the arguments and errors.
+    """
+    path = interop.locate(path)
+    if _is_workdir(path):
+        return _load_run(read_run(path), dtype, sharding, scan)
+    return interop.load(path, dtype, sharding, scan)
+
+
+def describe(path) -> nn.Module:
+    """The model that `load` would return for `path`, without reading its parameters; the same errors."""
+    path = interop.locate(path)
+    return read_run(path).model if _is_workdir(path) else interop.describe(path)
+
+
+def trained_length(path) -> int:
+    """Tokens of a training sequence of the model at `path`: the workdir's own, else those of the released models."""
+    config = Path(path) / "config.json"
+    record = files.read_json(config) if config.is_file() else {}
+    return record.get("seq_len", RELEASED_LENGTH)
+
+
+class Run(NamedTuple):
+    """The model of a training workdir, as its config.json describes it."""
+
+    path: Path
+    name: str
+    fields: dict[str, Any]
+    finetune: dict[str, Any]  # that section of the run's config; empty where training began from nothing
+    fingerprint: str | None  # of the weights that a fine-tuning run lies on
+
+    @property
+    def method(self) -> str:
+        return self.finetune.get("method", "full") if self.finetune.get("model") else "full"
+
+    @property
+    def model(self) -> nn.Module:
+        return build(self.name, **self.fields)
+
+    def base(self) -> Any:
+        """The parameters that a run by "lora" or "state" has left as they were.
+
+        Raises:
+          ValueError: they are gone, or others are in their place.
+        """
+        source = self.finetune["model"]
+        try:
+            _, params = load(source, dtype=self.fields["param_dtype"], scan=self.fields["scan"])
+        except OSError as error:
+            raise ValueError(f"{self.path} needs the weights that it was trained on: {error}") from error
+        if self.fingerprint not in (None, interop.fingerprint(self.model, params)):
+            raise ValueError(f"{self.path} was trained on other weights than {source} now holds")
+        return params
+
+
+def read_run(workdir) -> Run:
+    """The run of a training workdir; ValueError where `workdir` is none."""
+    workdir = Path(workdir)
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{workdir}: a folder without config.json; expected a training workdir or a folder for transformers"
+        )
+    record = files.read_json(path)
+    try:
+        fields = dict(record["model"])
+        finetune = dict(record.get("config", {}).get("finetune", {}))
+        return Run(workdir, fields.pop("name"), fields, finetune, record.get("base_fingerprint"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path}: expected {{"model": {{"name": ..., fields}}}}: {error!r}') from error
+
+
+def _is_workdir(path: Path) -> bool:
+    config = path / "config.json"
+    return path.is_dir() and not (config.is_file() and "model_type" in files.read_json(config))
+
+
+def _load_run(run: Run, dtype, sharding, scan) -> tuple[nn.Module, Any]:
+    model, params = run.model, _trained(run)
+    if scan != model.scan:
+        model = model.clone(scan=scan)
+        params = stack(params, len(model.layers), model.layers_apart) if scan else unstack(jax.device_get(params))
+    if dtype is not None:
+        dtype = float_dtype(dtype)
+        model = model.clone(dtype=activation_dtype(dtype), param_dtype=dtype)
+    shapes = interop.parameter_shapes(model)
+
+    def put(x, leaf, sharding):
+        return place(lambda index: np.asarray(x)[index].astype(leaf.dtype), leaf.shape, sharding)
+
+    return model, jax.tree.map(put, params, shapes, sharding_tree(sharding, shapes))
+
+
+def _trained(run: Run) -> Any:
+    """The parameters that a run has come to, with its adapters merged into the weights beneath."""
+    from rwkv_jax import checkpoint  # here, because Orbax takes seconds to import and a .pth does without
+
+    folder = run.path / "checkpoints"
+    if run.method == "full":
+        return checkpoint.restore(folder, interop.parameter_shapes(run.model), key="params")[1]
+    params = run.base()
+    if run.method != "lora":
+        return params
+    rank, targets = run.finetune["rank"], run.finetune["targets"]
+    shapes = jax.eval_shape(lambda params: lora.init(jax.random.key(0), params, rank, targets), params)
+    _, adapters = checkpoint.restore(folder, shapes, key="params")
+    return lora.merge(params, adapters, run.finetune["alpha"])

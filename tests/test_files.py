@@ -1,0 +1,59 @@
+"""Files and folders that appear whole or not at all, and the guarded reader of JSON."""
+
+import pytest
+from weights import one_line
+
+from rwkv_jax import files
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "x.json: no JSON: Expecting value"),
+        (b'{"a": ', "x.json: no JSON: Expecting value"),
+        (b"\x80abc", "x.json: no JSON: .*codec can't decode"),
+        (b"[" * 100_000, "x.json: no JSON: "),
+        (b"[1, 2]", "x.json: holds a JSON list, expected an object"),
+        (b"null", "x.json: holds a JSON NoneType, expected an object"),
+    ],
+)
+def test_read_json_names_the_file_that_holds_no_object(tmp_path, content, message):
+    (tmp_path / "x.json").write_bytes(content)
+    with one_line(message):
+        files.read_json(tmp_path / "x.json")
+
+
+def test_read_json_returns_the_object(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": [1, null]}')
+    assert files.read_json(tmp_path / "x.json") == {"a": [1, None]}
+    with one_line("x.json", FileNotFoundError):
+        files.read_json(tmp_path / "folder" / "x.json")
+
+
+def test_written_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x"
+    for content in (b"first", b"second"):
+        with files.written(path) as file:
+            file.write(content)
+        assert path.read_bytes() == content
+    with pytest.raises(RuntimeError), files.written(path) as file:
+        file.write(b"third")
+        raise RuntimeError
+    assert path.read_bytes() == b"second" and list(tmp_path.iterdir()) == [path]
+    with (
+        one_line(r"absent: no such folder; cannot write x there", FileNotFoundError),
+        files.written(tmp_path / "absent/x"),
+    ):
+        pass
+
+
+def test_written_folder_replaces_the_old_one_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "x"
+    for name in ("first", "second"):
+        with files.written_folder(folder) as new:
+            (new / name).touch()
+        assert [path.name for path in folder.iterdir()] == [name]
+    with pytest.raises(RuntimeError), files.written_folder(folder) as new:
+        (new / "third").touch()
+        raise RuntimeError
+    assert [path.name for path in folder.iterdir()] == ["second"] and list(tmp_path.iterdir()) == [folder]
