@@ -16,130 +16,19 @@ What the last two learn can leave the workdir as one small file that belongs to 
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rwkv_jax import checkpoint, generate, interop, models, optim, runs, tokenizers
+from rwkv_jax import checkpoint, generate, interop, runs
 from rwkv_jax.corpora import SEPARATOR
 from rwkv_jax.interop import formats, safetensors_file
 from rwkv_jax.models import lora
+from rwkv_jax.train.methods import Method, tuned_state
 
 FORMAT = "rwkv_jax adapters 1"
-# What a model's weights decide, and a config may leave open with None.
-SIZES = ("vocab_size", "num_layers", "dim", "layers", "hidden_dim", "head_size", "embedding_norm")
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to fine-tune, or with "full" to train at all: which tree is trained, and what model that tree makes."""
-
-    name: str = "full"
-    rank: int = 0  # lora
-    alpha: float = 0.0  # lora: adapters count alpha / rank times
-    targets: str = ""  # lora: a regular expression over the paths of kernels
-    groups: tuple = ()  # rules as in `optim.factors`: no gradient is computed where the factor is 0
-
-    def split(self, model, params, key):
-        """(what is trained, the parameters that it needs and leaves as they are, or None)."""
-        if self.name == "full":
-            return params, None
-        if self.name == "lora":
-            return lora.init(key, params, self.rank, self.targets), params
-        return untuned_state(model), params
-
-    def bind(self, model, trained, frozen, batch: int):
-        """(parameters, state [batch, ...] before the first token or None) that a model takes."""
-        trained = optim.frozen_stopped(trained, self.groups)
-        if self.name == "full":
-            return trained, None
-        if self.name == "lora":
-            return lora.join(frozen, trained, self.alpha), None
-        return frozen, tuned_state(model, trained, batch)
-
-    def check(self, model) -> None:
-        """ValueError where this does not fit the model, or a rule names nothing."""
-        params = interop.parameter_shapes(model)
-        trained = jax.eval_shape(lambda params: self.split(model, params, jax.random.key(0))[0], params)
-        optim.check_groups(trained, self.groups)
-
-
-FULL = Method()
-
-
-def method_of(config) -> Method:
-    """The method that a run's config asks for."""
-    f = config.finetune
-    if f.method != "full" and not f.model:
-        raise ValueError(f"finetune.method is {f.method!r}, which needs finetune.model, the weights to start from")
-    groups = tuple(map(tuple, config.optim.groups or ()))
-    return (
-        Method(f.method, f.rank, f.alpha, f.targets, groups) if f.method == "lora" else Method(f.method, groups=groups)
-    )
-
-
-def completed(config):
-    """The config of a fine-tuning run with all that it leaves to the weights at `finetune.model`.
-
-    Raises:
-        ValueError: it names another size, or a tokenizer of another vocabulary.
-    """
-    path = interop.locate(config.finetune.model)
-    base, config = runs.describe(path), config.copy_and_resolve_references()
-    for name in SIZES:
-        wanted, found = config.model[name], getattr(base, name)
-        if wanted not in (None, found):
-            raise ValueError(f"model.{name} is {wanted!r}, and {found!r} in {path}, the model to fine-tune")
-        config.model[name] = found
-    for name, wanted in config.model.variant.items():
-        found = base.variant.get(name)
-        if wanted not in (None, found):
-            raise ValueError(f"model.variant.{name} is {wanted!r}, and {found!r} in {path}, the model to fine-tune")
-        config.model.variant[name] = found
-    own = tokenizers.carried(path) if path.is_dir() else None
-    if config.tokenizer is None:
-        config.tokenizer = own or tokenizers.of_model(path, base.vocab_size)
-    elif own and (config.tokenizer == "characters" or _vocabulary(config.tokenizer) != _vocabulary(own)):
-        raise ValueError(f"tokenizer is {config.tokenizer!r}, and {path} comes with another: {own!r}")
-    config.finetune.model = str(path.absolute())
-    return config
-
-
-def _vocabulary(name: str) -> int:
-    return tokenizers.get_tokenizer(name).vocab_size
-
-
-def with_base(state, method: Method, path: str, param_dtype: str):
-    """A train state with the parameters at `path`, each read straight to where its random one was."""
-    name = "params" if method.name == "full" else "frozen"
-    drawn = getattr(state, name)
-    shardings = jax.tree.map(lambda x: x.sharding, drawn)
-    jax.tree.map(lambda x: x.delete(), drawn)  # never two models in memory
-    scan = "blocks" in drawn
-    return state.replace(**{name: runs.load(path, dtype=param_dtype, sharding=shardings, scan=scan)[1]})
-
-
-def untuned_state(model):
-    """The tree that state tuning begins with: `Kind.tuned_start` of each layer, stacked as parameters are.
-
-    Raises:
-        ValueError: a kind of layer has no state that can be tuned.
-    """
-    fixed = [name for name, kind, _ in model.unit if kind.tuned_start is None]
-    if fixed:
-        raise ValueError(f"finetune.method is 'state', and the state of {fixed[0]!r} layers cannot be tuned")
-    layers = {f"blocks_{i}": kind.tuned_start(config) for i, (_, kind, config) in enumerate(model.every_layer)}
-    return models.stack(layers, len(model.layers))
-
-
-def tuned_state(model, tuned, batch: int) -> tuple:
-    """The tuned values as a state of `batch` equal rows."""
-    layers = models.unstack(tuned)
-    states = [kind.tuned_state(layers[f"blocks_{i}"]) for i, (_, kind, _) in enumerate(model.every_layer)]
-    return jax.tree.map(lambda x_D: jnp.broadcast_to(x_D, (batch, *x_D.shape)), tuple(states))
 
 
 def tuned_context(model, params, tuned) -> generate.Context:

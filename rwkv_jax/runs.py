@@ -9,7 +9,7 @@ import numpy as np
 
 from rwkv_jax import files, interop
 from rwkv_jax.interop.official import activation_dtype, float_dtype, place, sharding_tree
-from rwkv_jax.models import build, lora, stack, unstack
+from rwkv_jax.models import build, lora, parameter_shapes, stack, unstack
 
 RELEASED_LENGTH = 1024  # tokens that the released RWKV-4 models were trained on at a time
 
@@ -102,7 +102,7 @@ def _load_run(run: Run, dtype, sharding, scan) -> tuple[nn.Module, Any]:
     if dtype is not None:
         dtype = float_dtype(dtype)
         model = model.clone(dtype=activation_dtype(dtype), param_dtype=dtype)
-    shapes = interop.parameter_shapes(model)
+    shapes = parameter_shapes(model)
 
     def put(x, leaf, sharding):
         return place(lambda index: np.asarray(x)[index].astype(leaf.dtype), leaf.shape, sharding)
@@ -116,7 +116,7 @@ def _trained(run: Run) -> Any:
 
     folder = run.path / "checkpoints"
     if run.method == "full":
-        return checkpoint.restore(folder, interop.parameter_shapes(run.model), key="params")[1]
+        return checkpoint.restore(folder, parameter_shapes(run.model), key="params")[1]
     params = run.base()
     if run.method != "lora":
         return params

@@ -11,7 +11,8 @@ import training
 
 import rwkv_jax
 from rwkv_jax import finetune
-from rwkv_jax.finetune import Method
+from rwkv_jax.train import methods
+from rwkv_jax.train.methods import Method
 
 D = small.D
 LORA = Method("lora", 2, 4.0, "att/(key|output)|head")
@@ -49,11 +50,11 @@ def test_tuned_state_has_a_gradient_where_the_empty_one_has_none():
     @jax.grad
     def gradients(tuned_and_empty):
         tuned, wkv = tuned_and_empty
-        rows = finetune.tuned_state(model, tuned, 1), tuple(e._replace(wkv=w) for e, w in zip(empty, wkv, strict=True))
+        rows = methods.tuned_state(model, tuned, 1), tuple(e._replace(wkv=w) for e, w in zip(empty, wkv, strict=True))
         state = jax.tree.map(lambda *rows: jnp.concatenate(rows), *rows)
         return model.apply({"params": params}, tokens_BT, state)[0].std((1, 2)).sum()
 
-    of_tuned, of_empty = gradients((finetune.untuned_state(model), tuple(entry.wkv for entry in empty)))
+    of_tuned, of_empty = gradients((methods.untuned_state(model), tuple(entry.wkv for entry in empty)))
     # at value 0 the first factor of d/d(log den) is the average itself, at which a token's own share is aimed
     for name in ("att_last", "value", "log_den", "ffn_last"):
         assert np.count_nonzero(of_tuned["blocks"][name]) == D
@@ -62,17 +63,17 @@ def test_tuned_state_has_a_gradient_where_the_empty_one_has_none():
 
 def test_tuned_context_has_read_the_separator_after_the_tuned_state(base):
     model, params = base
-    tuned = _drawn(finetune.untuned_state(model))
+    tuned = _drawn(methods.untuned_state(model))
     context = finetune.tuned_context(model, params, tuned)
-    logits_BTV, state = small.forward(model, params, np.zeros((1, 1), np.int32), finetune.tuned_state(model, tuned, 1))
+    logits_BTV, state = small.forward(model, params, np.zeros((1, 1), np.int32), methods.tuned_state(model, tuned, 1))
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
     close(context.logits_BV, logits_BTV[:, -1])
     jax.tree.map(close, context.state, state)
 
 
 def test_tuned_state_is_value_and_denominator_in_every_row(base):
-    tuned = _drawn(finetune.untuned_state(base[0]))["blocks"]
-    for i, layer in enumerate(finetune.tuned_state(base[0], {"blocks": tuned}, 3)):
+    tuned = _drawn(methods.untuned_state(base[0]))["blocks"]
+    for i, layer in enumerate(methods.tuned_state(base[0], {"blocks": tuned}, 3)):
         den_D = np.exp(tuned["log_den"][i])
         expected = tuned["att_last"][i], (tuned["value"][i] * den_D, den_D, 0 * den_D), tuned["ffn_last"][i]
         for x_BD, x_D in zip(jax.tree.leaves(layer), jax.tree.leaves(expected), strict=True):

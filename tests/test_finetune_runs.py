@@ -19,10 +19,10 @@ import training
 
 import rwkv_jax
 from rwkv_jax import checkpoint, finetune, generate, run_config, train
-from rwkv_jax.finetune import Method
 from rwkv_jax.models import lora
-from rwkv_jax.train import prepare
+from rwkv_jax.train import methods, prepare
 from rwkv_jax.train.__main__ import main
+from rwkv_jax.train.methods import Method
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = 60  # the fingerprint of weights, and each shape that a file holds
@@ -116,7 +116,7 @@ def test_state_run_trains_the_state_alone(runs, base):
     workdir, state = runs("state")
     assert training.same(state.frozen, base[1]) and training.same(rwkv_jax.load(workdir)[1], base[1])
     assert sum(x.size for x in jax.tree.leaves(state.params)) == 4 * L * D
-    untuned = finetune.untuned_state(base[0])
+    untuned = methods.untuned_state(base[0])
     assert jax.tree.all(jax.tree.map(lambda x, y: bool(np.any(x != y)), state.params, untuned))
 
 
@@ -129,7 +129,7 @@ def test_exported_state_is_a_context_for_generate(runs, base, tmp_path):
     context, text = generate.load_context(path, model, params)
     assert text is None and training.same(context, finetune.tuned_context(model, params, state.params))
     # after the separator, as by hand
-    _, after = small.forward(model, params, np.zeros((1, 1), np.int32), finetune.tuned_state(model, state.params, 1))
+    _, after = small.forward(model, params, np.zeros((1, 1), np.int32), methods.tuned_state(model, state.params, 1))
     ids = generate.generate(model, params, [[65, 66]], context=context, max_new_tokens=3, temperature=0)
     logits_BTV, _ = small.forward(model, params, np.array([[65, 66, *ids[0][:2]]]), after)
     assert ids[0] == np.asarray(logits_BTV)[0, 1:].argmax(-1).tolist()

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import small
 
-from rwkv_jax import interop, models, optim, train
+from rwkv_jax import models, optim, train
 
 
 def _zeros(num_layers):
     """Parameters of that many layers, stacked, as NumPy arrays."""
-    shapes = interop.parameter_shapes(small.make("rwkv4", num_layers=num_layers))
+    shapes = models.parameter_shapes(small.make("rwkv4", num_layers=num_layers))
     return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
 
 

@@ -19,13 +19,12 @@ from rwkv_jax.interop.official import (
     from_official,
     model_of,
     model_of_fields,
-    parameter_shapes,
     to_official,
     without_prefix,
 )
 
 __all__ = [
-    "describe", "fingerprint", "from_official", "load", "locate", "parameter_shapes", "save", "states", "to_official",
+    "describe", "fingerprint", "from_official", "load", "locate", "save", "states", "to_official",
 ]  # fmt: skip
 
 FORMATS = ("pth", "safetensors", "huggingface", "rwkv.cpp")

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from rwkv_jax import files
-from rwkv_jax.models import KINDS, build, unstack
+from rwkv_jax.models import KINDS, build, parameter_shapes
 
 # Parts of names that tell a later version, in this order: 6 and 7 have ln_x too.
 _LATER_VERSIONS = {".att.r_k": "RWKV-7", ".att.time_maa": "RWKV-6", ".att.ln_x.": "RWKV-5"}
@@ -170,17 +170,6 @@ def check(tensors: Mapping[str, np.ndarray], model: nn.Module) -> None:
             raise ValueError(f"{name!r} has shape {tensors[name].shape}, expected {shape}")
         if not jnp.issubdtype(tensors[name].dtype, jnp.floating):
             raise ValueError(f"{name!r} has dtype {tensors[name].dtype}, expected floating point")
-
-
-def parameter_shapes(model: nn.Module) -> Any:
-    """The tree of `jax.ShapeDtypeStruct` of a model's parameters; computes nothing, and traces one layer of a kind."""
-    shapes = jax.eval_shape(functools.partial(_init, model.clone(scan=True)), jax.eval_shape(jax.random.key, 0))
-    return shapes if model.scan else jax.eval_shape(unstack, shapes)
-
-
-@functools.partial(jax.jit, static_argnums=0)  # traced once for a model, however often its shapes are asked for
-def _init(model, key):
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def sharding_tree(sharding: Any, shapes: Any) -> Any:

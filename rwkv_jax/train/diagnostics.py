@@ -8,8 +8,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rwkv_jax import models
-from rwkv_jax.finetune import FULL
-from rwkv_jax.train.step import apply_gradient, make_gradient
+from rwkv_jax.train.step import Objective, apply_gradient, mean_gradient
 
 # (group, regex over the parameter path): the first match counts. Attention is "time_mix", an MLP "channel_mix".
 GROUPS = (
@@ -23,7 +22,7 @@ GROUPS = (
 POSITIONS = 64  # whose logits exist at one time
 
 
-def make_diagnose(model, tx, method=FULL, **options):
+def make_diagnose(model, tx, **options):
     """`diagnose(state, batch, lr, axis_name=None) -> (state, values)` of the step that `batch` is about to take.
 
     The state comes back as it came, so that every strategy runs it like a step. Costs about a step and a half. Values:
@@ -45,16 +44,16 @@ def make_diagnose(model, tx, method=FULL, **options):
             "inactive" [L]: share of hidden channels of channel mixing (ReLU^2) or of an MLP (GELU) whose
             pre-activation is above 0 at no token of the batch
 
-    Options are those of `make_gradient`.
+    Options are the fields of `step.Objective`.
     """
-    mean_gradient = make_gradient(model, method=method, **options)
+    objective = Objective(**options)
 
     def diagnose(state, batch, lr, axis_name=None):
-        grads, loss, _ = mean_gradient(state, batch, axis_name)
+        grads, loss, _ = mean_gradient(model, objective, state, batch, axis_name)
         new_state, _ = apply_gradient(tx, state, grads, loss, lr)
         updates = jax.tree.map(jnp.subtract, new_state.params, state.params)
         trees = {"parameter_norm": state.params, "gradient_norm": grads, "update_norm": updates}
-        params, initial = method.bind(model, state.params, state.frozen, len(batch["tokens"]))
+        params, initial = objective.method.bind(model, state.params, state.frozen, len(batch["tokens"]))
         logit_max, sown = _over_batch(model, params, initial if state.carry is None else state.carry, batch)
         if axis_name is not None:
             logit_max, sown = jax.lax.pmax((logit_max, sown), axis_name)

@@ -7,16 +7,20 @@ from typing import Any, NamedTuple
 
 import grain
 
-from rwkv_jax import data, finetune, metrics, mixture, models, optim, parallel, run_config
+from rwkv_jax import data, interop, metrics, mixture, models, optim, parallel, run_config, runs, tokenizers
 from rwkv_jax.train.diagnostics import make_diagnose
+from rwkv_jax.train.methods import Method, method_of
 from rwkv_jax.train.step import make_init, make_step
 from rwkv_jax.train.workdir import tokenizer
+
+# What a model's weights decide, and a config may leave open with None.
+DECIDED_BY_WEIGHTS = ("vocab_size", "num_layers", "dim", "layers", "hidden_dim", "head_size", "embedding_norm")
 
 
 class Run(NamedTuple):
     config: Any  # with what `finetune.model` decides filled in
     model: models.LM
-    method: finetune.Method
+    method: Method
     corpus: mixture.Mixture
     batches: grain.MapDataset  # of all hosts
     mine: grain.MapDataset  # the rows of them that this host reads
@@ -35,9 +39,9 @@ def prepared(config, workdir: Path) -> Run:
     """
     run_config.check(config)
     metrics.check_installed(**config.logging)
-    method = finetune.method_of(config)
+    method = method_of(config)
     if config.finetune.model:
-        config = finetune.completed(config)
+        config = completed(config)
     model = run_config.model_of(config)
     method.check(model)
     parallel.check_divisible(config.batch_size, config.accumulation, config.strategy, config.replicas)
@@ -69,6 +73,37 @@ def prepared(config, workdir: Path) -> Run:
         stop_gradient=config.stop_gradient,
     )
     return Run(config, model, method, corpus, batches, mine, lr, *programs)
+
+
+def completed(config):
+    """The config of a fine-tuning run with all that it leaves to the weights at `finetune.model`.
+
+    Raises:
+        ValueError: it names another size, or a tokenizer of another vocabulary.
+    """
+    path = interop.locate(config.finetune.model)
+    base, config = runs.describe(path), config.copy_and_resolve_references()
+    for name in DECIDED_BY_WEIGHTS:
+        wanted, found = config.model[name], getattr(base, name)
+        if wanted not in (None, found):
+            raise ValueError(f"model.{name} is {wanted!r}, and {found!r} in {path}, the model to fine-tune")
+        config.model[name] = found
+    for name, wanted in config.model.variant.items():
+        found = base.variant.get(name)
+        if wanted not in (None, found):
+            raise ValueError(f"model.variant.{name} is {wanted!r}, and {found!r} in {path}, the model to fine-tune")
+        config.model.variant[name] = found
+    own = tokenizers.carried(path) if path.is_dir() else None
+    if config.tokenizer is None:
+        config.tokenizer = own or tokenizers.of_model(path, base.vocab_size)
+    elif own and (config.tokenizer == "characters" or _vocabulary(config.tokenizer) != _vocabulary(own)):
+        raise ValueError(f"tokenizer is {config.tokenizer!r}, and {path} comes with another: {own!r}")
+    config.finetune.model = str(path.absolute())
+    return config
+
+
+def _vocabulary(name: str) -> int:
+    return tokenizers.get_tokenizer(name).vocab_size
 
 
 @functools.cache

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from rwkv_jax import finetune, hardware, optim, parallel, run_config
+from rwkv_jax import hardware, optim, parallel, run_config
+from rwkv_jax.train.methods import method_of
 from rwkv_jax.train.step import make_init, make_step
 
 TARGETS = ("v5e", "v5p", "v6e")  # which have one device a chip
@@ -69,7 +70,7 @@ def rehearse(config, target: str) -> dict:
     model = run_config.model_of(config)
     o = config.optim
     tx = optim.optimiser(tuple(o.betas), o.eps, o.weight_decay, o.clip, o.groups)
-    options = {"method": finetune.method_of(config), "accumulation": config.accumulation}
+    options = {"method": method_of(config), "accumulation": config.accumulation}
     step = make_step(model, tx, l2wrap=o.l2wrap, loss_chunk=config.loss_chunk, **options)
     devices = _devices(kind, slices, shape)
     init, step, _ = parallel.fsdp(make_init(model, tx), step, devices, config.replicas)

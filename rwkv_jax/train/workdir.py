@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rwkv_jax import checkpoint, files, finetune, interop, metrics, run_config, tokenizers
+from rwkv_jax import checkpoint, files, interop, metrics, run_config, runs, tokenizers
+from rwkv_jax.train.methods import Method
 from rwkv_jax.train.step import stored
 
 # What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
@@ -120,7 +121,7 @@ def restore(workdir, config, model, method, init):
     folder, step = workdir / "checkpoints", None
     saved = bool(multihost_utils.broadcast_one_to_all(np.array(bool(checkpoint.steps(folder)))))
     if config.finetune.model and not ((saved or config.branch_from) and state.frozen is None):
-        state = finetune.with_base(state, method, config.finetune.model, config.model.param_dtype)
+        state = with_base(state, method, config.finetune.model, config.model.param_dtype)
         hold_to_base(workdir, model, state.params if state.frozen is None else state.frozen)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), stored(state))
     if saved:
@@ -139,6 +140,16 @@ def restore(workdir, config, model, method, init):
     if jax.process_index() == 0:
         metrics.cut_back(workdir / "metrics.jsonl", step or 0)
     return state, step or 0
+
+
+def with_base(state, method: Method, path: str, param_dtype: str):
+    """A train state with the parameters at `path`, each read straight to where its random one was."""
+    name = "params" if method.name == "full" else "frozen"
+    drawn = getattr(state, name)
+    shardings = jax.tree.map(lambda x: x.sharding, drawn)
+    jax.tree.map(lambda x: x.delete(), drawn)  # never two models in memory
+    scan = "blocks" in drawn
+    return state.replace(**{name: runs.load(path, dtype=param_dtype, sharding=shardings, scan=scan)[1]})
 
 
 def tokenizer(config, workdir):

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.ablations import table
 from experiments.ablations.run import ARMS, PRESETS, PRINTED, RELEASED, conclude, config_of, name_of, over_documents
-from rwkv_jax import hardware, interop
+from rwkv_jax import hardware, models
 from rwkv_jax.run_config import model_of
 
 PRESET = PRESETS["cpu"]
@@ -98,7 +98,7 @@ def test_wider_channel_mixing_has_the_parameters_of_the_receptances():
 
     def of(arm):
         model = model_of(config_of(PRESET, arm, 0, 1.0))
-        count = sum(x.size for x in jax.tree.leaves(interop.parameter_shapes(model)))
+        count = sum(x.size for x in jax.tree.leaves(models.parameter_shapes(model)))
         return count, hardware.flops_per_token(model, PRESET.seq_len)
 
     (count, flops), (wider, its), (fewer, _) = map(of, (RELEASED, "no receptance, F + D", "no receptance"))

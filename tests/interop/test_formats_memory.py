@@ -10,12 +10,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import rwkv_jax
-from rwkv_jax import interop
+from rwkv_jax import models
 
 PROGRAM = """
 import re, sys, threading, time
 import jax, jax.numpy as jnp
-from rwkv_jax import interop
+from rwkv_jax import interop, models
 
 anonymous = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 jnp.zeros(3).block_until_ready()
@@ -45,7 +45,7 @@ print((peak - before) / size)
 def test_load_takes_little_more_memory_than_the_model(tmp_path, name):
     """16 layers of width 1,024 in float16, 450 MB. Pages of the file, which the system takes back, are not counted."""
     model = rwkv_jax.build("rwkv4", vocab_size=4096, num_layers=16, dim=1024, param_dtype="float16", scan=False)
-    shapes = flatten_dict(interop.parameter_shapes(model), sep="/")
+    shapes = flatten_dict(models.parameter_shapes(model), sep="/")
     params = {key: np.full(x.shape, -1, x.dtype) for key, x in shapes.items()}
     rwkv_jax.save(
         tmp_path / name, model, unflatten_dict(params, sep="/"), format="rwkv.cpp" if name == "m.bin" else None

@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from weights import DECAYS, D, F, L, V, assert_same_params, assert_same_tensors, official, one_line, tiny
 
 import rwkv_jax
-from rwkv_jax import interop
+from rwkv_jax import interop, models
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -21,7 +21,7 @@ def test_official_weights_survive_the_round_trip_bit_exactly(dtype):
         assert (model.scan, model.param_dtype) == (scan, dtype)
         assert model.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
         assert_same_tensors(interop.to_official(params), expected)
-        shapes = interop.parameter_shapes(model)
+        shapes = models.parameter_shapes(model)
         assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
 
 
@@ -29,9 +29,9 @@ def test_parameter_shapes_are_those_of_init():
     for scan in (True, False):
         model, _ = tiny(scan=scan)
         params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 3), jnp.int32))["params"]
-        assert interop.parameter_shapes(model) == params
-        interop.parameter_shapes(model).clear()  # a caller's tree is its own
-        assert interop.parameter_shapes(model) == params
+        assert models.parameter_shapes(model) == params
+        models.parameter_shapes(model).clear()  # a caller's tree is its own
+        assert models.parameter_shapes(model) == params
 
 
 def test_official_matrices_are_transposed_and_layers_stay_in_order():

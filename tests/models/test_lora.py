@@ -8,8 +8,8 @@ import pytest
 import small
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rwkv_jax.finetune import Method
 from rwkv_jax.models import lora
+from rwkv_jax.train.methods import Method
 
 RANK, ALPHA = 2, 6.0
 METHOD = Method("lora", RANK, ALPHA, "key|value|(q|k|v|out|up|down)/kernel|head")

@@ -10,12 +10,13 @@ from scipy import special
 from small import D, forward, made, make, tokens
 
 import rwkv_jax
-from rwkv_jax import finetune, interop
+from rwkv_jax import interop
 from rwkv_jax.models import unstack
 from rwkv_jax.models.block import BlockConfig, make_variant
 from rwkv_jax.models.layers import ACTIVATIONS
 from rwkv_jax.models.rwkv4 import ChannelMix, Variant
 from rwkv_jax.ops import wkv4
+from rwkv_jax.train import methods
 
 slow = pytest.mark.slow
 B, T = 2, 6
@@ -238,7 +239,7 @@ def test_files_hold_a_variant_and_formats_of_the_released_model_refuse_it(tmp_pa
 
 def test_tuned_state_without_token_shift_has_no_last_activations():
     model = make("rwkv4", token_shift=False)
-    tuned = jax.eval_shape(lambda: finetune.tuned_state(model, finetune.untuned_state(model), B))
+    tuned = jax.eval_shape(lambda: methods.tuned_state(model, methods.untuned_state(model), B))
     assert jax.tree.structure(tuned) == jax.tree.structure(jax.eval_shape(lambda: model.init_state(B)))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax import models, optim, train
+from rwkv_jax.train.step import Objective, mean_gradient
 
 FIELDS = {"vocab_size": 8, "num_layers": 1, "dim": 8}
 
@@ -23,7 +24,8 @@ def test_step_keeps_moments_and_sums_of_gradients_in_float32_and_parameters_in_b
     model, tx = models.build("rwkv4", param_dtype="bfloat16", **fields), optim.optimiser()
     state = jax.eval_shape(train.make_init(model, tx), jax.random.key(0))
     rows = {"tokens": np.zeros((4, 5), np.int32), "mask": np.ones((4, 4), bool)}
-    gradient, loss, _ = jax.eval_shape(train.step.make_gradient(model, accumulation=accumulation), state, rows)
+    mean = functools.partial(mean_gradient, model, Objective(accumulation=accumulation))
+    gradient, loss, _ = jax.eval_shape(mean, state, rows)
     after, _ = jax.eval_shape(functools.partial(train.apply_gradient, tx), state, gradient, loss, jnp.float32(1))
     assert _dtypes(gradient) == _dtypes(after.opt_state) == {jnp.dtype("float32")}
     dtype_of = lambda tree: jax.tree.map(lambda x: x.dtype, tree)

@@ -14,7 +14,7 @@ from judge import error_ratio
 from small import V, drawn, make
 
 from rwkv_jax import optim, parallel, train
-from rwkv_jax.train.step import TrainState, make_gradient
+from rwkv_jax.train.step import Objective, TrainState, mean_gradient
 
 B, T, K = 8, 12, 3  # segments of 4
 EXACT = {"segments": K}
@@ -55,6 +55,10 @@ class Decaying(nn.Module):
 
     def logits(self, x_BTD):
         return self.head(x_BTD)
+
+    @nn.nowrap
+    def aligned_head(self):
+        return lambda head_params: head_params, lambda head_params, x_ND: x_ND @ head_params["kernel"]
 
     def __call__(self, tokens_BT, state=None, *, reset_BT=None):
         h_BTD, state = self.hidden(tokens_BT, state, reset_BT=reset_BT)
@@ -102,7 +106,7 @@ def _forward(model, params, batch, state):
 
 @functools.cache
 def _program(model, **options):
-    return jax.jit(make_gradient(model, l2wrap=False, **options))
+    return jax.jit(functools.partial(mean_gradient, model, Objective(l2wrap=False, **options)))
 
 
 def _gradient(model, carry=None, batch=None, **options):
