@@ -37,7 +37,6 @@ import numpy as np
 
 from rwkv_jax import evaluate, generate, interop, tokenizers
 from rwkv_jax.corpora import SEPARATOR
-from rwkv_jax.generate import speculative
 from rwkv_jax.generate.context import Context, begin
 from rwkv_jax.generate.text import Stream
 
@@ -82,15 +81,7 @@ class RWKVForCausalLM:
         if self.tokenizer is not None:
             tokenizers.save(self.tokenizer, folder)
 
-    def generate(
-        self,
-        prompt="",
-        *,
-        stop_tokens=(SEPARATOR,),
-        draft: "RWKVForCausalLM | None" = None,
-        return_context: bool = False,
-        **settings,
-    ):
+    def generate(self, prompt="", *, stop_tokens=(SEPARATOR,), return_context: bool = False, **settings):
         """What continues the prompt: text for a text, ids for ids, a list for a list of either.
 
         Args:
@@ -103,21 +94,11 @@ class RWKVForCausalLM:
             seed: 0; one number, or one for each prompt.
             stop: strings that end the text; they are not part of it.
             stop_tokens: ids that do the same. By default the separator, 0, after which another document begins.
-            draft: a much smaller model of the same vocabulary that guesses `num_draft` (4) tokens at a time, which
-                this one checks: the same distribution, other draws, see `generate.speculative`. Not with `stop`.
             return_context: the context that has read the prompt and exactly the result comes back as well.
         """
         prompts, single, is_text = self._prompts(prompt)
         settings |= {"stop_tokens": stop_tokens}
-        if draft is not None:
-            if settings.pop("stop", ()):
-                raise ValueError("stop strings beside a draft, expected one or the other")
-            helper = (draft.model, draft.params)
-            ids, context = speculative.generate_with_context(
-                self.model, self.params, prompts, draft=helper, **settings
-            )
-            results = [self.tokenizer.decode(row) for row in ids] if is_text else ids
-        elif is_text or "stop" in settings:
+        if is_text or "stop" in settings:
             texts, ids, context = generate.generate_texts(
                 self.model, self.params, prompts, self._tokenizer(), **settings
             )

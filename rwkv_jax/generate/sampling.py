@@ -164,17 +164,6 @@ def check_vocabulary(sampler, vocab_size: int):
             raise ValueError(f"{name} names token {wrong[0]}, expected ids from 0 to {vocab_size - 1}")
 
 
-def distribution(sampler, logits_BV, history: History | None = None):
-    """Logits [B, V] whose softmax a sampler of `sampler(...)` draws from; a row with no token to draw is all NaN."""
-    if not _ours(sampler):
-        raise ValueError(f"the distribution of {sampler} is not known, expected what sampling.sampler() returns")
-    if sampler.func is _sampled:
-        return truncated(scores(logits_BV, history, sampler.keywords), sampler.keywords)
-    token_B1 = sampler(logits_BV, None, history)[:, None]
-    one_BV = jnp.where(ids(logits_BV) == token_B1, 0.0, -jnp.inf)
-    return jnp.where(token_B1 < 0, jnp.nan, one_BV)
-
-
 def draw(logits_BV, key_B):
     """A token [B] from softmax(logits), each row with its key; -1 where that is NaN.
 
