@@ -5,7 +5,6 @@ which grows when a longer text is read: leaves that depend on `max_length` of `m
 are only ever written behind what they hold, which is why a copy of everything else is enough to go back.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -13,8 +12,6 @@ from functools import lru_cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from rwkv_jax.models import per_layer
 
 CACHE_STEP = 256  # caches are multiples of this, so that they share compiled functions
 
@@ -167,40 +164,3 @@ def go_back(context: Context, marked: Context, back_B) -> Context:
         return now if then is None else jnp.where(jnp.reshape(back_B, (-1, *[1] * (now.ndim - 1))), then, now)
 
     return jax.tree.map(pick, context, marked, is_leaf=lambda x: x is None)
-
-
-class PrefixCache:
-    """Contexts of what a model has read, by their tokens, so that what texts begin with is read once.
-
-    The longest entry that a text begins with is used. Only what was read becomes an entry: `read` a common beginning
-    alone first. Of more than `max_entries`, the one that was not used for longest goes.
-    """
-
-    def __init__(self, model, params, max_entries: int = 16):
-        if max_entries < 1:
-            raise ValueError(f"max_entries is {max_entries}, expected at least 1")
-        self._model, self._params = per_layer(model, params)
-        self._max_entries = max_entries
-        self._entries: OrderedDict[bytes, Context] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def read(self, ids: Sequence[int]) -> Context:
-        """The context after `ids`, at least one, as `generate.read` makes it."""
-        from rwkv_jax.generate.decode import read
-
-        tokens = np.asarray(ids)
-        if tokens.size == 0:
-            raise ValueError("no tokens to read, expected at least one")
-        key = tokens.astype(np.int32).tobytes()  # of equal width, so that a prefix of the bytes is one of the tokens
-        found = max((entry for entry in self._entries if key.startswith(entry)), key=len, default=b"")
-        context = self._entries.get(found)
-        if context is None or len(found) < len(key):
-            context = read(self._model, self._params, tokens[len(found) // 4 :], context)
-        if found:
-            self._entries.move_to_end(found)
-        self._entries[key] = context
-        if len(self._entries) > self._max_entries:
-            self._entries.popitem(last=False)
-        return context

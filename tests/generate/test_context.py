@@ -1,11 +1,11 @@
-"""Contexts as values: copies, rows, room in caches, and the cache of prefixes."""
+"""Contexts as values: copies, rows, and room in caches."""
 
 import jax
 import numpy as np
 import pytest
 from generating import KINDS, NEARLY_GREEDY, assert_equal, assert_read, filled, ids, row, unstacked
 
-from rwkv_jax.generate import Context, PrefixCache, concatenate, generate, generate_with_context, read, rows
+from rwkv_jax.generate import Context, concatenate, generate, generate_with_context, read, rows
 from rwkv_jax.generate.context import begin, go_back, mark, with_room
 
 BOTH = pytest.mark.parametrize("kind", ["rwkv4", "hybrid"])
@@ -124,45 +124,3 @@ def test_with_room_grows_caches_to_what_is_likely():
     assert slots(with_room(model, context, 32, 200)) == 768
     rwkv4 = filled("rwkv4", 3)
     assert with_room(unstacked("rwkv4")[0], rwkv4, 10_000, 10_000) is rwkv4
-
-
-# -------------------------------------------------------------------------------------------------- prefixes
-
-
-@KINDS
-def test_prefix_cache_reads_a_prefix_once(kind, monkeypatch):
-    from rwkv_jax.generate import decode
-
-    cache, seen = PrefixCache(*unstacked(kind)), []
-
-    def counted(model, params, context, prompts):
-        seen.append(len(prompts[0]))
-        return read_on(model, params, context, prompts)
-
-    read_on = decode.read_on
-    monkeypatch.setattr(decode, "read_on", counted)
-    text = ids(270)
-    for length, more in ((10, 10), (9, 9), (10, None), (25, 15), (12, 2), (270, 245)):
-        context = cache.read(text[:length])
-        assert seen == ([more] if more else [])
-        seen.clear()
-        assert_read(kind, context, text[:length])
-    other = [*text[:9], 255 - text[9]]
-    assert_read(kind, cache.read(other), other)  # begins with the 9, not with the 10
-    assert seen == [1]
-    with pytest.raises(ValueError, match="no tokens"):
-        cache.read([])
-
-
-def test_prefix_cache_drops_the_least_recently_used_entry():
-    cache = PrefixCache(*unstacked("rwkv4"), max_entries=2)
-    first = cache.read([1, 2])
-    cache.read([3])
-    assert cache.read([1, 2]) is first
-    cache.read([4])  # in place of [3]
-    assert len(cache) == 2 and cache.read([1, 2]) is first
-    cache.read([5])
-    cache.read([6])
-    assert len(cache) == 2 and cache.read([1, 2]) is not first
-    with pytest.raises(ValueError, match="max_entries is 0"):
-        PrefixCache(*unstacked("rwkv4"), max_entries=0)

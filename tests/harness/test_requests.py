@@ -8,8 +8,7 @@ from small import V, drawn, forward, make
 from weights import one_line
 
 from rwkv_jax import generate
-from rwkv_jax.generate import prefixes
-from rwkv_jax.harness import last_words, score
+from rwkv_jax.harness import last_words, prefixes, score
 
 RNG = np.random.default_rng(0)
 DRAWN = lambda n: tuple(RNG.integers(0, V, n).tolist())
