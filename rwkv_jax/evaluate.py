@@ -233,15 +233,6 @@ def bits_per_byte(nats, num_bytes) -> float:
     return float(np.sum(nats, dtype=np.float64) / np.log(2) / np.sum(num_bytes))
 
 
-def loss_by_position(nats_N, seq_len: int) -> np.ndarray:
-    """Mean nats [seq_len] of what `windows` returned: entry t is about predictions from t + 1 tokens."""
-    nats_N = np.asarray(nats_N[1:], np.float64)
-    if len(nats_N) < seq_len:
-        raise ValueError(f"{len(nats_N)} predictions do not fill a window of {seq_len}")
-    position_N = np.arange(len(nats_N)) % seq_len
-    return np.bincount(position_N, nats_N) / np.bincount(position_N)
-
-
 def per_document(nats_N, split: corpora.Split) -> tuple[np.ndarray, np.ndarray]:
     """Nats and bytes of each document [documents], float64, without those of the separators.
 
@@ -256,20 +247,26 @@ def per_document(nats_N, split: corpora.Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paired_difference(a_N, b_N, split: corpora.Split, seed: int = 0, samples: int = 2000):
-    """(difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and its 95 % interval.
+    """(difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and `interval_over_documents`.
 
-    A percentile bootstrap over documents, NaN if there is only one: tokens of a document are not independent. Paired,
-    because text that is hard for one model is hard for the other; the intervals of the two levels say little.
+    Paired, because text that is hard for one model is hard for the other; the intervals of the two levels say little.
     """
-    (nats_a, num_bytes), (nats_b, _) = per_document(a_N, split), per_document(b_N, split)
-    nats = nats_a - nats_b
-    difference = bits_per_byte(nats, num_bytes)
-    if len(nats) < 2:
-        return difference, np.nan, np.nan
+    (a_D, bytes_D), (b_D, _) = per_document(a_N, split), per_document(b_N, split)
+    return bits_per_byte(a_D - b_D, bytes_D), *interval_over_documents(a_D - b_D, bytes_D, seed, samples)
+
+
+def interval_over_documents(nats_D, bytes_D, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
+    """(low, high), the 95 % percentile bootstrap interval of bits per byte; NaN of one document.
+
+    Documents are drawn and not tokens, because tokens of a document are not independent. `scipy.stats.bootstrap` draws
+    the same, but takes seconds to import, and every training run imports this module.
+    """
+    if len(nats_D) < 2:
+        return np.nan, np.nan
     rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(nats), size=len(nats)) for _ in range(samples))
-    low, high = np.quantile([bits_per_byte(nats[i], num_bytes[i]) for i in draws], (0.025, 0.975))
-    return difference, float(low), float(high)
+    drawn = (rng.integers(len(nats_D), size=len(nats_D)) for _ in range(samples))
+    low, high = np.quantile([bits_per_byte(nats_D[i], bytes_D[i]) for i in drawn], (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:

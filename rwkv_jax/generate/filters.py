@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 LANES = 512  # of sums over V: XLA vectorises over them on a CPU, it does not within a sum
-READS = {  # what of a history a setting reads
+NEEDS = {  # the leaf of the history that a setting needs
     "repetition_penalty": "seen_BV",
     "presence_penalty": "counts_BV",
     "frequency_penalty": "counts_BV",
@@ -19,9 +19,9 @@ READS = {  # what of a history a setting reads
 
 def scores(logits_BV, history, settings):
     """What concerns single tokens. A ban, -inf, passes through all that follows it."""
-    for name in settings.keys() & READS.keys():
-        if getattr(history, READS[name], None) is None:
-            raise ValueError(f"{name} needs the history's {READS[name]}, which is None")
+    for name in settings.keys() & NEEDS.keys():
+        if getattr(history, NEEDS[name], None) is None:
+            raise ValueError(f"{name} needs the history's {NEEDS[name]}, which is None")
     x_BV = jnp.asarray(logits_BV, jnp.float32)
     if "logit_bias" in settings:
         ids_N, bias_N = settings["logit_bias"]

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from rwkv_jax.generate.filters import LANES, READS, blocks, ids, scores, truncated
+from rwkv_jax.generate.filters import LANES, NEEDS, blocks, ids, scores, truncated
 
 RECENT = 16  # tokens that a history remembers in their order
 NO_TOKEN = 2**31 - 1  # an id beyond every vocabulary
@@ -88,7 +88,7 @@ def history(B: int, V: int, prompts=None, decay=1.0, sampler=None) -> History:
         row = np.asarray(prompt, np.int32)  # an empty list is float64 otherwise
         seen_BV[b, row] = True
         recent_BR[b, RECENT - len(row[-RECENT:]) :] = row[-RECENT:]
-    names = {READS[name] for name in sampler.keywords if name in READS} if _ours(sampler) else set(READS.values())
+    names = {NEEDS[name] for name in sampler.keywords if name in NEEDS} if _ours(sampler) else set(NEEDS.values())
     leaves = {"seen_BV": seen_BV, "counts_BV": np.zeros((B, V), np.float32), "recent_BR": recent_BR}
     leaves = {name: jnp.asarray(leaf) if name in names else None for name, leaf in leaves.items()}
     return History(**leaves, decay_B=jnp.asarray(decay_B) if "counts_BV" in names else None)
@@ -130,7 +130,7 @@ def sampler(
     for name, (low, high, off, expected) in NUMBERS.items():
         value = given[name]
         _check(name, value, value is None or value == off or _within(value, low, high), expected)
-        if value is not None and value != off and (temperature or name in READS):
+        if value is not None and value != off and (temperature or name in NEEDS):
             settings[name] = np.float32(value)
     _check("top_k", top_k, top_k is None or _is_id(top_k), "a whole number, 0 or more")
     if temperature:

@@ -6,7 +6,7 @@ import pytest
 from generating import KINDS, NEARLY_GREEDY, assert_equal, assert_read, filled, ids, row, unstacked
 
 from rwkv_jax.generate import Context, concatenate, generate, generate_with_context, read, rows
-from rwkv_jax.generate.context import begin, go_back, mark, with_room
+from rwkv_jax.generate.context import begin, with_room
 
 BOTH = pytest.mark.parametrize("kind", ["rwkv4", "hybrid"])
 slots = lambda context: context.state[1].cache.k_BHSK.shape[2]
@@ -78,19 +78,6 @@ def test_concatenated_contexts_continue_as_single_ones(kind):
     assert_read(kind, after, *(a + b + c for a, b, c in zip(texts, more, tokens, strict=True)))
     for prompt, new, context in zip(more, tokens, contexts, strict=True):
         assert new == generate(*unstacked(kind), prompt, context=context, **settings)
-
-
-@BOTH
-def test_go_back_restores_marked_rows(kind):
-    """All but the caches, which are only written behind what they hold: their lengths go back."""
-    then, now = filled(kind, 3), filled(kind, 3, seed=1)
-    if kind == "hybrid":
-        then = with_cache(then, **now.state[1].cache._asdict() | of_length(5, 6, 7))
-        now = with_cache(now, **of_length(8, 9, 10))
-    marked = mark(unstacked(kind)[0], then)
-    went = go_back(now, marked, np.array([True, False, True]))
-    for b, expected in enumerate((then, now, then)):
-        assert_equal(row(went, b), row(expected, b))
 
 
 def test_begin_copies_a_context_and_makes_room_for_what_is_read():
