@@ -88,27 +88,23 @@ def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarr
     if lengths_B.min() == 0:
         raise ValueError("nothing to score in an empty text, expected at least one token")
     longest = int(lengths_B.max())
-    segment = segment_for(longest - 1)  # the last token is only predicted
-    tokens_BN = np.zeros((len(texts), -(-(longest - 1) // segment) * segment + 1), np.int32)
+    num_inputs = longest - 1  # the last token is only predicted
+    segment = next((length for length in SEGMENTS if num_inputs <= length), SEGMENTS[-1])
+    tokens_BN = np.zeros((len(texts), -(-num_inputs // segment) * segment + 1), np.int32)
     for row, text in zip(tokens_BN, texts, strict=True):
         row[: len(text)] = text
     first_B1 = tokens_BN[:, :1]
     log_p_BV = np.asarray(_log_softmax(logits_BV))
     nats = [np.take_along_axis(log_p_BV, first_B1, axis=-1)]
     likeliest = [log_p_BV.argmax(axis=-1)[:, None] == first_B1]
-    for begin in range(0, longest - 1, segment):
-        valid_BT = begin + np.arange(segment) < lengths_B[:, None] - 1
-        tokens_BT = tokens_BN[:, begin : begin + segment + 1]
+    for first in range(0, num_inputs, segment):
+        valid_BT = first + np.arange(segment) < lengths_B[:, None] - 1
+        tokens_BT = tokens_BN[:, first : first + segment + 1]
         nats_BT, likeliest_BT, state = _judged(model, params, tokens_BT, state, valid_BT=valid_BT)
         nats.append(np.asarray(nats_BT))
         likeliest.append(np.asarray(likeliest_BT))
     joined = zip(np.concatenate(nats, axis=1), np.concatenate(likeliest, axis=1), lengths_B, strict=True)
     return [(row[:length], flags[:length]) for row, flags, length in joined]
-
-
-def segment_for(length: int) -> int:
-    """The shortest of `SEGMENTS` that holds `length` tokens, else the longest."""
-    return next((segment for segment in SEGMENTS if length <= segment), SEGMENTS[-1])
 
 
 def windows(model, params, tokens, seq_len: int, batch_size: int, state=None) -> np.ndarray:

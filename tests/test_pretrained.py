@@ -9,7 +9,7 @@ from small import made
 
 import rwkv_jax
 from rwkv_jax import evaluate, tokenizers
-from rwkv_jax.generate import sampling
+from rwkv_jax.generate import decode, sampling
 
 TEXT = "One morning, when Gregor Samsa woke from troubled dreams.\n" * 2
 SLOW = pytest.mark.slow
@@ -24,8 +24,10 @@ def lm(kind="rwkv4"):
 
 @pytest.fixture
 def short_segments(monkeypatch):
-    """Texts are scored and embedded in segments that are shorter than they are."""
+    """Texts are scored in segments and embedded in chunks that are shorter than they are."""
     monkeypatch.setattr(evaluate, "SEGMENTS", (32,))
+    monkeypatch.setattr(decode, "FIRST_CHUNKS", (32,))
+    monkeypatch.setattr(decode, "PROMPT_CHUNK", 32)
     assert len(TEXT) > 3 * 32
 
 
