@@ -1,4 +1,4 @@
-"""Text that continues a prompt: what is public, by file."""
+"""Generation of text from a prompt: the public names, by file."""
 
 from rwkv_jax.generate.context import CACHE_STEP, Context, concatenate, rows
 from rwkv_jax.generate.decode import DISPATCH, PROMPT_CHUNK, generate, generate_with_context, logits, read

@@ -1,4 +1,4 @@
-"""Texts that continue texts: streams that can be stopped, batches, and stop strings.
+"""Generation of text from text: streams, batches and stop strings.
 
 A stop string may begin and end anywhere, within tokens and across them. The text is held back while it may be the
 beginning of one. When one is complete, tokens of it have already been read, so the context is read again from the end
@@ -22,8 +22,8 @@ class StoppedText:
     """The text of tokens that come one at a time, up to the first stop string.
 
     Attributes:
-        tokens: those whose text counts. What was returned so far is the beginning of `decode(tokens)`, and all of it
-            at the end; what lacks before is an incomplete character, or what may be the beginning of a stop string.
+        tokens: the tokens of the text. What was returned so far is the beginning of `decode(tokens)`, and all of it at
+            the end. The rest is held back: an incomplete character, or what may be the beginning of a stop string.
         stopped: whether a stop string was found.
     """
 
@@ -120,8 +120,10 @@ class Texts:
         self._read_prompts()
         context, self._context, self.finished = self._context, None, True  # an interruption loses the donated arrays
         new, context, draws = advance(self._model, self._params, context, self._draws, count)
-        rows = zip(self._outputs, new, draws.left_B, strict=True)
-        pieces = [output.extend(tokens, is_end=left == 0) for output, tokens, left in rows]
+        pieces = [
+            output.extend(tokens, is_end=left == 0)
+            for output, tokens, left in zip(self._outputs, new, draws.left_B, strict=True)
+        ]
         stopped_B = np.array([output.stopped for output in self._outputs])
         self._draws = replace(draws, left_B=np.where(stopped_B, 0, draws.left_B))
         self._context, self.finished = context, not self._draws.left_B.any()
@@ -141,8 +143,8 @@ class Stream:
 
     Attributes:
         text: the pieces that were yielded.
-        tokens: `decode(tokens)` begins with `text`, and equals it when the stream is at its end. What lacks before is
-            held back: the beginning of a character, or what may be that of a stop string.
+        tokens: `decode(tokens)` begins with `text`, and equals it at the end of the stream. The rest is held back: an
+            incomplete character, or what may be the beginning of a stop string.
         context: a copy of the context after the prompt and exactly `tokens`.
     """
 
