@@ -120,6 +120,14 @@ def test_stop_strings_end_texts():
             assert "".join(streamed) == streamed.text == decoded(streamed.tokens) == text
 
 
+def test_generate_texts_draws_nothing_once_every_row_has_stopped(monkeypatch):
+    calls, advance = [], text_module.advance
+    monkeypatch.setattr(text_module, "advance", lambda *args: calls.append(args) or advance(*args))
+    settings = {"stop": ["k."], "max_new_tokens": 3 * DISPATCH} | NEARLY_GREEDY
+    result = generate_texts(*cycling("abcdefghijk."), ["."] * B, BYTES, **settings)
+    assert result.texts == ["abcdefghij"] * B and len(calls) == 1
+
+
 def test_stream_holds_back_what_may_begin_a_stop_string():
     model, settings = cycling("abcdefg."), {"max_new_tokens": 12} | NEARLY_GREEDY
     streamed = stream(*model, ".", BYTES, stop=["cde!", "g.x"], **settings)
