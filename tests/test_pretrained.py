@@ -54,12 +54,10 @@ def test_generate_returns_text_for_text_ids_for_ids_and_a_list_for_a_list(path):
     assert loaded.generate(["Hi"], max_new_tokens=[3], **NEARLY_GREEDY) == [decoded(ids[:3])]
 
 
-def test_generate_repeats_the_text_of_a_seed_and_takes_a_sampler():
-    drawn = [lm().generate("Hi", seed=seed, max_new_tokens=20) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    settings = {"max_new_tokens": 9}
+def test_generate_takes_a_seed_or_a_sampler():
+    assert len({lm().generate("Hi", seed=seed, max_new_tokens=20) for seed in (0, 1)}) == 2
     sampler = sampling.sampler(**NEARLY_GREEDY)
-    assert lm().generate("Hi", sampler=sampler, **settings) == lm().generate("Hi", **settings, **NEARLY_GREEDY)
+    assert lm().generate("Hi", sampler=sampler) == lm().generate("Hi", **NEARLY_GREEDY)
 
 
 def test_generate_ends_at_the_separator_unless_told_otherwise():

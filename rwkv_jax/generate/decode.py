@@ -22,9 +22,9 @@ from rwkv_jax.generate.context import Context, begin, with_room
 from rwkv_jax.models import per_layer
 
 PROMPT_CHUNK = 256  # tokens of a prompt read at one time
-FIRST_CHUNKS = (16, 64, PROMPT_CHUNK)  # of these the first chunk is the shortest that will do
-DISPATCH = 32  # tokens decoded before they reach the host, at most
-LIKELY = 1024  # new tokens for which caches have room from the start
+FIRST_CHUNKS = (16, 64, PROMPT_CHUNK)  # lengths of the first chunk, of which the shortest sufficient one is taken
+DISPATCH = 32  # most tokens decoded before they reach the host
+LIKELY = 1024  # most new tokens for which caches get room from the start
 
 
 def read(model, params, prompts, context: Context | None = None) -> Context:
@@ -175,10 +175,8 @@ def advance(model, params, context: Context, draws: Draws, count: int = DISPATCH
     """
     quota_B = np.minimum(draws.left_B, count)
     context = with_room(model, context, int(quota_B.max()), int(min(draws.left_B.max(), 2**30)))
-    index_B, quota32_B = draws.index_B.astype(np.uint32), quota_B.astype(np.int32)
-    context, history, tokens_BT, count_B = _decode(
-        model, params, context, draws.history, draws.sampler, draws.stop_V, draws.key_B, index_B, quota32_B
-    )
+    draw_args = (draws.sampler, draws.stop_V, draws.key_B, draws.index_B.astype(np.uint32), quota_B.astype(np.int32))
+    context, history, tokens_BT, count_B = _decode(model, params, context, draws.history, *draw_args)
     tokens_BT, count_B = np.asarray(tokens_BT), np.asarray(count_B)
     stopped_B = count_B < quota_B
     for b in np.flatnonzero(stopped_B):
@@ -191,9 +189,9 @@ def advance(model, params, context: Context, draws: Draws, count: int = DISPATCH
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _decode(model, params, context, history, sampler, stop_V, key_B, index_B, quota_B):
-    """(context, history, tokens [B, DISPATCH], how many of them each row has) after at most `quota_B` tokens.
+    """Return (context, history, tokens [B, DISPATCH], number of tokens [B]) after at most `quota_B` tokens.
 
-    Token i is drawn with a key of its own, so that it does not depend on how the text is cut into calls.
+    Each token has a key of its own, so that it does not depend on how the text is cut into calls.
     """
     B = len(quota_B)
 
@@ -236,7 +234,7 @@ def generate(model, params, prompt_ids, **settings) -> list[int] | list[list[int
         start: index of the first new token among the draws of its seed. Ten tokens, and then ten from the context
             after them with start=10, are the twenty of one call, but for penalties: their counts restart in each call.
         stop_tokens: ids that end a row. They are not part of the result.
-        penalty_decay: by which the counts of the penalties shrink with every token, see `sampling.History`.
+        penalty_decay: factor on the counts of the penalties at every token, see `sampling.History`.
     """
     return generate_with_context(model, params, prompt_ids, **settings)[0]
 
@@ -270,7 +268,7 @@ def as_prompts(prompts, vocab_size: int, context: Context | None) -> tuple[list[
 
 
 def _whole_numbers(name: str, value, B: int) -> np.ndarray:
-    """[B] int64, from one number or one for each row."""
+    """Return [B] int64 from one number, or from one for each row."""
     if np.ndim(value) > 1 or (np.ndim(value) == 1 and len(value) != B):
         raise ValueError(f"{name} is {value}, expected one number or one for each of {B} prompts")
     value_B = np.broadcast_to(np.asarray(value), B)

@@ -225,14 +225,6 @@ def test_generate_grows_caches_of_attention(monkeypatch):
     assert_equal(row(after, 1), row(context, 1))
 
 
-def test_generate_repeats_the_text_of_a_seed():
-    draw = functools.partial(generate, *unstacked("rwkv4"), PROMPTS[0])
-    tokens = draw(max_new_tokens=DISPATCH + 8, seed=7)
-    assert tokens == draw(max_new_tokens=DISPATCH + 8, seed=7)
-    assert tokens[:10] == draw(max_new_tokens=10, seed=7)
-    assert tokens != draw(max_new_tokens=DISPATCH + 8, seed=8)
-
-
 def test_empty_prompts_stand_for_the_separator():
     assert generate(*unstacked("rwkv4"), [], seed=7) == generate(*unstacked("rwkv4"), [0], seed=7)
     settings = {"max_new_tokens": 9} | NEARLY_GREEDY
