@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+from rwkv_jax import evaluate
+
 
 def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
     """Mean of paired differences, one a seed, and its Student t interval; of one seed, the interval is NaN."""
@@ -47,10 +49,6 @@ def paired_bits(a_SD, b_SD, bytes_D, seed: int = 0, samples: int = 2000) -> tupl
     The wider of Student's t over seeds and the percentile bootstrap over documents of the mean over seeds: neither
     another start nor another text may turn the sign.
     """
-    bits_SD, bytes_D = (np.asarray(a_SD, float) - np.asarray(b_SD, float)) / np.log(2), np.asarray(bytes_D, float)
-    mean, *over_seeds = t_interval(bits_SD.sum(1) / bytes_D.sum())
-    if len(bytes_D) < 2:
-        return mean, *wider(over_seeds, (np.nan, np.nan))
-    drawn = np.random.default_rng(seed).integers(len(bytes_D), size=(samples, len(bytes_D)))
-    over_documents = bits_SD.mean(0)[drawn].sum(1) / bytes_D[drawn].sum(1)
-    return mean, *wider(over_seeds, np.quantile(over_documents, (0.025, 0.975)))
+    nats_SD, bytes_D = np.asarray(a_SD, float) - np.asarray(b_SD, float), np.asarray(bytes_D, float)
+    mean, *over_seeds = t_interval(nats_SD.sum(1) / np.log(2) / bytes_D.sum())
+    return mean, *wider(over_seeds, evaluate.interval_over_documents(nats_SD.mean(0), bytes_D, seed, samples))

@@ -1,4 +1,4 @@
-"""How well a model predicts text: nats of every token given those before it.
+"""Evaluation of a model on text: nats of every token given those before it.
 
     python -m rwkv_jax.evaluate --model=runs/tiny --data=held_out.txt
 
@@ -9,7 +9,7 @@ One primitive, `log_likelihoods`, and two protocols that apply it to a stream of
                     a length apart, of which the second half counts
 
 A protocol returns the negative log-likelihood of each token, float32 nats [N] aligned with the stream, so that models
-can be compared token by token. Entry 0 is NaN, as nothing precedes it; no other is, unless the model's output is.
+can be compared token by token. Entry 0 is NaN because nothing precedes it; no other is, unless the model's output is.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from rwkv_jax import corpora, interop, runs, tokenizers
 
-POSITIONS = 128  # whose logits, [B, POSITIONS, V], exist at one time
-SEGMENTS = (4, 32, 128, 512)  # tokens that `continuations` reads at one time: few lengths, as each is compiled
+POSITIONS = 128  # logits [B, POSITIONS, V] exist at one time
+SEGMENTS = (4, 32, 128, 512)  # lengths that `continuations` reads at one time: few, because each is compiled
 
 
 def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
-    """log p(tokens[:, t + 1] | tokens[:, : t + 1]) for every t, [B, T - 1], and the state after the last input.
+    """Return log p(tokens[:, t + 1] | tokens[:, : t + 1]) for every t, [B, T - 1], and the state after the last input.
 
     The inputs are the first T - 1 tokens; the last is only predicted, and begins the next call if text goes on. Masks
     are aligned with the inputs, and so is the result: its entry t is about what follows input t.
@@ -43,17 +43,17 @@ def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, vali
         tokens_BT: ids in [0, V), T >= 2.
         state: before the first input; None: no past.
         reset_BT: [B, T - 1] True where a document starts: what comes before does not count.
-        valid_BT: [B, T - 1] False where the input is padding. What is returned there means nothing.
+        valid_BT: [B, T - 1] False where the input is padding. The result has no meaning there.
 
     Returns:
-        nats, float32 (float64 from a float64 model), and the state. Not compiled: that is the caller's.
+        nats, float32 (float64 from a float64 model), and the state. The caller compiles this function.
     """
     nats_BT, _, state = judged(model, params, tokens_BT, state, reset_BT=reset_BT, valid_BT=valid_BT)
     return nats_BT, state
 
 
 def judged(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
-    """`log_likelihoods`, and between its two values whether the token was the likeliest one, bool [B, T - 1]."""
+    """Return nats and state like `log_likelihoods`; between them whether each token was the likeliest, [B, T - 1]."""
     tokens_BT = tokens_BT.astype(jnp.int32)
     x_BTD, state = model.apply(
         {"params": params}, tokens_BT[:, :-1], state, reset_BT=reset_BT, valid_BT=valid_BT, method="hidden"
@@ -75,30 +75,31 @@ _log_softmax = jax.jit(jax.nn.log_softmax)
 
 
 def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(log p, whether it is the likeliest) of every token of B texts given all before it, [N] of each text.
+    """Score B texts: (log p of every token given all before it, whether it is the likeliest), each [N], of each text.
 
-    float32 nats, whose sum is the text's, and bool. At most 512 tokens are read at a time: memory does not grow with
-    the texts' length.
+    log p is in float32 nats, and its sum is the text's. At most 512 tokens are read at a time: memory does not grow
+    with the length of the texts.
 
     Args:
         texts: B lists of ids in [0, V), of any lengths.
-        logits_BV, state: after what precedes the texts; caches with room for them. Both stay as they are.
+        logits_BV, state: those before the texts, with room in caches. Neither is changed.
     """
     lengths_B = np.array([len(text) for text in texts])
     if lengths_B.min() == 0:
         raise ValueError("nothing to score in an empty text, expected at least one token")
     longest = int(lengths_B.max())
-    segment = segment_for(longest - 1)  # the last token is only predicted
-    tokens_BN = np.zeros((len(texts), -(-(longest - 1) // segment) * segment + 1), np.int32)
+    num_inputs = longest - 1  # the last token is only predicted
+    segment = next((length for length in SEGMENTS if num_inputs <= length), SEGMENTS[-1])
+    tokens_BN = np.zeros((len(texts), -(-num_inputs // segment) * segment + 1), np.int32)
     for row, text in zip(tokens_BN, texts, strict=True):
         row[: len(text)] = text
     first_B1 = tokens_BN[:, :1]
     log_p_BV = np.asarray(_log_softmax(logits_BV))
     nats = [np.take_along_axis(log_p_BV, first_B1, axis=-1)]
     likeliest = [log_p_BV.argmax(axis=-1)[:, None] == first_B1]
-    for begin in range(0, longest - 1, segment):
-        valid_BT = begin + np.arange(segment) < lengths_B[:, None] - 1
-        tokens_BT = tokens_BN[:, begin : begin + segment + 1]
+    for first in range(0, num_inputs, segment):
+        valid_BT = first + np.arange(segment) < lengths_B[:, None] - 1
+        tokens_BT = tokens_BN[:, first : first + segment + 1]
         nats_BT, likeliest_BT, state = _judged(model, params, tokens_BT, state, valid_BT=valid_BT)
         nats.append(np.asarray(nats_BT))
         likeliest.append(np.asarray(likeliest_BT))
@@ -106,16 +107,11 @@ def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarr
     return [(row[:length], flags[:length]) for row, flags, length in joined]
 
 
-def segment_for(length: int) -> int:
-    """The shortest of `SEGMENTS` that holds `length` tokens, else the longest."""
-    return next((segment for segment in SEGMENTS if length <= segment), SEGMENTS[-1])
-
-
 def windows(model, params, tokens, seq_len: int, batch_size: int, state=None) -> np.ndarray:
-    """Nats of each token [N], from windows of `seq_len` inputs one after the other, each with an empty past.
+    """Nats of each token [N], from disjoint windows of `seq_len` inputs, each with an empty past.
 
-    As in training, documents do not matter: a window may see the end of one before the beginning of the next.
-    `state`, leaves [batch_size, ...], stands before every window in place of the empty past: a tuned one.
+    Documents do not matter, as in training: a window may hold the end of one and the beginning of the next.
+    `state`, leaves [batch_size, ...], replaces the empty past before every window: a tuned initial state.
     """
     _check(model, tokens, None, seq_len, batch_size)
 
@@ -130,7 +126,7 @@ def windows(model, params, tokens, seq_len: int, batch_size: int, state=None) ->
 def sliding(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.ndarray:
     """Nats of each token [N], from windows half of `seq_len` apart that count in their second half, the first in both.
 
-    A token is so predicted from at least half a window, or from all of its document, which begins at one of `starts`.
+    Each token is predicted from at least half a window, or from all of its document, which begins at one of `starts`.
     """
     _check(model, tokens, starts, seq_len, batch_size)
     stride, num_inputs = (seq_len + 1) // 2, len(tokens) - 1
@@ -149,8 +145,8 @@ def sliding(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.
 def carried(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.ndarray:
     """Nats of each token [N], each predicted from all of its document, which begins at one of `starts`.
 
-    Documents share `batch_size` rows (fewer, if there are fewer documents), which the model reads in segments of
-    `seq_len` tokens, handing the state on. Raises ValueError for a model with attention.
+    Documents share `batch_size` rows (fewer, if there are fewer documents). The model reads them in segments of
+    `seq_len` tokens and carries the state over. Raises ValueError for a model with attention.
     """
     _check(model, tokens, starts, seq_len, batch_size)
     if not model.recurrent:
@@ -187,9 +183,9 @@ def _check(model, tokens, starts, seq_len, batch_size):
 
 
 def _nats(model, params, tokens, batches, state, name, hand_on=False) -> np.ndarray:
-    """Score batches of (where the inputs are in the stream [B, T], which of them count, where documents start).
+    """Score batches of (indices of the inputs in the stream [B, T], which of them count, where documents start).
 
-    `state` stands before each batch or, handed on, before the first.
+    Each batch starts from `state`; with `hand_on`, from the state after the batch before it.
     """
     last = len(tokens) - 1
     nats_N = np.full(len(tokens), np.nan, np.float32)
@@ -207,7 +203,7 @@ def _nats(model, params, tokens, batches, state, name, hand_on=False) -> np.ndar
 
 
 def _balanced(lengths, num_rows: int) -> list[list[int]]:
-    """Documents of each row: the longest first, each to the row with the least so far."""
+    """Distribute documents over rows, the longest first, each to the row with the fewest tokens so far."""
     rows = [(0, row, []) for row in range(num_rows)]
     for document in np.argsort(-lengths, kind="stable"):
         filled, row, documents = rows[0]
@@ -217,7 +213,7 @@ def _balanced(lengths, num_rows: int) -> list[list[int]]:
 
 
 def _at(starts, lengths, positions):
-    """Where in the stream positions of a row are that holds these documents one after the other; -1 past its end."""
+    """Indices in the stream of positions in a row that holds these documents one after the other; -1 past its end."""
     ends = np.cumsum(lengths)
     document = np.minimum(np.searchsorted(ends, positions, side="right"), len(ends) - 1)
     return np.where(positions < ends[-1], positions - (ends - lengths - starts)[document], -1)
@@ -229,23 +225,14 @@ def perplexity(nats) -> float:
 
 
 def bits_per_byte(nats, num_bytes) -> float:
-    """Sum of `nats` / ln 2 / sum of `num_bytes`, whatever an entry stands for."""
+    """Sum of `nats` / ln 2 / sum of `num_bytes`; entries may be tokens or documents."""
     return float(np.sum(nats, dtype=np.float64) / np.log(2) / np.sum(num_bytes))
 
 
-def loss_by_position(nats_N, seq_len: int) -> np.ndarray:
-    """Mean nats [seq_len] of what `windows` returned: entry t is about predictions from t + 1 tokens."""
-    nats_N = np.asarray(nats_N[1:], np.float64)
-    if len(nats_N) < seq_len:
-        raise ValueError(f"{len(nats_N)} predictions do not fill a window of {seq_len}")
-    position_N = np.arange(len(nats_N)) % seq_len
-    return np.bincount(position_N, nats_N) / np.bincount(position_N)
-
-
 def per_document(nats_N, split: corpora.Split) -> tuple[np.ndarray, np.ndarray]:
-    """Nats and bytes of each document [documents], float64, without those of the separators.
+    """Nats and bytes of each document, [D] float64, without those of the separators.
 
-    The bytes of the split are shared out by tokens: exact in sum, and for each document where a token is a byte.
+    A document gets bytes in proportion to its tokens: exact in sum, and for each document where a token is a byte.
     """
     if len(nats_N) != len(split.tokens):
         raise ValueError(f"{len(nats_N)} nats for a split of {len(split.tokens)} tokens")
@@ -256,24 +243,30 @@ def per_document(nats_N, split: corpora.Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paired_difference(a_N, b_N, split: corpora.Split, seed: int = 0, samples: int = 2000):
-    """(difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and its 95 % interval.
+    """(difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and `interval_over_documents`.
 
-    A percentile bootstrap over documents, NaN if there is only one: tokens of a document are not independent. Paired,
-    because text that is hard for one model is hard for the other; the intervals of the two levels say little.
+    The difference is paired because text that is hard for one model is hard for the other.
     """
-    (nats_a, num_bytes), (nats_b, _) = per_document(a_N, split), per_document(b_N, split)
-    nats = nats_a - nats_b
-    difference = bits_per_byte(nats, num_bytes)
-    if len(nats) < 2:
-        return difference, np.nan, np.nan
+    (a_D, bytes_D), (b_D, _) = per_document(a_N, split), per_document(b_N, split)
+    return bits_per_byte(a_D - b_D, bytes_D), *interval_over_documents(a_D - b_D, bytes_D, seed, samples)
+
+
+def interval_over_documents(nats_D, bytes_D, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
+    """(low, high), the 95 % percentile bootstrap interval of bits per byte; NaN of one document.
+
+    Documents are drawn and not tokens, because tokens of a document are not independent. `scipy.stats.bootstrap` draws
+    the same, but takes seconds to import, and every training run imports this module.
+    """
+    if len(nats_D) < 2:
+        return np.nan, np.nan
     rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(nats), size=len(nats)) for _ in range(samples))
-    low, high = np.quantile([bits_per_byte(nats[i], num_bytes[i]) for i in draws], (0.025, 0.975))
-    return difference, float(low), float(high)
+    drawn = (rng.integers(len(nats_D), size=len(nats_D)) for _ in range(samples))
+    low, high = np.quantile([bits_per_byte(nats_D[i], bytes_D[i]) for i in drawn], (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
-    """The file as one document, cut after `max_tokens` tokens of text."""
+    """Read the file as one document, cut after `max_tokens` tokens of text."""
     pieces, missing = [], max_tokens or sys.maxsize
     try:
         with open(path, "rb") as file:
@@ -289,7 +282,7 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
     text = np.concatenate(pieces)
     if tokenizer.name == "bytes":
         num_bytes = len(text)
-    else:  # a tokenizer may normalise: the file's own bytes count, where all of it was read
+    else:  # a tokenizer may normalise: the file's own bytes count if all of it was read
         num_bytes = Path(path).stat().st_size if missing else len(tokenizer.decode(text).encode())
     tokens = np.concatenate([[corpora.SEPARATOR], text]).astype(text.dtype)
     return corpora.Split(tokens, np.zeros(1, np.int64), (path,), num_bytes)
@@ -327,9 +320,9 @@ def main(argv=None) -> int:
         description="Bits per byte and perplexity of held-out text: in windows of the training length from an empty "
         "past, and as the model predicts best (state carried, or sliding windows where it grows with the text).",
     )
-    parser.add_argument("--model", required=True, dest="path", help="whatever rwkv_jax.load reads")
+    parser.add_argument("--model", required=True, dest="path", help="a path or hub name that rwkv_jax.load reads")
     parser.add_argument("--data", required=True, help="a text file, all of it held out")
-    parser.add_argument("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: what the model carries")
+    parser.add_argument("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: the model's own")
     parser.add_argument("--seq_len", type=int, help="tokens of a window; default: the workdir's, or 1024")
     parser.add_argument("--batch_size", type=int, default=8, help="windows at a time (default: %(default)s)")
     parser.add_argument("--max_tokens", type=int, help="stop after this many tokens of the text")
@@ -341,7 +334,7 @@ def main(argv=None) -> int:
         print(json.dumps(report) if as_json else _readable(report), flush=True)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # nobody reads any more; what is left to flush goes nowhere
+    except BrokenPipeError:  # the reader has closed the pipe: flush the rest to nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

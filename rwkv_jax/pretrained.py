@@ -4,8 +4,8 @@
     lm.generate("In a shocking finding,", max_new_tokens=40, temperature=0.8, top_p=0.9)
     for text in lm.stream("In a shocking finding,"): print(text, end="", flush=True)
 
-The object holds no state of a conversation. A `Context` does, a value: `read` makes one, every method takes one, and
-to use one twice is to fork it. What Production-RWKV's RWKV_RNN_Model did by changing itself, values do here:
+The object is stateless. A `Context` holds the recurrent state: `read` returns one, every method takes one, and to use
+one twice is to fork it. The calls of Production-RWKV's RWKV_RNN_Model and those here:
 
     RWKVRNN4NeoForCausalLM.from_pretrained(name)    from_pretrained(path or hub name): sizes come from the file
     RWKVTokenizer.default(), .from_file(path)       from_pretrained(..., tokenizer=path), lm.tokenizer
@@ -37,8 +37,8 @@ import numpy as np
 
 from rwkv_jax import evaluate, generate, interop, runs, tokenizers
 from rwkv_jax.corpora import SEPARATOR
-from rwkv_jax.generate import speculative
 from rwkv_jax.generate.context import Context, begin
+from rwkv_jax.generate.decode import chunks
 from rwkv_jax.generate.text import Stream
 
 
@@ -57,13 +57,13 @@ class RWKVForCausalLM:
     def from_pretrained(
         cls, path_or_name, tokenizer: str | None = None, dtype: str | None = None, sharding: Any = None
     ) -> "RWKVForCausalLM":
-        """Whatever `rwkv_jax.load` reads: a released .pth, a folder, a training run, or a name on Hugging Face's hub.
+        """Load what `rwkv_jax.load` reads: a released .pth, a folder, a training run, or a name on Hugging Face's hub.
 
         Args:
-            tokenizer: "bytes", "world", or a file; None: what comes with the model, else what its vocabulary's size
-                tells. A line on stderr says what was guessed, or that there is none.
+            tokenizer: "bytes", "world", or a file; None: the one that the model carries, else the one guessed from the
+                size of its vocabulary. A line on stderr names the guess, or says that there is no tokenizer.
             dtype: "float32", "bfloat16" or "float16"; None: the file's.
-            sharding: where the parameters go, see `rwkv_jax.load`.
+            sharding: of the parameters, see `rwkv_jax.load`.
         """
         path = interop.locate(path_or_name)
         model, params = runs.load(path, dtype=dtype, sharding=sharding, scan=False)
@@ -77,25 +77,17 @@ class RWKVForCausalLM:
         return cls(model, params, found)
 
     def save_pretrained(self, folder) -> None:
-        """Weights, sizes and tokenizer, as a folder that `from_pretrained` and transformers read."""
+        """Write weights, sizes and tokenizer to a folder that `from_pretrained` and transformers read."""
         interop.save(folder, self.model, self.params, format="huggingface")
         if self.tokenizer is not None:
             tokenizers.save(self.tokenizer, folder)
 
-    def generate(
-        self,
-        prompt="",
-        *,
-        stop_tokens=(SEPARATOR,),
-        draft: "RWKVForCausalLM | None" = None,
-        return_context: bool = False,
-        **settings,
-    ):
-        """What continues the prompt: text for a text, ids for ids, a list for a list of either.
+    def generate(self, prompt="", *, stop_tokens=(SEPARATOR,), return_context: bool = False, **settings):
+        """Continue the prompt: returns text for a text, ids for ids, a list for a list of either.
 
         Args:
             prompt: empty: what comes after the context, or else the beginning of a document.
-            context: a `Context` that the prompt continues, which stays as it is.
+            context: a `Context` that the prompt continues; it is not changed.
             max_new_tokens: 100; one number, or one for each prompt.
             temperature: 1; 0 is greedy. Further samplers' settings: top_p, top_k, min_p, typical_p,
                 repetition_penalty, presence_penalty, frequency_penalty, penalty_decay, logit_bias, bad_words_ids,
@@ -103,50 +95,38 @@ class RWKVForCausalLM:
             seed: 0; one number, or one for each prompt.
             stop: strings that end the text; they are not part of it.
             stop_tokens: ids that do the same. By default the separator, 0, after which another document begins.
-            draft: a much smaller model of the same vocabulary that guesses `num_draft` (4) tokens at a time, which
-                this one checks: the same distribution, other draws, see `generate.speculative`. Not with `stop`.
-            return_context: the context that has read the prompt and exactly the result comes back as well.
+            return_context: whether to return (the result, the context after the prompt and exactly the result).
         """
         prompts, single, is_text = self._prompts(prompt)
-        settings |= {"stop_tokens": stop_tokens}
-        if draft is not None:
-            if settings.pop("stop", ()):
-                raise ValueError("stop strings beside a draft, expected one or the other")
-            helper = (draft.model, draft.params)
-            ids, context = speculative.generate_with_context(
-                self.model, self.params, prompts, draft=helper, **settings
-            )
-            results = [self.tokenizer.decode(row) for row in ids] if is_text else ids
-        elif is_text or "stop" in settings:
-            texts, ids, context = generate.generate_texts(
-                self.model, self.params, prompts, self._tokenizer(), **settings
-            )
+        args, settings = (self.model, self.params, prompts), settings | {"stop_tokens": stop_tokens}
+        if is_text or "stop" in settings:
+            texts, ids, context = generate.generate_texts(*args, self._tokenizer(), **settings)
             results = texts if is_text else ids
         else:
-            results, context = generate.generate_with_context(self.model, self.params, prompts, **settings)
+            results, context = generate.generate_with_context(*args, **settings)
         results = results[0] if single else results
         return (results, context) if return_context else results
 
     def stream(self, prompt="", *, stop_tokens=(SEPARATOR,), **settings) -> Stream:
-        """The text of `generate`, an iterator of pieces that end between characters. Stop reading at any time:
-        `.text`, `.tokens` and `.context` are what was yielded, and what has read it."""
-        settings |= {"stop_tokens": stop_tokens}
-        return generate.stream(self.model, self.params, prompt, self._tokenizer(), **settings)
+        """Return an iterator over the text of `generate` in pieces, see `generate.text.Stream`."""
+        return generate.stream(self.model, self.params, prompt, self._tokenizer(), stop_tokens=stop_tokens, **settings)
 
     def read(self, text, context: Context | None = None) -> Context:
-        """All that the model remembers after a text, or several: of one size, however long the text."""
+        """Return the context after a text, or after each of several. Its size does not grow with an RWKV's text."""
         prompts, _, _ = self._prompts(text)
         return generate.read(self.model, self.params, prompts, context)
 
     def logits(self, text, context: Context | None = None) -> tuple[Any, Context]:
-        """Logits [T, V] of what follows each token of a text, float32 NumPy, and the context after it; compiled,
-        unlike `model.apply`. A list for a list; of an empty text, without a context, those after the separator."""
+        """Return the logits [T, V] after each token of a text, float32 NumPy, and the context after it.
+
+        Compiled, unlike `model.apply`. A list for a list. An empty text without a context is the separator.
+        """
         texts, single, _ = self._prompts(text)
         found, context = generate.logits(self.model, self.params, texts, context)
         return (found[0] if single else found), context
 
     def score(self, text, context: Context | None = None):
-        """log p of every token of a text given all before it, nats, float32 [N]: their sum is that of the text.
+        """Return log p of every token of a text given all before it: nats, float32 [N], whose sum is the text's.
 
         A list for a list. Without a context the text is a document from its beginning. Memory does not grow with the
         text. `evaluate.bits_per_byte(-scores, num_bytes)` and `evaluate.perplexity(-scores)` reduce it.
@@ -160,32 +140,25 @@ class RWKVForCausalLM:
         return nats[0] if single else nats
 
     def embed(self, text, context: Context | None = None) -> np.ndarray:
-        """The mean over a text's tokens of the activations after the final norm: float32 [D], or [B, D] for a list."""
+        """Return the mean over tokens of the activations after the final norm: float32 [D], or [B, D] for a list."""
         texts, single, _ = self._prompts(text)
-        lengths_B = np.array([len(ids) for ids in texts])
-        if lengths_B.min() == 0:
+        lengths = [len(ids) for ids in texts]
+        if min(lengths) == 0:
             raise ValueError("nothing to embed in an empty text, expected at least one token")
-        longest = int(lengths_B.max())
-        state = begin(self.model, context, len(texts), room=longest).state
-        segment = evaluate.segment_for(longest)
+        state = begin(self.model, context, len(texts), room=max(lengths)).state
         total_BD = 0
-        for start in range(0, longest, segment):
-            valid_BT = start + np.arange(segment) < lengths_B[:, None]
-            tokens_BT = np.zeros(valid_BT.shape, np.int32)
-            for row, ids in zip(tokens_BT, texts, strict=True):
-                part = ids[start : start + segment]
-                row[: len(part)] = part
+        for tokens_BT, valid_BT, _ in chunks(texts):
             sum_BD, state = _sum_of_hidden(self.model, self.params, tokens_BT, valid_BT, state)
-            total_BD = total_BD + np.asarray(sum_BD, np.float32)
-        mean_BD = total_BD / lengths_B[:, None].astype(np.float32)
+            total_BD = total_BD + np.asarray(sum_BD)
+        mean_BD = total_BD / np.array(lengths, np.float32)[:, None]
         return mean_BD[0] if single else mean_BD
 
     def save_context(self, path, context: Context, text: str | None = None) -> None:
-        """A context, and the text that it has read, as a file that only this model reads."""
+        """Write a context, and the text that it has read, to a file that only this model reads."""
         generate.save_context(path, context, self.model, self.params, text)
 
     def load_context(self, path) -> tuple[Context, str | None]:
-        """What `save_context` wrote: the context and its text."""
+        """Return the context and the text that `save_context` wrote."""
         return generate.load_context(path, self.model, self.params)
 
     def _tokenizer(self) -> tokenizers.Tokenizer:
@@ -196,7 +169,7 @@ class RWKVForCausalLM:
         return self.tokenizer
 
     def _prompts(self, given) -> tuple[list, bool, bool]:
-        """(ids of each prompt, whether there is one rather than a list of them, whether they are texts)."""
+        """Return the ids of each prompt, whether a single one was given, and whether they are texts."""
         single = isinstance(given, str) or not any(isinstance(one, str) or np.ndim(one) for one in given)
         prompts = [given] if single else list(given)
         is_text = [isinstance(prompt, str) for prompt in prompts]

@@ -44,13 +44,9 @@ def ids(length, seed=2):
 
 
 def filled(kind, batch, room=1, seed=0) -> Context:
-    return random_context(unstacked(kind)[0], batch, room, seed)
-
-
-def random_context(model, batch, room=1, seed=0) -> Context:
     """A context with the shapes of one after texts, with empty caches: no model has made it."""
     rng = np.random.default_rng(seed)
-    context = begin(model, None, batch, room)
+    context = begin(unstacked(kind)[0], None, batch, room)
 
     def fill(x):
         if np.issubdtype(x.dtype, np.integer):

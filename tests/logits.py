@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import special
 
 from rwkv_jax.generate import filters
-from rwkv_jax.generate.sampling import distribution, history, sampler
+from rwkv_jax.generate.sampling import history, sampler
 
 V, ROWS, INF = 24, 8, math.inf
 CASES = settings(max_examples=60, deadline=None, derandomize=True)
@@ -20,6 +20,12 @@ smooth = st.lists(st.floats(-30, 30, width=32, allow_subnormal=False), min_size=
 one_hot = st.integers(0, V - 1).map(lambda i: [50.0 * (j == i) for j in range(V)])
 banned = st.lists(st.sampled_from([-INF, -0.0, 0.0, 1.0, 2.5]), min_size=V, max_size=V)
 LOGITS = (tied | smooth | one_hot | banned | st.just([0.0] * V)).filter(lambda x: max(x) > -INF).map(np.float32)
+
+
+def distribution(sampler, logits_BV, history):
+    """Logits whose softmax a sampler of a temperature above 0 draws from."""
+    return filters.truncated(filters.scores(logits_BV, history, sampler.keywords), sampler.keywords)
+
 
 jitted_distribution = jax.jit(distribution)
 _scores = jax.jit(lambda sampler, logits_BV, history: filters.scores(logits_BV, history, sampler.keywords))

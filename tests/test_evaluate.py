@@ -123,10 +123,6 @@ def test_carried_of_rwkv_is_documents_alone(compilations):
 def test_reductions_by_hand():
     assert evaluate.perplexity(np.log([2.0, 8.0])) == pytest.approx(4)
     assert evaluate.bits_per_byte(np.log([2.0, 8.0]), 2) == pytest.approx(2)
-    nats = np.array([np.nan, 1, 2, 3, 4, 5, 6, 7])
-    np.testing.assert_allclose(evaluate.loss_by_position(nats, 3), [(1 + 4 + 7) / 3, (2 + 5) / 2, (3 + 6) / 2])
-    with pytest.raises(ValueError, match="7 predictions do not fill a window of 8"):
-        evaluate.loss_by_position(nats, 8)
 
 
 def test_per_document_excludes_separators():

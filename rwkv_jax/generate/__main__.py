@@ -17,7 +17,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print()
         return 130
-    except BrokenPipeError:  # the reader has seen enough; what is left to flush goes nowhere
+    except BrokenPipeError:  # the reader has closed the pipe: flush the rest to nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -26,7 +26,7 @@ def main(argv=None) -> int:
 
 
 def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop, template, seed, **settings):
-    """Several turns, after the context's if there is one."""
+    """Hold a chat, which continues the one of the context if there is one."""
     for name, given in (("prompt", prompt), ("prompt_file", prompt_file), ("save_context", save_context_to)):
         if given is not None:
             raise ValueError(f"--{name} beside --chat, expected one or the other")
@@ -48,7 +48,7 @@ def _load(name, tokenizer):
 
 
 def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, template, **settings):
-    """Print what continues the prompt, and save what was read even where printing is interrupted."""
+    """Print the continuation of the prompt, and save the context even if printing is interrupted."""
     if template is not None:
         raise ValueError("--template is for --chat")
     prompt = _text(prompt, prompt_file, context)
@@ -65,7 +65,7 @@ def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, t
         print()
     finally:
         if save_context_to is not None:
-            # a context that came without its text goes without
+            # the text of a context that was saved without one is not known
             text = None if before is None else before + prompt + tokenizer.decode(texts.tokens)
             save_context(save_context_to, texts.context, model, params, text)
 
@@ -92,15 +92,15 @@ def _parser():
     )
     parser.error = _refuse
     add = parser.add_argument
-    add("--model", required=True, help="whatever rwkv_jax.load reads")
+    add("--model", required=True, help="a path or hub name that rwkv_jax.load reads")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="text to continue; -: standard input; empty: the beginning of a document")
     source.add_argument("--prompt_file", help="a file with the text to continue")
-    add("--chat", action="store_true", help="several turns on standard input, the state kept between them")
-    add("--template", choices=list(TEMPLATES), help="who speaks in a chat; default: by the vocabulary's size")
-    add("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: what the model carries")
+    add("--chat", action="store_true", help="several turns on standard input, with one recurrent state")
+    add("--template", choices=list(TEMPLATES), help="names of the speakers; default: by the size of the vocabulary")
+    add("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: the model's own")
     add("--context", help="a saved context that the prompt continues")
-    add("--save_context", dest="save_context_to", help="file for what was read: context, prompt and continuation")
+    add("--save_context", dest="save_context_to", help="file for the context after the continuation, with the text")
     add("--max_new_tokens", type=int, default=100, help="default: %(default)s")
     add("--stop", action="append", default=[], help="text that ends the continuation; may be given several times")
     add("--seed", type=int, default=0)
@@ -109,10 +109,10 @@ def _parser():
     add("--top_k", type=int, help="keep this many of the likeliest tokens")
     add("--min_p", type=float, help="keep tokens at least this share as probable as the likeliest")
     add("--typical_p", type=float, help="keep the tokens of this probability nearest to the expected surprise")
-    add("--repetition_penalty", type=float, help="divides the logits of tokens in the text; 1: off")
-    add("--presence_penalty", type=float, help="is taken from the logits of tokens in the continuation")
-    add("--frequency_penalty", type=float, help="the same, for each time that they are there")
-    add("--penalty_decay", type=float, default=1.0, help="of counts, with each token; default: %(default)s")
+    add("--repetition_penalty", type=float, help="divides the logits of tokens in prompt and continuation; 1: off")
+    add("--presence_penalty", type=float, help="subtracted from the logits of tokens in the continuation")
+    add("--frequency_penalty", type=float, help="the same, once for each occurrence")
+    add("--penalty_decay", type=float, default=1.0, help="factor on these counts at each token; default: %(default)s")
     return parser
 
 

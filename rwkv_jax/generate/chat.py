@@ -1,9 +1,9 @@
-"""Several turns over one state: what was said is never read again.
+"""A chat over one recurrent state: no turn is read twice.
 
     python -m rwkv_jax.generate --model=RWKV-4-World-0.4B.pth --chat
 
-A conversation is a text of paragraphs, each opened by who speaks, as the released models were tuned on. A reply ends
-where its paragraph does.
+A conversation is a text of paragraphs that begin with the name of their speaker, the format on which the released
+models were tuned. A reply ends with its paragraph.
 """
 
 import re
@@ -16,13 +16,13 @@ from rwkv_jax.generate.text import stream
 
 BREAK = "\n\n"  # ends a paragraph
 HELP = """/retry      another reply to the last message       /undo        take the last message back
-/save FILE  the conversation and its state          /load FILE   go on from one
-/reset      begin anew                              /quit        leave, as does the end of the input
-Ctrl-C stops a reply; the conversation then goes on from what was said."""
+/save FILE  the conversation and its state          /load FILE   continue a saved conversation
+/reset      start a new conversation                /quit        leave, as does the end of the input
+Ctrl-C stops a reply; the conversation then continues after what was printed."""
 
 
 class Template(NamedTuple):
-    """What opens the paragraphs of either side."""
+    """The names of the two speakers."""
 
     user: str
     assistant: str
@@ -37,21 +37,21 @@ def default_template(vocab_size: int) -> str:
 
 
 class Conversation(NamedTuple):
-    """A value: what was said, and all that the model remembers of it. Keeping an old one costs one state."""
+    """The text so far and the context after it. A value: to keep an old one costs one state."""
 
     text: str = ""
     context: Context | None = None
 
 
 def prompt(template: Template, message: str, conversation: Conversation) -> str:
-    """What the model reads of a turn: the message, as one paragraph, and the opening of the reply's."""
+    """Return the text that the model reads of a turn: the message as one paragraph, and the opening of the reply."""
     message = re.sub(r"\n\s*\n", "\n", message.strip())
     opening = BREAK if conversation.text else ""
     return f"{opening}{template.user}: {message}{BREAK}{template.assistant}:"
 
 
 def say(model, params, tokenizer, conversation: Conversation, text: str, seed: int, **settings) -> Conversation:
-    """Print the reply to `text` as it comes; the conversation after it, or after as much of it as Ctrl-C left."""
+    """Print the reply to `text` as it comes. Return the conversation after it, or after what came before Ctrl-C."""
     pieces = stream(model, params, text, tokenizer, context=conversation.context, stop=(BREAK,), seed=seed, **settings)
     try:
         for piece in pieces:
@@ -65,8 +65,8 @@ def say(model, params, tokenizer, conversation: Conversation, text: str, seed: i
 def chat(model, params, tokenizer, template: Template, conversation: Conversation, seed: int, **settings) -> None:
     """Talk on standard input and output until `/quit` or the end of the input."""
     interactive = sys.stdin.isatty()
-    past = []  # of each turn since the last load or reset: the conversation before it, and its message
-    draws = 0
+    past = []  # the conversation before each turn since the last load or reset, and the turn's message
+    num_replies = 0
     if interactive:
         print(HELP, flush=True)
     while True:
@@ -103,5 +103,5 @@ def chat(model, params, tokenizer, template: Template, conversation: Conversatio
                 conversation, line = past.pop()
             past.append((conversation, line))
             text = prompt(template, line, conversation)
-            conversation = say(model, params, tokenizer, conversation, text, seed + draws, **settings)
-            draws += 1
+            conversation = say(model, params, tokenizer, conversation, text, seed + num_replies, **settings)
+            num_replies += 1

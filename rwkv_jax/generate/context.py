@@ -1,11 +1,9 @@
-"""All that a model remembers of the texts it has read, as a value: keep it, fork it, take rows of it, save it.
+"""The recurrent state after B texts, as a value: keep it, fork it, take rows of it, save it.
 
-For RWKV a context has one size, whatever it has read. Attention keeps a cache of as many slots as the text has tokens,
-which grows when a longer text is read: leaves that depend on `max_length` of `model.init_state` are such caches. They
-are only ever written behind what they hold, which is why a copy of everything else is enough to go back.
+For RWKV a context has one size, whatever the length of the texts. Attention keeps a cache with a slot for each token,
+which grows when a longer text is read: leaves that depend on `max_length` of `model.init_state` are such caches.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,17 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkv_jax.models import per_layer
-
 CACHE_STEP = 256  # caches are multiples of this, so that they share compiled functions
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What B texts leave behind: the state, leaves [B, ...], and logits [B, V] of what follows them.
+    """The state after B texts, leaves [B, ...], and the logits [B, V] of the token that follows each.
 
-    A value: nothing that takes one changes it or makes it unusable. To fork a text, use its context twice.
+    Functions of this package do not change the context that they are given. To fork a text, use its context twice.
     """
 
     state: tuple
@@ -32,7 +28,7 @@ class Context:
 
 
 def rows(context: Context, index) -> Context:
-    """The texts at `index`, an int, a slice or ids: `rows(context, [0, 0, 2])` holds the first one twice."""
+    """Select texts by an int, a slice or a list: `rows(context, [0, 0, 2])` holds the first one twice."""
     B = len(context.logits_BV)
     return _taken(context, np.atleast_1d(np.arange(B)[index]))  # NumPy refuses what is out of range, jax does not
 
@@ -43,7 +39,7 @@ def _taken(context, index_N):
 
 
 def concatenate(contexts: Sequence[Context]) -> Context:
-    """The texts of all contexts, those of one model, in one. Caches become as long as the longest."""
+    """Join contexts of one model into one that holds all their texts. Caches become as long as the longest."""
     if not contexts:
         raise ValueError("no contexts, expected at least one")
     if len({jax.tree.structure(context) for context in contexts}) > 1:
@@ -61,7 +57,7 @@ def _joined(contexts):
 
 
 def begin(model, context: Context | None, batch: int, room: int) -> Context:
-    """A context of B texts, empty or a copy of the given one, that can read `room` more tokens and may be donated.
+    """Return a context that may be donated: empty, or a copy of the given one, with room in caches for `room` tokens.
 
     Raises:
         ValueError: the given one is another model's, or of another number of texts.
@@ -88,14 +84,8 @@ def _copied(model, context, slots):
     return jax.tree.map(jnp.copy, Context(state, context.logits_BV))
 
 
-@jax.jit
-def copy(tree):
-    """The same values in arrays of their own, which may be donated."""
-    return jax.tree.map(jnp.copy, tree)
-
-
 def check(model, context: Context, batch: int) -> None:
-    """An error unless the context is one of this model and of B texts, whatever the length of its caches."""
+    """Raise ValueError unless the context is one of this model and of B texts, whatever the length of its caches."""
     if context.logits_BV.ndim != 2:
         raise ValueError(f"the context has logits {context.logits_BV.shape}, expected [B, V]")
     B, V = context.logits_BV.shape
@@ -122,7 +112,7 @@ def cache_axes(model) -> list[tuple[int, ...]]:
 
 
 def with_room(model, context: Context, room: int, likely: int) -> Context:
-    """The context with caches for at least `room` more tokens.
+    """Return the context with caches for at least `room` more tokens.
 
     Where they must grow, they double, but to no more than `likely` tokens need: few shapes to compile, few copies.
     """
@@ -151,57 +141,3 @@ def _round_up(length: int) -> int:
 def _filled_up(x, shape):
     """x with zeros behind it, as large as `shape`."""
     return jnp.pad(x, [(0, wanted - size) for size, wanted in zip(x.shape, shape, strict=True)])
-
-
-def mark(model, context: Context) -> Context:
-    """What `go_back` needs of a context: a copy of all but its caches."""
-    leaves, tree = jax.tree.flatten(context.state)
-    kept = [None if grows else x for x, grows in zip(leaves, cache_axes(model), strict=True)]
-    return copy(Context(jax.tree.unflatten(tree, kept), context.logits_BV))
-
-
-@jax.jit
-def go_back(context: Context, marked: Context, back_B) -> Context:
-    """The context, texts where `back_B` is true as they were when marked."""
-
-    def pick(now, then):
-        return now if then is None else jnp.where(jnp.reshape(back_B, (-1, *[1] * (now.ndim - 1))), then, now)
-
-    return jax.tree.map(pick, context, marked, is_leaf=lambda x: x is None)
-
-
-class PrefixCache:
-    """Contexts of what a model has read, by their tokens, so that what texts begin with is read once.
-
-    The longest entry that a text begins with is used. Only what was read becomes an entry: `read` a common beginning
-    alone first. Of more than `max_entries`, the one that was not used for longest goes.
-    """
-
-    def __init__(self, model, params, max_entries: int = 16):
-        if max_entries < 1:
-            raise ValueError(f"max_entries is {max_entries}, expected at least 1")
-        self._model, self._params = per_layer(model, params)
-        self._max_entries = max_entries
-        self._entries: OrderedDict[bytes, Context] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def read(self, ids: Sequence[int]) -> Context:
-        """The context after `ids`, at least one, as `generate.read` makes it."""
-        from rwkv_jax.generate.decode import read
-
-        tokens = np.asarray(ids)
-        if tokens.size == 0:
-            raise ValueError("no tokens to read, expected at least one")
-        key = tokens.astype(np.int32).tobytes()  # of equal width, so that a prefix of the bytes is one of the tokens
-        found = max((entry for entry in self._entries if key.startswith(entry)), key=len, default=b"")
-        context = self._entries.get(found)
-        if context is None or len(found) < len(key):
-            context = read(self._model, self._params, tokens[len(found) // 4 :], context)
-        if found:
-            self._entries.move_to_end(found)
-        self._entries[key] = context
-        if len(self._entries) > self._max_entries:
-            self._entries.popitem(last=False)
-        return context

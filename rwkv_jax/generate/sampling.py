@@ -1,21 +1,21 @@
 """Samplers: functions `(logits_BV, key_B, history) -> tokens_B`.
 
 `sampler(...)` builds one from the usual settings. It is a pytree and goes through `jax.jit` like an array: its numbers
-are traced, so that another temperature compiles nothing; which filters there are is part of its type, and one that is
-off costs nothing. Whatever else can be called with these three arguments is a sampler too: wrap it as
-`jax.tree_util.Partial(function)` to hand it to a compiled function, which is compiled again for another function.
+are traced, so that another temperature compiles nothing. The set of filters is part of its type, and a filter that is
+off costs nothing. Every other function of these three arguments is a sampler too: wrap it as
+`jax.tree_util.Partial(function)` to pass it to a compiled function, which is compiled again for another function.
 
-The settings act in this order, that of transformers, of which the `rwkv` package's is a part:
+The settings act in this order, that of transformers; the `rwkv` package has some of them in the same order:
 
     logit bias -> repetition, presence and frequency penalties -> bad words      the scores of single tokens
     -> temperature -> top-k -> top-p -> min-p -> typical                         the distribution, each of the last's
 
 With `temperature_last` the temperature comes last and top-p before top-k, as in the `rwkv` package: top-p then is a
-share of all tokens, not of those that top-k left. With temperature 0 the best score wins and what is in the second
-line does nothing, as with `do_sample=False`.
+share of all tokens, not of those that top-k left. With temperature 0 the best score wins and the second line does
+nothing, as with `do_sample=False`.
 
-A row draws with its own key, and depends on nothing but its key, logits and history. A row with no token to draw,
-because all are banned or a logit is NaN or +inf, draws -1, for the caller to notice: no other row is affected.
+A row depends on its own key, logits and history alone. It draws -1 where there is no token to draw, because all are
+banned or a logit is NaN or +inf; the caller checks for that, and no other row is affected.
 """
 
 import math
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from rwkv_jax.generate.filters import LANES, READS, blocks, ids, scores, truncated
+from rwkv_jax.generate.filters import LANES, NEEDS, blocks, ids, scores, truncated
 
 RECENT = 16  # tokens that a history remembers in their order
 NO_TOKEN = 2**31 - 1  # an id beyond every vocabulary
@@ -42,12 +42,12 @@ NUMBERS = {  # the least and the largest value, the one that is off, and all tha
 
 
 class History(NamedTuple):
-    """The text as samplers see it. Leaves that a sampler does not read may be None.
+    """The tokens of prompt and continuation, as samplers need them. Leaves that a sampler does not need may be None.
 
     Attributes:
         seen_BV: bool; whether the prompt or the continuation holds the token.
-        counts_BV: float32; how often the continuation holds the token, each time less by a factor `decay` for every
-            token that followed. Never 0 again.
+        counts_BV: float32; number of occurrences in the continuation, each multiplied by `decay` for every token that
+            followed. Never 0 again.
         recent_BR: int32; the last `RECENT` tokens of prompt and continuation, the newest last, -1 where there is none.
         decay_B: float32.
     """
@@ -58,7 +58,7 @@ class History(NamedTuple):
     decay_B: jax.Array | None
 
     def add(self, tokens_B) -> "History":
-        """The history one token later."""
+        """Return the history one token later."""
         seen_BV, counts_BV, recent_BR, decay_B = self
         rows_B = jnp.arange(len(tokens_B))
         if seen_BV is not None:
@@ -73,12 +73,12 @@ class History(NamedTuple):
 
 
 def history(B: int, V: int, prompts=None, decay=1.0, sampler=None) -> History:
-    """The history after B prompts.
+    """Return the history after B prompts.
 
     Args:
         prompts: arrays or lists of ids in [0, V), of any lengths; None is no tokens.
         decay: of the counts, in [0, 1], one number or [B].
-        sampler: leaves that it does not read are None; without one, or with a function of one's own, all are there.
+        sampler: leaves that it does not need are None; all are there without one, or for a function of the user's.
     """
     decay_B = np.broadcast_to(np.asarray(decay, np.float32), B)
     if not np.all((decay_B >= 0) & (decay_B <= 1)):
@@ -88,7 +88,7 @@ def history(B: int, V: int, prompts=None, decay=1.0, sampler=None) -> History:
         row = np.asarray(prompt, np.int32)  # an empty list is float64 otherwise
         seen_BV[b, row] = True
         recent_BR[b, RECENT - len(row[-RECENT:]) :] = row[-RECENT:]
-    names = {READS[name] for name in sampler.keywords if name in READS} if _ours(sampler) else set(READS.values())
+    names = {NEEDS[name] for name in sampler.keywords if name in NEEDS} if _ours(sampler) else set(NEEDS.values())
     leaves = {"seen_BV": seen_BV, "counts_BV": np.zeros((B, V), np.float32), "recent_BR": recent_BR}
     leaves = {name: jnp.asarray(leaf) if name in names else None for name, leaf in leaves.items()}
     return History(**leaves, decay_B=jnp.asarray(decay_B) if "counts_BV" in names else None)
@@ -107,7 +107,7 @@ def sampler(
     bad_words_ids: list[list[int]] | None = None,
     temperature_last: bool = False,
 ) -> Partial:
-    """A sampler of these settings; the module says in which order they act. None is off. Equal tokens: lower ids win.
+    """Build a sampler; the module's docstring has the order of the settings. None is off. Of ties, lower ids win.
 
     Args:
         temperature: divides the logits; 0 is the likeliest token, whatever the key.
@@ -119,10 +119,10 @@ def sampler(
             nearest to the entropy, arXiv:2202.00666; 1 is off.
         repetition_penalty: > 0. Divides the positive logits of tokens in prompt and continuation and multiplies the
             negative ones, arXiv:1909.05858; 1 is off.
-        presence_penalty, frequency_penalty: are subtracted from the logit of a token in the continuation, the latter
-            once for each time that it is there, weighted by the decay of the history.
-        logit_bias: is added to the logits of these ids; -inf bans a token.
-        bad_words_ids: sequences of 1 to 16 ids that shall not appear: bans the last one where the others precede.
+        presence_penalty, frequency_penalty: subtracted from the logit of a token in the continuation, the latter once
+            for each occurrence, weighted by the decay of the history.
+        logit_bias: added to the logits of these ids; -inf bans a token.
+        bad_words_ids: sequences of 1 to 16 ids that must not appear: bans the last one where the others precede.
         temperature_last: the `rwkv` package's order.
     """
     given, settings = locals(), {}
@@ -130,7 +130,7 @@ def sampler(
     for name, (low, high, off, expected) in NUMBERS.items():
         value = given[name]
         _check(name, value, value is None or value == off or _within(value, low, high), expected)
-        if value is not None and value != off and (temperature or name in READS):
+        if value is not None and value != off and (temperature or name in NEEDS):
             settings[name] = np.float32(value)
     _check("top_k", top_k, top_k is None or _is_id(top_k), "a whole number, 0 or more")
     if temperature:
@@ -153,7 +153,7 @@ def sampler(
 
 
 def check_vocabulary(sampler, vocab_size: int):
-    """An error where a setting names a token that the model does not have: it would have no effect."""
+    """Raise ValueError where a setting names a token that the model does not have."""
     settings = sampler.keywords if _ours(sampler) else {}
     for name, tokens in (
         ("logit_bias", settings.get("logit_bias", [[]])[0]),
@@ -164,22 +164,11 @@ def check_vocabulary(sampler, vocab_size: int):
             raise ValueError(f"{name} names token {wrong[0]}, expected ids from 0 to {vocab_size - 1}")
 
 
-def distribution(sampler, logits_BV, history: History | None = None):
-    """Logits [B, V] whose softmax a sampler of `sampler(...)` draws from; a row with no token to draw is all NaN."""
-    if not _ours(sampler):
-        raise ValueError(f"the distribution of {sampler} is not known, expected what sampling.sampler() returns")
-    if sampler.func is _sampled:
-        return truncated(scores(logits_BV, history, sampler.keywords), sampler.keywords)
-    token_B1 = sampler(logits_BV, None, history)[:, None]
-    one_BV = jnp.where(ids(logits_BV) == token_B1, 0.0, -jnp.inf)
-    return jnp.where(token_B1 < 0, jnp.nan, one_BV)
-
-
 def draw(logits_BV, key_B):
-    """A token [B] from softmax(logits), each row with its key; -1 where that is NaN.
+    """Draw a token [B] from softmax(logits), each row with its key; -1 where the softmax is NaN.
 
-    A block of tokens first, then a token of the block, with two uniform numbers instead of one for each token: an
-    inverse distribution function whose resolution is that of both numbers together.
+    The inverse distribution function in two stages, first the block and then the token, each with a uniform number of
+    its own: two numbers instead of one for each token, with the resolution of both together.
     """
     top_B1 = logits_BV.max(axis=-1, keepdims=True)
     p_BNL = blocks(jnp.exp(logits_BV - top_B1))
@@ -191,7 +180,7 @@ def draw(logits_BV, key_B):
 
 
 def _inverse(p_BN, u_B):
-    """The first place where the running sum exceeds `u` times the whole; never one with p = 0."""
+    """Return the first place where the running sum exceeds `u` times the whole; never one with p = 0."""
     # a running sum added up as a tree is not monotonic: rounding alone may make it grow where p = 0
     sum_BN = jnp.where(p_BN > 0, jnp.cumsum(p_BN, axis=-1), 0)
     return jnp.argmax(sum_BN > (u_B * sum_BN.max(axis=-1))[:, None], axis=-1)
@@ -214,7 +203,7 @@ def _ours(sampler) -> bool:
 
 
 def _spare(length: int) -> int:
-    """Up to the next power of 2, so that lists of many lengths share compiled functions."""
+    """Number of entries up to the next power of 2: lists of many lengths share compiled functions."""
     return (1 << (length - 1).bit_length()) - length
 
 

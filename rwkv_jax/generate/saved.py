@@ -1,4 +1,4 @@
-"""Contexts as files: safetensors, with the text they have read and the fingerprint of their model."""
+"""Contexts as safetensors files, with their text and the fingerprint of their model."""
 
 import json
 from dataclasses import fields
@@ -15,7 +15,7 @@ FORMAT = "rwkv_jax context 1"
 
 
 def save_context(path, context: Context, model, params, text: str | None = None) -> None:
-    """Write a context of this model, and the text that it has read, to `path`, whole or not at all."""
+    """Write a context of this model, and its text if given, to `path`, whole or not at all."""
     check(model, context, len(context.logits_BV))
     chosen = {f.name: getattr(model, f.name) for f in fields(model) if f.name not in ("parent", "name")}
     metadata = {"format": FORMAT, "fingerprint": fingerprint(model, params), "model": json.dumps(chosen)}
@@ -25,7 +25,7 @@ def save_context(path, context: Context, model, params, text: str | None = None)
 
 
 def load_context(path, model, params) -> tuple[Context, str | None]:
-    """The context at `path` and the text that it has read, None where it was saved without one.
+    """Return the context at `path` and its text, None where it was saved without one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -43,7 +43,7 @@ def load_context(path, model, params) -> tuple[Context, str | None]:
 
 
 def _context(path, model, arrays) -> Context:
-    """The arrays in the form of the model's contexts, with its dtypes and whatever length their caches have."""
+    """Build a context of this model, in its dtypes, from named arrays; their caches may have any length."""
     B = len(arrays.get("logits_BV", ()))
     wanted = jax.eval_shape(lambda: model.init_state(B, max_length=CACHE_STEP))
     wanted = Context(wanted, jax.ShapeDtypeStruct((B, model.vocab_size), jnp.promote_types(model.dtype, jnp.float32)))
@@ -69,6 +69,6 @@ def _context(path, model, arrays) -> Context:
 
 
 def _named(context: Context) -> dict:
-    """Leaves by their path: "state.3.cache.k_BHSK"."""
+    """Return the leaves by their path, such as "state.3.cache.k_BHSK"."""
     join = lambda path: ".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path)
     return {join(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(context)}

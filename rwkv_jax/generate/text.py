@@ -1,9 +1,8 @@
-"""Texts that continue texts: streams that can be stopped, batches, and stop strings.
+"""Generation of text from text: streams, batches and stop strings.
 
-A stop string may begin and end anywhere, within tokens and across them. What could be the beginning of one is held
-back until it is known not to be. When one is found, tokens after its beginning have already been read: the row goes
-back to a copy of its state from before them and reads again what stays, so that its context has read exactly its text.
-Where the string begins within a token, the token's first characters stay: they are encoded anew.
+A stop string may begin and end anywhere, within tokens and across them. The text is held back while it may be the
+beginning of one. When one is complete, tokens of it have already been read, so the context is read again from the end
+of the prompts. Where the string begins within a token, the token's first characters stay: they are encoded anew.
 """
 
 from bisect import bisect_left, bisect_right
@@ -14,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rwkv_jax import tokenizers
-from rwkv_jax.generate.context import Context, copy, go_back, mark, with_room
-from rwkv_jax.generate.decode import DISPATCH, advance, as_prompts, prepare, read, read_on
+from rwkv_jax.generate.context import Context, begin, check
+from rwkv_jax.generate.decode import DISPATCH, advance, as_prompts, checked_draws, prefill
 from rwkv_jax.models import per_layer
 
 
@@ -23,23 +22,31 @@ class StoppedText:
     """The text of tokens that come one at a time, up to the first stop string.
 
     Attributes:
-        tokens: those whose text counts. What was returned so far is the beginning of `decode(tokens)`, and all of it
-            at the end; what lacks before is an incomplete character, or what may be the beginning of a stop string.
+        tokens: the tokens of the text. What was returned so far is the beginning of `decode(tokens)`, and all of it at
+            the end. The rest is held back: an incomplete character, or what may be the beginning of a stop string.
         stopped: whether a stop string was found.
-        settled: number of first tokens that no stop string can take back.
     """
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()):
         self.tokens: list[int] = []
-        self.stopped, self.settled = False, 0
+        self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop
         self._stream = tokenizers.TextStream(tokenizer)
         self._pieces: list[str] = []
         self._ends: list[int] = []  # characters of the text after each token
         self._held = ""
 
+    def extend(self, tokens: Sequence[int], is_end: bool) -> str:
+        """Return what `tokens` add to the text for sure, or all that they add if they are the last ones."""
+        added = ""
+        for token in tokens:
+            added += self.push(token)
+            if self.stopped:
+                return added
+        return added + self.flush() if is_end and not self.stopped else added
+
     def push(self, token: int) -> str:
-        """What `token` adds to the text for sure."""
+        """Return what `token` adds to the text for sure."""
         piece = self._stream.push(token)
         self.tokens.append(token)
         self._pieces.append(piece)
@@ -52,12 +59,10 @@ class StoppedText:
             sure = found
             self._cut(self._ends[-1] - len(self._held) + found)
         shown, self._held = self._held[:sure], self._held[sure:]
-        if piece and not self._held:
-            self.settled = len(self.tokens)
         return shown
 
     def flush(self) -> str:
-        """The rest of the text, when no more tokens come. An incomplete character is U+FFFD."""
+        """Return the rest of the text, when no more tokens come. An incomplete character is U+FFFD."""
         rest, self._held = self._held + self._stream.flush(), ""
         return rest
 
@@ -77,94 +82,70 @@ class StoppedText:
 
 
 class Texts:
-    """B texts that are being continued. Arguments are checked now, and nothing is computed before it is asked for."""
+    """B texts that are being continued. The arguments are checked at once; prompts are read when they are needed.
+
+    The context after the prompts is kept beside the current one, so caches of attention take their memory twice.
+    """
 
     def __init__(self, model, params, prompts, tokenizer, *, context=None, stop=(), **settings):
         check_tokenizer(tokenizer, model)
-        if isinstance(prompts, str) or len(prompts) == 0:
-            raise ValueError(f"the prompts are {prompts!r}, expected a list of texts")
-        ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         self._model, self._params = per_layer(model, params)
-        self._prompts = [as_prompts(row, model.vocab_size, context)[0][0] for row in ids]
-        self._start = prepare(self._model, self._params, self._prompts, context=context, **settings)
-        self._rows = [StoppedText(tokenizer, strings) for strings in stop_strings(stop, len(prompts))]
-        self._can_stop = any(stop_strings(stop, len(prompts)))
-        self._context = context
-        self._progress = self._marked = None
-        self._marked_at = np.zeros(len(prompts), int)  # tokens that the marked context has read
-        self._intact, self.finished = True, False
+        ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        self._prompts, single = as_prompts(ids, model.vocab_size, context)
+        if single or isinstance(prompts, str):
+            raise ValueError(f"the prompts are {prompts!r}, expected a list of texts")
+        if context is not None:
+            check(self._model, context, len(ids))
+        self._draws = checked_draws(self._prompts, model.vocab_size, **settings)
+        self._outputs = [StoppedText(tokenizer, strings) for strings in stop_strings(stop, len(ids))]
+        self._given = context
+        self._after_prompts = self._context = None
+        self.finished = False
 
     @property
     def tokens(self) -> list[list[int]]:
-        return [list(row.tokens) for row in self._rows]
+        return [list(output.tokens) for output in self._outputs]
 
     @property
     def context(self) -> Context:
-        """What has read the prompts and exactly `tokens`; also after an interruption, which makes it read again."""
-        if self._intact:
-            return copy(self._begun().context)
-        texts = [
-            np.append(prompt, row.tokens).astype(int) for prompt, row in zip(self._prompts, self._rows, strict=True)
-        ]
-        return read(self._model, self._params, texts, self._context)
+        """A copy of the context after the prompts and exactly `tokens`, also after an interruption."""
+        self._read_prompts()
+        if self._context is None or any(output.stopped for output in self._outputs):
+            tokens = [np.array(output.tokens, np.int32) for output in self._outputs]
+            return prefill(self._model, self._params, tokens, self._after_prompts)
+        return begin(self._model, self._context, len(self._prompts), room=0)
 
     def advance(self, count: int = DISPATCH) -> list[str]:
-        """What at most `count` further tokens, up to `DISPATCH`, add to each text for sure."""
-        progress = self._begun()
-        self._intact, self.finished = False, True
-        running_B = progress.left_B > 0
-        if self._can_stop:
-            self._mark(progress.context)
-        new, progress = advance(self._model, self._params, progress, count)
-        pieces = []
-        for row, tokens, running, left in zip(self._rows, new, running_B, progress.left_B, strict=True):
-            piece = ""
-            for token in tokens:
-                piece += row.push(token)
-                if row.stopped:
-                    break
-            pieces.append(piece if row.stopped or left or not running else piece + row.flush())
-        stopped_B = running_B & np.array([row.stopped for row in self._rows])
-        if stopped_B.any():
-            progress = self._taken_back(progress, stopped_B)
-        self._progress, self.finished = progress, not progress.left_B.any()
-        self._intact = True
+        """Return what at most `count` further tokens, up to `DISPATCH`, add to each text for sure."""
+        self._read_prompts()
+        context, self._context, self.finished = self._context, None, True  # an interruption loses the donated arrays
+        new, context, draws = advance(self._model, self._params, context, self._draws, count)
+        pieces = [
+            output.extend(tokens, is_end=left == 0)
+            for output, tokens, left in zip(self._outputs, new, draws.left_B, strict=True)
+        ]
+        stopped_B = np.array([output.stopped for output in self._outputs])
+        self._draws = replace(draws, left_B=np.where(stopped_B, 0, draws.left_B))
+        self._context, self.finished = context, not self._draws.left_B.any()
         return pieces
 
-    def _begun(self):
-        if self._progress is None:
-            self._progress = self._start()
-        return self._progress
-
-    def _mark(self, context: Context) -> None:
-        """Remember the rows of which no stop string can take back a token."""
-        now_B = np.array([row.settled == len(row.tokens) for row in self._rows])
-        marked = mark(self._model, context)
-        self._marked = marked if self._marked is None else go_back(marked, self._marked, ~now_B)
-        self._marked_at = np.where(now_B, [len(row.tokens) for row in self._rows], self._marked_at)
-
-    def _taken_back(self, progress, stopped_B):
-        """Rows where a stop string was found have read their text, and have ended."""
-        again = [
-            np.asarray(row.tokens[at:] if stopped else [], np.int32)
-            for row, at, stopped in zip(self._rows, self._marked_at, stopped_B, strict=True)
-        ]
-        context = go_back(progress.context, self._marked, stopped_B)
-        room = max(map(len, again))
-        context = read_on(self._model, self._params, with_room(self._model, context, room, room), again)
-        return replace(progress, context=context, left_B=np.where(stopped_B, 0, progress.left_B))
+    def _read_prompts(self) -> None:
+        if self._after_prompts is None:
+            after = prefill(self._model, self._params, self._prompts, self._given)
+            current = begin(self._model, after, len(self._prompts), self._draws.room)
+            self._after_prompts, self._context = after, current
 
 
 class Stream:
-    """A text that is being continued: an iterator of pieces, of which none ends within a UTF-8 character.
+    """An iterator over the pieces of a text that is being continued; none ends within a UTF-8 character.
 
-    Stop reading at any time: nothing is computed ahead, and what is here stays valid.
+    Stop reading at any time: nothing is computed ahead, and the attributes stay valid.
 
     Attributes:
         text: the pieces that were yielded.
-        tokens: `decode(tokens)` begins with `text`, and equals it when the stream is at its end. What lacks before is
-            held back: the beginning of a character, or what may be that of a stop string.
-        context: has read the prompt and exactly `tokens`. A copy.
+        tokens: `decode(tokens)` begins with `text`, and equals it at the end of the stream. The rest is held back: an
+            incomplete character, or what may be the beginning of a stop string.
+        context: a copy of the context after the prompt and exactly `tokens`.
     """
 
     def __init__(self, texts: Texts):
@@ -197,7 +178,7 @@ class Result(NamedTuple):
 
 
 def stream(model, params, prompt_text: str, tokenizer, **settings) -> Stream:
-    """The text of `generate`, in pieces as tokens come.
+    """Return the text of `generate`, in pieces as tokens come.
 
     Args:
         prompt_text: empty: what comes after the context, or the beginning of a document.
@@ -208,7 +189,7 @@ def stream(model, params, prompt_text: str, tokenizer, **settings) -> Stream:
 
 
 def generate_texts(model, params, prompts: Sequence[str], tokenizer, **settings) -> Result:
-    """Texts that continue the prompts, their tokens, and the context that has read prompts and tokens.
+    """Return texts that continue the prompts, their tokens, and the context after prompts and tokens.
 
     Args:
         prompts: texts, or lists of ids.
@@ -224,19 +205,20 @@ def generate_texts(model, params, prompts: Sequence[str], tokenizer, **settings)
 
 
 def stop_strings(stop, B: int) -> list[tuple[str, ...]]:
-    """The stop strings of each row, from those for all rows or one sequence for each."""
-    as_strings = lambda given: (given,) if isinstance(given, str) else tuple(given) if np.iterable(given) else given
-    given = as_strings(stop)
-    shared = not np.iterable(given) or all(isinstance(string, str) for string in given)
-    rows = [given] * B if shared else [as_strings(row) for row in given]
-    good = all(np.iterable(row) and all(isinstance(string, str) and string for string in row) for row in rows)
-    if len(rows) != B or not good:
+    """The stop strings of each text, from those for all texts or one sequence for each."""
+    as_strings = lambda given: (given,) if isinstance(given, str) else tuple(given) if np.iterable(given) else (given,)
+    is_shared = all(isinstance(string, str) for string in as_strings(stop))
+    of_texts = [as_strings(stop)] * B if is_shared else [as_strings(strings) for strings in as_strings(stop)]
+    if len(of_texts) != B or not all(isinstance(string, str) and string for strings in of_texts for string in strings):
         raise ValueError(f"stop is {stop!r}, expected strings, not empty, for all texts or for each of {B}")
-    return rows
+    return of_texts
 
 
 def check_tokenizer(tokenizer, model) -> None:
-    """Bytes decode nothing but bytes; other tokenizers skip ids that a padded vocabulary has beyond theirs."""
+    """Raise ValueError where the model may draw ids that the tokenizer cannot decode, or lacks ids that it encodes.
+
+    Bytes decode nothing but bytes; other tokenizers skip the ids that a padded vocabulary has beyond theirs.
+    """
     V, vocab_size = model.vocab_size, tokenizer.vocab_size
     if vocab_size > V or (tokenizer.name == "bytes" and vocab_size < V):
         raise ValueError(

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from rwkv_jax import generate, interop, runs
 from rwkv_jax.corpora import SEPARATOR
 from rwkv_jax.generate.context import rows
-from rwkv_jax.generate.prefixes import read_many
+from rwkv_jax.harness.prefixes import read_many
 from rwkv_jax.harness.requests import WINDOW, batches, score
 from rwkv_jax.pretrained import RWKVForCausalLM
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from rwkv_jax import evaluate
 from rwkv_jax.generate.context import begin, rows
-from rwkv_jax.generate.prefixes import read_many
+from rwkv_jax.harness.prefixes import read_many
 from rwkv_jax.models import per_layer
 
 WINDOW = 16  # batches of contexts whose states are held at one time

@@ -1,12 +1,12 @@
-"""Contexts as values: copies, rows, room in caches, and the cache of prefixes."""
+"""Contexts as values: copies, rows, and room in caches."""
 
 import jax
 import numpy as np
 import pytest
 from generating import KINDS, NEARLY_GREEDY, assert_equal, assert_read, filled, ids, row, unstacked
 
-from rwkv_jax.generate import Context, PrefixCache, concatenate, generate, generate_with_context, read, rows
-from rwkv_jax.generate.context import begin, go_back, mark, with_room
+from rwkv_jax.generate import Context, concatenate, generate, generate_with_context, read, rows
+from rwkv_jax.generate.context import begin, with_room
 
 BOTH = pytest.mark.parametrize("kind", ["rwkv4", "hybrid"])
 slots = lambda context: context.state[1].cache.k_BHSK.shape[2]
@@ -80,19 +80,6 @@ def test_concatenated_contexts_continue_as_single_ones(kind):
         assert new == generate(*unstacked(kind), prompt, context=context, **settings)
 
 
-@BOTH
-def test_go_back_restores_marked_rows(kind):
-    """All but the caches, which are only written behind what they hold: their lengths go back."""
-    then, now = filled(kind, 3), filled(kind, 3, seed=1)
-    if kind == "hybrid":
-        then = with_cache(then, **now.state[1].cache._asdict() | of_length(5, 6, 7))
-        now = with_cache(now, **of_length(8, 9, 10))
-    marked = mark(unstacked(kind)[0], then)
-    went = go_back(now, marked, np.array([True, False, True]))
-    for b, expected in enumerate((then, now, then)):
-        assert_equal(row(went, b), row(expected, b))
-
-
 def test_begin_copies_a_context_and_makes_room_for_what_is_read():
     for kind in ("rwkv4", "hybrid"):
         model, context = unstacked(kind)[0], filled(kind, 3)
@@ -124,45 +111,3 @@ def test_with_room_grows_caches_to_what_is_likely():
     assert slots(with_room(model, context, 32, 200)) == 768
     rwkv4 = filled("rwkv4", 3)
     assert with_room(unstacked("rwkv4")[0], rwkv4, 10_000, 10_000) is rwkv4
-
-
-# -------------------------------------------------------------------------------------------------- prefixes
-
-
-@KINDS
-def test_prefix_cache_reads_a_prefix_once(kind, monkeypatch):
-    from rwkv_jax.generate import decode
-
-    cache, seen = PrefixCache(*unstacked(kind)), []
-
-    def counted(model, params, context, prompts):
-        seen.append(len(prompts[0]))
-        return read_on(model, params, context, prompts)
-
-    read_on = decode.read_on
-    monkeypatch.setattr(decode, "read_on", counted)
-    text = ids(270)
-    for length, more in ((10, 10), (9, 9), (10, None), (25, 15), (12, 2), (270, 245)):
-        context = cache.read(text[:length])
-        assert seen == ([more] if more else [])
-        seen.clear()
-        assert_read(kind, context, text[:length])
-    other = [*text[:9], 255 - text[9]]
-    assert_read(kind, cache.read(other), other)  # begins with the 9, not with the 10
-    assert seen == [1]
-    with pytest.raises(ValueError, match="no tokens"):
-        cache.read([])
-
-
-def test_prefix_cache_drops_the_least_recently_used_entry():
-    cache = PrefixCache(*unstacked("rwkv4"), max_entries=2)
-    first = cache.read([1, 2])
-    cache.read([3])
-    assert cache.read([1, 2]) is first
-    cache.read([4])  # in place of [3]
-    assert len(cache) == 2 and cache.read([1, 2]) is first
-    cache.read([5])
-    cache.read([6])
-    assert len(cache) == 2 and cache.read([1, 2]) is not first
-    with pytest.raises(ValueError, match="max_entries is 0"):
-        PrefixCache(*unstacked("rwkv4"), max_entries=0)

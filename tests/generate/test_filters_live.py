@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from logits import ALL, INF, probabilities
+from logits import ALL, INF, distribution, probabilities
 
 from rwkv_jax.generate import filters
-from rwkv_jax.generate.sampling import distribution, history, sampler
+from rwkv_jax.generate.sampling import history, sampler
 
 pytestmark = pytest.mark.live
 LIVE = "needs requirements-live.txt"

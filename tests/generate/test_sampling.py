@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.tree_util import Partial
 from logits import ALL, CASES, INF, LOGITS, NEUTRAL, ROWS, V, jitted_distribution, padded, probabilities, text
 from scipy import stats
 
 from rwkv_jax.generate import filters, sampling
-from rwkv_jax.generate.sampling import distribution, history, sampler
+from rwkv_jax.generate.sampling import history, sampler
 
 MANY = 256  # rows in which one distribution is drawn from
 FILTERS = NEUTRAL | {"top_p": 0.7, "min_p": 0.02}
@@ -116,8 +115,6 @@ def test_greedy_takes_the_first_of_the_likeliest_tokens(logits_V):
     chosen = sampler(**options)
     assert chosen.keywords == {}
     assert draws(chosen, logits_V[None]).tolist() == [logits_V.argmax()]
-    left_V = np.asarray(jitted_distribution(chosen, padded(logits_V), None))[0]
-    assert np.flatnonzero(np.isfinite(left_V)).tolist() == [logits_V.argmax()]
 
 
 def test_greedy_takes_the_best_score():
@@ -264,8 +261,3 @@ def test_check_vocabulary_names_tokens_beyond_it():
         sampling.check_vocabulary(sampler(logit_bias={1: 1.0, 10: 1.0}), 10)
     with pytest.raises(ValueError, match="bad_words_ids names token 11, expected ids from 0 to 9"):
         sampling.check_vocabulary(sampler(bad_words_ids=[[1, 2, 11, 3]]), 10)
-
-
-def test_distribution_of_an_unknown_function_is_refused():
-    with pytest.raises(ValueError, match="is not known, expected what sampling"):
-        distribution(Partial(max), np.zeros((1, V)))

@@ -8,8 +8,7 @@ from small import V, drawn, forward, make
 from weights import one_line
 
 from rwkv_jax import generate
-from rwkv_jax.generate import prefixes
-from rwkv_jax.harness import last_words, score
+from rwkv_jax.harness import last_words, prefixes, score
 
 RNG = np.random.default_rng(0)
 DRAWN = lambda n: tuple(RNG.integers(0, V, n).tolist())
@@ -56,14 +55,14 @@ def greedy(context, count):
     return ids
 
 
-def test_shared_beginnings_are_multiples_of_32_tokens():
+def test_shared_prefixes_are_multiples_of_32_tokens():
     a, b = (1,) * 40, (2,) * 70
     texts = [(*a, 0), (*a, 1, 5), (2,) * 31, b, (*b, 3), (7, 7)]
     assert texts == sorted(texts)
-    assert prefixes.shared_beginnings(texts) == [a[:32], a[:32], (), b[:64], b[:64], ()]
+    assert prefixes.shared_prefixes(texts) == [a[:32], a[:32], (), b[:64], b[:64], ()]
 
 
-def test_read_many_reads_each_text_as_if_alone_and_shared_beginnings_once(short_pieces, monkeypatch):
+def test_read_many_reads_each_text_as_if_alone_and_shared_prefixes_once(short_pieces, monkeypatch):
     model, params = tiny()
     lengths = []
 

@@ -8,7 +8,7 @@ from judge import error_ratio
 from small import D, made, shapes_of, tokens
 
 from rwkv_jax import hardware
-from rwkv_jax.models import build, rewind, unstack
+from rwkv_jax.models import build
 from rwkv_jax.models.block import BlockConfig
 from rwkv_jax.models.lstm import LayerState, hidden_dim, lstm
 
@@ -59,9 +59,3 @@ def test_lstm_starts_with_open_forget_gates_and_layers_that_add_nothing():
     np.testing.assert_array_equal(np.split(layer["bias"][0], 4), [[0] * 10, [1] * 10, [0] * 10, [0] * 10])
     for gate_FF in np.split(layer["recurrent_kernel"][0], 4, axis=1):
         np.testing.assert_allclose(gate_FF @ gate_FF.T, np.eye(10), atol=1e-6)
-
-
-def test_lstm_cannot_be_rewound_within_a_pass():
-    model, params = made("lstm")
-    with pytest.raises(ValueError, match=r"layers are .*lstm.*, expected rwkv4 and attention"):
-        rewind.read(model.clone(scan=False), unstack(params), tokens(B, T), model.init_state(B))

@@ -1,7 +1,7 @@
-"""Contexts of many texts that begin alike: what several have in common is read once, and its state forked.
+"""Contexts of many texts that share prefixes: each prefix is read once, and its state is forked.
 
 Few-shot questions share their examples, and questions about a passage share the passage. For RWKV a fork costs the
-state, 5 numbers a channel and layer, whatever it has read.
+state, 5 numbers a channel and layer, whatever the length of the prefix.
 """
 
 import itertools
@@ -13,15 +13,15 @@ from rwkv_jax.generate.context import Context, begin, concatenate, rows
 from rwkv_jax.generate.decode import read
 from rwkv_jax.models import per_layer
 
-SHARED = 32  # common beginnings are cut to a multiple of this: reading fewer tokens apart costs more than it saves
+SHARED = 32  # prefixes are cut to a multiple of this: to read fewer tokens apart costs more than it saves
 
 
 def read_many(model, params, texts: Sequence[Sequence[int]], batch_size: int) -> Context:
-    """The context after each of N texts, one row each in their order, all of which it holds at one time.
+    """Return one context with the rows of all N texts, in their order.
 
-    They are read `batch_size` at a time, those of similar length together; common beginnings of at least `SHARED`
-    tokens once, and common beginnings of those, too. Rows past the last text repeat it, so that the shapes to compile
-    are those of one batch size.
+    Texts are read `batch_size` at a time, those of similar length together. A shared prefix of at least `SHARED`
+    tokens is read once, and so are prefixes that prefixes share. Rows past the last text repeat it, so that one batch
+    size is compiled.
 
     Args:
         texts: lists of ids in [0, V), at least one token each.
@@ -36,7 +36,7 @@ def read_many(model, params, texts: Sequence[Sequence[int]], batch_size: int) ->
 
 
 def _read_sorted(model, params, texts: list[tuple], batch_size: int) -> Context:
-    stems = shared_beginnings(texts)
+    stems = shared_prefixes(texts)
     before, row_of = begin(model, None, 1, 1), {(): 0}
     if longer := sorted(set(stems) - {()}):
         before = concatenate([before, _read_sorted(model, params, longer, batch_size)])
@@ -52,15 +52,14 @@ def _read_sorted(model, params, texts: list[tuple], batch_size: int) -> Context:
     return rows(concatenate(read_so_far), np.argsort(order))
 
 
-def shared_beginnings(texts: list[tuple]) -> list[tuple]:
-    """The longest beginning that each of these sorted texts shares with another, cut to a multiple of `SHARED`."""
-    shared = [0, *itertools.starmap(_common, itertools.pairwise(texts)), 0]
-    return [
-        text[: max(around) // SHARED * SHARED] for text, around in zip(texts, itertools.pairwise(shared), strict=True)
-    ]
+def shared_prefixes(texts: list[tuple]) -> list[tuple]:
+    """Return the longest prefix that each of these sorted texts shares with another, cut to a multiple of `SHARED`."""
+    with_next = [0, *itertools.starmap(_shared_length, itertools.pairwise(texts)), 0]
+    lengths = [max(pair) // SHARED * SHARED for pair in itertools.pairwise(with_next)]
+    return [text[:length] for text, length in zip(texts, lengths, strict=True)]
 
 
-def _common(a: tuple, b: tuple) -> int:
+def _shared_length(a: tuple, b: tuple) -> int:
     """Number of first tokens in which two texts agree."""
     differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differ, min(len(a), len(b)))
