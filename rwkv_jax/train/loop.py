@@ -1,4 +1,4 @@
-"""One loop that reads top to bottom."""
+"""The loop of a run, and what its log says of a step."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, parallel, run_config
 from rwkv_jax.train import divergence, hosts, progress
-from rwkv_jax.train.prepare import prepared
+from rwkv_jax.train.prepare import Run, prepared
 from rwkv_jax.train.step import TrainState, stored
 from rwkv_jax.train.workdir import claimed, restore, rows, write_config
 
@@ -28,18 +28,18 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
     hosts.check_joined()
     with hosts.together():
         _use_compilation_cache(config.compilation_cache)
-        r = prepared(config, workdir)
-    config = r.config
-    hosts.check_same("the config or corpus", f"{config}{r.corpus.sha256}")
+        this = prepared(config, workdir)
+    config = this.config
+    hosts.check_same("the config or corpus", f"{config}{this.corpus.sha256}")
 
     with contextlib.ExitStack() as held:
         with hosts.together():
             held.enter_context(claimed(workdir))
             held.callback(checkpoint.wait)  # nothing of this run writes there any more when another may
-            write_config(workdir, config, run_config.model_fields(config), r.corpus)
+            write_config(workdir, config, run_config.model_fields(config), this.corpus)
         hosts.check_shared(workdir)
         before = rows(workdir / "metrics.jsonl")
-        state, start = restore(workdir, config, r.model, r.method, r.init)
+        state, start = restore(workdir, config, this.model, this.method, this.init)
         if profile and not start < profile.start < profile.stop <= config.steps + 1:
             raise ValueError(
                 f"profile is {profile.start}:{profile.stop}, expected steps of this start, "
@@ -48,10 +48,14 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
         clock = progress.Clock(before, start, began)
         clock.lap("startup")
         stop = held.enter_context(hosts.stop_signals())
-        write = lambda row: None  # the first host is alone in writing the log
-        if jax.process_index() == 0:
+        write, show = lambda row: None, lambda step, text: None
+        if jax.process_index() == 0:  # alone in writing the log and on the terminal
             write = held.enter_context(metrics.opened(workdir, start, config.to_dict(), **config.logging))
-        return _loop(r, workdir, state, start, profile, clock, write, stop)
+            show = held.enter_context(progress.shown(start, config.steps))
+        skipped = int(jax.device_get(state.skipped))
+        return _loop(
+            this, workdir, state, start, profile, Log(this, workdir, start, skipped, clock, write, show), stop
+        )
 
 
 def _use_compilation_cache(wanted: bool | None):
@@ -65,106 +69,143 @@ def _use_compilation_cache(wanted: bool | None):
         jax.config.update("jax_compilation_cache_dir", str(corpora.cache_dir() / "compiled"))
 
 
-def _loop(r, workdir, state, start, profile, clock, write, stop):
-    config, folder = r.config, workdir / "checkpoints"
-    first_host = jax.process_index() == 0  # alone on the terminal
-    tokens_per_step = config.batch_size * config.seq_len
-    devices = 1 if config.strategy == "single" else jax.device_count()
-    peak = hardware.peak_flops(jax.devices()[0])
-    flops = hardware.flops_per_token(r.model, config.seq_len)
-    seconds, timed = 0.0, 0  # since the last row, without compilation, evaluation and saving
-    done, saving_behind = start, None  # the save that may still be going on
-    due = lambda every: every and done % every == 0
-    watch = divergence.Watch(config.max_skipped, config.max_loss_rise, int(jax.device_get(state.skipped)))
+def _loop(this: Run, workdir, state, start, profile, log, stop):
+    config, folder = this.config, workdir / "checkpoints"
+    first_host = jax.process_index() == 0
+    if _unevaluated(config, workdir, start):  # killed between saving this step and evaluating it
+        log.evaluated(start, validation(this, state))
 
-    def settle(number, rate, values, log):
-        """Wait for a step that was dispatched, and log it where that is due."""
-        nonlocal seconds, timed
-        values = jax.device_get(values)
-        if number == start + 1:
-            clock.lap("compile")
-            # not before a step has worked: until there is a row, the workdir takes another config
-            write({"step": start, "began": clock.began, "starts": clock.starts} | clock.row())
-        else:
-            seconds, timed = seconds + clock.lap("train"), timed + 1
-        losses = _losses(values.pop("loss_nats"), config)
-        problem = watch.problem(number, losses["loss_nats"], int(values["skipped"]))
-        show(number, f"loss {losses['loss_nats']:.3f}" + (f", {watch.skipped} skipped" if watch.skipped else ""))
-        if not (log or problem):
-            return
-        speed = timed * tokens_per_step / seconds if timed else None
-        row = {"step": number, "tokens": number * tokens_per_step, **losses, **values, "lr": rate}
-        row |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed and speed / devices}
-        if peak and timed:
-            row["mfu"] = flops * speed / (peak * devices)
-        # of the rows of all hosts, the same on any number of them; only the host that logs it reads them
-        hashed = data.batch_hash(r.batches[number - 1]) if first_host else None
-        write(row | clock.row() | {"batch_hash": hashed})
-        seconds, timed = 0.0, 0
-        if problem:
-            raise divergence.DivergedError(f"{problem}; {_newest(folder)}; docs/faults.md tells how to replay a batch")
-
-    def evaluate_step():
-        held_out, counts = r.corpus.held_out(config.eval_tokens)
-        with parallel.beside_the_step(config.strategy, config.replicas):
-            params, initial = r.method.bind(r.model, state.params, state.frozen, config.batch_size)
-            nll = evaluate.windows(r.model, params, held_out, config.seq_len, config.batch_size, initial)
-        losses = _losses(nll[1:][counts[1:]].mean(), config)
-        write({"step": done} | {f"valid_{k}": v for k, v in losses.items()})
-        clock.lap("evaluate")
-
-    to_evaluate = lambda: config.eval_tokens and (done == config.steps or due(config.eval_every))
-    evaluated = {r["step"] for r in rows(workdir / "metrics.jsonl") if "valid_loss_nats" in r}
-    missing = start in checkpoint.steps(folder) and start not in evaluated and to_evaluate()
-    if multihost_utils.broadcast_one_to_all(np.array(bool(missing))):
-        evaluate_step()  # killed between saving this step and evaluating it
-
-    shown = progress.shown(start, config.steps) if first_host else contextlib.nullcontext(lambda done, text: None)
-    with shown as show, contextlib.ExitStack() as trace:
-        waiting = None  # the step dispatched last, whose metrics the host has not seen
-        for done, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(r.mine, start), strict=False):
-            rate = r.lr(done - 1)
-            placed = r.put(batch)  # the step before is still running, and the next one follows it without a pause
-            diagnosing, tracing = due(config.diagnostics_every), profile and done == profile.start
-            if waiting and (diagnosing or tracing):
-                settle(*waiting)
-                waiting = None
+    step, saving_behind = start, None  # the save that may still be going on
+    with contextlib.ExitStack() as trace:
+        for step, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(this.mine, start), strict=False):
+            lr = this.lr(step - 1)
+            placed = this.put(batch)  # the step before is still running, and the next one follows it without a pause
+            diagnosing = _due(config.diagnostics_every, step)
+            if diagnosing or (profile and step == profile.start):
+                log.settle()
             if diagnosing:
-                state, seen = r.diagnose(state, placed, np.float32(rate))
-                write({"step": done} | jax.device_get(seen))
-                clock.lap("diagnose")
-            if tracing:
+                state, seen = this.diagnose(state, placed, np.float32(lr))
+                log.diagnosed(step, seen)
+            if profile and step == profile.start:
                 trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
-            with jax.profiler.StepTraceAnnotation("train", step_num=done):
-                state, values = r.step(state, placed, np.float32(rate))
-            if waiting:
-                settle(*waiting)
-            stopping = stop(done - start)  # once a step: what is asked for from here on is the next step's business
-            last = done == config.steps or stopping
-            traced = profile and done in profile and (last or done == profile[-1])
-            saving, evaluating = last or due(config.save_every), to_evaluate()
-            waiting = (done, rate, values, last or due(config.log_every))
-            if saving or evaluating or traced or done == start + 1:
-                settle(*waiting)
-                waiting = None
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, values = this.step(state, placed, np.float32(lr))
+            log.settle()  # the step before
+
+            stopping = stop(step - start)  # once a step: what is asked for from here on is the next step's business
+            last = step == config.steps or stopping
+            traced = profile and step in profile and (last or step == profile[-1])
+            saving, evaluating = last or _due(config.save_every, step), _to_evaluate(config, step)
+            log.dispatched(step, lr, values, last or _due(config.log_every, step))
+            if saving or evaluating or traced or step == start + 1:
+                log.settle()
             if traced:
                 trace.close()
                 print(f"profile: pip install xprof; xprof --logdir={workdir / 'profile'}", file=sys.stderr)
             if saving:
                 if first_host and saving_behind and (error := saving_behind.exception()):
                     tqdm.write(f"{error}; training goes on, this save tries again", file=sys.stderr)
-                saving_behind = checkpoint.save_async(folder, done, stored(state), keep=config.keep)
-                clock.lap("save")
+                saving_behind = checkpoint.save_async(folder, step, stored(state), keep=config.keep)
+                log.clock.lap("save")
             if evaluating:
-                evaluate_step()
+                log.evaluated(step, validation(this, state))
             if stopping:
                 break
     with hosts.together():
         if saving_behind and (error := saving_behind.exception()):
             raise OSError(f"{error}; {_newest(folder)}")
-    if done < config.steps and first_host:
-        print(f"stopped at step {done} of {config.steps}, saved; the same command resumes it", file=sys.stderr)
+    if step < config.steps and first_host:
+        print(f"stopped at step {step} of {config.steps}, saved; the same command resumes it", file=sys.stderr)
     return state
+
+
+def validation(this: Run, state) -> dict:
+    """Losses on held-out text, in windows of the training length."""
+    config = this.config
+    held_out, counts = this.corpus.held_out(config.eval_tokens)
+    with parallel.beside_the_step(config.strategy, config.replicas):
+        params, initial = this.method.bind(this.model, state.params, state.frozen, config.batch_size)
+        nll = evaluate.windows(this.model, params, held_out, config.seq_len, config.batch_size, initial)
+    return _losses(nll[1:][counts[1:]].mean(), config)
+
+
+class Log:
+    """The rows of a start. A step's metrics are read when the next step has been dispatched, so that no device waits
+    for the host."""
+
+    def __init__(self, this: Run, workdir, start: int, skipped: int, clock, write, show):
+        config = this.config
+        self.this, self.start, self.clock, self.write, self.show = this, start, clock, write, show
+        self.folder = workdir / "checkpoints"
+        self.watch = divergence.Watch(config.max_skipped, config.max_loss_rise, skipped)
+        self.tokens_per_step = config.batch_size * config.seq_len
+        self.devices = 1 if config.strategy == "single" else jax.device_count()
+        self.peak = hardware.peak_flops(jax.devices()[0])
+        self.flops_per_token = hardware.flops_per_token(this.model, config.seq_len)
+        self.waiting = None  # the step dispatched last, whose metrics the host has not seen
+        self.seconds, self.timed = 0.0, 0  # of steps since the last row, without compiling, evaluating and saving
+
+    def dispatched(self, step: int, lr: float, values, logged: bool):
+        self.waiting = (step, lr, values, logged)
+
+    def settle(self):
+        """Wait for the step dispatched last, if it was not settled, and write its row where that is due."""
+        if self.waiting is None:
+            return
+        (step, lr, values, logged), self.waiting = self.waiting, None
+        values = jax.device_get(values)
+        if step == self.start + 1:
+            self.clock.lap("compile")
+            # not before a step has worked: until there is a row, the workdir takes another config
+            starts = {"began": self.clock.began, "starts": self.clock.starts}
+            self.write({"step": self.start} | starts | self.clock.row())
+        else:
+            self.seconds, self.timed = self.seconds + self.clock.lap("train"), self.timed + 1
+        losses = _losses(values.pop("loss_nats"), self.this.config)
+        problem = self.watch.problem(step, losses["loss_nats"], int(values["skipped"]))
+        skipped = f", {self.watch.skipped} skipped" if self.watch.skipped else ""
+        self.show(step, f"loss {losses['loss_nats']:.3f}{skipped}")
+        if logged or problem:
+            self._write_step(step, {**losses, **values, "lr": lr})
+        if problem:
+            newest = _newest(self.folder)
+            raise divergence.DivergedError(f"{problem}; {newest}; docs/faults.md tells how to replay a batch")
+
+    def _write_step(self, step: int, values: dict):
+        speed = self.timed * self.tokens_per_step / self.seconds if self.timed else None
+        row = {"step": step, "tokens": step * self.tokens_per_step, **values}
+        row |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed and speed / self.devices}
+        if self.peak and self.timed:
+            row["mfu"] = self.flops_per_token * speed / (self.peak * self.devices)
+        # of the rows of all hosts, the same on any number of them; only the host that logs it reads them
+        hashed = data.batch_hash(self.this.batches[step - 1]) if jax.process_index() == 0 else None
+        self.write(row | self.clock.row() | {"batch_hash": hashed})
+        self.seconds, self.timed = 0.0, 0
+
+    def evaluated(self, step: int, losses: dict):
+        self.write({"step": step} | {f"valid_{name}": value for name, value in losses.items()})
+        self.clock.lap("evaluate")
+
+    def diagnosed(self, step: int, seen):
+        self.write({"step": step} | jax.device_get(seen))
+        self.clock.lap("diagnose")
+
+
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _to_evaluate(config, step: int) -> bool:
+    return bool(config.eval_tokens) and (step == config.steps or _due(config.eval_every, step))
+
+
+def _unevaluated(config, workdir, step: int) -> bool:
+    """Whether a step was saved that should have been evaluated and was not; the same answer on all hosts."""
+    evaluated = {row["step"] for row in rows(workdir / "metrics.jsonl") if "valid_loss_nats" in row}
+    missing = (
+        step in checkpoint.steps(workdir / "checkpoints") and step not in evaluated and _to_evaluate(config, step)
+    )
+    return bool(multihost_utils.broadcast_one_to_all(np.array(missing)))
 
 
 def _newest(folder):
