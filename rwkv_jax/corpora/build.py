@@ -45,13 +45,12 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
     encoder = None if tokenizer == "characters" else get_tokenizer(tokenizer)
     is_named = encoder is None or encoder.name in NAMES
     encoder_id = tokenizer if is_named else hashlib.sha256(Path(tokenizer).expanduser().read_bytes()).hexdigest()
-    path = Path(source).expanduser()
     is_path = source not in ("stdlib", *named.NAMED) and not source.startswith(hub.PREFIX)
-    if is_path and (file := tokenfiles.find(path)):
+    if is_path and (file := tokenfiles.find(Path(source).expanduser())):
         if encoder is None:
             raise ValueError(f"{source} holds tokens, not text: name the tokenizer that made them")
         return tokenfiles.read(file, encoder, encoder_id)
-    found = _find(source, path, tokenizer, text, prompt)
+    found = _find(source, tokenizer, text, prompt)
     folder = cache.folder(found.name, [found.identity, encoder_id])
 
     def make(partial: Path) -> dict:
@@ -76,7 +75,7 @@ def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") ->
         source: text or JSONL, as for `prepare`.
     """
     encoder = get_tokenizer(tokenizer)
-    found = _find(source, Path(source).expanduser(), tokenizer, text, "")
+    found = _find(source, tokenizer, text, "")
     documents = (
         np.concatenate([*(tokens for _, tokens in document), [SEPARATOR]])
         for _, document in groupby(encode(found, encoder), key=_document_number)
@@ -94,11 +93,12 @@ def _expect_utf8(source: str, tokenizer: str):
         raise ValueError(f"{source} is not UTF-8, which tokenizer {tokenizer} needs") from None
 
 
-def _find(source: str, path: Path, tokenizer: str, text: str, prompt: str) -> Source:
+def _find(source: str, tokenizer: str, text: str, prompt: str) -> Source:
     if source.startswith(hub.PREFIX):
         return hub.source(source, text, prompt)
     if source in named.NAMED:
         return named.source(source, exact=tokenizer == "bytes")
+    path = Path(source).expanduser()
     if source != "stdlib" and path.exists() and jsonl.is_jsonl(path):
         return jsonl.source(path.resolve(), text, prompt)
     return texts.source(source, exact=tokenizer == "bytes")

@@ -69,24 +69,20 @@ def source(name: str, exact: bool) -> Source:
     def documents():
         for split, parts in enumerate(_split(files, is_folder, name, exact)):
             for part in parts:
-                yield Document(split, _blocks(part), name=part.name)
+                yield Document(split, blocks(part.path, part.begin, part.end), name=part.name)
 
     return Source(title, identity, sum(file.end for file in files), documents)
 
 
-def blocks(path: Path) -> Iterator[bytes]:
-    """Yield the blocks of a file."""
-    return _blocks(_File(path.name, str(path), 0, path.stat().st_size))
-
-
-def _blocks(file: _File) -> Iterator[bytes]:
-    with open(file.path, "rb") as opened:
-        opened.seek(file.begin)
-        missing = file.end - file.begin
+def blocks(path: str | Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """Yield the blocks of a file between two positions."""
+    with open(path, "rb") as file:
+        missing = (os.path.getsize(path) if end is None else end) - begin
+        file.seek(begin)
         while missing:
-            block = opened.read(min(missing, _BLOCK_BYTES))
+            block = file.read(min(missing, _BLOCK_BYTES))
             if not block:
-                raise ValueError(f"{file.path} became shorter while it was read")
+                raise ValueError(f"{path} was truncated while it was read")
             missing -= len(block)
             yield block
 

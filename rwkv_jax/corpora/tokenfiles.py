@@ -49,10 +49,9 @@ def read(path: Path, tokenizer: Tokenizer, tokenizer_id: str) -> Corpus:
     starts = np.fromfile(folder / "starts", np.int64)
     splits = []
     for begin, end in pairwise([0, *_cuts(path, starts, len(tokens)), len(tokens)]):
-        inside = starts[(starts > begin) & (starts < end)] - begin
-        splits.append(
-            Split(tokens[begin:end], np.concatenate([[0], inside]), (), _num_bytes(tokenizer, inside, begin, end))
-        )
+        inside = np.concatenate([[0], starts[(starts > begin) & (starts < end)] - begin])
+        num_bytes = end - begin - len(inside) if tokenizer.name == "bytes" else None
+        splits.append(Split(tokens[begin:end], inside, (), num_bytes))
     sha256 = hashlib.sha256(json.dumps([tokenizer_id, found["sha256"]]).encode()).hexdigest()
     return Corpus(path.stem, tokenizer.name, tokenizer.vocab_size, sha256, *splits)
 
@@ -74,18 +73,14 @@ def _scan(folder: Path, path: Path, tokens, begins) -> dict:
     with tqdm(total=len(tokens), disable=None, leave=False, **about) as bar:
         for at in range(0, len(tokens), _BLOCK_TOKENS):
             block = tokens[at : at + _BLOCK_TOKENS]
-            sha256.update(np.ascontiguousarray(block).data)
+            sha256.update(block)
             low, high = min(low, int(block.min())), max(high, int(block.max()))
             separators.append(at + np.flatnonzero(block == SEPARATOR))
             bar.update(len(block))
-    separators = np.concatenate(separators)
     if begins is None:
-        starts = np.union1d([0], separators)
-    else:  # the separator lies before the document, or there is none
-        before = np.minimum(np.searchsorted(separators, begins - 1), max(0, len(separators) - 1))
-        preceded = separators[before] == begins - 1 if len(separators) else np.zeros(len(begins), bool)
-        starts = np.where(preceded, begins - 1, begins)
-    starts = starts.astype(np.int64)
+        starts = np.union1d([0], np.concatenate(separators))
+    else:  # from the separator on, where one precedes the document
+        starts = begins - ((begins > 0) & (tokens[begins - 1] == SEPARATOR))
     sha256.update(json.dumps([tokens.dtype.str, len(starts)]).encode())
     sha256.update(starts.data)
     starts.tofile(folder / "starts")
@@ -100,7 +95,3 @@ def _cuts(path: Path, starts, num_tokens: int) -> list[int]:
     if not 0 < cuts[0] < cuts[1] < num_tokens:
         raise ValueError(f"{path} holds {num_tokens} tokens: too few for train, valid and test")
     return cuts
-
-
-def _num_bytes(tokenizer, inside, begin, end):
-    return end - begin - len(inside) - 1 if tokenizer.name == "bytes" else None
