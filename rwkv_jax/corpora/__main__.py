@@ -54,10 +54,9 @@ def report(corpus: Corpus) -> dict:
 
 def _counts(split: Split, seen: set[bytes]) -> dict:
     """Counts of a split, whose documents' digests are added to `seen`."""
-    has_separator = split.tokens[split.starts] == SEPARATOR
-    num_text = len(split.tokens) - int(np.sum(has_separator))
+    num_text = len(split.tokens) - int(np.sum(split.tokens[split.starts] == SEPARATOR))
     known = len(seen)
-    for begin, end in zip(split.starts + has_separator, [*split.starts[1:], len(split.tokens)], strict=True):
+    for begin, end in zip(split.starts, [*split.starts[1:], len(split.tokens)], strict=True):
         seen.add(hashlib.sha256(split.tokens[begin:end]).digest())
     return {
         "tokens": len(split.tokens),
