@@ -163,5 +163,5 @@ def _read(folder: Path, split: str, record: dict) -> Split:
     tokens = np.memmap(folder / f"{split}.bin", record["dtype"], mode="r")
     mask = np.memmap(folder / f"{split}.mask", np.uint8, mode="r") if record["has_prompts"] else None
     starts = np.fromfile(folder / f"{split}.starts", np.int64)
-    its = record["splits"][split]
-    return Split(tokens, starts, tuple(its["names"]), its["num_bytes"], mask)
+    about = record["splits"][split]
+    return Split(tokens, starts, tuple(about["names"]), about["num_bytes"], mask)
