@@ -25,8 +25,7 @@ _WIKITEXT = (
 )
 _STORY_END = b"<|endoftext|>"
 
-
-# URL -> SHA-256
+# URL -> SHA-256, for each corpus
 NAMED = {
     "enwik8": {
         "https://mattmahoney.net/dc/enwik8.zip": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
