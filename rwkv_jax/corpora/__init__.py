@@ -1,10 +1,10 @@
 """Text or tokens -> memory-mapped train, validation and test splits.
 
-`prepare` takes the embedded corpus (the source of Python's own standard library), text, JSONL or token files.
-Text becomes tokens once for each text and tokenizer; they lie in a cache folder, `cache_dir()`.
+`prepare` takes the embedded corpus (the source of Python's standard library), text, JSONL or token files. Text is
+tokenized once for each text and tokenizer; `cache_dir()` holds the tokens.
 
-Each document is preceded by the separator, token 0, as in the data and the evaluation of the released models,
-so that its first token is predicted too.
+The separator, token 0, precedes each document, as in the data and the evaluation of the released models, so that
+the document's first token is a target too.
 """
 
 from rwkv_jax.corpora.build import prepare, to_megatron

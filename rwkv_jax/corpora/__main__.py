@@ -1,49 +1,82 @@
-"""python -m rwkv_jax.corpora SOURCE [--tokenizer=world] [--write=PREFIX]: what a corpus holds."""
+"""python -m rwkv_jax.corpora SOURCE [--tokenizer=world] [--write=PREFIX]: report the contents of a corpus."""
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 
-from rwkv_jax.corpora import build, report
+import numpy as np
+
+from rwkv_jax.corpora import Corpus, Split, prepare, to_megatron
+from rwkv_jax.corpora.corpus import SEPARATOR, SPLITS
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.corpora",
-        description="Make the tokens of a corpus, where the cache lacks them, and tell what they are: by split, "
-        "tokens, documents, bytes a token, and documents that repeat earlier ones, train first.",
+        description="Tokenize a corpus, unless the cache holds it, and report for each split the tokens, documents, "
+        "bytes per token, and copies of earlier documents, in the order train, valid, test.",
         allow_abbrev=False,
     )
     parser.add_argument("source", help="stdlib, a public corpus such as enwik8, or the path of text or tokens")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, characters, world or a file (%(default)s)")
-    parser.add_argument("--text", default="text", help="of JSONL: field or template (%(default)s)")
-    parser.add_argument("--prompt", default="", help="of JSONL: field or template of what is not to be predicted")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that make tokens (%(default)s)")
+    parser.add_argument("--text", default="text", help="for JSONL: field or template of the text (%(default)s)")
+    parser.add_argument("--prompt", default="", help="for JSONL: field or template of the prompt, which is no target")
     parser.add_argument("--write", metavar="PREFIX", help="write the documents to PREFIX.bin and PREFIX.idx instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object in one line")
     args = parser.parse_args(argv)
     try:
-        if args.processes < 1:
-            raise ValueError(f"processes is {args.processes}, expected at least 1")
         if args.write and args.prompt:
-            raise ValueError("--write with --prompt: Megatron files have no place for what is not to be predicted")
+            raise ValueError("--write with --prompt: Megatron files cannot mark tokens of a prompt")
         if args.write:
-            shape = (args.source, args.tokenizer, args.write, args.text)
-            num_documents = build.to_megatron(*shape, processes=args.processes)
+            num_documents = to_megatron(args.source, args.tokenizer, args.write, args.text)
             print(f"{num_documents:,} documents written to {args.write}.bin and {args.write}.idx")
             return 0
-        corpus = build.prepare(args.source, args.tokenizer, args.text, args.prompt, processes=args.processes)
-        found = report.report(corpus)
-        print(json.dumps(found) if args.json else report.readable(found), flush=True)
+        found = report(prepare(args.source, args.tokenizer, args.text, args.prompt))
+        print(json.dumps(found) if args.json else _table(found), flush=True)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # nobody reads any more; what is left to flush goes nowhere
+    except BrokenPipeError:  # the reader is gone: discard what is left to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def report(corpus: Corpus) -> dict:
+    """Return name, tokenizer, vocabulary size and digest, and the counts of each split, as JSON values."""
+    seen = set()
+    about = {"name": corpus.name, "tokenizer": corpus.tokenizer, "vocab_size": corpus.vocab_size}
+    return about | {"sha256": corpus.sha256} | {name: _counts(getattr(corpus, name), seen) for name in SPLITS}
+
+
+def _counts(split: Split, seen: set[bytes]) -> dict:
+    """Counts of a split, whose documents' digests are added to `seen`."""
+    num_text = len(split.tokens) - int(np.sum(split.tokens[split.starts] == SEPARATOR))
+    known = len(seen)
+    for begin, end in zip(split.starts, [*split.starts[1:], len(split.tokens)], strict=True):
+        seen.add(hashlib.sha256(split.tokens[begin:end]).digest())
+    return {
+        "tokens": len(split.tokens),
+        "documents": len(split.starts),
+        "bytes": split.num_bytes,
+        "bytes_per_token": split.num_bytes / num_text if split.num_bytes and num_text else None,
+        "predicted": len(split.tokens) if split.mask is None else int(np.count_nonzero(split.mask)),
+        "copies": known + len(split.starts) - len(seen),
+    }
+
+
+def _table(found: dict) -> str:
+    about = "{name}: tokenizer {tokenizer}, vocabulary of {vocab_size:,}, SHA-256 {sha256:.16}".format(**found)
+    lines = [about, f"{'':<6}{'tokens':>16}{'documents':>12}{'bytes/token':>13}{'copies':>9}"]
+    for name in SPLITS:
+        row = found[name]
+        rate = "-" if row["bytes_per_token"] is None else f"{row['bytes_per_token']:.3f}"
+        part = "" if row["predicted"] == row["tokens"] else f"   {row['predicted']:,} to be predicted"
+        lines.append(f"{name:<6}{row['tokens']:>16,}{row['documents']:>12,}{rate:>13}{row['copies']:>9,}{part}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

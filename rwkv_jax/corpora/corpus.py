@@ -1,4 +1,4 @@
-"""What a corpus is: documents before they are tokens, and splits of tokens after."""
+"""Types of a corpus: documents before tokenization, and splits of tokens after it."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -13,20 +13,20 @@ SPLITS = ("train", "valid", "test")
 class Split(NamedTuple):
     """Documents one after another; document i is tokens[starts[i] : starts[i + 1]], separator included.
 
-    Where the tokens are a file of somebody else's, a document that nothing precedes has no separator.
+    In a token file (`.npy`, Megatron) the first document of a split may lack the separator.
     """
 
     tokens: np.ndarray  # [tokens] read-only memory map of integers
     starts: np.ndarray  # [documents] int64, where the documents' separators are
     names: tuple[str, ...]  # [documents] paths relative to the source; () where documents have no names
-    num_bytes: int | None  # UTF-8 bytes of the documents, separators not counted: what bits per byte divide by;
-    # None where tokens came without text
-    mask: np.ndarray | None = None  # [tokens] uint8, 0 where a token is given and not to be predicted; None: no such
+    num_bytes: int | None  # UTF-8 bytes of the documents without separators, the divisor of bits per byte;
+    # None for token files whose text is unknown
+    mask: np.ndarray | None = None  # [tokens] uint8, 0 for tokens of a prompt, which are no targets; None: all are
 
 
 class Corpus(NamedTuple):
     name: str
-    tokenizer: str  # what `get_tokenizer` takes
+    tokenizer: str  # an argument of `get_tokenizer`
     vocab_size: int
     sha256: str  # of the tokens, their type, the bounds of splits and documents, and the tokenizer
     train: Split
@@ -35,27 +35,27 @@ class Corpus(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One text of a source, not yet tokens."""
+    """One text of a source before tokenization."""
 
     split: int  # index in SPLITS
     blocks: Iterable[bytes]  # UTF-8, not empty
-    prompt: bytes = b""  # UTF-8 that comes before the text and is not to be predicted
+    prompt: bytes = b""  # UTF-8, precedes the text and is no target
     name: str = ""
 
 
 class Source(NamedTuple):
     name: str
     identity: list  # JSON values that change when the documents do
-    num_bytes: int | None  # about, for progress
+    num_bytes: int | None  # approximate, for the progress bar
     documents: Callable[[], Iterator[Document]]
     has_prompts: bool = False
 
 
 def splitter(absent=(1, 2)) -> Callable[[bytes], int]:
-    """What a document is identified by -> its split: train, or one of those that the source does not come with.
+    """Return a function from a document's key to its split: train, or a split that the source does not provide.
 
-    One document in 20 goes to each of these, by hash, so that copies land in one split; and of the first distinct
-    ones one each, so that a small source has all splits.
+    Each absent split gets one document in 20, by hash, so that copies land in one split. The first distinct documents
+    fill one split each, so that a small source has all three.
     """
     first = {}
 

@@ -1,23 +1,24 @@
 """Datasets of the Hugging Face hub, streamed: `hf:NAME[@REVISION][:SPLIT]` or `hf:NAME[@REVISION]:CONFIG:SPLIT`.
 
-NAME is what `datasets.load_dataset` takes, a folder too. Only the tokens are kept. Without SPLIT the dataset's train,
-validation and test are ours; what is missing is taken from train, as of one split, see `splitter`. Text and prompt are
-fields or templates, as of JSONL. Without a revision a dataset that changes on the hub is not noticed.
+NAME is an argument of `datasets.load_dataset`, a folder too. Only the tokens are kept. Without SPLIT the dataset's
+train, validation and test are the three splits; `splitter` takes those that are missing from train. Text and prompt
+are fields or templates, as for JSONL. Name a revision where the dataset may change: the cache does not notice it.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv_jax.corpora import jsonl
-from rwkv_jax.corpora.corpus import Document, Source, splitter
+from rwkv_jax.corpora.corpus import Source
 
 PREFIX = "hf:"
 
 
 def source(spec: str, text: str, prompt: str) -> Source:
-    """
+    """Source for a dataset, which is opened when its documents are read.
+
     Raises:
-        ValueError: no such form, or the package `datasets` is missing.
+        ValueError: the spec has another form.
     """
     name, *rest = spec.removeprefix(PREFIX).split(":")
     name, _, revision = name.partition("@")
@@ -32,12 +33,16 @@ def source(spec: str, text: str, prompt: str) -> Source:
     else:
         title = name.replace("/", "-")
     config, split = [None, None, *rest][-2:]
-    load = lambda: _load(spec, name, config, split, revision or None)
-    return Source(title, identity, None, lambda: _documents(spec, load(), make), bool(prompt))
+
+    def documents():
+        found = _load(spec, name, config, split, revision or None)
+        return jsonl.documents(((part, _records(spec, part, rows)) for part, rows in found.items()), make)
+
+    return Source(title, identity, None, documents, bool(prompt))
 
 
 def _load(spec: str, name: str, config: str | None, split: str | None, revision: str | None) -> dict:
-    """Name of each split -> its records."""
+    """Return the rows of each split by its name."""
     try:
         import datasets  # optional: it brings pandas and pyarrow
     except ImportError:
@@ -51,14 +56,6 @@ def _load(spec: str, name: str, config: str | None, split: str | None, revision:
     return {"train": found} if split else found
 
 
-def _documents(spec: str, found: dict, make) -> Iterator[Document]:
-    given = {name: jsonl.named_split(name) for name in found}
-    split_of = splitter([split for split in (1, 2) if split not in given.values()])
-    for name, records in found.items():
-        for number, record in enumerate(records):
-            try:
-                prompt, text = make(record)
-            except ValueError as error:
-                raise ValueError(f"corpus {spec}, row {number} of {name}: {error}") from None
-            if text:
-                yield Document(given[name] or split_of(prompt + text), [text], prompt)
+def _records(spec: str, part: str, rows) -> Iterator[tuple[str, dict]]:
+    for number, row in enumerate(rows):
+        yield f"corpus {spec}, row {number} of {part}", row

@@ -1,12 +1,12 @@
-"""JSONL: one object a line, its text in a field or made by a template.
+"""JSONL: one object a line, whose text is in a field or made by a template.
 
 `text` and `prompt` each name a field or, where they hold braces, are templates of fields:
 
     text="text"
     prompt="Question: {question}\\n\\nAnswer:", text=" {answer}"
 
-The prompt comes before the text and is not to be predicted. The two are tokenised one by one, so no token reaches
-across their border. Objects whose text is empty are left out.
+The prompt precedes the text and is no target. The two are tokenized separately, so no token spans both. Objects
+whose text is empty are left out.
 """
 
 import gzip
@@ -14,7 +14,7 @@ import json
 import re
 import string
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rwkv_jax.corpora.corpus import Document, Source, splitter
@@ -24,10 +24,10 @@ _SPLIT_NAME = re.compile(r"(train)|(valid|validation|val|dev)|(test)")
 
 
 def source(path: Path, text: str, prompt: str) -> Source:
-    """Of a file or a folder of them.
+    """Source for a file or a folder of files.
 
-    Files whose names begin with train, valid (or validation, val, dev) and test are these splits; what is missing is
-    taken from the rest, see `splitter`.
+    Files whose names begin with train, valid (or validation, val, dev) and test are these splits. `splitter` takes
+    the splits that are missing from the rest.
     """
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if is_jsonl(file))
     stats = [file.stat() for file in files]
@@ -35,11 +35,13 @@ def source(path: Path, text: str, prompt: str) -> Source:
     packed = any(file.suffix == ".gz" for file in files)
     num_bytes = None if packed else sum(s.st_size for s in stats)
     make = maker(text, prompt)
-    return Source(path.name, identity, num_bytes, lambda: _documents(files, make), bool(prompt))
+    names = [file.name for file in files] if len(files) > 1 else ["train"]
+    parts = lambda: zip(names, map(_records, files), strict=True)
+    return Source(path.name, identity, num_bytes, lambda: documents(parts(), make), bool(prompt))
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether it is such a file, or a folder of nothing else that is visible."""
+    """Tell whether this is such a file, or a folder whose visible entries all are."""
     if path.is_dir():
         files = [file for file in path.iterdir() if not file.name.startswith(".")]
         return bool(files) and all(file.is_file() and is_jsonl(file) for file in files)
@@ -47,7 +49,7 @@ def is_jsonl(path: Path) -> bool:
 
 
 def maker(text: str, prompt: str) -> Callable[[dict], tuple[bytes, bytes]]:
-    """Record -> UTF-8 of prompt and text; ValueError says what the record lacks."""
+    """Return a function from a record to UTF-8 of prompt and text; its ValueError names what the record lacks."""
     parts = [_template(prompt) if prompt else lambda record: "", _template(text)]
     return lambda record: tuple(part(record).encode() for part in parts)
 
@@ -76,39 +78,46 @@ def _value(record: dict, field: str) -> str:
     return str(value)
 
 
-def _documents(files: list[Path], make) -> Iterator[Document]:
-    given = {file: named_split(file.name) if len(files) > 1 else 0 for file in files}
-    split_of = splitter([split for split in (1, 2) if split not in given.values()])
-    for file in files:
-        for number, line in _lines(file):
+def documents(parts: Iterable[tuple[str, Iterable]], make: Callable) -> Iterator[Document]:
+    """Yield the documents of records.
+
+    Args:
+        parts: pairs of the name of a split, or a file name that begins with it, and its records, each preceded by
+            its place for error messages.
+        make: returned by `maker`.
+    """
+    parts = [(_named_split(name), records) for name, records in parts]
+    given = {split for split, _ in parts}
+    split_of = splitter([split for split in (1, 2) if split not in given])
+    for split, records in parts:
+        for place, record in records:
             try:
-                record = json.loads(line.rstrip())
                 if not isinstance(record, dict):
                     raise ValueError(f"expected an object, found {type(record).__name__}")
                 prompt, text = make(record)
-            except UnicodeError as error:
-                raise ValueError(f"{file}:{number}: not UTF-8: {error.reason}") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number}: not JSON: {error.msg} at column {error.colno}") from None
             except ValueError as error:
-                raise ValueError(f"{file}:{number}: {error}") from None
+                raise ValueError(f"{place}: {error}") from None
             if text:
-                yield Document(given[file] or split_of(prompt + text), [text], prompt)
+                yield Document(split or split_of(prompt + text), [text], prompt)
 
 
-def named_split(name: str) -> int:
-    """Index in SPLITS of the split that a file or split of this name is; train unless it says otherwise."""
+def _named_split(name: str) -> int:
+    """Index in SPLITS for the name of a file or split; train unless it says otherwise."""
     match = _SPLIT_NAME.match(name)
     return match.lastindex - 1 if match else 0
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and content of the lines that are not blank."""
+def _records(file: Path) -> Iterator[tuple[str, object]]:
+    """Yield place and content of each line that is not blank."""
     number = 0
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, line
+                    yield f"{file}:{number}", json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}:{number}: not UTF-8: {error.reason}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file}: damaged after line {number}: {error}") from None

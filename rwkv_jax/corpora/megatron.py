@@ -1,4 +1,4 @@
-"""Token files of Megatron, `PREFIX.bin` and `PREFIX.idx`, as the released models' data is kept.
+"""Megatron token files, `PREFIX.bin` and `PREFIX.idx`, the format of the released models' data.
 
     PREFIX.bin   tokens, little-endian integers, documents one after another, each followed by token 0
     PREFIX.idx   b"MMIDIDX\\0\\0", uint64 version 1, uint8 code of the type of tokens, uint64 number of sequences S,
@@ -8,13 +8,12 @@
 Format: EleutherAI/gpt-neox, megatron/data/indexed_dataset.py; BlinkDL/RWKV-LM, RWKV-v5/make_data.py writes it.
 """
 
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-
-from rwkv_jax.corpora.cache import sync
 
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -22,7 +21,7 @@ _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 
 
 
 def prefix_of(path: Path) -> Path | None:
-    """PREFIX of a pair, given it or one of the two files; None where there is no such pair."""
+    """Return PREFIX for the prefix or either file of a pair; None where there is no such pair."""
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     files = [with_ending(prefix, ending) for ending in (".bin", ".idx")]
     return prefix if files[1].is_file() and (files[0].is_file() or path in files) else None
@@ -33,11 +32,11 @@ def with_ending(prefix: Path, ending: str) -> Path:
 
 
 def read(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [N], memory-mapped, and where documents begin [documents] int64.
+    """Return tokens [N], memory-mapped, and where documents begin, [documents] int64.
 
     Raises:
         FileNotFoundError: no `PREFIX.bin`.
-        ValueError: either file is cut short, or the two do not fit each other.
+        ValueError: a file is truncated, or the two do not match.
     """
     index, data = with_ending(prefix, ".idx"), with_ending(prefix, ".bin")
     with open(index, "rb") as file:
@@ -73,12 +72,15 @@ def read(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write(prefix: Path, documents: Iterable[np.ndarray], dtype) -> int:
-    """Write documents, arrays of tokens that each end with token 0; returns their number.
+    """Write documents, arrays of tokens that each end with token 0; return their number.
 
-    The pair appears when it is whole. Each document is one sequence, as the released converters write it.
+    The pair appears when it is complete. Each document is one sequence, as in the files of the released converters.
 
     Args:
-        dtype: of the tokens: uint8, int8, int16, int32, int64 or uint16.
+        dtype: type of the tokens: uint8, int8, int16, int32, int64 or uint16.
+
+    Raises:
+        ValueError: no documents.
     """
     dtype = np.dtype(dtype).newbyteorder("<")
     code = {np.dtype(name): code for code, name in _DTYPES.items()}[dtype]
@@ -89,17 +91,24 @@ def write(prefix: Path, documents: Iterable[np.ndarray], dtype) -> int:
             for tokens in documents:
                 out.write(tokens.astype(dtype, copy=False).data)
                 sizes.append(len(tokens))
-            sync(out)
+            _sync(out)
+        if not sizes:
+            raise ValueError(f"no documents to write to {prefix}")
         lengths = np.array(sizes, "<i4")
         pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * dtype.itemsize
         with open(partial[".idx"], "wb") as out:
             out.write(_HEADER.pack(_MAGIC, 1, code, len(sizes), len(sizes) + 1))
             for array in (lengths, pointers, np.arange(len(sizes) + 1, dtype="<i8")):
                 out.write(array.data)
-            sync(out)
+            _sync(out)
         for ending, path in partial.items():
             path.rename(with_ending(prefix, ending))
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
     return len(sizes)
+
+
+def _sync(out) -> None:
+    out.flush()
+    os.fsync(out.fileno())

@@ -1,4 +1,4 @@
-"""Text of files: Python's own standard library, a local file or a folder, and how it is split.
+"""Text of files: Python's standard library, a local file or a folder, and its splits.
 
 A file is cut by position, at 90 and 95 % of its bytes. The files of a folder are split by the hash of their
 relative path or, when fewer than 20, laid end to end and cut like one file. Left out of a folder are hidden files,
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from rwkv_jax.corpora.corpus import Document, Source
 
@@ -55,37 +56,33 @@ class _File(NamedTuple):
     end: int
 
 
-def source(name: str, exact: bool, bar) -> Source:
-    """Of "stdlib" or a path.
+def source(name: str, exact: bool) -> Source:
+    """Source for "stdlib" or a path.
 
     Args:
-        exact: whether it may be cut inside a character.
+        exact: allows a cut inside a character.
     """
     path = Path(name).expanduser()
     title, identity, files = _stdlib() if name == "stdlib" else _local(path)
     is_folder = name == "stdlib" or path.is_dir()
 
     def documents():
-        for split, parts in enumerate(_split(files, is_folder, name, exact, bar)):
+        for split, parts in enumerate(_split(files, is_folder, name, exact)):
             for part in parts:
-                yield Document(split, _blocks(part), name=part.name)
+                yield Document(split, blocks(part.path, part.begin, part.end), name=part.name)
 
     return Source(title, identity, sum(file.end for file in files), documents)
 
 
-def blocks(path: Path) -> Iterator[bytes]:
-    """A file block by block."""
-    return _blocks(_File(path.name, str(path), 0, path.stat().st_size))
-
-
-def _blocks(file: _File) -> Iterator[bytes]:
-    with open(file.path, "rb") as opened:
-        opened.seek(file.begin)
-        missing = file.end - file.begin
+def blocks(path: str | Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """Yield the blocks of a file between two positions."""
+    with open(path, "rb") as file:
+        missing = (os.path.getsize(path) if end is None else end) - begin
+        file.seek(begin)
         while missing:
-            block = opened.read(min(missing, _BLOCK_BYTES))
+            block = file.read(min(missing, _BLOCK_BYTES))
             if not block:
-                raise ValueError(f"{file.path} became shorter while it was read")
+                raise ValueError(f"{path} was truncated while it was read")
             missing -= len(block)
             yield block
 
@@ -120,8 +117,8 @@ def _files(root: Path, paths: Iterable[Path]) -> list[_File]:
     return [file for file in files if file.end]
 
 
-def _split(files: list[_File], is_folder: bool, source: str, exact: bool, bar) -> list[list[_File]]:
-    documents = list(_distinct(bar(files, desc="files"))) if is_folder else files
+def _split(files: list[_File], is_folder: bool, source: str, exact: bool) -> list[list[_File]]:
+    documents = list(_distinct(tqdm(files, desc="files", disable=None, leave=False))) if is_folder else files
     if not documents:
         raise ValueError(f"{source} holds no UTF-8 text")
     splits = [[], [], []]
@@ -156,7 +153,7 @@ def _by_position(documents: list[_File], exact: bool) -> list[list[_File]]:
 
 
 def _cut_bytes(path: str, position: int) -> int:
-    """How many bytes just before `position` begin a UTF-8 character that ends after it: 0 to 3."""
+    """Number of bytes just before `position`, 0 to 3, that begin a UTF-8 character which ends after it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     with open(path, "rb") as file:
         file.seek(max(0, position - 3))
@@ -165,9 +162,9 @@ def _cut_bytes(path: str, position: int) -> int:
 
 
 def _distinct(files: Iterable[_File]) -> Iterator[_File]:
-    """The text files that do not mostly repeat lines of those before them.
+    """Yield the text files, but those of which more than half of the lines occur in files before them.
 
-    Lines are 29-bit hashes in a bit map of 64 MiB: at 1 GB of text, one new line in 50 seems repeated.
+    The lines' 29-bit hashes are in a bit map of 64 MiB: at 1 GB of text, one new line in 50 seems repeated.
     """
     seen = np.zeros(1 << 26, np.uint8)
     for file in files:
@@ -179,7 +176,7 @@ def _distinct(files: Iterable[_File]) -> Iterator[_File]:
 
 
 def _line_hashes(path: str) -> np.ndarray | None:
-    """Hashes of the long lines, or of the whole if there is none; None unless it is UTF-8 without NUL."""
+    """Hashes of the long lines, or of the whole file if there is none; None unless it is UTF-8 without NUL."""
     hashes, whole = set(), 0
     try:
         with open(path, encoding="utf-8", newline="\n") as file:

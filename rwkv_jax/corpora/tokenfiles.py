@@ -1,7 +1,7 @@
-"""Tokens that somebody else made: Megatron pairs and `.npy` files, read in place.
+"""Token files, Megatron pairs and `.npy`, memory-mapped in place.
 
-They are read through once, for their SHA-256 and against the vocabulary; what that found lies in the cache.
-Documents stay whole where there are some: the splits are cut at the first beginnings after 90 and 95 % of the tokens.
+The first call reads all tokens for their SHA-256, range and separators; the cache keeps these results. The splits are
+cut where the first documents after 90 and 95 % of the tokens begin, or by position where there are too few.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from rwkv_jax.corpora import cache, megatron
 from rwkv_jax.corpora.corpus import SEPARATOR, Corpus, Split
@@ -19,26 +20,26 @@ _BLOCK_TOKENS = 1 << 22
 
 
 def find(path: Path) -> Path | None:
-    """The file that stands for these tokens, or None if `path` names none."""
+    """Return the file of the tokens that `path` names, or None if it names no token file."""
     if path.suffix == ".npy":
         return path
     prefix = megatron.prefix_of(path)
     return prefix and megatron.with_ending(prefix, ".bin")
 
 
-def read(path: Path, tokenizer: Tokenizer, tokenizer_id: str, bar) -> Corpus:
-    """The corpus of a file that `find` returned.
+def read(path: Path, tokenizer: Tokenizer, tokenizer_id: str) -> Corpus:
+    """Return the corpus of a file that `find` returned.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged, holds no integers, or tokens outside the tokenizer's vocabulary.
+        ValueError: the file is damaged, or holds no integers or tokens outside the tokenizer's vocabulary.
     """
     path = path.resolve()
     tokens, starts = _npy(path) if path.suffix == ".npy" else megatron.read(path.with_suffix(""))
     files = [path] if starts is None else [path, path.with_suffix(".idx")]
     identity = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     folder = cache.folder(path.stem, identity)
-    found = cache.made(folder, lambda partial: _scan(partial, path, tokens, starts, bar))
+    found = cache.made(folder, lambda partial: _scan(partial, path, tokens, starts))
     low, high = found["range"]
     if low < 0 or high >= tokenizer.vocab_size:
         raise ValueError(
@@ -48,10 +49,9 @@ def read(path: Path, tokenizer: Tokenizer, tokenizer_id: str, bar) -> Corpus:
     starts = np.fromfile(folder / "starts", np.int64)
     splits = []
     for begin, end in pairwise([0, *_cuts(path, starts, len(tokens)), len(tokens)]):
-        inside = starts[(starts > begin) & (starts < end)] - begin
-        splits.append(
-            Split(tokens[begin:end], np.concatenate([[0], inside]), (), _num_bytes(tokenizer, inside, begin, end))
-        )
+        inside = np.concatenate([[0], starts[(starts > begin) & (starts < end)] - begin])
+        num_bytes = end - begin - len(inside) if tokenizer.name == "bytes" else None
+        splits.append(Split(tokens[begin:end], inside, (), num_bytes))
     sha256 = hashlib.sha256(json.dumps([tokenizer_id, found["sha256"]]).encode()).hexdigest()
     return Corpus(path.stem, tokenizer.name, tokenizer.vocab_size, sha256, *splits)
 
@@ -66,24 +66,21 @@ def _npy(path: Path):
     return tokens, None
 
 
-def _scan(folder: Path, path: Path, tokens, begins, bar) -> dict:
-    """What one reading tells; where the documents' separators are goes to the file `starts`."""
+def _scan(folder: Path, path: Path, tokens, begins) -> dict:
+    """Read all tokens; return range and SHA-256, and write the positions of separators to the file `starts`."""
     sha256, separators, low, high = hashlib.sha256(), [], 0, 0
-    with bar(desc=f"reading {path.name}", total=len(tokens), unit="token", unit_scale=True) as progress:
+    about = {"desc": f"reading {path.name}", "unit": "token", "unit_scale": True}
+    with tqdm(total=len(tokens), disable=None, leave=False, **about) as bar:
         for at in range(0, len(tokens), _BLOCK_TOKENS):
             block = tokens[at : at + _BLOCK_TOKENS]
-            sha256.update(np.ascontiguousarray(block).data)
+            sha256.update(block)
             low, high = min(low, int(block.min())), max(high, int(block.max()))
             separators.append(at + np.flatnonzero(block == SEPARATOR))
-            progress.update(len(block))
-    separators = np.concatenate(separators)
+            bar.update(len(block))
     if begins is None:
-        starts = np.union1d([0], separators)
-    else:  # the separator lies before the document, or there is none
-        before = np.minimum(np.searchsorted(separators, begins - 1), max(0, len(separators) - 1))
-        preceded = separators[before] == begins - 1 if len(separators) else np.zeros(len(begins), bool)
-        starts = np.where(preceded, begins - 1, begins)
-    starts = starts.astype(np.int64)
+        starts = np.union1d([0], np.concatenate(separators))
+    else:  # from the separator on, where one precedes the document
+        starts = begins - ((begins > 0) & (tokens[begins - 1] == SEPARATOR))
     sha256.update(json.dumps([tokens.dtype.str, len(starts)]).encode())
     sha256.update(starts.data)
     starts.tofile(folder / "starts")
@@ -91,14 +88,10 @@ def _scan(folder: Path, path: Path, tokens, begins, bar) -> dict:
 
 
 def _cuts(path: Path, starts, num_tokens: int) -> list[int]:
-    """Where documents begin, or by position where there are too few of them."""
+    """Positions of the two cuts."""
     cuts = [num_tokens * percent // 100 for percent in (90, 95)]
     whole = [int(starts[min(np.searchsorted(starts, cut), len(starts) - 1)]) for cut in cuts]
     cuts = whole if 0 < whole[0] < whole[1] < num_tokens else cuts
     if not 0 < cuts[0] < cuts[1] < num_tokens:
         raise ValueError(f"{path} holds {num_tokens} tokens: too few for train, valid and test")
     return cuts
-
-
-def _num_bytes(tokenizer, inside, begin, end):
-    return end - begin - len(inside) - 1 if tokenizer.name == "bytes" else None

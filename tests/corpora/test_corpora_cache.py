@@ -1,6 +1,5 @@
-"""The cache of corpora: made once, noticed when damaged or outdated, whole after a kill."""
+"""The cache of corpora: built once, rebuilt when damaged or outdated, complete after a kill."""
 
-import json
 import os
 import subprocess
 import sys
@@ -59,23 +58,18 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
-def change_a_number(path):
-    meta = json.loads(path.read_text())
-    meta["record"]["splits"]["valid"]["num_bytes"] += 1
-    path.write_text(json.dumps(meta))
-
-
 @pytest.mark.parametrize(
     ("damage", "name"),
     [
         (cut, "train.bin"),
-        (cut, "meta.json"),
         (Path.unlink, "train.bin"),
-        (Path.unlink, "meta.json"),
         (flip_a_bit, "train.bin"),
         (flip_a_bit, "test.bin"),
         (flip_a_bit, "valid.starts"),
-        (change_a_number, "meta.json"),
+        (flip_a_bit, "record.json"),
+        (flip_a_bit, "SHA256SUMS"),
+        (cut, "SHA256SUMS"),
+        (Path.unlink, "SHA256SUMS"),
     ],
 )
 def test_damaged_cache_is_rebuilt_with_a_warning(tmp_path, caplog, damage, name):
@@ -87,7 +81,14 @@ def test_damaged_cache_is_rebuilt_with_a_warning(tmp_path, caplog, damage, name)
     damage(folder / name)
     again = prepare(str(tmp_path / "text.txt"))
     assert [documents(split) for split in splits_of(again)] == expected
-    assert [record.message for record in caplog.records] == [f"{folder / name} is damaged: making it again"]
+    assert caplog.messages == [f"{folder} is damaged: rebuilding it"]
+
+
+def test_cache_digests_are_those_of_sha256sum(tmp_path):
+    (tmp_path / "text.txt").write_text(prose(0))
+    folder = Path(prepare(str(tmp_path / "text.txt")).train.tokens.filename).parent
+    check = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+    assert check.returncode == 0 and check.stdout.count(": OK") == len(list(folder.iterdir())) - 1
 
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
@@ -99,7 +100,7 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     assert cache_dir() == Path.home() / ".cache" / "rwkv_jax"
 
 
-def test_cache_folder_is_made_by_one_of_two_callers(cache, caplog):
+def test_cache_folder_is_built_by_one_of_two_callers(cache, caplog):
     """The lock is of an open file, so two threads exclude each other as two processes do."""
     made, begun, go_on = [], threading.Event(), threading.Event()
 
@@ -115,7 +116,7 @@ def test_cache_folder_is_made_by_one_of_two_callers(cache, caplog):
     first, second = threading.Thread(target=call), threading.Thread(target=call)
     first.start()
     assert begun.wait(60)
-    assert not (cache / "corpus").exists()  # it appears when it is whole
+    assert not (cache / "corpus").exists()  # it appears when it is complete
     second.start()
     deadline = time.monotonic() + 60
     while not caplog.records and time.monotonic() < deadline:
@@ -124,27 +125,17 @@ def test_cache_folder_is_made_by_one_of_two_callers(cache, caplog):
     first.join()
     second.join()
     assert records == [{"number": 1}] * 2 and len(made) == 1
-    assert [record.message for record in caplog.records] == [
-        f"waiting for another process that prepares a corpus in {cache}"
-    ]
+    assert caplog.messages == [f"waiting for another process that prepares a corpus in {cache}"]
 
 
-def test_cache_clears_what_a_killed_build_left(cache, tmp_path, monkeypatch):
-    for name, age in (("dead.partial", 0), ("old.shards", 8 * 24 * 3600), ("young.shards", 6 * 24 * 3600)):
-        (cache / name).mkdir(parents=True)
-        (cache / name / "train.bin").touch()
-        os.utime(cache / name, (time.time() - age,) * 2)
-    (tmp_path / "text.txt").write_text(prose(1))
-    folder = Path(prepare(str(tmp_path / "text.txt")).train.tokens.filename).parent
-    assert {path.name for path in cache.iterdir()} == {"lock", "young.shards", folder.name}
-
+def test_interrupted_build_leaves_nothing(cache):
     def fails(partial):
         (partial / "train.bin").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         folders.made(cache / "corpus", fails)
-    assert {path.name for path in cache.iterdir()} == {"lock", "young.shards", folder.name}
+    assert [path.name for path in cache.iterdir()] == ["lock"]
 
 
 BUILD = """
@@ -186,9 +177,9 @@ def test_killed_build_leaves_nothing_that_counts(tmp_path, cache, bpe):
     build.kill()
     build.communicate()
     [leftover] = cache.glob("*.partial")
-    assert (leftover / "train.bin").exists() and not (leftover / "meta.json").exists()
+    assert (leftover / "train.bin").exists() and not (leftover / "SHA256SUMS").exists()
 
-    # Whichever corpus is made next clears it away.
+    # The next build clears it away, whichever corpus that is.
     (tmp_path / "other.txt").write_text(prose(1))
     prepare(str(tmp_path / "other.txt"))
     assert not list(cache.glob("*.partial"))

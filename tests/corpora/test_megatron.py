@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import parts, splits_of
+from texts import parts, splits_of, write_jsonl
 
 from rwkv_jax.corpora import SEPARATOR, megatron, prepare, to_megatron
 
@@ -68,6 +68,12 @@ def test_prepare_reads_a_megatron_pair(tmp_path, name):
         assert split.num_bytes is not None and split.starts[0] == 0
     assert (corpus.valid.tokens[corpus.valid.starts] == SEPARATOR).all()
     assert prepare(str(tmp_path / name)).sha256 == corpus.sha256
+
+
+def test_prepare_takes_the_separator_before_a_document_where_there_is_one(tmp_path):
+    texts = [np.append(np.arange(1, 9), 0 if i % 2 else 9) for i in range(60)]
+    megatron.write(tmp_path / "a", texts, "uint16")
+    assert prepare(str(tmp_path / "a")).train.starts.tolist() == [9 * i - (i > 0 and i % 2 == 0) for i in range(55)]
 
 
 def test_megatron_hash_depends_on_the_order_of_documents(tmp_path):
@@ -152,3 +158,10 @@ def test_megatron_write_leaves_the_old_pair_when_the_disk_is_full(tmp_path):
         megatron.write(tmp_path / "a", until_the_disk_is_full(), "uint16")
     assert [(tmp_path / f"a{ending}").read_bytes() for ending in (".bin", ".idx")] == before
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_to_megatron_of_no_documents_writes_nothing(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}])
+    with pytest.raises(ValueError, match=r"^no documents to write to .*own$"):
+        to_megatron(source, "bytes", tmp_path / "own")
+    assert not list(tmp_path.glob("own*"))
