@@ -7,7 +7,7 @@ import re
 import runpy
 import typing
 
-from rwkv_jax import models, orders
+from rwkv_jax import models, orders, parallel
 from rwkv_jax.models.block import switches
 
 
@@ -138,8 +138,24 @@ def model_fields(config) -> dict:
     return {name: value for name, value in model.items() if not (name == "layers" and value is None)}
 
 
-def check(config) -> None:
-    """ValueError, naming the first field that is out of its range; None means that a default is chosen later."""
+def check(config, devices: int | None = None) -> models.LM:
+    """The model of a config whose fields fit each other and the machine.
+
+    Args:
+        devices: that the batch is split over; None: those at hand.
+
+    Raises:
+        ValueError: naming the first field that does not fit, and what was expected.
+    """
+    _check_ranges(config)
+    model = model_of(config)
+    parallel.check_divisible(config.batch_size, config.accumulation, config.strategy, config.replicas, devices)
+    _check_segments(config, model)
+    return model
+
+
+def _check_ranges(config):
+    """None means that a default is chosen later."""
     for name, (holds, expected) in RANGES.items():
         value = config
         for part in name.split("."):
@@ -150,6 +166,27 @@ def check(config) -> None:
             good = False
         if not good:
             raise ValueError(f"config field {name} is {value!r}, expected {expected}")
+
+
+def _check_segments(config, model):
+    """One line where state cannot be handed on as the config asks."""
+    if (config.carry_state or config.segments > 1) and not model.recurrent:
+        raise ValueError(
+            f"carry_state is {config.carry_state} and segments {config.segments}, expected False and 1: "
+            f"layers are {model.layers}, of which one has a state that grows with the text"
+        )
+    if config.finetune.method == "state" and (config.segments > 1 or config.data.order != "shuffled"):
+        raise ValueError(
+            f"data.order is {config.data.order!r} and segments {config.segments} with finetune.method 'state', "
+            "expected 'shuffled' and 1: every row begins with the state that is learned"
+        )
+    if config.carry_state and config.data.order != "documents":
+        raise ValueError(
+            f"data.order is {config.data.order!r} with carry_state, expected 'documents': "
+            "rows go on where they were in no other"
+        )
+    if config.seq_len % config.segments:
+        raise ValueError(f"seq_len is {config.seq_len}, expected a multiple of {config.segments} segments")
 
 
 def read(source: str, overrides=()):

@@ -37,15 +37,12 @@ def prepared(config, workdir: Path) -> Run:
     Raises:
         ValueError, OSError: a field that does not fit, or a text that cannot be read.
     """
-    run_config.check(config)
-    metrics.check_installed(**config.logging)
     method = method_of(config)
     if config.finetune.model:
         config = completed(config)
-    model = run_config.model_of(config)
+    model = run_config.check(config)
     method.check(model)
-    parallel.check_divisible(config.batch_size, config.accumulation, config.strategy, config.replicas)
-    _check_segments(config, model)
+    metrics.check_installed(**config.logging)
     lr = learning_rate(config, model)
     encoder = tokenizer(config, workdir)
     corpus = mixture.prepare(config.corpus, encoder, text=config.data.text, prompt=config.data.prompt)
@@ -114,27 +111,6 @@ def _programs(model, method, recipe, strategy_and_replicas, carry_rows, **option
     distribute = functools.partial(parallel.STRATEGIES[strategy], replicas=replicas)
     _, diagnose, _ = distribute(init, make_diagnose(model, tx, **options))
     return *distribute(init, make_step(model, tx, **options)), diagnose
-
-
-def _check_segments(config, model):
-    """One line where state cannot be handed on as the config asks."""
-    if (config.carry_state or config.segments > 1) and not model.recurrent:
-        raise ValueError(
-            f"carry_state is {config.carry_state} and segments {config.segments}, expected False and 1: "
-            f"layers are {model.layers}, of which one has a state that grows with the text"
-        )
-    if config.finetune.method == "state" and (config.segments > 1 or config.data.order != "shuffled"):
-        raise ValueError(
-            f"data.order is {config.data.order!r} and segments {config.segments} with finetune.method 'state', "
-            "expected 'shuffled' and 1: every row begins with the state that is learned"
-        )
-    if config.carry_state and config.data.order != "documents":
-        raise ValueError(
-            f"data.order is {config.data.order!r} with carry_state, expected 'documents': "
-            "rows go on where they were in no other"
-        )
-    if config.seq_len % config.segments:
-        raise ValueError(f"seq_len is {config.seq_len}, expected a multiple of {config.segments} segments")
 
 
 def learning_rate(config, model):

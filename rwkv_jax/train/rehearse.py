@@ -51,7 +51,6 @@ def rehearse(config, target: str) -> dict:
     Raises:
         ValueError: no such machine, no compiler for it here, or a batch that it cannot share.
     """
-    run_config.check(config)
     kind, slices, shape = _parsed(target)
     chip, num_chips = hardware.CHIPS[kind], slices * math.prod(map(int, shape.split("x")))
     if config.segments > 1 or config.carry_state:
@@ -66,8 +65,7 @@ def rehearse(config, target: str) -> dict:
             f"replicas is {config.replicas}, expected a multiple of the {slices} slices: else weights would be "
             f"gathered over the network between them"
         )
-    parallel.check_divisible(config.batch_size, config.accumulation, "fsdp", config.replicas, num_chips)
-    model = run_config.model_of(config)
+    model = run_config.check(config, num_chips)
     o = config.optim
     tx = optim.optimiser(tuple(o.betas), o.eps, o.weight_decay, o.clip, o.groups)
     options = {"method": method_of(config), "accumulation": config.accumulation}
