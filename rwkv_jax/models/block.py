@@ -122,5 +122,6 @@ def check_choice(what: str, given, known) -> None:
     """Raise ValueError, with the nearest name, unless `given` is among `known`."""
     if given not in known:
         near = difflib.get_close_matches(str(given), [str(k) for k in known], n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(map(str, known)) or 'none'}"
+        expected = f"expected one of {', '.join(map(str, known))}" if known else "expected none"
+        hint = f"did you mean {near[0]!r}?" if near else expected
         raise ValueError(f"unknown {what} {given!r}: {hint}")
