@@ -15,7 +15,6 @@ can be compared token by token. Entry 0 is NaN because nothing precedes it; no o
 import argparse
 import heapq
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rwkv_jax import corpora, interop, runs, tokenizers
+from rwkv_jax import command, corpora, interop, runs, tokenizers
 
 POSITIONS = 128  # logits [B, POSITIONS, V] exist at one time
 SEGMENTS = (4, 32, 128, 512)  # lengths that `continuations` reads at one time: few, because each is compiled
@@ -314,7 +313,8 @@ def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
     }
 
 
-def main(argv=None) -> int:
+@command.reported(out_of_memory="lower --batch_size or --seq_len")
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.evaluate",
         description="Bits per byte and perplexity of held-out text: in windows of the training length from an empty "
@@ -329,17 +329,8 @@ def main(argv=None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object in one line")
     args = vars(parser.parse_args(argv))
     as_json = args.pop("json")
-    try:
-        report = _report(**args)
-        print(json.dumps(report) if as_json else _readable(report), flush=True)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader has closed the pipe: flush the rest to nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    report = _report(**args)
+    print(json.dumps(report) if as_json else _readable(report))
 
 
 def _readable(report) -> str:

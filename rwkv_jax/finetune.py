@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rwkv_jax import checkpoint, generate, interop, runs
+from rwkv_jax import checkpoint, command, generate, interop, runs
 from rwkv_jax.corpora import SEPARATOR
 from rwkv_jax.interop import formats, safetensors_file
 from rwkv_jax.models import lora
@@ -99,30 +99,24 @@ def merge(base, adapters, destination) -> None:
     interop.save(destination, model, lora.merge(params, *load_adapters(adapters, model, params)))
 
 
-def main(argv=None) -> int:
+@command.reported()
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.finetune", description="Files of what fine-tuning by lora or state has learned."
     )
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("export", help="a run's adapters, or its state as a context for rwkv_jax.generate")
-    command.set_defaults(call=export)
-    command.add_argument("workdir")
-    command.add_argument("destination")
-    command = commands.add_parser("merge", help="weights with adapters merged into them")
-    command.set_defaults(call=merge)
-    command.add_argument("base", help="whatever rwkv_jax.load reads")
-    command.add_argument("adapters")
-    command.add_argument("destination", help="model.pth, model.safetensors or a folder")
+    exports = commands.add_parser("export", help="a run's adapters, or its state as a context for rwkv_jax.generate")
+    exports.set_defaults(call=export)
+    exports.add_argument("workdir")
+    exports.add_argument("destination")
+    merges = commands.add_parser("merge", help="weights with adapters merged into them")
+    merges.set_defaults(call=merge)
+    merges.add_argument("base", help="whatever rwkv_jax.load reads")
+    merges.add_argument("adapters")
+    merges.add_argument("destination", help="model.pth, model.safetensors or a folder")
     args = vars(parser.parse_args(argv))
     call = args.pop("call")
-    try:
-        call(**args)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    call(**args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""How commands end early."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from rwkv_jax import command
+
+ON_A_DEVICE = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
+
+
+def ended(error, capsys, **lines):
+    """Exit code and stderr of a command whose body raises `error`."""
+
+    @command.reported(**lines)
+    def main(argv):
+        raise error
+
+    code = main()
+    out, err = capsys.readouterr()
+    assert out == ""
+    return code, err
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (KeyboardInterrupt(), 130, "kept"),
+        (ValueError("a is 1,\n  expected 2"), 2, "error: a is 1, expected 2"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
+        (BrokenPipeError(32, "Broken pipe"), 2, "error: [Errno 32] Broken pipe"),  # of a socket: stdout is open
+        (MemoryError(), 2, "error: out of memory; lower b"),
+        (MemoryError("Unable to allocate 8 GiB"), 2, "error: out of memory; lower b: Unable to allocate 8 GiB"),
+        (jax.errors.JaxRuntimeError(f"{ON_A_DEVICE}\nmore"), 2, f"error: out of memory; lower b: {ON_A_DEVICE}"),
+    ],
+)
+def test_reported_command_ends_with_one_line_and_an_exit_code(error, code, line, capsys):
+    assert ended(error, capsys, interrupted="kept", out_of_memory="lower b") == (code, f"{line}\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a"), jax.errors.JaxRuntimeError("INTERNAL: a"), KeyError("a")])
+def test_reported_command_raises_what_is_not_the_users_mistake(error, capsys):
+    with pytest.raises(type(error)) as raised:
+        ended(error, capsys)
+    assert raised.value is error
+
+
+def test_reported_command_returns_its_own_exit_code():
+    assert [command.reported()(lambda argv: argv)(code) for code in (None, 0, 1, 130)] == [0, 0, 1, 130]
+
+
+@pytest.mark.parametrize("ends", ["print(1)", "[print(i) for i in range(100_000)]"])
+def test_reported_command_is_silent_where_nobody_reads_its_output(ends):
+    program = f"import sys\nfrom rwkv_jax import command\nsys.exit(command.reported()(lambda argv: {ends} and None)())"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
