@@ -1,13 +1,19 @@
-"""How commands end early."""
+"""How commands end early, and that every command of the package ends so."""
 
+import argparse
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 
+import rwkv_jax
 from rwkv_jax import command
 
+PACKAGE = Path(rwkv_jax.__file__).parent
+COMMANDS = sorted(path for path in PACKAGE.rglob("*.py") if '__name__ == "__main__"' in path.read_text())
 ON_A_DEVICE = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
 
 
@@ -57,3 +63,26 @@ def test_reported_command_is_silent_where_nobody_reads_its_output(ends):
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_commands_of_the_package_are_found():
+    assert {PACKAGE / "evaluate.py", PACKAGE / "train" / "__main__.py"} < set(COMMANDS)
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_every_command_ends_as_reported(path, monkeypatch, capsys):
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    main = importlib.import_module(name).main
+    for error, code, begins in (
+        (KeyboardInterrupt(), 130, "stopped"),
+        (OSError("a\nb"), 2, "error: a b\n"),
+        (MemoryError(), 2, "error: out of memory; "),
+    ):
+
+        def parse(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+        assert main([]) == code
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(begins) and err.count("\n") == 1

@@ -5,10 +5,12 @@ import json
 import os
 import sys
 
+from rwkv_jax import command
 from rwkv_jax.corpora import build, report
 
 
-def main(argv=None) -> int:
+@command.reported()
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.corpora",
         description="Make the tokens of a corpus, where the cache lacks them, and tell what they are: by split, "
@@ -23,27 +25,18 @@ def main(argv=None) -> int:
     parser.add_argument("--write", metavar="PREFIX", help="write the documents to PREFIX.bin and PREFIX.idx instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object in one line")
     args = parser.parse_args(argv)
-    try:
-        if args.processes < 1:
-            raise ValueError(f"processes is {args.processes}, expected at least 1")
-        if args.write and args.prompt:
-            raise ValueError("--write with --prompt: Megatron files have no place for what is not to be predicted")
-        if args.write:
-            shape = (args.source, args.tokenizer, args.write, args.text)
-            num_documents = build.to_megatron(*shape, processes=args.processes)
-            print(f"{num_documents:,} documents written to {args.write}.bin and {args.write}.idx")
-            return 0
-        corpus = build.prepare(args.source, args.tokenizer, args.text, args.prompt, processes=args.processes)
-        found = report.report(corpus)
-        print(json.dumps(found) if args.json else report.readable(found), flush=True)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # nobody reads any more; what is left to flush goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    if args.processes < 1:
+        raise ValueError(f"processes is {args.processes}, expected at least 1")
+    if args.write and args.prompt:
+        raise ValueError("--write with --prompt: Megatron files have no place for what is not to be predicted")
+    if args.write:
+        shape = (args.source, args.tokenizer, args.write, args.text)
+        num_documents = build.to_megatron(*shape, processes=args.processes)
+        print(f"{num_documents:,} documents written to {args.write}.bin and {args.write}.idx")
+        return
+    corpus = build.prepare(args.source, args.tokenizer, args.text, args.prompt, processes=args.processes)
+    found = report.report(corpus)
+    print(json.dumps(found) if args.json else report.readable(found))
 
 
 if __name__ == "__main__":
