@@ -17,7 +17,6 @@ import heapq
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rwkv_jax import command, corpora, interop, runs, tokenizers
+from rwkv_jax import command, corpora, files, interop, runs, tokenizers
 
 POSITIONS = 128  # logits [B, POSITIONS, V] exist at one time
 SEGMENTS = (4, 32, 128, 512)  # lengths that `continuations` reads at one time: few, because each is compiled
@@ -266,9 +265,9 @@ def interval_over_documents(nats_D, bytes_D, seed: int = 0, samples: int = 2000)
 
 def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
     """Read the file as one document, cut after `max_tokens` tokens of text."""
-    pieces, missing = [], max_tokens or sys.maxsize
+    path, pieces, missing = files.user_path(path), [], max_tokens or sys.maxsize
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             for _, piece in tokenizer.encode_documents([iter(partial(file.read, 1 << 20), b"")]):
                 pieces.append(piece[:missing])
                 missing -= len(pieces[-1])
@@ -282,9 +281,9 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
     if tokenizer.name == "bytes":
         num_bytes = len(text)
     else:  # a tokenizer may normalise: the file's own bytes count if all of it was read
-        num_bytes = Path(path).stat().st_size if missing else len(tokenizer.decode(text).encode())
+        num_bytes = path.stat().st_size if missing else len(tokenizer.decode(text).encode())
     tokens = np.concatenate([[corpora.SEPARATOR], text]).astype(text.dtype)
-    return corpora.Split(tokens, np.zeros(1, np.int64), (path,), num_bytes)
+    return corpora.Split(tokens, np.zeros(1, np.int64), (str(path),), num_bytes)
 
 
 def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:

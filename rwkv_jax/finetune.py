@@ -16,13 +16,12 @@ What the last two learn can leave the workdir as one small file that belongs to 
 
 import argparse
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rwkv_jax import checkpoint, command, generate, interop, runs
+from rwkv_jax import checkpoint, command, files, generate, interop, runs
 from rwkv_jax.corpora import SEPARATOR
 from rwkv_jax.interop import formats, safetensors_file
 from rwkv_jax.models import lora
@@ -43,6 +42,7 @@ def save_adapters(path, model, params, adapters, alpha: float) -> None:
 
     The factor alpha / rank is not part of B; `params` are those of the model beneath, which the file will know.
     """
+    path = files.user_path(path)
     metadata = {"format": FORMAT, "alpha": repr(float(alpha)), "fingerprint": interop.fingerprint(model, params)}
     safetensors_file.write(path, flatten_dict(adapters, sep="/"), metadata)
 
@@ -54,7 +54,8 @@ def load_adapters(path, model, params) -> tuple[dict, float]:
         FileNotFoundError: no such file.
         ValueError: the file holds no adapters, or those of another model.
     """
-    if not Path(path).is_file():
+    path = files.user_path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected saved adapters")
     if formats.kind(path) != "safetensors":
         raise ValueError(f"{path} holds no adapters")
@@ -80,7 +81,7 @@ def learned(workdir) -> tuple:
     f = run.finetune
     method = Method(f["method"], f["rank"], f["alpha"], f["targets"])
     shapes = jax.eval_shape(lambda params: method.split(model, params, jax.random.key(0))[0], params)
-    _, trained = checkpoint.restore(Path(workdir) / "checkpoints", shapes, key="params")
+    _, trained = checkpoint.restore(run.path / "checkpoints", shapes, key="params")
     return model, params, method, trained
 
 

@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from rwkv_jax import command, interop, runs, tokenizers
+from rwkv_jax import command, files, interop, runs, tokenizers
 from rwkv_jax.generate import load_context, save_context, stream
 from rwkv_jax.generate.chat import TEMPLATES, Conversation, chat, default_template
 
@@ -43,7 +42,7 @@ def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, t
     if template is not None:
         raise ValueError("--template is for --chat")
     prompt = _text(prompt, prompt_file, context)
-    if save_context_to is not None and not Path(save_context_to).parent.is_dir():
+    if save_context_to is not None and not files.user_path(save_context_to).parent.is_dir():
         raise FileNotFoundError(f"{save_context_to}: no such folder to save a context in")
     model, params, tokenizer = _load(model, tokenizer)
     before = ""
@@ -72,9 +71,10 @@ def _text(prompt, prompt_file, context) -> str:
         return ""
     if prompt is not None and prompt != "-":
         return prompt
-    source, raw = (
-        ("stdin", sys.stdin.buffer.read()) if prompt == "-" else (prompt_file, Path(prompt_file).read_bytes())
-    )
+    if prompt == "-":
+        source, raw = "stdin", sys.stdin.buffer.read()
+    else:
+        source, raw = prompt_file, files.user_path(prompt_file).read_bytes()
     try:
         return raw.decode()
     except UnicodeDecodeError as error:

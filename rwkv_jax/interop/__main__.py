@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from rwkv_jax import command, runs, tokenizers
+from rwkv_jax import command, files, runs, tokenizers
 from rwkv_jax.interop import FORMATS, locate, save
 
 
@@ -16,11 +15,11 @@ def main(argv=None) -> None:
     parser.add_argument("--dtype", help="of the parameters, e.g. bfloat16; by default that of the source")
     parser.add_argument("--format", choices=FORMATS, help="if not what the suffix says; rwkv.cpp must be named")
     args = parser.parse_args(argv)
-    source = locate(args.source)
+    source, destination = locate(args.source), files.user_path(args.destination)
     model, params = runs.load(source, dtype=args.dtype)
-    save(args.destination, model, params, format=args.format)
-    if Path(args.destination).is_dir():
-        _carry_tokenizer(source, args.destination, model.vocab_size)
+    save(destination, model, params, format=args.format)
+    if destination.is_dir():
+        _carry_tokenizer(source, destination, model.vocab_size)
 
 
 def _carry_tokenizer(source, folder, vocab_size):
