@@ -19,6 +19,7 @@ from tqdm import tqdm
 from rwkv_jax.corpora import cache, hub, jsonl, megatron, named, shards, tokenfiles
 from rwkv_jax.corpora import text as texts
 from rwkv_jax.corpora.corpus import SEPARATOR, SPLITS, Corpus, Source, Split
+from rwkv_jax.files import user_path
 from rwkv_jax.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, save
 
 _bar = functools.partial(tqdm, disable=None, leave=False)
@@ -52,8 +53,8 @@ def prepare(
     """
     encoder = None if tokenizer == "characters" else get_tokenizer(tokenizer)
     is_named = encoder is None or encoder.name in NAMES
-    encoder_id = tokenizer if is_named else hashlib.sha256(Path(tokenizer).expanduser().read_bytes()).hexdigest()
-    path = Path(source).expanduser()
+    encoder_id = tokenizer if is_named else hashlib.sha256(user_path(tokenizer).read_bytes()).hexdigest()
+    path = user_path(source)
     if (
         source not in ("stdlib", *named.NAMED)
         and not source.startswith(hub.PREFIX)
@@ -98,9 +99,8 @@ def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text", *,
         source: text or JSONL, as for `prepare`.
     """
     encoder = get_tokenizer(tokenizer)
-    found = _find(source, Path(source).expanduser(), tokenizer, text, "")
-
-    target = Path(prefix).expanduser()
+    target = user_path(prefix)
+    found = _find(source, user_path(source), tokenizer, text, "")
 
     def documents():
         parts = []

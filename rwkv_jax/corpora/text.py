@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rwkv_jax.corpora.corpus import Document, Source
+from rwkv_jax.files import user_path
 
 _BLOCK_BYTES = 1 << 20
 # The usual split of enwik8 is by megabytes, wherever in a character they end.
@@ -61,7 +62,7 @@ def source(name: str, exact: bool, bar) -> Source:
     Args:
         exact: whether it may be cut inside a character.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     title, identity, files = _stdlib() if name == "stdlib" else _local(path)
     is_folder = name == "stdlib" or path.is_dir()
 
