@@ -15,10 +15,8 @@ can be compared token by token. Entry 0 is NaN because nothing precedes it; no o
 import argparse
 import heapq
 import json
-import os
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rwkv_jax import corpora, interop, runs, tokenizers
+from rwkv_jax import command, corpora, files, interop, runs, tokenizers
 
 POSITIONS = 128  # logits [B, POSITIONS, V] exist at one time
 SEGMENTS = (4, 32, 128, 512)  # lengths that `continuations` reads at one time: few, because each is compiled
@@ -267,9 +265,9 @@ def interval_over_documents(nats_D, bytes_D, seed: int = 0, samples: int = 2000)
 
 def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
     """Read the file as one document, cut after `max_tokens` tokens of text."""
-    pieces, missing = [], max_tokens or sys.maxsize
+    path, pieces, missing = files.user_path(path), [], max_tokens or sys.maxsize
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             for _, piece in tokenizer.encode_documents([iter(partial(file.read, 1 << 20), b"")]):
                 pieces.append(piece[:missing])
                 missing -= len(pieces[-1])
@@ -283,9 +281,9 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
     if tokenizer.name == "bytes":
         num_bytes = len(text)
     else:  # a tokenizer may normalise: the file's own bytes count if all of it was read
-        num_bytes = Path(path).stat().st_size if missing else len(tokenizer.decode(text).encode())
+        num_bytes = path.stat().st_size if missing else len(tokenizer.decode(text).encode())
     tokens = np.concatenate([[corpora.SEPARATOR], text]).astype(text.dtype)
-    return corpora.Split(tokens, np.zeros(1, np.int64), (path,), num_bytes)
+    return corpora.Split(tokens, np.zeros(1, np.int64), (str(path),), num_bytes)
 
 
 def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
@@ -314,7 +312,8 @@ def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
     }
 
 
-def main(argv=None) -> int:
+@command.reported(out_of_memory="lower --batch_size or --seq_len")
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.evaluate",
         description="Bits per byte and perplexity of held-out text: in windows of the training length from an empty "
@@ -329,17 +328,8 @@ def main(argv=None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object in one line")
     args = vars(parser.parse_args(argv))
     as_json = args.pop("json")
-    try:
-        report = _report(**args)
-        print(json.dumps(report) if as_json else _readable(report), flush=True)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader has closed the pipe: flush the rest to nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    report = _report(**args)
+    print(json.dumps(report) if as_json else _readable(report))
 
 
 def _readable(report) -> str:

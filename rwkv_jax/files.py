@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and the one reader of JSON files."""
+"""Paths that a user gives, files and folders that appear whole or not at all, and the one reader of JSON files."""
 
 import contextlib
 import json
@@ -7,6 +7,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+def user_path(path) -> Path:
+    """Return the path that a user gave, as text or `os.PathLike`; ~ is the home folder.
+
+    Raises:
+      ValueError: it is empty or holds a NUL byte.
+    """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise ValueError(f"{text!r} is no path, expected at least one character and no NUL byte")
+    return Path(os.path.expanduser(text))  # which, unlike Path.expanduser, keeps the ~ of a file such as ~x.pth
 
 
 @contextlib.contextmanager

@@ -16,13 +16,12 @@ What the last two learn can leave the workdir as one small file that belongs to 
 
 import argparse
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rwkv_jax import checkpoint, generate, interop, runs
+from rwkv_jax import checkpoint, command, files, generate, interop, runs
 from rwkv_jax.corpora import SEPARATOR
 from rwkv_jax.interop import formats, safetensors_file
 from rwkv_jax.models import lora
@@ -43,6 +42,7 @@ def save_adapters(path, model, params, adapters, alpha: float) -> None:
 
     The factor alpha / rank is not part of B; `params` are those of the model beneath, which the file will know.
     """
+    path = files.user_path(path)
     metadata = {"format": FORMAT, "alpha": repr(float(alpha)), "fingerprint": interop.fingerprint(model, params)}
     safetensors_file.write(path, flatten_dict(adapters, sep="/"), metadata)
 
@@ -54,7 +54,8 @@ def load_adapters(path, model, params) -> tuple[dict, float]:
         FileNotFoundError: no such file.
         ValueError: the file holds no adapters, or those of another model.
     """
-    if not Path(path).is_file():
+    path = files.user_path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected saved adapters")
     if formats.kind(path) != "safetensors":
         raise ValueError(f"{path} holds no adapters")
@@ -80,7 +81,7 @@ def learned(workdir) -> tuple:
     f = run.finetune
     method = Method(f["method"], f["rank"], f["alpha"], f["targets"])
     shapes = jax.eval_shape(lambda params: method.split(model, params, jax.random.key(0))[0], params)
-    _, trained = checkpoint.restore(Path(workdir) / "checkpoints", shapes, key="params")
+    _, trained = checkpoint.restore(run.path / "checkpoints", shapes, key="params")
     return model, params, method, trained
 
 
@@ -99,30 +100,24 @@ def merge(base, adapters, destination) -> None:
     interop.save(destination, model, lora.merge(params, *load_adapters(adapters, model, params)))
 
 
-def main(argv=None) -> int:
+@command.reported()
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.finetune", description="Files of what fine-tuning by lora or state has learned."
     )
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("export", help="a run's adapters, or its state as a context for rwkv_jax.generate")
-    command.set_defaults(call=export)
-    command.add_argument("workdir")
-    command.add_argument("destination")
-    command = commands.add_parser("merge", help="weights with adapters merged into them")
-    command.set_defaults(call=merge)
-    command.add_argument("base", help="whatever rwkv_jax.load reads")
-    command.add_argument("adapters")
-    command.add_argument("destination", help="model.pth, model.safetensors or a folder")
+    exports = commands.add_parser("export", help="a run's adapters, or its state as a context for rwkv_jax.generate")
+    exports.set_defaults(call=export)
+    exports.add_argument("workdir")
+    exports.add_argument("destination")
+    merges = commands.add_parser("merge", help="weights with adapters merged into them")
+    merges.set_defaults(call=merge)
+    merges.add_argument("base", help="whatever rwkv_jax.load reads")
+    merges.add_argument("adapters")
+    merges.add_argument("destination", help="model.pth, model.safetensors or a folder")
     args = vars(parser.parse_args(argv))
     call = args.pop("call")
-    try:
-        call(**args)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    call(**args)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,12 @@ import subprocess
 import sys
 import threading
 
+from rwkv_jax import command
+
 LAST_SECONDS = 60  # that a host may take to end after another has
 
 
+@command.reported()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.launch", description=__doc__.partition("\n")[0], allow_abbrev=False

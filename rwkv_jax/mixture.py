@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_jax import corpora
+from rwkv_jax import corpora, files
 
 _PART = re.compile(r"(.+):(\d+(?:\.\d*)?|\.\d+)")
 
@@ -51,7 +51,7 @@ def prepare(source: str, tokenizer: str = "bytes", **fields: str) -> Mixture:
     Raises:
         ValueError: a part without a weight above 0, or a tokenizer that each part would make its own of.
     """
-    sources = [source] if os.path.exists(os.path.expanduser(source)) else source.split(",")
+    sources = [source] if os.path.exists(files.user_path(source)) else source.split(",")
     matches = [_PART.fullmatch(part) for part in sources]
     if len(sources) == 1 or not any(matches):
         corpus = corpora.prepare(source, tokenizer, **fields)

@@ -34,7 +34,7 @@ def describe(path) -> nn.Module:
 
 def trained_length(path) -> int:
     """Tokens of a training sequence of the model at `path`: the workdir's own, else those of the released models."""
-    config = Path(path) / "config.json"
+    config = files.user_path(path) / "config.json"
     record = files.read_json(config) if config.is_file() else {}
     return record.get("seq_len", RELEASED_LENGTH)
 
@@ -74,7 +74,7 @@ class Run(NamedTuple):
 
 def read_run(workdir) -> Run:
     """The run of a training workdir; ValueError where `workdir` is none."""
-    workdir = Path(workdir)
+    workdir = files.user_path(workdir)
     path = workdir / "config.json"
     if not path.is_file():
         raise ValueError(

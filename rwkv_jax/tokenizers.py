@@ -152,7 +152,7 @@ def get_tokenizer(name: str) -> Tokenizer:
         return ByteTokenizer()
     if name == "world":
         return _world(name, Path(_world_package().__file__).with_name(WORLD_FILE))
-    path = Path(name).expanduser()
+    path = files.user_path(name)
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer file {name}: expected 'bytes', 'world' or the path of a tokenizer.json")
     match _format(path):
@@ -261,7 +261,7 @@ def save(tokenizer: Tokenizer, folder) -> str:
     A `tokenizer.json`, which transformers' AutoTokenizer loads with the `tokenizer_config.json` beside it, or the
     World vocabulary. One of the other kind, from an earlier save, is removed.
     """
-    folder = Path(folder)
+    folder = files.user_path(folder)
     is_world = isinstance(tokenizer, WorldTokenizer)
     for other in (TOKENIZER_FILE, _CONFIG_FILE) if is_world else (WORLD_FILE,):
         (folder / other).unlink(missing_ok=True)
@@ -271,7 +271,7 @@ def save(tokenizer: Tokenizer, folder) -> str:
         return WORLD_FILE
     library = _byte_library() if isinstance(tokenizer, ByteTokenizer) else tokenizer.library
     data = (library.to_str(pretty=True) + "\n").encode()
-    if isinstance(tokenizer, FileTokenizer) and (source := Path(tokenizer.name)).is_file():
+    if isinstance(tokenizer, FileTokenizer) and (source := files.user_path(tokenizer.name)).is_file():
         # A copy byte for byte, where that can be: what a run was trained with is known by the file's hash.
         data = source.read_bytes() if _format(source) == "library" else data
     (folder / TOKENIZER_FILE).write_bytes(data)
@@ -305,7 +305,7 @@ def of_model(path, vocab_size: int) -> str:
         FileNotFoundError: the NeoX-20B file is in none of these places.
         ValueError: neither tells.
     """
-    path = Path(path)
+    path = files.user_path(path)
     if path.is_dir() and (name := carried(path)):
         return name
     if vocab_size == ByteTokenizer.vocab_size:

@@ -1,9 +1,24 @@
-"""Files and folders that appear whole or not at all, and the guarded reader of JSON."""
+"""Paths of a user, files and folders that appear whole or not at all, and the guarded reader of JSON."""
+
+from pathlib import Path
 
 import pytest
 from weights import one_line
 
 from rwkv_jax import files
+
+
+def test_user_path_takes_text_and_path_objects_and_expands_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = {"~/a": tmp_path / "a", "~": tmp_path, "b/~": Path("b/~"), "~nobody.pth": Path("~nobody.pth")}
+    assert {given: files.user_path(given) for given in expected} == expected
+    assert {given: files.user_path(Path(given)) for given in expected} == expected
+
+
+@pytest.mark.parametrize("given", ["", "a\0b"])
+def test_user_path_refuses_what_can_be_no_path(given):
+    with one_line(f"{given!r} is no path".replace("\\", r"\\")):
+        files.user_path(given)
 
 
 @pytest.mark.parametrize(

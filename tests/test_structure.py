@@ -23,7 +23,7 @@ ORDER = (
     {"run_config"},
     {"generate", "evaluate", "runs", "interop", "checkpoint", "parallel", "optim", "metrics", "hardware"},
     {"data", "mixture", "orders", "corpora", "tokenizers", "models"},
-    {"ops", "files"},
+    {"ops", "files", "command"},
 )
 RANK = {name: len(ORDER) - i for i, line in enumerate(ORDER) for name in line}
 EDGES = {"run_config", "configs", "experiments"}  # modules that may import absl and ml_collections

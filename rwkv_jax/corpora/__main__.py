@@ -3,16 +3,17 @@
 import argparse
 import hashlib
 import json
-import os
 import sys
 
 import numpy as np
 
+from rwkv_jax import command
 from rwkv_jax.corpora import Corpus, Split, prepare, to_megatron
 from rwkv_jax.corpora.corpus import SEPARATOR, SPLITS
 
 
-def main(argv=None) -> int:
+@command.reported()
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.corpora",
         description="Tokenize a corpus, unless the cache holds it, and report for each split the tokens, documents, "
@@ -26,23 +27,14 @@ def main(argv=None) -> int:
     parser.add_argument("--write", metavar="PREFIX", help="write the documents to PREFIX.bin and PREFIX.idx instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object in one line")
     args = parser.parse_args(argv)
-    try:
-        if args.write and args.prompt:
-            raise ValueError("--write with --prompt: Megatron files cannot mark tokens of a prompt")
-        if args.write:
-            num_documents = to_megatron(args.source, args.tokenizer, args.write, args.text)
-            print(f"{num_documents:,} documents written to {args.write}.bin and {args.write}.idx")
-            return 0
-        found = report(prepare(args.source, args.tokenizer, args.text, args.prompt))
-        print(json.dumps(found) if args.json else _table(found), flush=True)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader is gone: discard what is left to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    if args.write and args.prompt:
+        raise ValueError("--write with --prompt: Megatron files cannot mark tokens of a prompt")
+    if args.write:
+        num_documents = to_megatron(args.source, args.tokenizer, args.write, args.text)
+        print(f"{num_documents:,} documents written to {args.write}.bin and {args.write}.idx")
+        return
+    found = report(prepare(args.source, args.tokenizer, args.text, args.prompt))
+    print(json.dumps(found) if args.json else _table(found))
 
 
 def report(corpus: Corpus) -> dict:

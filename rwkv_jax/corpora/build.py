@@ -17,6 +17,7 @@ from rwkv_jax.corpora import cache, hub, jsonl, megatron, named, tokenfiles
 from rwkv_jax.corpora import text as texts
 from rwkv_jax.corpora.corpus import SEPARATOR, SPLITS, Corpus, Source, Split
 from rwkv_jax.corpora.encode import Piece, encode
+from rwkv_jax.files import user_path
 from rwkv_jax.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, save
 
 
@@ -44,9 +45,9 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
     """
     encoder = None if tokenizer == "characters" else get_tokenizer(tokenizer)
     is_named = encoder is None or encoder.name in NAMES
-    encoder_id = tokenizer if is_named else hashlib.sha256(Path(tokenizer).expanduser().read_bytes()).hexdigest()
+    encoder_id = tokenizer if is_named else hashlib.sha256(user_path(tokenizer).read_bytes()).hexdigest()
     is_path = source not in ("stdlib", *named.NAMED) and not source.startswith(hub.PREFIX)
-    if is_path and (file := tokenfiles.find(Path(source).expanduser())):
+    if is_path and (file := tokenfiles.find(user_path(source))):
         if encoder is None:
             raise ValueError(f"{source} holds tokens, not text: name the tokenizer that made them")
         return tokenfiles.read(file, encoder, encoder_id)
@@ -82,7 +83,7 @@ def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") ->
     )
     dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.int32
     with _expect_utf8(source, tokenizer):
-        return megatron.write(Path(prefix).expanduser(), documents, dtype)
+        return megatron.write(user_path(prefix), documents, dtype)
 
 
 @contextlib.contextmanager
@@ -98,7 +99,7 @@ def _find(source: str, tokenizer: str, text: str, prompt: str) -> Source:
         return hub.source(source, text, prompt)
     if source in named.NAMED:
         return named.source(source, exact=tokenizer == "bytes")
-    path = Path(source).expanduser()
+    path = user_path(source)
     if source != "stdlib" and path.exists() and jsonl.is_jsonl(path):
         return jsonl.source(path.resolve(), text, prompt)
     return texts.source(source, exact=tokenizer == "bytes")

@@ -6,10 +6,10 @@ are fields or templates, as for JSONL. Name a revision where the dataset may cha
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from rwkv_jax.corpora import jsonl
 from rwkv_jax.corpora.corpus import Source
+from rwkv_jax.files import user_path
 
 PREFIX = "hf:"
 
@@ -26,7 +26,7 @@ def source(spec: str, text: str, prompt: str) -> Source:
         raise ValueError(f"corpus is {spec!r}, expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
     make = jsonl.maker(text, prompt)
     identity = [spec, text, prompt]
-    if (path := Path(name).expanduser()).is_dir():
+    if (path := user_path(name)).is_dir():
         name, title = str(path), path.resolve().name
         files = sorted(file for file in path.rglob("*") if file.is_file())
         identity += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

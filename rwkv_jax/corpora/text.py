@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rwkv_jax.corpora.corpus import Document, Source
+from rwkv_jax.files import user_path
 
 _BLOCK_BYTES = 1 << 20
 # The usual split of enwik8 is by megabytes, wherever in a character they end.
@@ -62,7 +63,7 @@ def source(name: str, exact: bool) -> Source:
     Args:
         exact: allows a cut inside a character.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     title, identity, files = _stdlib() if name == "stdlib" else _local(path)
     is_folder = name == "stdlib" or path.is_dir()
 

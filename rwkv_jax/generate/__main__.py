@@ -1,31 +1,20 @@
 """Continue a prompt: `python -m rwkv_jax.generate --model=runs/tiny --prompt="def main("`."""
 
 import argparse
-import os
 import sys
-from pathlib import Path
 
-from rwkv_jax import interop, runs, tokenizers
+from rwkv_jax import command, files, interop, runs, tokenizers
 from rwkv_jax.generate import load_context, save_context, stream
 from rwkv_jax.generate.chat import TEMPLATES, Conversation, chat, default_template
 
 
+@command.reported(out_of_memory="convert the model to bfloat16 with python -m rwkv_jax.interop")
 def main(argv=None) -> int:
-    try:
-        args = vars(_parser().parse_args(argv))
-        (_talk if args.pop("chat") else _continue)(**args)
-    except KeyboardInterrupt:
-        print()
-        return 130
-    except BrokenPipeError:  # the reader has closed the pipe: flush the rest to nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    args = vars(_parser().parse_args(argv))
+    return (_talk if args.pop("chat") else _continue)(**args)
 
 
-def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop, template, seed, **settings):
+def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop, template, seed, **settings) -> int:
     """Hold a chat, which continues the one of the context if there is one."""
     for name, given in (("prompt", prompt), ("prompt_file", prompt_file), ("save_context", save_context_to)):
         if given is not None:
@@ -39,6 +28,7 @@ def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop,
         conversation = Conversation(text or "", context)
     template = TEMPLATES[template or default_template(model.vocab_size)]
     chat(model, params, tokenizer, template, conversation, seed, **settings)
+    return 0
 
 
 def _load(name, tokenizer):
@@ -47,12 +37,12 @@ def _load(name, tokenizer):
     return model, params, tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
 
 
-def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, template, **settings):
+def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, template, **settings) -> int:
     """Print the continuation of the prompt, and save the context even if printing is interrupted."""
     if template is not None:
         raise ValueError("--template is for --chat")
     prompt = _text(prompt, prompt_file, context)
-    if save_context_to is not None and not Path(save_context_to).parent.is_dir():
+    if save_context_to is not None and not files.user_path(save_context_to).parent.is_dir():
         raise FileNotFoundError(f"{save_context_to}: no such folder to save a context in")
     model, params, tokenizer = _load(model, tokenizer)
     before = ""
@@ -63,11 +53,15 @@ def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, t
         for text in texts:
             print(text, end="", flush=True)
         print()
+    except KeyboardInterrupt:  # the text so far is a line, and no other is printed
+        print()
+        return 130
     finally:
         if save_context_to is not None:
             # the text of a context that was saved without one is not known
             text = None if before is None else before + prompt + tokenizer.decode(texts.tokens)
             save_context(save_context_to, texts.context, model, params, text)
+    return 0
 
 
 def _text(prompt, prompt_file, context) -> str:
@@ -77,9 +71,10 @@ def _text(prompt, prompt_file, context) -> str:
         return ""
     if prompt is not None and prompt != "-":
         return prompt
-    source, raw = (
-        ("stdin", sys.stdin.buffer.read()) if prompt == "-" else (prompt_file, Path(prompt_file).read_bytes())
-    )
+    if prompt == "-":
+        source, raw = "stdin", sys.stdin.buffer.read()
+    else:
+        source, raw = prompt_file, files.user_path(prompt_file).read_bytes()
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -117,8 +112,7 @@ def _parser():
 
 
 def _refuse(message):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise ValueError(message)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import fields
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rwkv_jax import files
 from rwkv_jax.generate.context import CACHE_STEP, Context, cache_axes, check
 from rwkv_jax.interop import fingerprint, safetensors_file
 
@@ -16,6 +16,7 @@ FORMAT = "rwkv_jax context 1"
 
 def save_context(path, context: Context, model, params, text: str | None = None) -> None:
     """Write a context of this model, and its text if given, to `path`, whole or not at all."""
+    path = files.user_path(path)
     check(model, context, len(context.logits_BV))
     chosen = {f.name: getattr(model, f.name) for f in fields(model) if f.name not in ("parent", "name")}
     metadata = {"format": FORMAT, "fingerprint": fingerprint(model, params), "model": json.dumps(chosen)}
@@ -31,7 +32,7 @@ def load_context(path, model, params) -> tuple[Context, str | None]:
         FileNotFoundError: no such file.
         ValueError: the file is not a context, is damaged, or is one of another model.
     """
-    path = Path(path)
+    path = files.user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a saved context")
     arrays, metadata = safetensors_file.read(path)

@@ -4,8 +4,11 @@ import argparse
 import json
 import sys
 
+from rwkv_jax import command
 
-def main(argv=None) -> int:
+
+@command.reported(out_of_memory="lower --batch_size or --max_length")
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.harness",
         description="Run tasks of lm-evaluation-harness. All that is not below goes to `lm_eval run` as it is: "
@@ -34,20 +37,13 @@ def main(argv=None) -> int:
 
         from rwkv_jax.harness.adapter import NAME
     except ImportError as error:
-        print(f'error: {error}; pip install "rwkv_jax[harness]"', file=sys.stderr)
-        return 2
+        raise ValueError(f'{error}; pip install "rwkv_jax[harness]"') from error
     ours = [f"--model={NAME}", "--model_args", json.dumps(model), f"--batch_size={batch_size}"]
-    command, sys.argv = sys.argv, ["lm_eval", "run", *ours, *rest]
+    before, sys.argv = sys.argv, ["lm_eval", "run", *ours, *rest]
     try:
         cli_evaluate()
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     finally:
-        sys.argv = command
-    return 0
+        sys.argv = before
 
 
 if __name__ == "__main__":

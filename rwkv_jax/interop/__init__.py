@@ -93,8 +93,8 @@ def locate(path) -> Path:
       FileNotFoundError: there is none.
       OSError: the hub cannot be reached, or does not give it.
     """
-    if Path(path).exists():
-        return Path(path)
+    if (local := files.user_path(path)).exists():
+        return local
     from rwkv_jax.interop import hub  # here, because it imports an HTTP client
 
     if hub.is_name(str(path)):
@@ -114,7 +114,7 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
       ValueError: the format is not supported, cannot hold this model, or `params` are not this model's.
       OSError: `path` cannot be written, or is a folder of something else.
     """
-    path = Path(path)
+    path = files.user_path(path)
     format = format or {"": "huggingface"}.get(path.suffix, path.suffix.removeprefix("."))
     if format not in FORMATS:
         raise ValueError(

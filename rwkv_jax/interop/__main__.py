@@ -2,29 +2,24 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from rwkv_jax import runs, tokenizers
+from rwkv_jax import command, files, runs, tokenizers
 from rwkv_jax.interop import FORMATS, locate, save
 
 
-def main(argv=None) -> int:
+@command.reported(out_of_memory="--dtype=bfloat16 needs half of float32")
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m rwkv_jax.interop", description="Convert a model.")
     parser.add_argument("source", help="whatever holds a model: a file, a folder, a training workdir, a hub name")
     parser.add_argument("destination", help="a .pth or .safetensors; without a suffix, a folder for transformers")
     parser.add_argument("--dtype", help="of the parameters, e.g. bfloat16; by default that of the source")
     parser.add_argument("--format", choices=FORMATS, help="if not what the suffix says; rwkv.cpp must be named")
     args = parser.parse_args(argv)
-    try:
-        source = locate(args.source)
-        model, params = runs.load(source, dtype=args.dtype)
-        save(args.destination, model, params, format=args.format)
-        if Path(args.destination).is_dir():
-            _carry_tokenizer(source, args.destination, model.vocab_size)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    source, destination = locate(args.source), files.user_path(args.destination)
+    model, params = runs.load(source, dtype=args.dtype)
+    save(destination, model, params, format=args.format)
+    if destination.is_dir():
+        _carry_tokenizer(source, destination, model.vocab_size)
 
 
 def _carry_tokenizer(source, folder, vocab_size):

@@ -6,7 +6,7 @@ import sys
 
 import jax
 
-from rwkv_jax import run_config
+from rwkv_jax import command, files, run_config
 from rwkv_jax.train import hosts
 from rwkv_jax.train.divergence import DivergedError
 from rwkv_jax.train.loop import run
@@ -14,6 +14,17 @@ from rwkv_jax.train.rehearse import rehearse, table
 
 
 def main(argv=None) -> int:
+    code = _main(argv)
+    if code and jax.distributed.is_initialized():
+        os._exit(code)  # the other hosts run on, and an orderly end would wait for them
+    return code
+
+
+@command.reported(
+    interrupted="stopped; what was saved before stays",
+    out_of_memory="raise --config.accumulation, or lower --config.batch_size or --config.seq_len",
+)
+def _main(argv) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.train",
         description="Train a model; the same command resumes.",
@@ -30,52 +41,37 @@ def main(argv=None) -> int:
     several.add_argument("--num_hosts", type=int, metavar="N")
     several.add_argument("--host", type=int, metavar="I", help="this one, 0 to N - 1")
     args, overrides = parser.parse_known_args(argv)
-    if args.rehearse is None and args.workdir is None:
+    if args.rehearse is not None:
+        jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
+        row = rehearse(run_config.read(args.config, overrides), args.rehearse)
+        print(table(row))
+        return 0 if row["fits"] else 1
+    if args.workdir is None:
         parser.error("expected --workdir, or --rehearse")
+    return _train(args, overrides)
+
+
+def _train(args, overrides) -> int:
+    profile = _steps(args.profile)
     try:
-        if args.rehearse is not None:
-            jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
-            row = rehearse(run_config.read(args.config, overrides), args.rehearse)
-            print(table(row))
-            return 0 if row["fits"] else 1
-        profile = _steps(args.profile)
         hosts.join(args.distributed, args.coordinator, args.num_hosts, args.host)
         with hosts.together():
-            config = run_config.read(args.config, overrides)
-        run(config, args.workdir, profile)
-    except KeyboardInterrupt:
-        print("stopped; what was saved before stays", file=sys.stderr)
-        return _left_alone(130)
-    except hosts.SharedError as error:
-        if error.host == jax.process_index():
-            print(_line(error), file=sys.stderr)
-        return 2
-    except DivergedError as error:  # on all hosts at the same step
-        if jax.process_index() == 0:
-            print(_line(error), file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(_line(error), file=sys.stderr)
-        return _left_alone(2)
+            config, workdir = run_config.read(args.config, overrides), files.user_path(args.workdir)
+        run(config, workdir, profile)
+    except (hosts.SharedError, DivergedError) as error:  # of all hosts at the same step: they end together
+        speaker = error.host if isinstance(error, hosts.SharedError) else 0
+        speaks = jax.process_index() == speaker
+        jax.distributed.shutdown()
+        if not speaks:
+            return 2
+        raise ValueError(error) from error
     except jax.errors.JaxRuntimeError as error:
-        if not jax.distributed.is_initialized():
+        if not jax.distributed.is_initialized() or command.is_out_of_memory(error):
             raise
         what = f"error: {str(error).splitlines()[0]}; if another host ended first, its output says why"
         print(f"{what}; the same command resumes", file=sys.stderr)
-        return _left_alone(1)
+        return 1
     return 0
-
-
-def _line(error):
-    return f"error: {' '.join(str(error).split())}"
-
-
-def _left_alone(code):
-    """An end that the other hosts do not share: leaving in good order would wait for them."""
-    if jax.distributed.is_initialized():
-        sys.stderr.flush()
-        os._exit(code)
-    return code
 
 
 def _steps(text) -> range | None:

@@ -154,7 +154,7 @@ def with_base(state, method: Method, path: str, param_dtype: str):
 
 def tokenizer(config, workdir):
     """The config's tokenizer, or the run's own copy of its file where that is gone."""
-    if config.tokenizer in (*tokenizers.NAMES, "characters") or Path(config.tokenizer).expanduser().is_file():
+    if config.tokenizer in (*tokenizers.NAMES, "characters") or files.user_path(config.tokenizer).is_file():
         return config.tokenizer
     return tokenizers.carried(workdir) or config.tokenizer
 

@@ -1,0 +1,59 @@
+"""Every public function that takes a path from a user takes it by `files.user_path`."""
+
+import pytest
+from small import drawn, make
+from weights import assert_same_params, one_line
+
+import rwkv_jax
+from rwkv_jax import RWKVForCausalLM, corpora, evaluate, finetune, interop, mixture, runs, tokenizers
+from rwkv_jax.interop.__main__ import main as convert
+from rwkv_jax.train.__main__ import main as train
+
+BYTES = tokenizers.ByteTokenizer()
+LM = RWKVForCausalLM(None, None, BYTES)
+CALLS = {
+    "load": rwkv_jax.load,
+    "describe": runs.describe,
+    "trained_length": runs.trained_length,
+    "locate": interop.locate,
+    "save": lambda path: rwkv_jax.save(path, None, None),
+    "from_pretrained": RWKVForCausalLM.from_pretrained,
+    "save_pretrained": LM.save_pretrained,
+    "load_context": LM.load_context,
+    "save_context": lambda path: LM.save_context(path, None),
+    "load_adapters": lambda path: finetune.load_adapters(path, None, None),
+    "save_adapters": lambda path: finetune.save_adapters(path, None, None, None, 1.0),
+    "export": lambda path: finetune.export(path, "x"),
+    "merge": lambda path: finetune.merge(path, "x", "x"),
+    "get_tokenizer": tokenizers.get_tokenizer,
+    "save_tokenizer": lambda path: tokenizers.save(BYTES, path),
+    "tokenizer_of_model": lambda path: tokenizers.of_model(path, 256),
+    "corpus": corpora.prepare,
+    "corpus_of_a_tokenizer": lambda path: corpora.prepare("stdlib", path),
+    "write_corpus": lambda path: corpora.to_megatron("stdlib", "bytes", path),
+    "mixture": mixture.prepare,
+    "held_out": lambda path: evaluate._held_out(path, BYTES, None),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_public_function_refuses_what_can_be_no_path(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("", "a\0b"):
+        with one_line("is no path"):
+            call(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, params = drawn(make("rwkv4", vocab_size=256))
+    rwkv_jax.save("~/model.pth", model, params)
+    assert convert(["~/model.pth", "~/folder"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pth", "folder"}
+    assert_same_params(rwkv_jax.load("~/folder")[1], params)
+    assert tokenizers.get_tokenizer("~/folder/tokenizer.json") == BYTES
+    workdirs = []
+    monkeypatch.setattr("rwkv_jax.train.__main__.run", lambda config, workdir, profile: workdirs.append(workdir))
+    assert train(["--config=configs/tiny.py", "--workdir=~/run"]) == 0
+    assert workdirs == [tmp_path / "run"]
