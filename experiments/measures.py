@@ -1,0 +1,66 @@
+"""Measures of a trained model: functions (model, params, corpus) -> numbers, which `experiments.study` takes by name.
+
+The number that a measure is about has the measure's name, and is better the lower it is. Where a measure gives
+NAME_nats too, nats of each document, and `document_bytes`, intervals are over documents as well.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.text import capped, level
+from rwkv_jax import corpora, evaluate
+
+
+class HeldOut(NamedTuple):
+    """What a model is measured on: text that it was not trained on, and the shape that it was trained in."""
+
+    valid: corpora.Split
+    test: corpora.Split
+    seq_len: int
+    batch_size: int
+
+
+def held_out(config, tokens: int) -> HeldOut:
+    """The beginnings of all held-out documents of a run's corpus, at most `tokens` tokens of each split."""
+    corpus = corpora.prepare(config.corpus, config.tokenizer)
+    return HeldOut(capped(corpus.valid, tokens), capped(corpus.test, tokens), config.seq_len, config.batch_size)
+
+
+def bits_per_byte(model, params, corpus: HeldOut) -> dict:
+    """Bits per byte in disjoint windows of the training length, each from an empty past: the same for every model."""
+    shape = (corpus.seq_len, corpus.batch_size)
+    valid_N = evaluate.windows(model, params, corpus.valid.tokens, *shape)
+    nats_N = evaluate.windows(model, params, corpus.test.tokens, *shape)
+    numbers = {"valid_bits_per_byte": round(level(valid_N, corpus.valid), 5)}
+    return numbers | _by_document("bits_per_byte", nats_N, corpus.test)
+
+
+def best_practice(model, params, corpus: HeldOut) -> dict:
+    """Bits per byte as the model predicts best: a recurrent state carried over whole documents, else windows half a
+    length apart."""
+    test = corpus.test
+    nats_N = evaluate.best_practice(model, params, test.tokens, test.starts, corpus.seq_len, corpus.batch_size)
+    return _by_document("best_practice", nats_N, test)
+
+
+def _by_document(name: str, nats_N, split) -> dict:
+    nats_D, bytes_D = evaluate.per_document(nats_N, split)
+    return {
+        name: round(level(nats_N, split), 5),
+        f"{name}_nats": nats_D.round(3).tolist(),
+        "document_bytes": bytes_D.astype(int).tolist(),
+    }
+
+
+def nats_per_token(model, params, corpus: HeldOut) -> dict:
+    """Mean loss of the tokens in windows of the training length, separators left out."""
+    nats_N = evaluate.windows(model, params, corpus.test.tokens, corpus.seq_len, corpus.batch_size)
+    return {"nats_per_token": round(float(np.delete(nats_N, corpus.test.starts).mean(dtype=np.float64)), 5)}
+
+
+def loss_by_position(model, params, corpus: HeldOut) -> dict:
+    """Mean loss, and that of each position of a window: entry t is about predictions from t + 1 tokens."""
+    nats_N = evaluate.windows(model, params, corpus.test.tokens, corpus.seq_len, corpus.batch_size)
+    by_position = evaluate.loss_by_position(nats_N, corpus.seq_len)
+    return {"loss_by_position": round(float(by_position.mean()), 5), "nats_by_position": by_position.round(4).tolist()}

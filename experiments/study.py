@@ -1,0 +1,378 @@
+"""Studies: the arms of an experiment trained in pairs, kept run by run, and compared with intervals.
+
+    study.main(base={...}, arms={"no shift of v": {...}}, seeds=3, measure="bits_per_byte", against="base")
+
+is a script; its docstring describes the study: the claim, the paper's number, what would reproduce or contradict it.
+
+    python -m experiments.NAME.run                    a draft: results.json and figure.png beside the script
+    ... --publish                                     the same for the ledger, which ignores drafts
+    ... --arm=NAME --seed=1 --steps=50                some of the runs, or shorter ones
+    ... --preset=gpu                                  another size -> gpu.json
+    ... --sweep                                       learning rates of each arm -> sweep.json
+    ... --smoke                                       seconds, to see that it runs; nothing stays
+
+Runs of a pair share seed, batches, and the initial values of the parameters that both models have. A run is kept in
+runs/studies/HASH.json, by a hash of all that its numbers depend on: its config, the corpus, the measure, `runs.CODE`.
+So the same command resumes after a kill, and another arm or seed costs its own runs only.
+"""
+
+import argparse
+import inspect
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import rwkv_jax
+from experiments import command, ledger, measures, stamp, statistics, sweeps
+from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
+from rwkv_jax import corpora, hardware, optim, run_config, train
+
+RUNS = Path(__file__).parents[1] / "runs" / "studies"
+SMOKE = {
+    "base": {"model.num_layers": 1, "model.dim": 16, "seq_len": 16, "batch_size": 2, "steps": 4},
+    "seeds": 2,
+    "held_out": 2**10,
+}
+
+
+class Sweep(NamedTuple):
+    """A search for each arm's learning rate: a grid of factors of 2, extended while its best rate is at an end."""
+
+    field: str = "optim.lr"
+    number: str = "valid_bits_per_byte"
+    better: Callable = min
+    changes: Mapping = MappingProxyType({})  # of the base, such as fewer steps
+    widest: int | None = None  # rates at most
+
+
+@dataclass(frozen=True)
+class Study:
+    """What `main` takes. Fields of configs are nested or dotted: {"model": {"dim": 64}} or {"model.dim": 64}.
+
+    Args:
+        base: changes of `run_config.default()`; "tokens" may stand in place of "steps".
+        arms: changes of the base by arm, or a function of the base's config that returns them, or a list of changes,
+            one a stage: each stage branches from the end of the one before.
+        seeds: how many, or which; or either by arm.
+        measure: a function of `measures` by name, any other (model, params, corpus) -> numbers, or several of them.
+            Arms are compared by the number that has the first one's name.
+        against: the arm that others are compared with; "base", without changes, needs no name among the arms.
+        budgets: steps of several lengths of the same run, each decayed, which branch from one trunk.
+        held_out: tokens of validation and of test text that are measured, at most.
+        swept: whether each arm has its best learning rate of sweep.json beside the script, searched where missing.
+        run: (config, folder) -> numbers in place of training on a corpus: `base` then has fields of its own.
+        also: numbers beside the runs, by name, each of a function (config of the base, folder) -> numbers. What a
+            user gives by `options` (name: help) are its arguments.
+        conclude: (study, values by name) -> JSON object with "ledger", and "not_run", as in `experiments.command`.
+        presets: changes of these fields by name. Arms there may be names of some.
+    """
+
+    base: dict
+    arms: dict = field(default_factory=dict)
+    seeds: Any = 1
+    measure: Any = "bits_per_byte"
+    against: str | None = "base"
+    budgets: Sequence[int] = ()
+    held_out: int = 2**17
+    swept: bool = False
+    sweep: Sweep = Sweep()  # noqa: RUF009 (it is immutable)
+    run: Callable | None = None
+    also: Callable = dict
+    options: dict = field(default_factory=dict)
+    conclude: Callable | None = None
+    presets: dict = field(default_factory=dict)
+
+
+# -------------------------------------------------------------------------------------------- what is run
+
+
+def nested(fields: dict) -> dict:
+    """{"a": {"b": value}} of dotted fields."""
+    found = {}
+    for path, value in fields.items():
+        *parents, name = path.split(".")
+        node = found
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return found
+
+
+def config_of(study: Study, changes: dict | None = None, seed: int = 0):
+    """The config of the base with the changes of an arm."""
+    fields = flat(study.base) | flat(changes or {})
+    if study.run:
+        return ConfigDict(nested(fields | {"seed": seed}))
+    config, tokens = run_config.default().lock(), fields.pop("tokens", 0)
+    config.update(eval_every=0, eval_tokens=0, save_every=0, seed=seed)
+    try:
+        config.update_from_flattened_dict(fields)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no such field of a config: {error.args[0]}") from None
+    if "steps" not in fields and tokens:
+        config.steps = max(1, tokens // (config.seq_len * config.batch_size))
+    if "log_every" not in fields:
+        config.log_every = max(1, config.steps // 100)
+    return config
+
+
+def arms_of(study: Study) -> dict:
+    """{arm: changes of each of its stages}, most of one stage."""
+    implied = {"base": {}} if study.against == "base" else {}
+    found = {}
+    for arm, changes in (implied | study.arms).items():
+        changes = changes(config_of(study)) if callable(changes) else changes
+        found[arm] = list(changes) if isinstance(changes, list | tuple) else [changes]
+    return found
+
+
+def seeds_of(study: Study, arm: str) -> tuple[int, ...]:
+    seeds = study.seeds.get(arm, 1) if isinstance(study.seeds, dict) else study.seeds
+    return tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+
+
+def name_of(arm: str, seed: int, budget: int | None = None) -> str:
+    return f"{arm}, seed {seed}" + (f", {budget} steps" if budget else "")
+
+
+def measured(study: Study, configs: Sequence, folder: Path) -> dict:
+    """What results keep of a run: the numbers of its measures, its curve and its size."""
+    model, params, workdirs = trained(configs, folder)
+    config, corpus, numbers = configs[-1], measures.held_out(configs[-1], study.held_out), {}
+    for measure in measures_of(study):
+        numbers |= measure(model, params, corpus)
+    return numbers | {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "flops_per_token": hardware.flops_per_token(model, config.seq_len),
+        "tokens": config.steps * config.batch_size * config.seq_len,
+        "lr": train.learning_rate(config, model)(config.steps // 2),
+        "corpus_sha256": corpora.prepare(config.corpus, config.tokenizer).sha256,
+        "curve": curve(workdirs),
+    }
+
+
+def measures_of(study: Study) -> list[Callable]:
+    found = [study.measure] if isinstance(study.measure, str | Callable) else study.measure
+    return [getattr(measures, measure) if isinstance(measure, str) else measure for measure in found]
+
+
+def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
+    """One run."""
+    identity = {"config": [fixed(config) for config in configs], "code": CODE}
+    if study.run:
+        return Cell(identity | {"run": identity_of(study.run)}, partial(study.run, configs[-1], folder))
+    corpus = corpora.prepare(configs[-1].corpus, configs[-1].tokenizer)
+    identity |= {"corpus": corpus.sha256, "held_out": study.held_out}
+    identity["measure"] = [identity_of(measure) for measure in measures_of(study)]
+    return Cell(identity, partial(measured, study, configs, folder))
+
+
+def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> dict[str, Cell]:
+    """Every run by name, all arms with the first seed before any with the second, and what else the study computes."""
+    found, arms = {}, arms_of(study)
+    rates = {arm: {study.sweep.field: swept_lr(study, arm, sweep, folder)} for arm in arms if study.swept}
+    for seed in dict.fromkeys(seed for arm in arms for seed in seeds_of(study, arm)):
+        for budget in study.budgets or (None,):
+            for arm in (arm for arm in arms if seed in seeds_of(study, arm)):
+                configs = [config_of(study, rates.get(arm, {}) | flat(changes), seed) for changes in arms[arm]]
+                configs = stages(configs[-1], study.budgets, budget) if budget else configs
+                found[name_of(arm, seed, budget)] = cell_of(study, configs, folder)
+    for name, function in study.also(**options).items():
+        config = config_of(study)
+        identity = {"function": identity_of(function), "config": fixed(config), "code": CODE}
+        found[name] = Cell(identity, partial(function, config, folder))
+    return found
+
+
+# ------------------------------------------------------------------------------------------ learning rates
+
+
+def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
+    """The best learning rate of an arm at the study's size, from `path`; searched with the first seed where `path`
+    lacks it."""
+    its, changes = study.sweep, flat(arms_of(study)[arm][-1])
+    model = config_of(study, changes).model
+    name = f"{arm} {model.num_layers}x{model.dim}"
+
+    def number_at(lr: float) -> float:
+        config = config_of(study, changes | flat(its.changes) | {its.field: lr})
+        return kept(f"{arm}, lr {lr:g}", cell_of(study, [config], folder), folder)[its.number]
+
+    centre = flat(study.base).get(its.field) or optim.default_lr(rwkv_jax.build(**model).layers[0], model.dim)
+    sweeps.bracket(path, name, centre, number_at, its.better, its.widest)
+    return sweeps.best(path, name, its.better)
+
+
+# --------------------------------------------------------------------------------------- what it says
+
+
+def compared(study: Study, values: dict, number: str | None = None, budget=None, against: str | None = None) -> dict:
+    """By arm: the mean over seeds of a number, and its paired difference from the arm `against`.
+
+    The 95 % interval is the wider of Student's t over seeds and a bootstrap over documents; p is Student's, `p_holm`
+    corrected for the number of arms, and `resolved` says whether that is below 0.05.
+    """
+    number, against = number or measures_of(study)[0].__name__, against or study.against
+    budget = budget or (study.budgets[-1] if study.budgets else None)
+    of = lambda arm, seeds: [values[name_of(arm, seed, budget)] for seed in seeds]
+    rows = {}
+    for arm in arms_of(study):
+        runs = of(arm, seeds_of(study, arm))
+        rows[arm] = {name: runs[0][name] for name in ("parameters", "flops_per_token", "lr") if name in runs[0]}
+        rows[arm][number] = float(np.mean([run[number] for run in runs]))
+        both = [seed for seed in seeds_of(study, arm) if against and seed in seeds_of(study, against)]
+        if arm != against and both:
+            rows[arm] |= _difference(of(arm, both), of(against, both), number)
+    changed = [row for row in rows.values() if row.get("p") is not None]
+    for row, p in zip(changed, statistics.holm([row["p"] for row in changed]), strict=True):
+        row |= {"p_holm": p, "resolved": p < 0.05}
+    return rows
+
+
+def _difference(runs: list[dict], others: list[dict], number: str) -> dict:
+    of = lambda of_runs, name: np.array([run[name] for run in of_runs])
+    by_seed = of(runs, number) - of(others, number)
+    mean, *interval = statistics.t_interval(by_seed)
+    if f"{number}_nats" in runs[0]:
+        nats_SD = of(runs, f"{number}_nats") - of(others, f"{number}_nats")
+        interval = statistics.wider(interval, statistics.over_documents(nats_SD, runs[0]["document_bytes"]))
+    found = {"difference": mean, "low": interval[0], "high": interval[1], "p": statistics.p_value(by_seed)}
+    known = {name: None if np.isnan(x) else float(x) for name, x in found.items()}
+    return known | {"by_seed": by_seed.round(5).tolist(), "seeds": len(runs)}
+
+
+def table(study: Study, rows: dict) -> str:
+    """The comparison as text: an arm a line, the largest difference first."""
+    number = measures_of(study)[0].__name__
+    lines = [("", number, f"minus {study.against}", "95 %", "p (Holm)")]
+    for arm, row in sorted(rows.items(), key=lambda item: -item[1].get("difference", np.inf)):
+        known = row.get("low") is not None
+        interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if known else ""
+        p = f"{row['p_holm']:.3f}{'*' * row['resolved']}" if "p_holm" in row else ""
+        difference = f"{row['difference']:+.4f}" if "difference" in row else ""
+        lines.append((arm, f"{row[number]:.4f}", difference, interval, p))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def fields_of(study: Study) -> dict:
+    """What results keep of a study; `Study(**fields)` is enough for its conclusions."""
+    names = [measure.__name__ for measure in measures_of(study)] if study.measure else []
+    kept = {name: getattr(study, name) for name in ("seeds", "budgets", "against", "held_out")}
+    return {"base": flat(study.base), "arms": arms_of(study), "measure": names, **kept}
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+
+def main(*, argv: Sequence[str] | None = None, **fields) -> None:
+    """The command of the script that calls it, whose docstring describes the study. Takes the fields of `Study`."""
+    caller = inspect.currentframe().f_back.f_globals
+    script, doc = Path(caller["__file__"]).resolve(), inspect.cleandoc(caller["__doc__"] or "A study.")
+    if code := command.reported(lambda: _main(script, doc, Study(**fields), argv)):
+        sys.exit(code)
+
+
+def _main(script: Path, doc: str, study: Study, argv) -> None:
+    args = vars(_parser(doc, study).parse_args(argv))
+    is_smoke, label = args["smoke"], "smoke" if args["smoke"] else args["preset"]
+    options = {name: args[name] for name in (option.replace("-", "_") for option in study.options)}
+    study = chosen(study, label, args["arm"], args["seed"], args["steps"], args["text"])
+    if any(args[name] for name in ("arm", "seed", "steps")):
+        study = replace(study, conclude=None)  # it may need what was not asked for
+    if args["publish"] and (study.conclude is None or is_smoke):
+        raise ValueError(
+            "only a whole study with `conclude` can be published, without --arm, --seed, --steps, --smoke"
+        )
+    with tempfile.TemporaryDirectory() as elsewhere:
+        folder = Path(elsewhere) if is_smoke else RUNS
+        out = args["out"] or (folder if is_smoke else script.parent)
+        out.mkdir(parents=True, exist_ok=True)
+        if args["sweep"]:
+            for arm in arms_of(study):
+                print(f"{arm}: {swept_lr(study, arm, out / 'sweep.json', folder):g} is best")
+            return
+        asked = cells(study, folder, script.with_name("sweep.json"), **options)
+        values = {name: kept(name, cell, folder) for name, cell in asked.items()}
+        results = concluded(study, label, values) | ({} if args["publish"] else {"draft": True})
+        path = path_of(out / script.name, label, args["publish"])
+        command.write_json(path, results | {"stamp": stamp.stamp()})
+        command.draw(script.parent.name if script.parents[1] == ledger.HERE else "", path)
+    if study.measure:
+        print(table(study, results["table"]))
+    for row in results.get("ledger", ()):
+        print("{artefact}: {ours} (paper: {paper}): {verdict}".format(**row))
+    if args["publish"] and out.resolve().parent == ledger.HERE:
+        ledger.refresh()
+    print(f"written: {path}" if path.exists() else "it runs; nothing was written")
+
+
+def _parser(doc: str, study: Study) -> argparse.ArgumentParser:
+    head, _, rest = doc.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    presets = ["cpu", *(name for name in study.presets if name != "smoke")]
+    parser.add_argument("--preset", choices=presets, default="cpu")
+    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
+    parser.add_argument("--sweep", action="store_true", help="search learning rates instead -> sweep.json")
+    parser.add_argument("--publish", action="store_true", help="results for the ledger, which ignores drafts")
+    parser.add_argument("--arm", action="append", help="only this arm and what it is compared with; may be repeated")
+    parser.add_argument("--seed", action="append", type=int, help="only this seed; may be repeated")
+    parser.add_argument("--steps", type=int, help="steps of every run")
+    parser.add_argument("--text", help="another corpus, such as enwik8, a text file or a folder")
+    parser.add_argument("--out", type=Path, help="folder of what is written")
+    for option, about in study.options.items():
+        parser.add_argument(f"--{option}", help=about)
+    return parser
+
+
+def chosen(study: Study, preset: str = "cpu", arms=None, seeds=None, steps=None, text=None) -> Study:
+    """The study at the size of a preset, and of it what the command asks for."""
+    smoke = [SMOKE] if preset == "smoke" and study.run is None else []
+    for changes in (*smoke, study.presets.get(preset, {})):
+        changes = dict(changes, base=flat(study.base) | flat(changes.get("base", {})))
+        if not isinstance(changes.get("arms", {}), dict):  # names
+            changes["arms"] = {arm: study.arms[arm] for arm in changes["arms"]}
+        study = replace(study, **changes)
+    wanted = {"steps": steps} | ({} if text is None else {"corpus": text})
+    study = replace(study, base=flat(study.base) | {name: x for name, x in wanted.items() if x is not None})
+    study = replace(study, budgets=() if steps else study.budgets)
+    if unknown := set(arms or ()) - set(arms_of(study)):
+        raise ValueError(f"no arm {min(unknown)!r}, expected one of {', '.join(arms_of(study))}")
+    if arms:
+        study = replace(study, arms={arm: x for arm, x in study.arms.items() if arm in (*arms, study.against)})
+    if preset == "smoke":
+        study = replace(study, swept=False)
+    return replace(study, seeds=tuple(seeds)) if seeds else study
+
+
+def concluded(study: Study, preset: str, values: dict) -> dict:
+    """Results from the numbers of all runs."""
+    results = {"preset": preset, "study": fields_of(study)}
+    if study.measure:
+        results["table"] = compared(study, values)
+    if study.conclude:
+        results |= study.conclude(study, command.bare(values))
+    assert all(row["verdict"] in command.VERDICTS for row in results.get("ledger", ()))
+    return results | {"cells": values, "wall_seconds": sum(cell["wall_seconds"] for cell in values.values())}
+
+
+def path_of(script: Path, preset: str, publish: bool) -> Path:
+    """Where results are written: a draft stands beside published results and does not replace them."""
+    stem = ("results" if preset in ("cpu", "smoke") else preset) if script.stem == "run" else script.stem
+    if script.stem != "run" and preset not in ("cpu", "smoke"):
+        stem += f"-{preset}"
+    path = script.with_name(f"{stem}.json")
+    is_published = path.exists() and not json.loads(path.read_text()).get("draft")
+    return path.with_name(f"{stem}-draft.json") if is_published and not publish else path
