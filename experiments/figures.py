@@ -42,7 +42,8 @@ def draw(results: dict, path: Path) -> None:
     size = (11, max(3.6, 1.2 + 0.32 * len(rows)))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", width_ratios=(1, 1.3))
     for i, arm in enumerate(results["table"]):
-        runs = [cell for name, cell in results["cells"].items() if name.startswith(f"{arm}, seed ")]
+        its = [cell for name, cell in results["cells"].items() if name.startswith(f"{arm}, seed ")]
+        runs = [cell for cell in its if "tokens" in cell]
         for n, curve in enumerate(run["curve"] for run in runs if run["tokens"] == runs[-1]["tokens"]):
             style = {"color": COLOURS.get(arm, plt.cm.tab20(i % 20)), "linewidth": 0.8, "label": None if n else arm}
             left.plot(curve["tokens"], curve["loss_nats"], **style)

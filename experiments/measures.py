@@ -33,7 +33,7 @@ def bits_per_byte(model, params, corpus: HeldOut) -> dict:
     valid_N = evaluate.windows(model, params, corpus.valid.tokens, *shape)
     nats_N = evaluate.windows(model, params, corpus.test.tokens, *shape)
     numbers = {"valid_bits_per_byte": round(level(valid_N, corpus.valid), 5)}
-    return numbers | _by_document("bits_per_byte", nats_N, corpus.test)
+    return numbers | by_document("bits_per_byte", nats_N, corpus.test)
 
 
 def best_practice(model, params, corpus: HeldOut) -> dict:
@@ -41,10 +41,11 @@ def best_practice(model, params, corpus: HeldOut) -> dict:
     length apart."""
     test = corpus.test
     nats_N = evaluate.best_practice(model, params, test.tokens, test.starts, corpus.seq_len, corpus.batch_size)
-    return _by_document("best_practice", nats_N, test)
+    return by_document("best_practice", nats_N, test)
 
 
-def _by_document(name: str, nats_N, split) -> dict:
+def by_document(name: str, nats_N, split) -> dict:
+    """Bits per byte as a measure called `name` returns them, from nats aligned with the tokens of a split."""
     nats_D, bytes_D = evaluate.per_document(nats_N, split)
     return {
         name: round(level(nats_N, split), 5),

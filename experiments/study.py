@@ -149,7 +149,7 @@ def measured(study: Study, configs: Sequence, folder: Path) -> dict:
     """What results keep of a run: the numbers of its measures, its curve and its size."""
     model, params, workdirs = trained(configs, folder)
     config, corpus, numbers = configs[-1], measures.held_out(configs[-1], study.held_out), {}
-    for measure in measures_of(study):
+    for measure in measures_of(study).values():
         numbers |= measure(model, params, corpus)
     return numbers | {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
@@ -161,9 +161,11 @@ def measured(study: Study, configs: Sequence, folder: Path) -> dict:
     }
 
 
-def measures_of(study: Study) -> list[Callable]:
-    found = [study.measure] if isinstance(study.measure, str | Callable) else study.measure
-    return [getattr(measures, measure) if isinstance(measure, str) else measure for measure in found]
+def measures_of(study: Study) -> dict[str, Callable]:
+    """The study's measures by name: the first is what arms are compared by."""
+    found = [study.measure] if isinstance(study.measure, str | Callable) else study.measure or ()
+    name = lambda measure: measure if isinstance(measure, str) else getattr(measure, "func", measure).__name__
+    return {name(m): getattr(measures, m, None) if isinstance(m, str) else m for m in found}
 
 
 def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
@@ -173,7 +175,7 @@ def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
         return Cell(identity | {"run": identity_of(study.run)}, partial(study.run, configs[-1], folder))
     corpus = corpora.prepare(configs[-1].corpus, configs[-1].tokenizer)
     identity |= {"corpus": corpus.sha256, "held_out": study.held_out}
-    identity["measure"] = [identity_of(measure) for measure in measures_of(study)]
+    identity["measure"] = [identity_of(measure) for measure in measures_of(study).values()]
     return Cell(identity, partial(measured, study, configs, folder))
 
 
@@ -222,7 +224,7 @@ def compared(study: Study, values: dict, number: str | None = None, budget=None,
     The 95 % interval is the wider of Student's t over seeds and a bootstrap over documents; p is Student's, `p_holm`
     corrected for the number of arms, and `resolved` says whether that is below 0.05.
     """
-    number, against = number or measures_of(study)[0].__name__, against or study.against
+    number, against = number or next(iter(measures_of(study))), against or study.against
     budget = budget or (study.budgets[-1] if study.budgets else None)
     of = lambda arm, seeds: [values[name_of(arm, seed, budget)] for seed in seeds]
     rows = {}
@@ -253,7 +255,7 @@ def _difference(runs: list[dict], others: list[dict], number: str) -> dict:
 
 def table(study: Study, rows: dict) -> str:
     """The comparison as text: an arm a line, the largest difference first."""
-    number = measures_of(study)[0].__name__
+    number = next(iter(measures_of(study)))
     lines = [("", number, f"minus {study.against}", "95 %", "p (Holm)")]
     for arm, row in sorted(rows.items(), key=lambda item: -item[1].get("difference", np.inf)):
         known = row.get("low") is not None
@@ -267,9 +269,8 @@ def table(study: Study, rows: dict) -> str:
 
 def fields_of(study: Study) -> dict:
     """What results keep of a study; `Study(**fields)` is enough for its conclusions."""
-    names = [measure.__name__ for measure in measures_of(study)] if study.measure else []
     kept = {name: getattr(study, name) for name in ("seeds", "budgets", "against", "held_out")}
-    return {"base": flat(study.base), "arms": arms_of(study), "measure": names, **kept}
+    return {"base": flat(study.base), "arms": arms_of(study), "measure": list(measures_of(study)), **kept}
 
 
 # ------------------------------------------------------------------------------------------- the command
