@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ class Sweep(NamedTuple):
     """A search for each arm's learning rate: a grid of factors of 2, extended while its best rate is at an end."""
 
     field: str = "optim.lr"
-    number: str = "valid_bits_per_byte"
+    value: Callable = itemgetter("valid_bits_per_byte")  # of the numbers of a run
     better: Callable = min
     changes: Mapping = MappingProxyType({})  # of the base, such as fewer steps
     widest: int | None = None  # rates at most
@@ -70,6 +71,8 @@ class Study:
         budgets: steps of several lengths of the same run, each decayed, which branch from one trunk.
         held_out: tokens of validation and of test text that are measured, at most.
         swept: whether each arm has its best learning rate of sweep.json beside the script, searched where missing.
+        prepare: (config, folder) -> None, which completes the config of a run with what has to be made first, such as
+            a vocabulary or weights to start from, in a folder that stays.
         run: (config, folder) -> numbers in place of training on a corpus: `base` then has fields of its own.
         also: numbers beside the runs, by name, each of a function (config of the base, folder) -> numbers. What a
             user gives by `options` (name: help) are its arguments.
@@ -86,6 +89,7 @@ class Study:
     held_out: int = 2**17
     swept: bool = False
     sweep: Sweep = Sweep()  # noqa: RUF009 (it is immutable)
+    prepare: Callable | None = None
     run: Callable | None = None
     also: Callable = dict
     options: dict = field(default_factory=dict)
@@ -170,6 +174,8 @@ def measures_of(study: Study) -> dict[str, Callable]:
 
 def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
     """One run."""
+    for config in configs if study.prepare else ():
+        study.prepare(config, folder)
     identity = {"config": [fixed(config) for config in configs], "code": CODE}
     if study.run:
         return Cell(identity | {"run": identity_of(study.run)}, partial(study.run, configs[-1], folder))
@@ -208,7 +214,7 @@ def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
 
     def number_at(lr: float) -> float:
         config = config_of(study, changes | flat(its.changes) | {its.field: lr})
-        return kept(f"{arm}, lr {lr:g}", cell_of(study, [config], folder), folder)[its.number]
+        return its.value(kept(f"{arm}, lr {lr:g}", cell_of(study, [config], folder), folder))
 
     centre = flat(study.base).get(its.field) or optim.default_lr(rwkv_jax.build(**model).layers[0], model.dim)
     sweeps.bracket(path, name, centre, number_at, its.better, its.widest)
@@ -295,6 +301,8 @@ def _main(script: Path, doc: str, study: Study, argv) -> None:
         raise ValueError(
             "only a whole study with `conclude` can be published, without --arm, --seed, --steps, --smoke"
         )
+    if unknown := [name for name, measure in measures_of(study).items() if measure is None]:
+        raise ValueError(f"no measure {unknown[0]!r} in experiments/measures.py, expected one of it or a function")
     with tempfile.TemporaryDirectory() as elsewhere:
         folder = Path(elsewhere) if is_smoke else RUNS
         out = args["out"] or (folder if is_smoke else script.parent)

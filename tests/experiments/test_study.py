@@ -21,8 +21,11 @@ No number in the paper.
 from experiments import study
 from test_study import computed, conclude
 
-study.main(base={base}, arms={arms}, seeds={seeds}, measure="loss", run=computed, conclude=conclude, swept={swept},
-           sweep=study.Sweep(field="lr", number="loss"), presets={{"gpu": {{"base": {{"model.dim": 256}}}}}})
+study.main(
+    base={base}, arms={arms}, seeds={seeds}, measure="loss", run=computed, conclude=conclude, swept={swept},
+    sweep=study.Sweep(field="lr", value=lambda run: run["loss"]),
+    presets={{"gpu": {{"base": {{"model.dim": 256}}}}}},
+)
 '''  # fmt: skip
 ran = []  # of `computed`
 
