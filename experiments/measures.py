@@ -1,7 +1,7 @@
 """Measures of a trained model: functions (model, params, corpus) -> numbers, which `experiments.study` takes by name.
 
 The number that a measure is about has the measure's name, and is better the lower it is. Where a measure gives
-NAME_nats too, nats of each document, and `document_bytes`, intervals are over documents as well.
+NAME_nats and NAME_bytes too, nats and bytes of each document, intervals are over documents as well.
 """
 
 from typing import NamedTuple
@@ -50,7 +50,7 @@ def by_document(name: str, nats_N, split) -> dict:
     return {
         name: round(level(nats_N, split), 5),
         f"{name}_nats": nats_D.round(3).tolist(),
-        "document_bytes": bytes_D.astype(int).tolist(),
+        f"{name}_bytes": bytes_D.astype(int).tolist(),
     }
 
 

@@ -33,10 +33,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import rwkv_jax
 from experiments import command, ledger, measures, stamp, statistics, sweeps
 from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
-from rwkv_jax import corpora, hardware, optim, run_config, train
+from rwkv_jax import corpora, hardware, run_config, train
 
 RUNS = Path(__file__).parents[1] / "runs" / "studies"
 SMOKE = {
@@ -45,11 +44,21 @@ SMOKE = {
     "held_out": 2**10,
 }
 
+# Arms of every experiment that compares architectures.
+MODELS = {
+    "rwkv4": {"model": {"name": "rwkv4"}},
+    "transformer": {"model": {"name": "transformer"}},
+    "transformer+shift": {"model": {"name": "transformer", "token_shift": True}},  # with RWKV's token shift
+    "lstm": {"model": {"name": "lstm"}},
+    "hybrid": {"model": {"name": "rwkv4", "layers": ("rwkv4", "attention")}},  # the two in turn
+}
+
 
 class Sweep(NamedTuple):
-    """A search for each arm's learning rate: a grid of factors of 2, extended while its best rate is at an end."""
+    """A search for each arm's learning rate: factors of 2 around the base's, extended while the best is at an end."""
 
     field: str = "optim.lr"
+    name: Callable = str  # of an arm in sweep.json: arms of one name share a rate
     value: Callable = itemgetter("valid_bits_per_byte")  # of the numbers of a run
     better: Callable = min
     changes: Mapping = MappingProxyType({})  # of the base, such as fewer steps
@@ -74,8 +83,8 @@ class Study:
         prepare: (config, folder) -> None, which completes the config of a run with what has to be made first, such as
             a vocabulary or weights to start from, in a folder that stays.
         run: (config, folder) -> numbers in place of training on a corpus: `base` then has fields of its own.
-        also: numbers beside the runs, by name, each of a function (config of the base, folder) -> numbers. What a
-            user gives by `options` (name: help) are its arguments.
+        also: numbers beside the runs, by name, each of a function (config of the base, folder) -> numbers.
+        options: flags of the command with their help: arguments of `also`, and the base's fields of that name.
         conclude: (study, values by name) -> JSON object with "ledger", and "not_run", as in `experiments.command`.
         presets: changes of these fields by name. Arms there may be names of some.
     """
@@ -119,10 +128,12 @@ def config_of(study: Study, changes: dict | None = None, seed: int = 0):
         return ConfigDict(nested(fields | {"seed": seed}))
     config, tokens = run_config.default().lock(), fields.pop("tokens", 0)
     config.update(eval_every=0, eval_tokens=0, save_every=0, seed=seed)
+    if unknown := sorted(fields.keys() - flat(config.to_dict()).keys()):
+        raise ValueError(f"no config field {unknown[0]!r}; rwkv_jax/run_config.py has them all")
     try:
         config.update_from_flattened_dict(fields)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"no such field of a config: {error.args[0]}") from None
+    except TypeError as error:
+        raise ValueError(f"a config field has another type: {error}") from None
     if "steps" not in fields and tokens:
         config.steps = max(1, tokens // (config.seq_len * config.batch_size))
     if "log_every" not in fields:
@@ -210,13 +221,13 @@ def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
     lacks it."""
     its, changes = study.sweep, flat(arms_of(study)[arm][-1])
     model = config_of(study, changes).model
-    name = f"{arm} {model.num_layers}x{model.dim}"
+    name = f"{its.name(arm)} {model.num_layers}x{model.dim}"
 
     def number_at(lr: float) -> float:
         config = config_of(study, changes | flat(its.changes) | {its.field: lr})
         return its.value(kept(f"{arm}, lr {lr:g}", cell_of(study, [config], folder), folder))
 
-    centre = flat(study.base).get(its.field) or optim.default_lr(rwkv_jax.build(**model).layers[0], model.dim)
+    centre = flat(study.base)[its.field]
     sweeps.bracket(path, name, centre, number_at, its.better, its.widest)
     return sweeps.best(path, name, its.better)
 
@@ -253,7 +264,7 @@ def _difference(runs: list[dict], others: list[dict], number: str) -> dict:
     mean, *interval = statistics.t_interval(by_seed)
     if f"{number}_nats" in runs[0]:
         nats_SD = of(runs, f"{number}_nats") - of(others, f"{number}_nats")
-        interval = statistics.wider(interval, statistics.over_documents(nats_SD, runs[0]["document_bytes"]))
+        interval = statistics.wider(interval, statistics.over_documents(nats_SD, runs[0][f"{number}_bytes"]))
     found = {"difference": mean, "low": interval[0], "high": interval[1], "p": statistics.p_value(by_seed)}
     known = {name: None if np.isnan(x) else float(x) for name, x in found.items()}
     return known | {"by_seed": by_seed.round(5).tolist(), "seeds": len(runs)}
@@ -293,8 +304,10 @@ def main(*, argv: Sequence[str] | None = None, **fields) -> None:
 def _main(script: Path, doc: str, study: Study, argv) -> None:
     args = vars(_parser(doc, study).parse_args(argv))
     is_smoke, label = args["smoke"], "smoke" if args["smoke"] else args["preset"]
-    options = {name: args[name] for name in (option.replace("-", "_") for option in study.options)}
+    options = {name: args[name] for name in study.options}
     study = chosen(study, label, args["arm"], args["seed"], args["steps"], args["text"])
+    given = {name: value for name, value in options.items() if name in study.base and value}
+    study = replace(study, base=study.base | given)
     if any(args[name] for name in ("arm", "seed", "steps")):
         study = replace(study, conclude=None)  # it may need what was not asked for
     if args["publish"] and (study.conclude is None or is_smoke):

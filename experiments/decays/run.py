@@ -148,7 +148,7 @@ def conclude(its, values: dict) -> dict:
                 "ours": f"doublings of the half-life from first to last layer: {given:+.2f} given; from equal ones "
                 f"{learned:+.3f} [{low:+.3f}, {high:+.3f}] learned in {config.steps} steps, which ends "
                 f"{worth:+.3f} bits a byte beside the released start",
-                "verdict": statistics.verdict(low, high, sign=+1).replace("same sign", "reproduced"),
+                "verdict": "reproduced" if low > 0 else "contradicted" if high < 0 else "not resolved",
             },
         ],
         "not_run": [
