@@ -75,7 +75,7 @@ class Study:
             one a stage: each stage branches from the end of the one before.
         seeds: how many, or which; or either by arm.
         measure: a function of `measures` by name, any other (model, params, corpus) -> numbers, or several of them.
-            Arms are compared by the number that has the first one's name.
+            Arms are compared by the number that has the first one's name; with `run`, a number's name is enough.
         against: the arm that others are compared with; "base", without changes, needs no name among the arms.
         budgets: steps of several lengths of the same run, each decayed, which branch from one trunk.
         held_out: tokens of validation and of test text that are measured, at most.
@@ -84,7 +84,7 @@ class Study:
             a vocabulary or weights to start from, in a folder that stays.
         run: (config, folder) -> numbers in place of training on a corpus: `base` then has fields of its own.
         also: numbers beside the runs, by name, each of a function (config of the base, folder) -> numbers.
-        options: flags of the command with their help: arguments of `also`, and the base's fields of that name.
+        options: flags of the command with their help: the base's fields of that name, or else arguments of `also`.
         conclude: (study, values by name) -> JSON object with "ledger", and "not_run", as in `experiments.command`.
         presets: changes of these fields by name. Arms there may be names of some.
     """
@@ -304,9 +304,9 @@ def main(*, argv: Sequence[str] | None = None, **fields) -> None:
 def _main(script: Path, doc: str, study: Study, argv) -> None:
     args = vars(_parser(doc, study).parse_args(argv))
     is_smoke, label = args["smoke"], "smoke" if args["smoke"] else args["preset"]
-    options = {name: args[name] for name in study.options}
     study = chosen(study, label, args["arm"], args["seed"], args["steps"], args["text"])
-    given = {name: value for name, value in options.items() if name in study.base and value}
+    options = {name: args[name] for name in study.options if name not in study.base}
+    given = {name: args[name] for name in study.options if name in study.base and args[name]}
     study = replace(study, base=study.base | given)
     if any(args[name] for name in ("arm", "seed", "steps")):
         study = replace(study, conclude=None)  # it may need what was not asked for
@@ -314,7 +314,7 @@ def _main(script: Path, doc: str, study: Study, argv) -> None:
         raise ValueError(
             "only a whole study with `conclude` can be published, without --arm, --seed, --steps, --smoke"
         )
-    if unknown := [name for name, measure in measures_of(study).items() if measure is None]:
+    if unknown := [name for name, measure in measures_of(study).items() if not (measure or study.run)]:
         raise ValueError(f"no measure {unknown[0]!r} in experiments/measures.py, expected one of it or a function")
     with tempfile.TemporaryDirectory() as elsewhere:
         folder = Path(elsewhere) if is_smoke else RUNS

@@ -69,7 +69,7 @@ def lr(path: Path, arm: str, num_layers: int, dim: int) -> float | None:
     return float(np.exp(np.interp(np.log(dim), dims, rates)))
 
 
-def best(path: Path, name: str, better=min) -> float:
-    """The rate of `name` in a sweep whose value is the best."""
-    runs = swept(path)[name]
-    return float(better(runs, key=runs.get))
+def best(path: Path, name: str, better=min) -> float | None:
+    """The rate of `name` in a sweep whose value is the best; None where it was not swept."""
+    runs = swept(path).get(name)
+    return runs and float(better(runs, key=runs.get))
