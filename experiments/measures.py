@@ -56,8 +56,12 @@ def by_document(name: str, nats_N, split) -> dict:
 
 def nats_per_token(model, params, corpus: HeldOut) -> dict:
     """Mean loss of the tokens in windows of the training length, separators left out."""
-    nats_N = evaluate.windows(model, params, corpus.test.tokens, corpus.seq_len, corpus.batch_size)
-    return {"nats_per_token": round(float(np.delete(nats_N, corpus.test.starts).mean(dtype=np.float64)), 5)}
+
+    def nats(split) -> float:
+        nats_N = evaluate.windows(model, params, split.tokens, corpus.seq_len, corpus.batch_size)
+        return round(float(np.delete(nats_N, split.starts).mean(dtype=np.float64)), 5)
+
+    return {"nats_per_token": nats(corpus.test), "valid_nats_per_token": nats(corpus.valid)}
 
 
 def loss_by_position(model, params, corpus: HeldOut) -> dict:

@@ -37,10 +37,9 @@ def draw(results, path) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("held-out loss, nats a token")
     axes[0, 0].legend(frameon=False, fontsize=8)
-    fields, stamp = results["fields"], results["stamp"]
-    figure.suptitle(
-        f"tokens: {fields['tokenizer']} of {fields['text']}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10
-    )
+    base, stamp = results["study"]["base"], results["stamp"]
+    tokens = f"{base.get('tokenizer', 'bytes')} of {base.get('corpus', 'stdlib')}"
+    figure.suptitle(f"tokens: {tokens}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
     saved(figure, path)
 
 
