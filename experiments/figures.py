@@ -1,8 +1,5 @@
-"""Figures without a display: that of every study, and the command of every `plot.py`."""
+"""Figures without a display, and that of every study without a `plot.py` of its own."""
 
-import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +9,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
-__all__ = ["COLOURS", "draw", "main", "plt", "saved"]
+__all__ = ["COLOURS", "draw", "plt", "saved"]
 
 # One colour an arm, in every figure.
 COLOURS = {
@@ -65,10 +62,3 @@ def draw(results: dict, path: Path) -> None:
     right.set_xlabel(f"{number} minus {study['against']}'s\n(right: worse; dark: resolved after Holm's correction)")
     figure.suptitle(f"{', '.join(stamp['devices'])}, {stamp['date']}", fontsize=9)
     saved(figure, path)
-
-
-def main(draw: Callable, file: str) -> None:
-    """python -m experiments.NAME.plot [results.json [figure.png]]: `draw(results, path)`, by default beside `file`."""
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(file).parent / "results.json"
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)

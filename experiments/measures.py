@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.text import capped, level
 from rwkv_jax import corpora, evaluate
 
 
@@ -25,6 +24,26 @@ def held_out(config, tokens: int) -> HeldOut:
     """The beginnings of all held-out documents of a run's corpus, at most `tokens` tokens of each split."""
     corpus = corpora.prepare(config.corpus, config.tokenizer)
     return HeldOut(capped(corpus.valid, tokens), capped(corpus.test, tokens), config.seq_len, config.batch_size)
+
+
+def capped(split: corpora.Split, max_tokens: int) -> corpora.Split:
+    """The beginnings of all documents of a split, as long as `max_tokens` tokens allow: more of them make a better
+    interval than more of each."""
+    lengths = np.diff(split.starts, append=len(split.tokens))[: max(1, max_tokens // 64)]
+    longest, too_long = 2, lengths.max() + 1
+    while too_long - longest > 1:
+        middle = (longest + too_long) // 2
+        fits = np.minimum(lengths, middle).sum() <= max_tokens
+        longest, too_long = (middle, too_long) if fits else (longest, middle)
+    kept = np.minimum(lengths, longest)
+    tokens = np.concatenate([split.tokens[start : start + n] for start, n in zip(split.starts, kept, strict=False)])
+    starts = np.cumsum(kept) - kept
+    return split._replace(tokens=tokens, starts=starts, num_bytes=len(tokens) - len(starts))
+
+
+def level(nats_N: np.ndarray, split: corpora.Split) -> float:
+    """Bits per byte of a split of bytes, from nats aligned with its tokens."""
+    return evaluate.bits_per_byte(*evaluate.per_document(nats_N, split))
 
 
 def bits_per_byte(model, params, corpus: HeldOut) -> dict:

@@ -87,11 +87,7 @@ def conclude(its, values: dict) -> dict:
 LARGE = {"num_layers": 6, "dim": 256, "dtype": "bfloat16"}
 STUDY = {
     "base": {
-        "model": {"num_layers": 2, "dim": 64},
-        "seq_len": 128,
-        "batch_size": 32,
-        "steps": 160,
-        "optim.lr": 1.6e-2,
+        "model": {"num_layers": 2, "dim": 64}, "seq_len": 128, "batch_size": 32, "steps": 160, "optim.lr": 1.6e-2,
     },
     "arms": {RELEASED: {}} | PARTS | OTHERS,
     "seeds": 3,
@@ -101,12 +97,11 @@ STUDY = {
     "presets": {
         "smoke": {"arms": (RELEASED, "no token shift", PRINTED)},
         "gpu": {
-            "base": {"model": LARGE, "seq_len": 512, "steps": 3000, "optim.lr": 4e-3, "corpus": "enwik8"},
-            "seeds": 2,
+            "base": {"model": LARGE, "seq_len": 512, "steps": 3000, "optim.lr": 4e-3, "corpus": "enwik8"}, "seeds": 2,
             "swept": True,
         },
     },
-}
+}  # fmt: skip
 
 if __name__ == "__main__":
     study.main(**STUDY)

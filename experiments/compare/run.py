@@ -32,8 +32,8 @@ import rwkv_jax
 from experiments import stamp, sweeps
 from experiments.command import write_json
 from experiments.compare import baselines, plot, table
+from experiments.measures import capped, level
 from experiments.study import MODELS
-from experiments.text import capped, level
 from rwkv_jax import corpora, data, evaluate, hardware, metrics, optim, run_config, train
 
 HERE = Path(__file__).parent

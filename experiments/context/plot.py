@@ -1,11 +1,8 @@
-"""The figure of `results.json`: loss against context, what a carried state saves by distance, and the copy task.
-
-python -m experiments.context.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: loss against context, what a carried state saves by distance, and the copy task."""
 
 import numpy as np
 
-from experiments.figures import COLOURS, main, plt, saved
+from experiments.figures import COLOURS, plt, saved
 
 ARMS = COLOURS | {"extended": "#e67e22", "control": "#f1c40f"}
 COPIES = {"copy": "rwkv4", "copy, extended": "extended", "copy, control": "control"}
@@ -46,7 +43,3 @@ def draw(results, path) -> None:
     size = f"{base['model.num_layers']} x {base['model.dim']}, T {T}, {base['steps']} steps"
     figure.suptitle(f"{size}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -221,21 +221,16 @@ STUDY = {
     "conclude": conclude,
     "presets": {
         "smoke": {
-            "base": TINY,
-            "arms": arms_of(((2, 2),)),
-            "seeds": 1,
-            "measure": partial(bits_after_context, T=16, contexts=(16, 32), number=4),
-            "held_out": 2**40,
+            "base": TINY, "arms": arms_of(((2, 2),)), "seeds": 1,
+            "measure": partial(bits_after_context, T=16, contexts=(16, 32), number=4), "held_out": 2**40,
             "also": partial(also, TINY_COPY),
         },
         "gpu": {
-            "base": LARGE,
-            "arms": arms_of(((2, 183), (4, 1830), (8, 1830)), ("transformer", "transformer+shift")),
-            "seeds": 2,
-            "measure": partial(bits_after_context, T=512, contexts=(*CONTEXTS, 8192), number=1024),
+            "base": LARGE, "arms": arms_of(((2, 183), (4, 1830), (8, 1830)), ("transformer", "transformer+shift")),
+            "seeds": 2, "measure": partial(bits_after_context, T=512, contexts=(*CONTEXTS, 8192), number=1024),
         },
     },
-}
+}  # fmt: skip
 
 if __name__ == "__main__":
     study.main(**STUDY)

@@ -1,13 +1,10 @@
-"""The figure of `results.json`: decays of every layer, sorted, before and after training, and what changed.
-
-python -m experiments.decays.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: decays of every layer, sorted, before and after training, and what changed."""
 
 from pathlib import Path
 
 import numpy as np
 
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 
 def draw(results, path) -> None:
@@ -32,7 +29,3 @@ def draw(results, path) -> None:
     size = f"{base['model.num_layers']} x {base['model.dim']}, {base['steps']} steps"
     figure.suptitle(f"{size}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

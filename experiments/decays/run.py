@@ -172,11 +172,7 @@ def conclude(its, values: dict) -> dict:
 
 STUDY = {
     "base": {
-        "model": {"num_layers": 4, "dim": 128},
-        "seq_len": 256,
-        "batch_size": 16,
-        "steps": 250,
-        "eval_tokens": 2**17,
+        "model": {"num_layers": 4, "dim": 128}, "seq_len": 256, "batch_size": 16, "steps": 250, "eval_tokens": 2**17,
         "corpus": "stdlib",
     },
     "arms": {start: {"start": start} for start in ("released", "flat")},
@@ -189,24 +185,18 @@ STUDY = {
     "presets": {
         "smoke": {
             "base": {
-                "model": {"num_layers": 2, "dim": 16},
-                "seq_len": 32,
-                "batch_size": 2,
-                "steps": 10,
+                "model": {"num_layers": 2, "dim": 16}, "seq_len": 32, "batch_size": 2, "steps": 10,
                 "eval_tokens": 2**10,
             }
         },
         "gpu": {
             "base": {
-                "model": {"num_layers": 6, "dim": 512},
-                "seq_len": 512,
-                "batch_size": 32,
-                "steps": 6100,
+                "model": {"num_layers": 6, "dim": 512}, "seq_len": 512, "batch_size": 32, "steps": 6100,
                 "corpus": "enwik8",
             }
         },
     },
-}
+}  # fmt: skip
 
 if __name__ == "__main__":
     study.main(**STUDY)

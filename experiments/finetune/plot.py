@@ -1,9 +1,6 @@
-"""The figure of `results.json`: what each way to fine-tune gains on the new text and loses on the old.
+"""The figure of `results.json`: what each way to fine-tune gains on the new text and loses on the old."""
 
-python -m experiments.finetune.plot [results.json [figure.png]]
-"""
-
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 COLOURS = {"new": "#c0392b", "old": "#2c3e50"}
 
@@ -32,7 +29,3 @@ def draw(results, path) -> None:
     size = f"{base['model.num_layers']} x {base['model.dim']}, {base['steps']} steps, one seed"
     axis.set_title(f"{size}; {stamp['cores']} cores, {stamp['date']}", fontsize=10)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

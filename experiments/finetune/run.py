@@ -26,8 +26,8 @@ import numpy as np
 
 import rwkv_jax
 from experiments import measures, study
+from experiments.measures import capped, level
 from experiments.runs import flat, trained
-from experiments.text import capped, level
 from rwkv_jax import corpora, evaluate, finetune, optim, run_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "finetune.py"
@@ -135,7 +135,7 @@ STUDY = {
         "steps": 40,
         "seq_len": 256,
         "batch_size": 8,
-        "held_out_bytes": 2**16,
+        "held_out_bytes": 2**16
     },
     "arms": ARMS,
     "measure": "new",
@@ -149,7 +149,7 @@ STUDY = {
                 "model": TINY, "base_steps": 2, "steps": 2, "seq_len": 32, "batch_size": 2, "held_out_bytes": 2**11
             }
         }
-    },
+    }
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
-"""The figure of `results.json`: share right of rules and models, and the loss of the models against tokens.
+"""The figure of `results.json`: share right of rules and models, and the loss of the models against tokens."""
 
-python -m experiments.lra.plot [results.json [figure.png]]
-"""
-
-from experiments.figures import COLOURS, main, plt, saved
+from experiments.figures import COLOURS, plt, saved
 
 
 def draw(results, path) -> None:
@@ -31,7 +28,3 @@ def draw(results, path) -> None:
     )
     right.legend(frameon=False, fontsize=8)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -1,11 +1,8 @@
-"""The figure of `results.json`: accuracy against the number of pairs, asked first and last, a panel for each arm.
-
-python -m experiments.order.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: accuracy against the number of pairs, asked first and last, a panel for each arm."""
 
 import numpy as np
 
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 
 def draw(results, path) -> None:
@@ -25,7 +22,3 @@ def draw(results, path) -> None:
     axes[0].set_ylabel("answers right")
     axes[0].legend(frameon=False, fontsize=8)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -168,19 +168,13 @@ STUDY = {
     "presets": {
         "smoke": {
             "base": {
-                "model": {"dim": 16, "vocab_size": 16},
-                "pairs": (1, 3),
-                "told": (3,),
-                "batch_size": 8,
-                "examples": 32,
-                "every": 16,
-                "tested": 16,
-                "lr": 8e-3,
+                "model": {"dim": 16, "vocab_size": 16}, "pairs": (1, 3), "told": (3,), "batch_size": 8,
+                "examples": 32, "every": 16, "tested": 16, "lr": 8e-3,
             },
             "seeds": 1,
         }
     },
-}
+}  # fmt: skip
 
 if __name__ == "__main__":
     study.main(**STUDY)

@@ -1,12 +1,9 @@
-"""The figure of results.json: levels by tokens, FLOPs and seconds, and what lies between the arms.
-
-python -m experiments.perplexity.plot [results.json [figure.png]]
-"""
+"""The figure of results.json: levels by tokens, FLOPs and seconds, and what lies between the arms."""
 
 import numpy as np
 from matplotlib.ticker import LogLocator
 
-from experiments.figures import COLOURS, main, plt, saved
+from experiments.figures import COLOURS, plt, saved
 
 AXES = {"tokens": (1e6, "training tokens, millions"), "flops": (1e12, "training TFLOP"), "seconds": (1, "seconds")}
 
@@ -48,7 +45,3 @@ def draw(results, path) -> None:
     size = f"{base['model.num_layers']} x {base['model.dim']}"
     figure.suptitle(f"{size}, bytes; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -39,7 +39,7 @@ import numpy as np
 import rwkv_jax
 from experiments import measures, statistics, study, sweeps
 from experiments.compare.run import counted_baselines
-from experiments.text import level
+from experiments.measures import level
 from rwkv_jax import corpora, data, optim, train
 
 SWEEP = Path(__file__).with_name("sweep.json")

@@ -173,19 +173,14 @@ STUDY = {
         },
         "gpu": {
             "base": {
-                "model.vocab_size": 8192,
-                "batch_size": 256,
-                "examples": 2_000_000,
-                "fresh": 100_000,
-                "every": 50_000,
-                "tested": 3_000,
-                "lr": (5e-4, 2e-3, 8e-3, 3.2e-2),
+                "model.vocab_size": 8192, "batch_size": 256, "examples": 2_000_000, "fresh": 100_000, "every": 50_000,
+                "tested": 3_000, "lr": (5e-4, 2e-3, 8e-3, 3.2e-2),
             },
             "arms": arms_of((64, 4, 64), (128, 8, 64), (64, 4, 128), (128, 8, 128)),
             "swept": False,
         },
     },
-}
+}  # fmt: skip
 
 if __name__ == "__main__":
     study.main(**STUDY)

@@ -1,12 +1,9 @@
-"""The figure of `results.json`: held-out loss of the four starts, and what the small one with LN0 gains.
-
-python -m experiments.small_init.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: held-out loss of the four starts, and what the small one with LN0 gains."""
 
 import numpy as np
 from matplotlib.ticker import LogLocator
 
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 COLOURS = ("#c0392b", "#e59866", "#2c3e50", "#7fb3d5")
 
@@ -45,7 +42,3 @@ def draw(results, path) -> None:
         fontsize=9,
     )
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

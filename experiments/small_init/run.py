@@ -139,13 +139,8 @@ TINY = {"num_layers": 1, "dim": 16, "vocab_size": 512}
 LARGE = {"num_layers": 6, "dim": 512, "vocab_size": 50277, "dtype": "bfloat16"}
 STUDY = {
     "base": {
-        "model": {"num_layers": 2, "dim": 64, "vocab_size": 4096},
-        "seq_len": 128,
-        "batch_size": 16,
-        "steps": 200,
-        "eval_every": 10,
-        "eval_tokens": 2**13,
-        "optim.lr": 1.6e-2,
+        "model": {"num_layers": 2, "dim": 64, "vocab_size": 4096}, "seq_len": 128, "batch_size": 16, "steps": 200,
+        "eval_every": 10, "eval_tokens": 2**13, "optim.lr": 1.6e-2,
     },
     "arms": ARMS,
     "seeds": 3,
@@ -159,19 +154,13 @@ STUDY = {
         "smoke": {"base": {"model": TINY, "steps": 8, "eval_every": 1, "eval_tokens": 2**8}},
         "gpu": {
             "base": {
-                "model": LARGE,
-                "seq_len": 256,
-                "batch_size": 64,
-                "steps": 1400,
-                "eval_every": 70,
-                "eval_tokens": 2**17,
-                "optim.lr": 2e-3,
-                "corpus": "enwik8",
+                "model": LARGE, "seq_len": 256, "batch_size": 64, "steps": 1400, "eval_every": 70,
+                "eval_tokens": 2**17, "optim.lr": 2e-3, "corpus": "enwik8",
             },
             "seeds": 2,
         },
     },
-}
+}  # fmt: skip
 
 if __name__ == "__main__":
     study.main(**STUDY)
