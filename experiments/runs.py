@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 import rwkv_jax
 from experiments import command, stamp
@@ -24,6 +25,7 @@ from rwkv_jax.train.workdir import FREE_FIELDS
 CODE = 1  # raise it with a change of the code that changes what runs compute: kept ones are then computed again
 # What training does not depend on. Evaluations do count: results keep them.
 FREE = {*FREE_FIELDS, "tokenizer"} - {"eval_every", "eval_tokens", "finetune.model"}
+flat = partial(flatten_dict, sep=".")  # {"a.b": value} of nested or dotted fields
 
 
 class Cell(NamedTuple):
@@ -50,14 +52,6 @@ def identity_of(function: Callable) -> dict:
     function = getattr(function, "func", function)
     source = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
     return json.loads(json.dumps({"name": function.__qualname__, "source": source, "parameters": parameters}))
-
-
-def flat(fields: dict, prefix: str = "") -> dict:
-    """{"a.b": value} of nested or dotted fields."""
-    found = {}
-    for name, value in fields.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 def kept(name: str, cell: Cell, folder: Path) -> dict:

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from experiments import command, ledger, measures, stamp, statistics, sweeps
@@ -109,23 +110,11 @@ class Study:
 # -------------------------------------------------------------------------------------------- what is run
 
 
-def nested(fields: dict) -> dict:
-    """{"a": {"b": value}} of dotted fields."""
-    found = {}
-    for path, value in fields.items():
-        *parents, name = path.split(".")
-        node = found
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return found
-
-
 def config_of(study: Study, changes: dict | None = None, seed: int = 0):
     """The config of the base with the changes of an arm."""
     fields = flat(study.base) | flat(changes or {})
     if study.run:
-        return ConfigDict(nested(fields | {"seed": seed}))
+        return ConfigDict(unflatten_dict(fields | {"seed": seed}, sep="."))
     config, tokens = run_config.default().lock(), fields.pop("tokens", 0)
     config.update(eval_every=0, eval_tokens=0, save_every=0, seed=seed)
     if unknown := sorted(fields.keys() - flat(config.to_dict()).keys()):
@@ -171,7 +160,7 @@ def measured(study: Study, configs: Sequence, folder: Path) -> dict:
         "flops_per_token": hardware.flops_per_token(model, config.seq_len),
         "tokens": config.steps * config.batch_size * config.seq_len,
         "lr": train.learning_rate(config, model)(config.steps // 2),
-        "corpus_sha256": corpora.prepare(config.corpus, config.tokenizer).sha256,
+        "corpus_sha256": corpus_of(config),
         "curve": curve(workdirs),
     }
 
@@ -187,13 +176,16 @@ def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
     """One run."""
     for config in configs if study.prepare else ():
         study.prepare(config, folder)
-    identity = {"config": [fixed(config) for config in configs], "code": CODE}
+    identity = {"config": [fixed(config) for config in configs], "code": CODE, "corpus": corpus_of(configs[-1])}
     if study.run:
         return Cell(identity | {"run": identity_of(study.run)}, partial(study.run, configs[-1], folder))
-    corpus = corpora.prepare(configs[-1].corpus, configs[-1].tokenizer)
-    identity |= {"corpus": corpus.sha256, "held_out": study.held_out}
     identity["measure"] = [identity_of(measure) for measure in measures_of(study).values()]
-    return Cell(identity, partial(measured, study, configs, folder))
+    return Cell(identity | {"held_out": study.held_out}, partial(measured, study, configs, folder))
+
+
+def corpus_of(config) -> str | None:
+    """SHA-256 of the corpus that a config names, if it does."""
+    return corpora.prepare(config.corpus, config.get("tokenizer", "bytes")).sha256 if config.get("corpus") else None
 
 
 def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> dict[str, Cell]:
@@ -208,8 +200,8 @@ def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> d
                 found[name_of(arm, seed, budget)] = cell_of(study, configs, folder)
     for name, function in study.also(**options).items():
         config = config_of(study)
-        identity = {"function": identity_of(function), "config": fixed(config), "code": CODE}
-        found[name] = Cell(identity, partial(function, config, folder))
+        identity = {"function": identity_of(function), "config": fixed(config), "corpus": corpus_of(config)}
+        found[name] = Cell(identity | {"code": CODE}, partial(function, config, folder))
     return found
 
 
@@ -224,7 +216,7 @@ def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
     name = f"{its.name(arm)} {model.num_layers}x{model.dim}"
 
     def number_at(lr: float) -> float:
-        config = config_of(study, changes | flat(its.changes) | {its.field: lr})
+        config = config_of(study, changes | flat(dict(its.changes)) | {its.field: lr})
         return its.value(kept(f"{arm}, lr {lr:g}", cell_of(study, [config], folder), folder))
 
     centre = flat(study.base)[its.field]
@@ -367,8 +359,10 @@ def chosen(study: Study, preset: str = "cpu", arms=None, seeds=None, steps=None,
         if not isinstance(changes.get("arms", {}), dict):  # names
             changes["arms"] = {arm: study.arms[arm] for arm in changes["arms"]}
         study = replace(study, **changes)
-    wanted = {"steps": steps} | ({} if text is None else {"corpus": text})
-    study = replace(study, base=flat(study.base) | {name: x for name, x in wanted.items() if x is not None})
+    wanted = {name: value for name, value in (("steps", steps), ("corpus", text)) if value is not None}
+    if study.run and (unknown := wanted.keys() - flat(study.base).keys()):
+        raise ValueError(f"the base of this study has no {min(unknown)!r}")
+    study = replace(study, base=flat(study.base) | wanted)
     study = replace(study, budgets=() if steps else study.budgets)
     if unknown := set(arms or ()) - set(arms_of(study)):
         raise ValueError(f"no arm {min(unknown)!r}, expected one of {', '.join(arms_of(study))}")
@@ -384,6 +378,8 @@ def concluded(study: Study, preset: str, values: dict) -> dict:
     results = {"preset": preset, "study": fields_of(study)}
     if study.measure:
         results["table"] = compared(study, values)
+    if study.measure and study.budgets:
+        results["by_budget"] = {str(budget): compared(study, values, budget=budget) for budget in study.budgets}
     if study.conclude:
         results |= study.conclude(study, command.bare(values))
     assert all(row["verdict"] in command.VERDICTS for row in results.get("ledger", ()))
@@ -392,9 +388,8 @@ def concluded(study: Study, preset: str, values: dict) -> dict:
 
 def path_of(script: Path, preset: str, publish: bool) -> Path:
     """Where results are written: a draft stands beside published results and does not replace them."""
-    stem = ("results" if preset in ("cpu", "smoke") else preset) if script.stem == "run" else script.stem
-    if script.stem != "run" and preset not in ("cpu", "smoke"):
-        stem += f"-{preset}"
+    size = [] if preset in ("cpu", "smoke") else [preset]
+    stem = "-".join(size or ["results"] if script.stem == "run" else [script.stem, *size])
     path = script.with_name(f"{stem}.json")
     is_published = path.exists() and not json.loads(path.read_text()).get("draft")
     return path.with_name(f"{stem}-draft.json") if is_published and not publish else path

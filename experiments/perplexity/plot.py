@@ -25,7 +25,7 @@ def draw(results, path) -> None:
     axes[0].set_ylabel("bits per byte, held out, after the decay")
     axes[0].legend(frameon=False, fontsize=8)
     for arm in results["points"]:
-        rows = [row[arm] for row in results["minus_transformer"].values()]
+        rows = [row[arm] for row in results["by_budget"].values()]
         if arm != "transformer":
             bits = [row["difference"] for row in rows]
             ends = (

@@ -160,11 +160,9 @@ def conclude(its, values: dict) -> dict:
                 "verdict": "not comparable" if other in losing else found,
             }
         )
-    by_budget = {str(budget): study.compared(its, values, budget=budget) for budget in its.budgets}
-    last = {arm: row.get("difference") for arm, row in by_budget[str(its.budgets[-1])].items()}
+    last = {arm: row.get("difference") for arm, row in study.compared(its, values).items()}
     return {
         "points": points,
-        "minus_transformer": by_budget,
         "did_not_beat_counting": losing,
         "minus_transformer_at_equal": {
             axis: {arm: gap_at_equal(its, others, axis) for arm, its in points.items()} for axis in AXES

@@ -122,7 +122,7 @@ def test_conclude_computes_every_conclusion_from_cells():
     assert found["did_not_beat_counting"] == ["transformer"]
     assert [row["verdict"] for row in found["ledger"]] == ["not comparable", "contradicted"]
     assert found["points"]["rwkv4"][-1] == {"tokens": 20_000, "flops": 140_000, "seconds": 1000, "bits_per_byte": 1.0}
-    row = found["minus_transformer"]["20"]["rwkv4"]
+    row = study.compared(its, values)["rwkv4"]
     assert (row["difference"], row["low"], row["high"], row["seeds"]) == (-2, pytest.approx(-2), pytest.approx(-2), 1)
     assert found["share_of_gap_that_token_shift_closes"] == pytest.approx(0.5)
     assert found["tokens_of_transformer_over_own"]["rwkv4"]["bound"] == "at least"

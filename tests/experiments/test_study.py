@@ -63,7 +63,9 @@ def script(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "draw", lambda name, path: path)
     ran.clear()
 
-    def call(*argv, name="run.py", seeds=2, swept=False, base="{'model.dim': 8, 'model.num_layers': 1}", **arms):
+    def call(
+        *argv, name="run.py", seeds=2, swept=False, base="{'model.dim': 8, 'model.num_layers': 1, 'steps': 9}", **arms
+    ):
         path = tmp_path / "v_shift" / name
         path.parent.mkdir(exist_ok=True)
         fields = {"base": base, "arms": arms or {"b": {"cost": 0.5}}, "seeds": seeds, "swept": swept}
@@ -95,7 +97,8 @@ def test_study_computes_a_run_once_and_an_added_arm_or_seed_alone(script, capsys
     assert results["table"]["b"]["difference"] == pytest.approx(0.6)
     assert results["study"]["arms"] == {"base": [{}], "b": [{"cost": 0.6}]}
     kept = [json.loads(path.read_text()) for path in script.runs.glob("*.json")]
-    assert {"model.dim": 8, "model.num_layers": 1, "seed": 1, "cost": 0.5} in [its["config"][0] for its in kept]
+    config = {"model.dim": 8, "model.num_layers": 1, "steps": 9, "seed": 1, "cost": 0.5}
+    assert config in [its["config"][0] for its in kept]
 
 
 def test_study_resumes_after_an_interruption(script, capsys):
@@ -107,6 +110,8 @@ def test_study_resumes_after_an_interruption(script, capsys):
 def test_study_reports_an_error_in_one_line(script, capsys):
     assert script(b={"fails": True}) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no such corpus"
+    assert script("--text=enwik8") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: the base of this study has no 'corpus'"
     assert script("--arm=d") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no arm 'd', expected one of base, b"
 
