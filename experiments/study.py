@@ -34,9 +34,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
+import rwkv_jax
 from experiments import command, ledger, measures, stamp, statistics, sweeps
 from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
-from rwkv_jax import corpora, hardware, run_config, train
+from rwkv_jax import corpora, hardware, optim, run_config, train
+from rwkv_jax.train.prepare import model_fields
 
 RUNS = Path(__file__).parents[1] / "runs" / "studies"
 SMOKE = {
@@ -212,14 +214,15 @@ def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
     """The best learning rate of an arm at the study's size, from `path`; searched with the first seed where `path`
     lacks it."""
     its, changes = study.sweep, flat(arms_of(study)[arm][-1])
-    model = config_of(study, changes).model
-    name = f"{its.name(arm)} {model.num_layers}x{model.dim}"
+    base = config_of(study, changes)
+    name = f"{its.name(arm)} {base.model.num_layers}x{base.model.dim}"
+    centre = flat(base.to_dict()).get(its.field)
+    centre = centre or optim.default_lr(rwkv_jax.build(**model_fields(base)).layers[0], base.model.dim)
 
     def number_at(lr: float) -> float:
         config = config_of(study, changes | flat(dict(its.changes)) | {its.field: lr})
         return its.value(kept(f"{arm}, lr {lr:g}", cell_of(study, [config], folder), folder))
 
-    centre = flat(study.base)[its.field]
     sweeps.bracket(path, name, centre, number_at, its.better, its.widest)
     return sweeps.best(path, name, its.better)
 

@@ -155,7 +155,7 @@ STUDY = {
     "sweep": LARGE["sweep"]._replace(changes={"steps": 40}),
     "conclude": conclude,
     "presets": {
-        "smoke": {"arms": arms_of(((1, 8),), ARMS[:1]), "budgets": (8, 10, 12, 120)},
+        "smoke": {"arms": arms_of(((1, 8),), ARMS[:1]), "seeds": 1, "budgets": (8, 10, 12, 120)},
         "gpu": LARGE,
         "paper": LARGE
         | {
