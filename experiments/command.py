@@ -64,13 +64,14 @@ def main(
     args = vars(parser.parse_args(argv))
     label = "smoke" if args["smoke"] else args["preset"]
     preset = presets[label] if not args.get("text") else replace(presets[label], text=args["text"])
-    try:
+
+    def computed() -> None:
         if label == "smoke" and args["out"] == folder:
             raise ValueError("a smoke would replace results that mean something: give it --out=FOLDER")
         args["out"].mkdir(parents=True, exist_ok=True)
         if args.get("sweep"):
             sweep(preset, args["out"] / "sweep.json")
-            return 0
+            return
         with tempfile.TemporaryDirectory() as elsewhere:
             kept = Path(elsewhere if label == "smoke" else "runs") / name / f"{label}.json"
             added = {name: args[name] for name in (option.replace("-", "_") for option in options or {})}
@@ -83,24 +84,37 @@ def main(
         draw(name, path)
         if args["out"].resolve() == ledger.HERE / name:
             ledger.refresh()
+        for row in results.get("ledger", ()):
+            print("{artefact}: {ours} (paper: {paper}): {verdict}".format(**row))
+        print(f"written: {path}")
+
+    return reported(computed)
+
+
+def reported(computed: Callable[[], None]) -> int:
+    """The exit code of a command: an error is one line, an interrupt says that nothing is lost."""
+    try:
+        computed()
     except KeyboardInterrupt:
-        print("stopped; cells that were done are kept, the same command goes on", file=sys.stderr)
+        print("stopped; runs that were done are kept, the same command resumes", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    for row in results.get("ledger", ()):
-        print("{artefact}: {ours} (paper: {paper}): {verdict}".format(**row))
-    print(f"written: {path}")
     return 0
 
 
 def draw(name: str, path: Path) -> Path:
-    """The figure of a results file, beside it: figure.png of results.json, gpu.png of gpu.json."""
-    from importlib import import_module
+    """The figure of a results file, beside it: figure.png of results.json, gpu.png of gpu.json.
 
+    By `experiments.NAME.plot`, or that of every study where an experiment has none.
+    """
+    from importlib import import_module  # matplotlib, which no child process needs
+
+    has_own = name and (ledger.HERE / name / "plot.py").exists()
+    module = import_module(f"experiments.{name}.plot" if has_own else "experiments.figures")
     figure = path.with_name("figure.png" if path.name == "results.json" else f"{path.stem}.png")
-    import_module(f"experiments.{name}.plot").draw(json.loads(path.read_text()), figure)
+    module.draw(json.loads(path.read_text()), figure)
     return figure
 
 

@@ -188,8 +188,8 @@ def _precision():
 def _finetune():
     results = read("finetune/results.json")
     told = "; ".join(
-        f"{arm} {its['new']['minus_none'][0]:+.3f} on the new, {its['old']['minus_none'][0]:+.3f} on the old text"
-        for arm, its in results["arms"].items()
+        f"{arm} {row['difference']:+.3f} on the new, {results['old'][arm]['difference']:+.3f} on the old text"
+        for arm, row in results["table"].items()
         if arm != "none"
     )
     question = "bits a byte of new and old text after fine-tuning in several ways, one seed"

@@ -1,8 +1,5 @@
-"""Figures without a display, and the command of every `plot.py`."""
+"""Figures without a display, and that of every study without a `plot.py` of its own."""
 
-import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -10,8 +7,9 @@ import matplotlib
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
-__all__ = ["COLOURS", "main", "plt", "saved"]
+__all__ = ["COLOURS", "draw", "plt", "saved"]
 
 # One colour an arm, in every figure.
 COLOURS = {
@@ -30,8 +28,37 @@ def saved(figure, path: Path, dpi: int = 110) -> None:
     plt.close(figure)
 
 
-def main(draw: Callable, file: str) -> None:
-    """python -m experiments.NAME.plot [results.json [figure.png]]: `draw(results, path)`, by default beside `file`."""
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(file).parent / "results.json"
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_name("figure.png")
-    draw(json.loads(source.read_text()), target)
+def draw(results: dict, path: Path) -> None:
+    """The figure of a study: training loss of its arms, and their differences with the pairs of seeds behind them.
+
+    The axis of the differences is linear near zero and logarithmic beyond: effects differ a hundredfold.
+    """
+    study, stamp = results["study"], results["stamp"]
+    rows = {arm: row for arm, row in results["table"].items() if row.get("difference") is not None}
+    rows = dict(sorted(rows.items(), key=lambda item: item[1]["difference"]))
+    size = (11, max(3.6, 1.2 + 0.32 * len(rows)))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained", width_ratios=(1, 1.3))
+    for i, arm in enumerate(results["table"]):
+        its = [cell for name, cell in results["cells"].items() if name.startswith(f"{arm}, seed ")]
+        runs = [cell for cell in its if "tokens" in cell]
+        for n, curve in enumerate(run["curve"] for run in runs if run["tokens"] == runs[-1]["tokens"]):
+            style = {"color": COLOURS.get(arm, plt.cm.tab20(i % 20)), "linewidth": 0.8, "label": None if n else arm}
+            left.plot(curve["tokens"], curve["loss_nats"], **style)
+    left.set(xlabel="tokens", ylabel="training loss, nats")
+    left.xaxis.set_major_formatter(EngFormatter())
+    left.legend(frameon=False, fontsize=7)
+    for y, row in enumerate(rows.values()):
+        colour = "#2c3e50" if row.get("resolved") else "#95a5a6"
+        if row["low"] is not None:
+            right.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=1.5)
+        right.plot(row["by_seed"], [y] * len(row["by_seed"]), "|", color=colour, markersize=8)
+        right.plot(row["difference"], y, "o", color=colour, markersize=5)
+    right.axvline(0, color="grey", linewidth=0.8)
+    right.set_xscale("symlog", linthresh=0.01)
+    right.xaxis.set_major_formatter(lambda x, _: f"{x:+g}" if x else "0")
+    right.set_yticks(range(len(rows)), rows)
+    right.set_ylim(-0.7, len(rows) - 0.3)
+    number = study["measure"][0].replace("_", " ")
+    right.set_xlabel(f"{number} minus {study['against']}'s\n(right: worse; dark: resolved after Holm's correction)")
+    figure.suptitle(f"{', '.join(stamp['devices'])}, {stamp['date']}", fontsize=9)
+    saved(figure, path)

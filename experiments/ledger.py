@@ -45,19 +45,25 @@ HEADLINES = (
 
 
 def reproductions() -> list[Path]:
-    """Folders of the experiments of the paper, in order."""
-    found = [run.parent for run in HERE.glob("*/run.py") if "experiments import command" in run.read_text()]
+    """Folders of the experiments of the paper, in order, then of other studies that were published."""
+    published = {file.parent for file in HERE.glob("*/*.json") if _is_published(file)}
+    found = published | {HERE / name for name in ORDER}
     return sorted(found, key=lambda f: (ORDER.index(f.name) if f.name in ORDER else len(ORDER), f.name))
 
 
 def results() -> list[tuple[str, dict]]:
-    """(folder, results) of what was run, of a folder the preset `cpu` first."""
+    """(folder, results) of what was published, of a folder the preset `cpu` first."""
     found = []
     for folder in reproductions():
-        files = sorted(folder.glob("*.json"), key=lambda file: (file.name != "results.json", file.name))
-        read = [json.loads(file.read_text()) for file in files]
-        found += [(folder.name, its) for its in read if "ledger" in its]  # the others are sweeps and expectations
+        files = sorted(filter(_is_published, folder.glob("*.json")), key=lambda f: (f.name != "results.json", f.name))
+        found += [(folder.name, json.loads(file.read_text())) for file in files]
     return found
+
+
+def _is_published(file: Path) -> bool:
+    """Whether a file has rows of the ledger and is no draft; others are sweeps and expectations."""
+    its = json.loads(file.read_text())
+    return "ledger" in its and not its.get("draft")
 
 
 def ledger() -> str:
@@ -156,7 +162,8 @@ def main(argv=None) -> int:
     failed = []
     for folder in reproductions() if args.run else ():
         print(f"== {folder.name}", flush=True)
-        code = subprocess.run([sys.executable, "-m", f"experiments.{folder.name}.run"]).returncode
+        publish = ["--publish"] if "import study" in (folder / "run.py").read_text() else []
+        code = subprocess.run([sys.executable, "-m", f"experiments.{folder.name}.run", *publish]).returncode
         if code in (130, -signal.SIGINT):
             return 130
         if code:

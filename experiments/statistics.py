@@ -1,11 +1,9 @@
-"""Intervals of paired differences, and what many comparisons do to them."""
+"""Intervals of paired differences, verdicts on them, and what many comparisons do to them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
-
-from rwkv_jax import evaluate
 
 
 def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
@@ -24,7 +22,7 @@ def p_value(differences: Sequence[float]) -> float:
         return np.nan
     if np.ptp(x) == 0:
         return float(x[0] == 0)
-    return float(stats.ttest_1samp(x, 0.0).pvalue)
+    return float(2 * stats.t.sf(abs(x.mean()) * np.sqrt(len(x)) / x.std(ddof=1), len(x) - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -37,18 +35,54 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
+def bootstrap(statistic: Callable, documents: int, samples: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval over documents of `statistic(their indices)`; NaN of one document."""
+    if documents < 2:
+        return np.nan, np.nan
+    of_drawn = lambda drawn: statistic(drawn.astype(int))
+    found = stats.bootstrap(
+        (np.arange(documents),),
+        of_drawn,
+        n_resamples=samples,
+        vectorized=False,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    )
+    return tuple(map(float, found.confidence_interval))
+
+
+def over_documents(nats_SD, bytes_D) -> tuple[float, float]:
+    """95 % bootstrap interval over documents of nats by seed and document, in bits per byte, the mean over seeds."""
+    bits_D, bytes_D = np.mean(nats_SD, axis=0) / np.log(2), np.asarray(bytes_D, float)
+    return bootstrap(lambda drawn: bits_D[drawn].sum() / bytes_D[drawn].sum(), len(bytes_D))
+
+
 def wider(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """The wider of two intervals (low, high), NaN being none: over seeds and over documents, say."""
     known = [(low, high) for low, high in (a, b) if not np.isnan(high - low)]
     return tuple(max(known, key=lambda x: x[1] - x[0])) if known else (np.nan, np.nan)
 
 
-def paired_bits(a_SD, b_SD, bytes_D, seed: int = 0, samples: int = 2000) -> tuple[float, float, float]:
+def paired_bits(a_SD, b_SD, bytes_D) -> tuple[float, float, float]:
     """Bits per byte of nats `a` minus those of `b`, by seed and document, and a 95 % interval.
 
-    The wider of Student's t over seeds and the percentile bootstrap over documents of the mean over seeds: neither
-    another start nor another text may turn the sign.
+    The wider of Student's t over seeds and the bootstrap over documents of the mean over seeds: neither another start
+    nor another text may turn the sign.
     """
-    nats_SD, bytes_D = np.asarray(a_SD, float) - np.asarray(b_SD, float), np.asarray(bytes_D, float)
-    mean, *over_seeds = t_interval(nats_SD.sum(1) / np.log(2) / bytes_D.sum())
-    return mean, *wider(over_seeds, evaluate.interval_over_documents(nats_SD.mean(0), bytes_D, seed, samples))
+    nats_SD = np.subtract(a_SD, b_SD)
+    mean, *over_seeds = t_interval(nats_SD.sum(1) / np.log(2) / np.sum(bytes_D))
+    return mean, *wider(over_seeds, over_documents(nats_SD, bytes_D))
+
+
+def verdict(low: float | None, high: float | None, sign: int, paper: float | None = None) -> str:
+    """Verdict on a difference whose interval is (low, high), None or NaN being none.
+
+    Args:
+        sign: of the paper's difference, +1 or -1.
+        paper: its size, where the paper prints one that a run of this kind could reproduce.
+    """
+    if low is None or np.isnan(low) or low <= 0 <= high:
+        return "not resolved"
+    if low * sign < 0:
+        return "contradicted"
+    return "reproduced" if paper is not None and low <= paper <= high else "same sign"

@@ -18,16 +18,19 @@ def swept(path: Path) -> dict:
     return json.loads(path.read_text())["runs"] if path.exists() else {}
 
 
-def bracket(path: Path, name: str, centre: float, loss_of: Callable[[float], float], **about) -> None:
-    """Losses of `name` around the power of 2 times 1e-3 that is nearest to `centre`, kept in `path` after each run.
+def bracket(
+    path: Path, name: str, centre: float, value_of: Callable[[float], float], better=min, widest=None, **about
+) -> None:
+    """Values of `name` around the power of 2 times 1e-3 that is nearest to `centre`, kept in `path` after each run.
 
     Args:
-        path: JSON {"runs": {name: {rate: loss}}, ...}; what it holds is not run again.
+        path: JSON {"runs": {name: {rate: value}}, ...}; what it holds is not run again.
         about: what else it should say.
     """
     results = {"runs": swept(path)}
     runs, nearest = results["runs"].setdefault(name, {}), 1e-3 * 2.0 ** round(np.log2(centre / 1e-3))
-    for rate in search((nearest / 2, nearest, nearest * 2), runs, lambda rate: round(loss_of(rate), 4)):
+    rates = (nearest / 2, nearest, nearest * 2)
+    for rate in search(rates, runs, lambda rate: round(value_of(rate), 4), better, widest):
         print(f"{name} lr {rate}: {runs[rate]:.4f}", flush=True)
         write_json(path, results | about | {"stamp": stamp.stamp()})
 
@@ -58,13 +61,15 @@ def lr(path: Path, arm: str, num_layers: int, dim: int) -> float | None:
     for sweep in (path, COMPARE):
         runs = swept(sweep)
         if f"{arm} {num_layers}x{dim}" in runs:
-            return _best(runs[f"{arm} {num_layers}x{dim}"])
-    points = [(int(name.split("x")[-1]), _best(its)) for name, its in runs.items() if name.split(" ")[0] == arm]
+            return best(sweep, f"{arm} {num_layers}x{dim}")
+    points = [(int(name.split("x")[-1]), best(COMPARE, name)) for name in runs if name.split(" ")[0] == arm]
     if not points:
         return None
     dims, rates = np.log(np.array(sorted([*points, RELEASED]))).T
     return float(np.exp(np.interp(np.log(dim), dims, rates)))
 
 
-def _best(runs: dict) -> float:
-    return float(min(runs, key=runs.get))
+def best(path: Path, name: str, better=min) -> float | None:
+    """The rate of `name` in a sweep whose value is the best; None where it was not swept."""
+    runs = swept(path).get(name)
+    return runs and float(better(runs, key=runs.get))

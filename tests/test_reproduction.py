@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import command
+from experiments import command, ledger
 
 ROOT = Path(__file__).parents[1]
-NAMES = sorted(
-    path.parent.name for path in ROOT.glob("experiments/*/run.py") if "experiments import command" in path.read_text()
-)
+NAMES = [folder.name for folder in ledger.reproductions()]
 
 
 @pytest.mark.slow

@@ -1,11 +1,8 @@
-"""The figure of `results.json`: spectrograms of held-out music, of what continues it, and of the end of that.
-
-python -m experiments.audio.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: spectrograms of held-out music, of what continues it, and of the end of that."""
 
 import numpy as np
 
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 
 def draw(results, path) -> None:
@@ -23,7 +20,3 @@ def draw(results, path) -> None:
     axes[0].set_ylabel("Hz")
     figure.colorbar(image, ax=axes, label="dB", shrink=0.8)
     saved(figure, path, dpi=72)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -7,7 +7,7 @@ memory. The same seed twice is the same run, bit for bit on a CPU.
 
     python -m experiments.bf16.run                        2 x 64 on the embedded corpus, 3 seeds of each
     python -m experiments.bf16.run --preset=gpu           6 x 512
-    python -m experiments.bf16.run --smoke --out=DIR
+    python -m experiments.bf16.run --smoke
 
 Pairs have the same initial numbers (rounded, where parameters are) and batches; held-out text is scored in float32
 for all, so that differences are those of training. Cost: 8 minutes on 2 CPU cores; `gpu` about 10 minutes on one
@@ -18,87 +18,42 @@ models show.
 """
 
 import hashlib
-import sys
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from experiments import command, statistics
-from experiments.text import capped, curve, trained
-from rwkv_jax import corpora, evaluate, run_config
+from experiments import measures, study
+from experiments.runs import curve, trained
+from rwkv_jax import evaluate
 
-HERE = Path(__file__).parent
 BASE = "float32"
-ARMS = {BASE: {}, "bfloat16 activations": {"dtype": "bfloat16"}, "bfloat16 parameters": {"param_dtype": "bfloat16"}}
+ARMS = {
+    BASE: {},
+    "bfloat16 activations": {"model.dtype": "bfloat16"},
+    "bfloat16 parameters": {"model.param_dtype": "bfloat16"},
+}
+REPEATED = (BASE, "bfloat16 activations")  # arms of which the first seed runs twice
 TOLERATED = 0.01  # bits a byte
 
 
-@dataclass(frozen=True)
-class Preset:
-    num_layers: int = 2
-    dim: int = 64
-    seq_len: int = 128
-    batch_size: int = 16
-    steps: int = 200
-    seeds: tuple = (0, 1, 2)
-    test_bytes: int = 2**16
-    repeated: tuple = (BASE, "bfloat16 activations")  # arms of which the first seed runs twice
-    text: str = "stdlib"
+def in_float32(model, params, corpus) -> dict:
+    """Bits per byte in windows, computed in float32."""
+    shape = (corpus.seq_len, corpus.batch_size)
+    nats_N = evaluate.windows(model.clone(dtype=BASE), params, corpus.test.tokens, *shape)
+    return measures.by_document("in_float32", nats_N, corpus.test)
 
 
-PRESETS = {
-    "smoke": Preset(
-        num_layers=1, dim=16, seq_len=16, batch_size=2, steps=4, seeds=(0,), test_bytes=2**9, repeated=(BASE,)
-    ),
-    "cpu": Preset(),
-    "gpu": Preset(num_layers=6, dim=512, seq_len=512, batch_size=32, steps=2000, test_bytes=2**20),
-}
+def digest(model, params, corpus) -> dict:
+    """SHA-256 of the parameters."""
+    return {"digest": hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))).hexdigest()}
 
 
-def config_of(preset, arm, seed):
-    config = run_config.default()
-    config.model.update(ARMS[arm], num_layers=preset.num_layers, dim=preset.dim)
-    config.update(seq_len=preset.seq_len, batch_size=preset.batch_size, steps=preset.steps, seed=seed)
-    config.update(corpus=preset.text, log_every=max(1, preset.steps // 100), eval_every=0, eval_tokens=0, save_every=0)
-    return config
-
-
-def one_run(preset, arm, seed, workdir) -> dict:
-    """Curve, digest of the final parameters, and held-out nats by document, of one run."""
-    model, params = trained(config_of(preset, arm, seed), workdir)
-    test = capped(corpora.prepare(preset.text, "bytes").test, preset.test_bytes)
-    nats_N = evaluate.windows(model.clone(dtype=BASE), params, test.tokens, preset.seq_len, preset.batch_size)
-    nats, num_bytes = evaluate.per_document(nats_N, test)
-    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))).hexdigest()
-    return {
-        "bits_per_byte": evaluate.bits_per_byte(nats, num_bytes),
-        "parameters_sha256": digest,
-        "curve": curve(workdir),
-        "document_nats": [round(float(x), 3) for x in nats],
-        "document_bytes": [int(n) for n in num_bytes],
-    }
-
-
-def cells(preset, workdir):
-    asked = {}
-    run = lambda arm, seed, name: partial(one_run, preset, arm, seed, workdir / name.replace(" ", "_"))
-    for seed in preset.seeds:
-        asked |= {f"{arm}, seed {seed}": run(arm, seed, f"{arm} {seed}") for arm in ARMS}
-    first = preset.seeds[0]
-    return asked | {f"{arm}, seed {first}, again": run(arm, first, f"{arm} {first} again") for arm in preset.repeated}
-
-
-def compared(preset, values, arm) -> dict:
-    """Held-out bits a byte of an arm minus those of float32: by seed, mean, and interval."""
-    of = lambda name, field: [values[f"{name}, seed {seed}"][field] for seed in preset.seeds]
-    by_seed = np.subtract(of(arm, "bits_per_byte"), of(BASE, "bits_per_byte")).tolist()
-    nats_SD = (of(name, "document_nats") for name in (arm, BASE))
-    mean, low, high = statistics.paired_bits(*nats_SD, of(BASE, "document_bytes")[0])
-    known = not np.isnan(low)
-    return {"by_seed": by_seed, "mean": mean, "low": low if known else None, "high": high if known else None}
+def again(changes, config, folder) -> dict:
+    """A second run with the same seed."""
+    config.update_from_flattened_dict(changes)
+    _, params, workdirs = trained([config], folder / "again")
+    return digest(None, params, None) | {"curve": curve(workdirs)}
 
 
 def verdict(low, high) -> str:
@@ -107,30 +62,34 @@ def verdict(low, high) -> str:
     return "reproduced" if high < TOLERATED else "contradicted"
 
 
-def conclude(preset, values):
-    found = {arm: compared(preset, values, arm) for arm in ARMS if arm != BASE}
-    same = {}
-    for arm in preset.repeated:
-        once, again = (values[f"{arm}, seed {preset.seeds[0]}{x}"] for x in ("", ", again"))
-        same[arm] = once["parameters_sha256"] == again["parameters_sha256"] and once["curve"] == again["curve"]
-    level = np.mean([values[f"{BASE}, seed {seed}"]["bits_per_byte"] for seed in preset.seeds])
-    size = f"{preset.num_layers} x {preset.dim}, {preset.steps} steps, {len(preset.seeds)} paired seeds"
+def conclude(its, values) -> dict:
+    """Rows of the ledger: what each arm costs, and whether a seed is a run."""
+    config, compared = study.config_of(its), study.compared(its, values)
+    size = f"{config.model.num_layers} x {config.model.dim}, {config.steps} steps, "
+    size += f"{len(study.seeds_of(its, BASE))} paired seeds"
     rows = []
-    for arm, its in found.items():
-        interval = "" if its["low"] is None else f" [{its['low']:+.4f}, {its['high']:+.4f}]"
-        rows.append({
-            "artefact": f"Training with {arm}",
-            "paper": "trained in bfloat16, no float32 beside it",
-            "ours": f"{its['mean']:+.4f}{interval} bits a byte against float32's {level:.3f} ({size}; "
-            f"above {TOLERATED} contradicts)",
-            "verdict": verdict(its["low"], its["high"]),
-        })  # fmt: skip
-    rows.append({
-        "artefact": "The same seed twice",
-        "paper": "not in the paper",
-        "ours": ", ".join(f"{arm}: {'the same bits' if equal else 'other bits'}" for arm, equal in same.items()),
-        "verdict": "reproduced" if all(same.values()) else "contradicted",
-    })  # fmt: skip
+    for arm in list(compared)[1:]:
+        found = compared[arm]
+        interval = "" if found["low"] is None else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
+        rows.append(
+            {
+                "artefact": f"Training with {arm}",
+                "paper": "trained in bfloat16, no float32 beside it",
+                "ours": f"{found['difference']:+.4f}{interval} bits a byte against float32's "
+                f"{compared[BASE]['in_float32']:.3f} ({size}; above {TOLERATED} contradicts)",
+                "verdict": verdict(found["low"], found["high"]),
+            }
+        )
+    first = lambda arm, suffix: (values[f"{arm}, seed 0{suffix}"][name] for name in ("digest", "curve"))
+    same = {arm: list(first(arm, "")) == list(first(arm, ", again")) for arm in REPEATED}
+    rows.append(
+        {
+            "artefact": "The same seed twice",
+            "paper": "not in the paper",
+            "ours": ", ".join(f"{arm}: {'the same bits' if equal else 'other bits'}" for arm, equal in same.items()),
+            "verdict": "reproduced" if all(same.values()) else "contradicted",
+        }
+    )
     not_run = {
         "artefact": "Training in bfloat16 at 6 x 512",
         "command": "python -m experiments.bf16.run --preset=gpu",
@@ -138,13 +97,21 @@ def conclude(preset, values):
         "hours": 0.2,
         "why": "no GPU for so long",
     }
-    return {
-        "ledger": rows,
-        "not_run": [not_run] if preset.dim < 512 else [],
-        "against_float32": found,
-        "same_bits": same,
-    }
+    return {"ledger": rows, "not_run": [not_run] if config.model.dim < 512 else []}
 
+
+LARGE = {"model": {"num_layers": 6, "dim": 512}, "seq_len": 512, "batch_size": 32, "steps": 2000}
+STUDY = {
+    "base": {"model": {"num_layers": 2, "dim": 64}, "seq_len": 128, "batch_size": 16, "steps": 200},
+    "arms": ARMS,
+    "seeds": 3,
+    "measure": (in_float32, digest),
+    "against": BASE,
+    "held_out": 2**16,
+    "also": lambda: {f"{arm}, seed 0, again": partial(again, ARMS[arm]) for arm in REPEATED},
+    "conclude": conclude,
+    "presets": {"smoke": {"seeds": 1}, "gpu": {"base": LARGE, "held_out": 2**20}},
+}
 
 if __name__ == "__main__":
-    sys.exit(command.main(HERE, __doc__, PRESETS, cells, conclude))
+    study.main(**STUDY)

@@ -1,11 +1,8 @@
-"""The figure of `results.json`: loss by tokens and by wall time, cost of decoding against context.
-
-python -m experiments.compare.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: loss by tokens and by wall time, cost of decoding against context."""
 
 import numpy as np
 
-from experiments.figures import COLOURS, main, plt, saved
+from experiments.figures import COLOURS, plt, saved
 
 
 def draw(results, path) -> None:
@@ -47,7 +44,3 @@ def _smooth(y, window=5):
     """Running mean over what there is of `window` log steps."""
     sums = np.convolve(y, np.ones(window), mode="full")[: len(y)]
     return sums / np.minimum(np.arange(1, len(y) + 1), window)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -32,15 +32,12 @@ import rwkv_jax
 from experiments import stamp, sweeps
 from experiments.command import write_json
 from experiments.compare import baselines, plot, table
-from experiments.text import capped, level
+from experiments.measures import capped, level
+from experiments.study import MODELS
 from rwkv_jax import corpora, data, evaluate, hardware, metrics, optim, run_config, train
 
 HERE = Path(__file__).parent
-ARMS = {
-    "rwkv4": {"name": "rwkv4"},
-    "transformer": {"name": "transformer"},
-    "transformer+shift": {"name": "transformer", "variant": {"token_shift": True}},
-}
+ARMS = {arm: MODELS[arm]["model"] for arm in ("rwkv4", "transformer", "transformer+shift")}
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def _state_bytes(model, context):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
-def counted_baselines(rows_NT, test, preset):
+def counted_baselines(rows_NT, test):
     """Bits of each test byte under n-grams of the training bytes, and what xz adds."""
     tokens = np.asarray(test.tokens)
     bits = baselines.ngram_bits(rows_NT, tokens)
@@ -205,7 +202,7 @@ def compare(preset, minutes, seed, text, models):
     for arm in arms:
         arms[arm]["minus"] = {other: _difference(nats[arm], nats[other], test, seed) for other in BASELINES}
     say("n-grams and xz")
-    counted, xz = counted_baselines(seen_NT, test, preset)
+    counted, xz = counted_baselines(seen_NT, test)
     results = {
         "corpus": {"name": corpus.name, "sha256": corpus.sha256, "test_bytes": test.num_bytes},
         "documents": len(test.starts),

@@ -1,11 +1,8 @@
-"""The figure of `results.json`: loss against context, what a carried state saves by distance, and the copy task.
-
-python -m experiments.context.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: loss against context, what a carried state saves by distance, and the copy task."""
 
 import numpy as np
 
-from experiments.figures import COLOURS, main, plt, saved
+from experiments.figures import COLOURS, plt, saved
 
 ARMS = COLOURS | {"extended": "#e67e22", "control": "#f1c40f"}
 COPIES = {"copy": "rwkv4", "copy, extended": "extended", "copy, control": "control"}
@@ -13,11 +10,11 @@ COPIES = {"copy": "rwkv4", "copy, extended": "extended", "copy, control": "contr
 
 def draw(results, path) -> None:
     """Write the figure as PNG."""
-    cells, fields = results["cells"], results["fields"]
-    T, seed = fields["seq_len"], fields["seeds"][0]
+    cells, base = results["cells"], results["study"]["base"]
+    T = base["seq_len"]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for name, color in ARMS.items():
-        cell = cells.get(f"{name}, seed {seed}")
+        cell = cells.get(f"{name}, seed 0")
         if cell is None:
             continue
         mean = lambda bits_D, n_D=cell["targets"]: np.average(bits_D, weights=n_D)
@@ -37,16 +34,12 @@ def draw(results, path) -> None:
     middle.axhline(0, color="grey", linewidth=0.6)
     for name, of in COPIES.items():
         share = cells[name]["share"]
-        label = {"rwkv4": f"windows of {fields['copy_len']}"}.get(of, of)
+        label = {"rwkv4": f"windows of {cells['copy']['window']}"}.get(of, of)
         right.plot([int(lag) for lag in share], list(share.values()), ".-", color=ARMS[of], label=label)
-    right.axvline(fields["copy_len"], color="grey", linewidth=0.6)
+    right.axvline(cells["copy"]["window"], color="grey", linewidth=0.6)
     right.set(xscale="log", xlabel="lag", ylabel="share right", title="copy task", ylim=(-0.02, 1.02))
     right.legend(frameon=False, fontsize=8)
     stamp = results["stamp"]
-    size = f"{fields['num_layers']} x {fields['dim']}, T {T}, {fields['steps']} steps"
+    size = f"{base['model.num_layers']} x {base['model.dim']}, T {T}, {base['steps']} steps"
     figure.suptitle(f"{size}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

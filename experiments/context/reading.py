@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from experiments import statistics
 from rwkv_jax import corpora, evaluate
 
 TARGET = 64  # bytes of a target
@@ -22,6 +23,29 @@ class Targets(NamedTuple):
     text: corpora.Split  # the beginnings of long documents
     at_N: np.ndarray  # where each target begins
     document_N: np.ndarray  # whose it is
+
+
+def bits_after_context(model, params, corpus, T: int, contexts, number: int) -> dict:
+    """Bits a byte by document: after each context, with the past reset every T bytes, and as the model reads best.
+
+    Of a model with attention, contexts end at T.
+    """
+    longest = max(contexts)
+    its = targets(corpus.test, number, longest, 64 * T)
+    recurrent = model.layers == ("rwkv4",)
+    told = lambda bits_N: by_document(bits_N, its)
+    reset_N = evaluate.windows(model, params, its.text.tokens, T, 16)
+    best_N = evaluate.best_practice(model, params, its.text.tokens, its.text.starts, T, 16)
+    counts = [n for n in np.bincount(its.document_N).tolist() if n]
+    after = {str(c): told(bits_after(model, params, its, c)) for c in contexts if recurrent or c + TARGET <= T}
+    return {
+        "bits_after_context": round(float(np.average(list(after.values())[-1], weights=counts)), 5),
+        "targets": counts,
+        "after": after,
+        "reset": told(bits_of(reset_N, its)),
+        "carried" if recurrent else "sliding": told(bits_of(best_N, its)),
+        "gain_by_distance": gain_by_distance(reset_N, best_N, its.text, (T, 4 * T, 16 * T, 64 * T)),
+    }
 
 
 def targets(split: corpora.Split, number: int, context: int, longest: int) -> Targets:
@@ -77,14 +101,9 @@ def gain_by_distance(reset_N, best_N, text: corpora.Split, edges) -> list[list[f
     return [[mean(start, low, high) for start in starts] for low, high in itertools.pairwise(edges)]
 
 
-def bootstrap(statistic: Callable, documents: int, samples: int = 2000) -> tuple[float, float, float]:
+def bootstrap(statistic: Callable, documents: int) -> tuple[float, float, float]:
     """`statistic(indices of documents)`, and its 95 % percentile interval over documents; NaN of one."""
-    value = float(statistic(np.arange(documents)))
-    if documents < 2:
-        return value, np.nan, np.nan
-    rng = np.random.default_rng(0)
-    drawn = [statistic(rng.integers(documents, size=documents)) for _ in range(samples)]
-    return value, *map(float, np.quantile(drawn, (0.025, 0.975)))
+    return float(statistic(np.arange(documents))), *statistics.bootstrap(statistic, documents)
 
 
 def reach(contexts, bits_C, share: float = 0.95) -> float:

@@ -1,13 +1,10 @@
-"""The figure of `results.json`: decays of every layer, sorted, before and after training, and what changed.
-
-python -m experiments.decays.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: decays of every layer, sorted, before and after training, and what changed."""
 
 from pathlib import Path
 
 import numpy as np
 
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 
 def draw(results, path) -> None:
@@ -21,20 +18,14 @@ def draw(results, path) -> None:
             left.plot(share, before["decays"], color=color, linestyle="--", linewidth=0.8)
             left.plot(share, after["decays"], color=color, label=f"layer {layer}")
             right.plot(share, np.subtract(after["decays"], before["decays"]), color=color)
-        title = f"{name} start" if name in ("released", "flat") else Path(name).name
+        title = name.replace(", seed 0", " start") if ", seed 0" in name else Path(name).name
         left.set(title=f"{title}: before (dashed) and after", ylabel="decay a token", ylim=(-0.02, 1.02))
         right.set(title="after - before", ylabel="difference of sorted decays")
         right.axhline(0, color="grey", linewidth=0.6)
     for axis in rows[-1]:
         axis.set_xlabel("share of channels")
-    rows[0, 0].legend(frameon=False, fontsize=7, ncols=1 + len(cells["released"]["after"]) // 8)
-    fields, stamp = results["fields"], results["stamp"]
-    figure.suptitle(
-        f"{fields['num_layers']} x {fields['dim']}, {fields['steps']} steps; {stamp['devices'][0]}, {stamp['date']}",
-        fontsize=10,
-    )
+    rows[0, 0].legend(frameon=False, fontsize=7, ncols=1 + len(cells["released, seed 0"]["after"]) // 8)
+    base, stamp = results["study"]["base"], results["stamp"]
+    size = f"{base['model.num_layers']} x {base['model.dim']}, {base['steps']} steps"
+    figure.suptitle(f"{size}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -9,7 +9,7 @@ training changes it from there, and as training makes it from the flat start, wi
 
     python -m experiments.decays.run [--model=PATH]
     python -m experiments.decays.run --preset=gpu
-    python -m experiments.decays.run --smoke --out=DIR
+    python -m experiments.decays.run --smoke
 
 `--model` draws released weights, or any others that `rwkv_jax.load` reads, beside: their own decays, and those that
 the initialisers give at their size.
@@ -25,8 +25,7 @@ pattern alone: token shift and bonus keep theirs, which differ by layer and chan
 mean time_decay of the released start, so that as much is remembered.
 """
 
-import sys
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -34,32 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import rwkv_jax
-from experiments import command, text
-from experiments.statistics import t_interval
+from experiments import statistics, study
+from experiments.runs import flat, trained
 from rwkv_jax import metrics, run_config
 
-STARTS = ("released", "flat")
 NEAR_ONE = (0.9, 0.99)
 POINTS = 33  # of each layer's sorted decays that results keep
-
-
-@dataclass(frozen=True)
-class Preset:
-    num_layers: int = 4
-    dim: int = 128
-    seq_len: int = 256
-    batch_size: int = 16
-    steps: int = 250
-    seed: int = 0
-    eval_tokens: int = 2**17
-    text: str = "stdlib"
-
-
-PRESETS = {
-    "smoke": Preset(num_layers=2, dim=16, seq_len=32, batch_size=2, steps=10, eval_tokens=2**10),
-    "cpu": Preset(),
-    "gpu": Preset(num_layers=6, dim=512, seq_len=512, batch_size=32, steps=6100, text="enwik8"),
-}
 
 
 def initial(model, seed: int = 0):
@@ -86,7 +65,7 @@ def half_lives(x_LD) -> np.ndarray:
 
 def contrast(log2_LD) -> list:
     """Last layer minus first: mean over channels and its t interval."""
-    return [round(x, 4) for x in t_interval(log2_LD[-1] - log2_LD[0])]
+    return [round(x, 4) for x in statistics.t_interval(log2_LD[-1] - log2_LD[0])]
 
 
 def layers(x_LD) -> list[dict]:
@@ -117,32 +96,26 @@ def told(before_LD, after_LD) -> dict:
     }
 
 
-def config_of(preset: Preset):
-    config = run_config.default()
-    config.model.update(num_layers=preset.num_layers, dim=preset.dim)
-    config.update(corpus=preset.text, steps=preset.steps, seed=preset.seed)
-    config.update(seq_len=preset.seq_len, batch_size=preset.batch_size)
-    config.update(eval_every=0, eval_tokens=preset.eval_tokens, save_every=0)
-    return config
-
-
-def trained_from(start: str, preset: Preset, folder: Path) -> dict:
-    """One run from the released initialisers, or from the same with flat decays, on the same batches."""
-    config = config_of(preset)
-    model = rwkv_jax.build("rwkv4", vocab_size=256, num_layers=preset.num_layers, dim=preset.dim)
-    params = initial(model, preset.seed)
+def learned(config, folder: Path) -> dict:
+    """Decays before and after a run from the released initialisers, or from the same with flat decays."""
+    fields = config.to_dict()
+    start, run = fields.pop("start"), run_config.default()
+    run.update(eval_every=0, save_every=0)
+    run.update_from_flattened_dict(flat(fields))
+    model = rwkv_jax.build("rwkv4", vocab_size=256, **fields["model"])
+    params = initial(model, run.seed)
     if start == "flat":
         params = flattened(params)
+        run.finetune.model = str(folder / "flat-{num_layers}x{dim}.safetensors".format(**fields["model"]))
         folder.mkdir(parents=True, exist_ok=True)
-        config.finetune.model = str(folder / "flat.safetensors")
-        rwkv_jax.save(config.finetune.model, model, params)
-    _, trained = text.trained(config, folder / start)
-    last = metrics.read(folder / start / "metrics.jsonl")[-1]
-    return told(decays_of(params), decays_of(trained)) | {"bits_per_byte": round(last["valid_bits_per_byte"], 4)}
+        rwkv_jax.save(run.finetune.model, model, params)
+    _, after, workdirs = trained([run], folder)
+    last = metrics.read(workdirs[-1] / "metrics.jsonl")[-1]
+    return told(decays_of(params), decays_of(after)) | {"bits_per_byte": round(last["valid_bits_per_byte"], 4)}
 
 
-def of_model(path: str) -> dict:
-    """Weights of somebody else's, beside the initialisers at their size."""
+def of_model(path: str, config, folder) -> dict:
+    """Decays of given weights, beside those that the initialisers give at their size."""
     model, params = rwkv_jax.load(path)
     if set(model.layers) != {"rwkv4"}:
         raise ValueError(f"{path} has layers {model.layers}, expected rwkv4 alone: attention has no decays")
@@ -151,21 +124,16 @@ def of_model(path: str) -> dict:
     return told(before_LD, decays_of(params))
 
 
-def cells(preset: Preset, folder: Path, model: str | None = None) -> command.Cells:
-    of_start = lambda start: lambda: trained_from(start, preset, folder)
-    added = {model: lambda: of_model(model)} if model else {}
-    return {start: of_start(start) for start in STARTS} | added
-
-
-def conclude(preset: Preset, values: dict) -> dict:
-    released, flat = values["released"], values["flat"]
+def conclude(its, values: dict) -> dict:
+    """Rows of the ledger: the drawn pattern, and what of it is learned."""
+    config = study.config_of(its)
+    released, flat = (values[study.name_of(start, 0)] for start in ("released", "flat"))
     shares = lambda layers: f"{layers[0]['above_0.9']:.0%} to {layers[-1]['above_0.9']:.0%}"
     rises = released["after"][-1]["above_0.9"] > released["after"][0]["above_0.9"]
     given, (learned, low, high) = released["contrast_before"][0], flat["contrast_learned"]
     worth = flat["bits_per_byte"] - released["bits_per_byte"]
-    size = f"{preset.num_layers} x {preset.dim}"
+    size = f"{config.model.num_layers} x {config.model.dim}"
     return {
-        "bits_per_byte_flat_minus_released": round(worth, 4),
         "ledger": [
             {
                 "artefact": "Fig. 10, decays by layer",
@@ -178,7 +146,7 @@ def conclude(preset: Preset, values: dict) -> dict:
                 "artefact": "Fig. 10, learned or given",
                 "paper": "partly learned, partly from the initialisers; neither tested",
                 "ours": f"doublings of the half-life from first to last layer: {given:+.2f} given; from equal ones "
-                f"{learned:+.3f} [{low:+.3f}, {high:+.3f}] learned in {preset.steps} steps, which ends "
+                f"{learned:+.3f} [{low:+.3f}, {high:+.3f}] learned in {config.steps} steps, which ends "
                 f"{worth:+.3f} bits a byte beside the released start",
                 "verdict": "reproduced" if low > 0 else "contradicted" if high < 0 else "not resolved",
             },
@@ -202,6 +170,33 @@ def conclude(preset: Preset, values: dict) -> dict:
     }
 
 
+STUDY = {
+    "base": {
+        "model": {"num_layers": 4, "dim": 128}, "seq_len": 256, "batch_size": 16, "steps": 250, "eval_tokens": 2**17,
+        "corpus": "stdlib",
+    },
+    "arms": {start: {"start": start} for start in ("released", "flat")},
+    "measure": "bits_per_byte",
+    "against": "released",
+    "run": learned,
+    "also": lambda model=None: {model: partial(of_model, model)} if model else {},
+    "options": {"model": "weights to draw beside: a .pth, a folder, or whatever else rwkv_jax.load reads"},
+    "conclude": conclude,
+    "presets": {
+        "smoke": {
+            "base": {
+                "model": {"num_layers": 2, "dim": 16}, "seq_len": 32, "batch_size": 2, "steps": 10,
+                "eval_tokens": 2**10,
+            }
+        },
+        "gpu": {
+            "base": {
+                "model": {"num_layers": 6, "dim": 512}, "seq_len": 512, "batch_size": 32, "steps": 6100,
+                "corpus": "enwik8",
+            }
+        },
+    },
+}  # fmt: skip
+
 if __name__ == "__main__":
-    options = {"model": "weights to draw beside: a .pth, a folder, or whatever else rwkv_jax.load reads"}
-    sys.exit(command.main(Path(__file__).parent, __doc__, PRESETS, cells, conclude, options=options))
+    study.main(**STUDY)

@@ -1,9 +1,6 @@
-"""The figure of `results.json`: a token's time and memory against context, ratios beside the law, training against T.
+"""The figure of `results.json`: a token's cost against context, ratios beside the law, training against T."""
 
-python -m experiments.inference.plot [results.json [figure.png]]
-"""
-
-from experiments.figures import COLOURS, main, plt, saved
+from experiments.figures import COLOURS, plt, saved
 
 LINES = ("-", "--", ":")
 
@@ -74,7 +71,3 @@ def _training(axis, results):
         xlabel="T, at equal B T", ylabel="tokens/s", title="training; thin, crosses: temporary memory", ylim=(0, None)
     )
     memory.set(ylabel="MiB", ylim=(0, None))
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

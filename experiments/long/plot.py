@@ -1,9 +1,6 @@
-"""The figure of `results.json`: memory of a training step against the length of its sequence.
+"""The figure of `results.json`: memory of a training step against the length of its sequence."""
 
-python -m experiments.long.plot [results.json [figure.png]]
-"""
-
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 STYLES = {
     "whole": {"color": "#c0392b"},
@@ -26,7 +23,3 @@ def draw(results, path) -> None:
     stamp = results["stamp"]
     figure.suptitle(f"a training step; {', '.join(stamp['devices'])}, {stamp['date']}", fontsize=10)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -1,16 +1,13 @@
-"""The figure of `results.json`: share right of rules and models, and the loss of the models against tokens.
+"""The figure of `results.json`: share right of rules and models, and the loss of the models against tokens."""
 
-python -m experiments.lra.plot [results.json [figure.png]]
-"""
-
-from experiments.figures import COLOURS, main, plt, saved
+from experiments.figures import COLOURS, plt, saved
 
 
 def draw(results, path) -> None:
     """Write the figure as PNG."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=(1.5, 1))
-    fields, rules = results["fields"], results["rules"]
-    lengths = f"lengths {fields['above']} to {fields['below']}"
+    base, rules = results["study"]["base"], results["rules"]
+    lengths = f"lengths {base['above']} to {base['below']}"
     left.plot(rules.values(), list(rules), "o", color="grey", label=f"rules, {lengths}")
     public = results["public_rules"]
     left.plot(public.values(), list(public), "s", color="black", fillstyle="none", label="rules, lengths 500 to 2,000")
@@ -21,17 +18,13 @@ def draw(results, path) -> None:
     left.invert_yaxis()
     left.set(xlabel="expressions right", xlim=(0, 1), title="ListOps: what a share of right answers is worth")
     left.legend(frameon=False, fontsize=7, loc="lower left")
-    for name, cell in results["cells"].items():
-        if name.startswith("listops, "):
-            arm = name.split(", ")[1]
-            curve = cell["curve"]
-            right.plot([tokens / 1e6 for tokens in curve["tokens"]], curve["loss_nats"], color=COLOURS[arm], label=arm)
+    for arm in results["right"]:
+        curve = results["cells"][f"{arm}, seed 0"]["curve"]
+        right.plot([tokens / 1e6 for tokens in curve["tokens"]], curve["loss_nats"], color=COLOURS[arm], label=arm)
     right.set(
-        xlabel="tokens read, millions", ylabel="training loss, nats", title=f"{fields['num_layers']} x {fields['dim']}"
+        xlabel="tokens read, millions",
+        ylabel="training loss, nats",
+        title=f"{base['model.num_layers']} x {base['model.dim']}",
     )
     right.legend(frameon=False, fontsize=8)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -9,7 +9,7 @@ does the order hold among our arms.
     python -m experiments.lra.run --imdb=aclImdb      other tasks by the folders of their public files:
                                                       --listops --imdb --aan --cifar10 --pathfinder
     python -m experiments.lra.run --sweep             learning rate of each arm, at the lengths of the preset
-    python -m experiments.lra.run --smoke --out=DIR
+    python -m experiments.lra.run --smoke
 
 Cost: 4 minutes on 2 cores; `gpu`: 22 minutes an arm on one H200, one arm a slice, as cells are kept (estimates).
 
@@ -28,9 +28,6 @@ causal, the mean over all tokens into a linear classifier; no dropout, no weight
 of one bucket of lengths. cpu: 10,000 examples twice, 4 x 64, one seed, RWKV-4 alone.
 """
 
-import json
-import sys
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -38,121 +35,72 @@ from pathlib import Path
 import numpy as np
 
 import rwkv_jax
-from experiments import command, stamp, sweeps
+from experiments import study, sweeps
 from experiments.lra import classify, files, listops
 from rwkv_jax import optim
 
-HERE = Path(__file__).parent
-ARMS = {
-    "rwkv4": {"name": "rwkv4"},
-    "transformer": {"name": "transformer"},
-    "transformer+shift": {"name": "transformer", "variant": {"token_shift": True}},
-}
-# Table 4, share right of RWKV, and the range of its attention rows but for the two that learned nothing
+SWEEP = Path(__file__).with_name("sweep.json")
+ARMS = ("rwkv4", "transformer", "transformer+shift")
+# Table 4, share right of RWKV
 PAPER = {"listops": 0.5588, "imdb": 0.8604, "aan": 0.8834, "cifar10": 0.7053, "pathfinder": 0.5842}
-ATTENTION = (0.3533, 0.3998)
 NEAR = 0.02
 
 
-@dataclass(frozen=True)
-class Preset:
-    above: int = listops.PUBLIC.above  # lengths, both limits excluded
-    below: int = listops.PUBLIC.below
-    examples: tuple = (96_000, 2_000, 2_000)  # train, valid, test
-    epochs: int = 15
-    num_layers: int = 6
-    dim: int = 128
-    buckets: tuple = (768, 1024, 1536, 2048)
-    batch_size: int = 64
-    arms: tuple = tuple(ARMS)
-    seeds: tuple = (0,)
-    judged: int = 6_000  # expressions of the public lengths on which the rules are tried; half to count answers in
-    processes: int = 1  # that make expressions
-
-
-PRESETS = {
-    "smoke": Preset(5, 24, (64, 32, 32), 1, 1, 8, (24,), 16, arms=("rwkv4",), judged=20),
-    "cpu": Preset(20, 100, (10_000, 2_000, 2_000), 2, 4, 64, (32, 64, 100), 32, arms=("rwkv4",)),
-    "gpu": Preset(processes=8),
-    "paper": Preset(processes=8, seeds=(0, 1, 2)),
-}
-SWEPT, WIDEST = 3, 5  # a sweep: share of the training steps, as 1 / SWEPT, and learning rates at most
+def arm_of(name: str, base) -> dict:
+    """A model at its best learning rate of sweep.json; at the library's default where that size was not swept."""
+    model, (num_layers, dim) = study.MODELS[name], (base.model.num_layers, base.model.dim)
+    kind = "rwkv4" if name == "rwkv4" else "attention"
+    lr = sweeps.best(SWEEP, f"{name} {num_layers}x{dim}") or optim.default_lr(kind, dim)
+    return study.flat(model) | {"lr": lr}
 
 
 @cache
-def expressions(preset) -> files.Splits:
+def expressions(above: int, below: int, examples: tuple, processes: int) -> files.Splits:
     """Train, valid and test."""
-    recipe = listops.Recipe(preset.above, preset.below)
-    made = listops.generate(sum(preset.examples), recipe, processes=preset.processes)
-    bounds = np.cumsum([0, *preset.examples]).tolist()
-    return tuple(made.part(start, stop) for start, stop in pairwise(bounds))
+    made = listops.generate(sum(examples), listops.Recipe(above, below), processes=processes)
+    return tuple(made.part(start, stop) for start, stop in pairwise(np.cumsum([0, *examples]).tolist()))
 
 
-def judge(preset) -> dict:
+def expressions_of(config) -> files.Splits:
+    return expressions(config.above, config.below, tuple(config.examples), config.processes)
+
+
+def judge(config, folder) -> dict:
     """Rules on what the models are tried on, answers counted in what they are trained on."""
-    train, _, test = expressions(preset)
+    train, _, test = expressions_of(config)
     return {"right": listops.rules(train, test, range(1, 7)), "examples": len(test.labels)}
 
 
-def judge_public(preset) -> dict:
-    made, half = listops.generate(preset.judged, processes=preset.processes), preset.judged // 2
+def judge_public(config, folder) -> dict:
+    made, half = listops.generate(config.judged, processes=config.processes), config.judged // 2
     return {"right": listops.rules(made.part(0, half), made.part(half, 2 * half)), "examples": half}
 
 
-def classifier(preset, arm: str, task: files.Task = files.TASKS["listops"], num_documents: int = 1):
-    sizes = {"vocab_size": task.vocab_size, "num_layers": preset.num_layers, "dim": preset.dim}
-    return classify.Classifier(rwkv_jax.build(**sizes, **ARMS[arm]), task.num_classes, num_documents)
-
-
-def learn(preset, arm: str, seed: int, task: files.Task, splits) -> dict:
+def learn(config, folder, task: files.Task = files.TASKS["listops"], splits=None) -> dict:
     """Share of the test examples that a model gets right after training."""
-    train, valid, test = splits()
-    model = classifier(preset, arm, task, train.num_documents)
-    lr = rate(preset, arm)
-    params, curve = classify.fit(model, train, valid, preset, lr=lr, epochs=preset.epochs, seed=seed)
-    _, right = classify.judge(model, params, test, preset)
-    return {"lr": lr, "right": float(right.mean()), "examples": len(right), "curve": curve}
+    train, valid, test = splits or expressions_of(config)
+    lm = rwkv_jax.build(vocab_size=task.vocab_size, **config.model)
+    model = classify.Classifier(lm, task.num_classes, train.num_documents)
+    params, curve = classify.fit(model, train, valid, config, lr=config.lr, epochs=config.epochs, seed=config.seed)
+    _, right = classify.judge(model, params, test, config)
+    return {"lr": config.lr, "right": float(right.mean()), "examples": len(right), "curve": curve}
 
 
-def cells(preset, folder, **folders) -> command.Cells:
-    made = {"rules": partial(judge, preset)}
-    for seed in preset.seeds:
-        for arm in preset.arms:
-            generated = partial(expressions, preset)
-            made[f"listops, {arm}, seed {seed}"] = partial(learn, preset, arm, seed, files.TASKS["listops"], generated)
-    made["rules, 500 to 2,000"] = partial(judge_public, preset)
+def learn_files(name: str, path: str, arm: str, config, folder) -> dict:
+    """The same on a task by the folder of its public files."""
+    task = files.TASKS[name]
+    config.update_from_flattened_dict(arm_of(arm, config))
+    config.buckets = tuple(task.longest * n // 4 for n in (1, 2, 3, 4))
+    return learn(config, folder, task, files.load(name, Path(path)))
+
+
+def also(arms=ARMS, **folders) -> dict:
+    """Rules on the expressions, and other tasks where their files are."""
+    found = {"rules": judge, "rules, 500 to 2,000": judge_public}
     for name, path in folders.items():
-        if path is not None:
-            task = files.TASKS[name]
-            longest = replace(preset, buckets=tuple(task.longest * n // 4 for n in (1, 2, 3, 4)))
-            splits = cache(partial(files.load, name, Path(path)))
-            for arm in preset.arms:
-                made[f"{name} by its files, {arm}"] = partial(learn, longest, arm, 0, task, splits)
-    return made
-
-
-def rate(preset, arm: str) -> float:
-    """The best learning rate of sweep.json for an arm of that size; the library's default where it was not swept."""
-    nats = json.loads((HERE / "sweep.json").read_text())["runs"].get(f"{arm} {preset.num_layers}x{preset.dim}")
-    kind = "rwkv4" if arm == "rwkv4" else "attention"
-    return float(min(nats, key=nats.get)) if nats else optim.default_lr(kind, preset.dim)
-
-
-def sweep(preset, path: Path) -> None:
-    """Validation loss of each arm by learning rate, in factors of 2, until the best rate has two neighbours."""
-    results = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    train, valid, _ = expressions(preset)
-    few = train.part(0, min(len(train.labels), len(train.labels) * preset.epochs // SWEPT))
-
-    def nats(arm, lr):
-        _, curve = classify.fit(classifier(preset, arm), few, valid, preset, lr=lr, epochs=1, seed=0)
-        return curve["valid_loss_nats"][-1]
-
-    for arm in preset.arms:
-        runs = results["runs"].setdefault(f"{arm} {preset.num_layers}x{preset.dim}", {})
-        for lr in sweeps.search((4e-3, 8e-3, 1.6e-2), runs, partial(nats, arm), widest=WIDEST):
-            print(f"{arm}, lr {lr}: {runs[lr]} nats", file=sys.stderr, flush=True)
-            command.write_json(path, results | {"fields": command.fields(preset), "stamp": stamp.stamp()})
+        for arm in arms if path else ():
+            found[f"{name} by its files, {arm}"] = partial(learn_files, name, path, arm)
+    return found
 
 
 def interval(right: float, examples: int) -> tuple[float, float]:
@@ -163,87 +111,118 @@ def interval(right: float, examples: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def verdict_of(preset, right: dict, low: float, high: float, rule: float) -> str:
-    """Of RWKV-4 on ListOps, whose interval is (low, high), beside the other arms and the rule of the root operator."""
-    others = [right[arm] for arm in preset.arms if arm != "rwkv4"]
+def verdict_of(right: dict, low: float, high: float, rule: float, is_public: bool) -> str:
+    """Of RWKV-4 on ListOps, whose interval is (low, high), beside the other arms and the rule of the root operator.
+
+    Args:
+        right: shares by arm.
+        is_public: whether the lengths are those of Table 4.
+    """
+    others = [share for arm, share in right.items() if arm != "rwkv4"]
     if high < rule or (others and high < right["transformer"]):
         return "contradicted"
     if low < rule:
         return "not resolved"
-    public = (preset.above, preset.below) == (listops.PUBLIC.above, listops.PUBLIC.below)
     near = low - NEAR <= PAPER["listops"] <= high + NEAR
-    return "reproduced" if public and near and others and max(others) < low else "same sign"
+    return "reproduced" if is_public and near and others and max(others) < low else "same sign"
 
 
-def conclude(preset, values: dict) -> dict:
+def conclude(its, values: dict) -> dict:
+    """Rows of the ledger: ListOps, what rules reach there, and other tasks that were run."""
+    above, below = its.base["above"], its.base["below"]
+    is_public = (above, below) == (listops.PUBLIC.above, listops.PUBLIC.below)
     rules, public = values["rules"]["right"], values["rules, 500 to 2,000"]
-    right = {
-        arm: float(np.mean([values[f"listops, {arm}, seed {seed}"]["right"] for seed in preset.seeds]))
-        for arm in preset.arms
-    }
+    share = lambda arm: np.mean([values[study.name_of(arm, seed)]["right"] for seed in study.seeds_of(its, arm)])
+    right = {arm: float(share(arm)) for arm in study.arms_of(its)}
     low, high = interval(right["rwkv4"], values["rules"]["examples"])
     named = lambda rules: ", ".join(f"{name} {share:.3f}" for name, share in list(rules.items())[:5])
-    below = [name for name in list(rules)[1:] if rules[name] <= right["rwkv4"]] or list(rules)[:1]
-    above = [name for name in list(rules)[1:] if rules[name] > right["rwkv4"]]
-    between = f"at least {below[-1]} ({rules[below[-1]]:.3f})"
-    between += f", below {above[0]} ({rules[above[0]]:.3f})" if above else ""
-    arms = "; ".join(f"{arm} {right[arm]:.3f}" for arm in preset.arms)
+    under = [name for name in list(rules)[1:] if rules[name] <= right["rwkv4"]] or list(rules)[:1]
+    over = [name for name in list(rules)[1:] if rules[name] > right["rwkv4"]]
+    between = f"at least {under[-1]} ({rules[under[-1]]:.3f})"
+    between += f", below {over[0]} ({rules[over[0]]:.3f})" if over else ""
+    arms = "; ".join(f"{arm} {share:.3f}" for arm, share in right.items())
     rows = [
         {
             "artefact": "Long Range Arena, ListOps (Table 4)",
             "paper": "RWKV 0.559; attention 0.353 to 0.400; S4 0.596",
-            "ours": f"lengths {preset.above} to {preset.below}: {arms}; RWKV-4's interval {low:.3f} to {high:.3f}: "
-            f"{between}",
-            "short": f"{right['rwkv4']:.3f} at lengths {preset.above} to {preset.below}: {between}",
-            "verdict": verdict_of(preset, right, low, high, rules["root operator alone"]),
+            "ours": f"lengths {above} to {below}: {arms}; RWKV-4's interval {low:.3f} to {high:.3f}: {between}",
+            "short": f"{right['rwkv4']:.3f} at lengths {above} to {below}: {between}",
+            "verdict": verdict_of(right, low, high, rules["root operator alone"], is_public),
         },
         {
             "artefact": "ListOps by rules that do not learn",
             "paper": "attention 0.353 to 0.400; RWKV 0.559; S4 0.596",
             "ours": f"lengths 500 to 2,000, {public['examples']:,} expressions: {named(public['right'])}; "
-            f"lengths {preset.above} to {preset.below}, {values['rules']['examples']:,}: {named(rules)}",
+            f"lengths {above} to {below}, {values['rules']['examples']:,}: {named(rules)}",
             "verdict": "not comparable",
         },
     ]
-    for name, share in PAPER.items():
+    missing = []
+    if not is_public:
+        missing.append(_not_run("ListOps at its own lengths", "", 1.1, "no GPU for so long"))
+    for name, task in files.TASKS.items():
         found = values.get(f"{name} by its files, rwkv4")
         if found:
-            low_high = interval(found["right"], found["examples"])
-            near = low_high[0] - NEAR <= share <= low_high[1] + NEAR
+            low, high = interval(found["right"], found["examples"])
             rows.append(
                 {
-                    "artefact": f"Long Range Arena, {files.TASKS[name].title} (Table 4)",
-                    "paper": f"RWKV {share:.3f}",
-                    "ours": f"{found['right']:.3f}, 95 % {low_high[0]:.3f} to {low_high[1]:.3f}",
-                    "verdict": "reproduced" if near else "not comparable",
+                    "artefact": f"Long Range Arena, {task.title} (Table 4)",
+                    "paper": f"RWKV {PAPER[name]:.3f}",
+                    "ours": f"{found['right']:.3f}, 95 % {low:.3f} to {high:.3f}",
+                    "verdict": "reproduced" if low - NEAR <= PAPER[name] <= high + NEAR else "not comparable",
                 }
             )
-    missing = [
-        {
-            "artefact": f"Long Range Arena, {files.TASKS[name].title} (Table 4)",
-            "command": f"python -m experiments.lra.run --preset=gpu --{name}=FOLDER",
-            "hardware": "one H200",
-            "hours": 0.4,
-            "why": "its public files were not at hand, nor a GPU for so long",
-        }
-        for name in PAPER
-        if name != "listops" and f"{name} by its files, rwkv4" not in values
-    ]
-    if (preset.above, preset.below) != (listops.PUBLIC.above, listops.PUBLIC.below):
-        missing.insert(
-            0,
-            {
-                "artefact": "Long Range Arena, ListOps at its own lengths (Table 4)",
-                "command": "python -m experiments.lra.run --preset=gpu",
-                "hardware": "one H200",
-                "hours": 1.1,
-                "why": "no GPU for so long",
-            },
-        )
+        elif name != "listops":
+            why = "its public files were not at hand, nor a GPU for so long"
+            missing.append(_not_run(task.title, f" --{name}=FOLDER", 0.4, why))
     return {"right": right, "rules": rules, "public_rules": public["right"], "ledger": rows, "not_run": missing}
 
 
-OPTIONS = {name: f"folder of the public files of {task.title}" for name, task in files.TASKS.items()}
+def _not_run(what: str, flag: str, hours: float, why: str) -> dict:
+    command = f"python -m experiments.lra.run --preset=gpu{flag}"
+    artefact = f"Long Range Arena, {what} (Table 4)"
+    return {"artefact": artefact, "command": command, "hardware": "one H200", "hours": hours, "why": why}
+
+
+TINY = {"model": {"num_layers": 1, "dim": 8}, "above": 5, "below": 24, "examples": (64, 32, 32), "epochs": 1}
+LARGE = {
+    "model": {"num_layers": 6, "dim": 128},
+    "above": listops.PUBLIC.above,
+    "below": listops.PUBLIC.below,
+    "examples": (96_000, 2_000, 2_000),
+    "epochs": 15,
+    "buckets": (768, 1024, 1536, 2048),
+    "batch_size": 64,
+    "processes": 8,
+}
+EVERY = {arm: partial(arm_of, arm) for arm in ARMS}
+STUDY = {
+    "base": {
+        "model": {"num_layers": 4, "dim": 64},
+        "above": 20,  # lengths, both limits excluded
+        "below": 100,
+        "examples": (10_000, 2_000, 2_000),  # train, valid, test
+        "epochs": 2,
+        "buckets": (32, 64, 100),
+        "batch_size": 32,
+        "judged": 6_000,  # expressions of the public lengths on which the rules are tried; half to count answers in
+        "processes": 1,  # that generate expressions
+        "lr": 8e-3,  # around which rates are swept
+    },
+    "arms": {"rwkv4": partial(arm_of, "rwkv4")},
+    "measure": (),
+    "against": None,
+    "run": learn,
+    "sweep": study.Sweep("lr", value=lambda run: run["curve"]["valid_loss_nats"][-1], changes={"epochs": 1}, widest=5),
+    "also": partial(also, ("rwkv4",)),
+    "options": {name: f"folder of the public files of {task.title}" for name, task in files.TASKS.items()},
+    "conclude": conclude,
+    "presets": {
+        "smoke": {"base": TINY | {"buckets": (24,), "batch_size": 16, "judged": 20}},
+        "gpu": {"base": LARGE, "arms": EVERY, "also": also},
+        "paper": {"base": LARGE, "arms": EVERY, "also": also, "seeds": 3},
+    },
+}
 
 if __name__ == "__main__":
-    sys.exit(command.main(HERE, __doc__, PRESETS, cells, conclude, sweep, OPTIONS))
+    study.main(**STUDY)

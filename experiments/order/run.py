@@ -7,7 +7,7 @@ transformers are the control, which should not care. One model of each arm is tr
 batch each, with 1 to 16 pairs, and tested on the same questions in both; two layers of width 64.
 
     python -m experiments.order.run                   up to 16 pairs, vocabulary 40, 2 seeds
-    python -m experiments.order.run --smoke --out=DIR
+    python -m experiments.order.run --smoke
 
 Cost: 9 minutes, each run on one core.
 
@@ -23,43 +23,20 @@ By accuracy at the end of training, question first minus question last, of RWKV-
 Known deviations: trained from the initialisers on this task alone, at the learning rates of recall's sweep.
 """
 
-import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import rwkv_jax
-from experiments import command, statistics, tasks
-from experiments.recall.run import ARMS as RECALL_ARMS
-from experiments.recall.run import DONE, TEST_SEED, swept_lr
+from experiments import statistics, study, sweeps, tasks
+from experiments.recall.run import DONE, TEST_SEED
 from experiments.recall.sequences import shuffled
 
-HERE = Path(__file__).parent
+SWEEP = Path(__file__).parents[1] / "recall" / "sweep.json"
 ARMS = ("rwkv4", "transformer+shift", "transformer")
 ORDERS = ("first", "last")
 SMALLEST = 0.05  # difference of accuracies that counts
-
-
-@dataclass(frozen=True)
-class Preset:
-    pairs: tuple = (1, 2, 4, 8, 16)  # as many of each in training
-    told: tuple = (4, 16)  # of which the ledger tells
-    vocab_size: int = 40
-    dim: int = 64
-    batch_size: int = 32
-    examples: int = 96_000
-    every: int = 8_000  # examples between two looks at the tests
-    tested: int = 256  # questions of each test
-    lr: float | None = None  # of every arm; None: the best of recall's sweep
-    seeds: tuple = (0, 1)
-
-
-PRESETS = {
-    "smoke": Preset((1, 3), (3,), 16, dim=16, batch_size=8, examples=32, every=16, tested=16, lr=8e-3, seeds=(0,)),
-    "cpu": Preset(),
-}
 
 
 def asked(rng: np.random.Generator, pairs_B, most: int, vocab_size: int, order: str) -> dict:
@@ -91,31 +68,32 @@ def asked(rng: np.random.Generator, pairs_B, most: int, vocab_size: int, order: 
     return {"tokens": tokens_BT, "mask": np.arange(2 * most + 3)[None].repeat(B, 0) == 2 * most + 2}
 
 
-def learn(preset, arm: str, seed: int) -> dict:
+def learn(config, folder) -> dict:
     """Accuracy by n on the same questions, asked first and last, against examples of both orders together."""
-    draw = partial(asked, most=max(preset.pairs), vocab_size=preset.vocab_size)
-    model = rwkv_jax.build(vocab_size=preset.vocab_size, num_layers=2, dim=preset.dim, **RECALL_ARMS[arm])
-    test = lambda n, order: draw(np.random.default_rng(TEST_SEED), np.full(preset.tested, n), order=order)
-    tests = {order: [test(n, order) for n in preset.pairs] for order in ORDERS}
+    draw = partial(asked, most=max(config.pairs), vocab_size=config.model.vocab_size)
+    model = rwkv_jax.build(**config.model)
+    test = lambda n, order: draw(np.random.default_rng(TEST_SEED), np.full(config.tested, n), order=order)
+    tests = {order: [test(n, order) for n in config.pairs] for order in ORDERS}
 
     def batch_of(step):
-        rng = np.random.default_rng((seed, step))
-        halves = [draw(rng, rng.choice(preset.pairs, preset.batch_size // 2), order=order) for order in ORDERS]
+        rng = np.random.default_rng((config.seed, step))
+        halves = [draw(rng, rng.choice(config.pairs, config.batch_size // 2), order=order) for order in ORDERS]
         return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
 
     def look(step, params):
         right = lambda batch: round(float(tasks.share_right(model, params, batch)), 4)
         by_order = {order: [right(batch) for batch in tests[order]] for order in ORDERS}
-        return {"examples": step * preset.batch_size} | by_order, min(map(min, by_order.values())) >= DONE
+        return {"examples": step * config.batch_size} | by_order, min(map(min, by_order.values())) >= DONE
 
-    lr = preset.lr or swept_lr(arm)
-    steps, every = preset.examples // preset.batch_size, preset.every // preset.batch_size
-    _, curve = tasks.fit(model, batch_of, lr=lr, steps=steps, seed=seed, every=every, look=look)
-    return {"lr": lr, "curve": curve}
+    steps, every = config.examples // config.batch_size, config.every // config.batch_size
+    _, curve = tasks.fit(model, batch_of, lr=config.lr, steps=steps, seed=config.seed, every=every, look=look)
+    return {"lr": config.lr, "curve": curve}
 
 
-def cells(preset, folder) -> command.Cells:
-    return {f"{arm}, seed {seed}": partial(learn, preset, arm, seed) for seed in preset.seeds for arm in ARMS}
+def arm_of(name: str, base) -> dict:
+    """A model at the best learning rate of recall's sweep, but where the base has one."""
+    lr = base.lr or sweeps.best(SWEEP, f"{name} {base.model.num_layers}x{base.model.dim}", max)
+    return study.flat(study.MODELS[name]) | {"lr": lr}
 
 
 def verdict(differences: list[float], control: list[float]) -> str:
@@ -125,23 +103,25 @@ def verdict(differences: list[float], control: list[float]) -> str:
     return "contradicted" if max(differences) < -SMALLEST else "not resolved"
 
 
-def conclude(preset, values) -> dict:
+def conclude(its, values) -> dict:
+    """A row of the ledger: accuracy by the number of pairs, asked first and last."""
+    pairs, told_pairs = its.base["pairs"], its.base["told"]
     accuracy = {}
     for arm in ARMS:
-        last = [values[f"{arm}, seed {seed}"]["curve"][-1] for seed in preset.seeds]
-        for i, n in enumerate(preset.pairs):
+        last = [values[study.name_of(arm, seed)]["curve"][-1] for seed in study.seeds_of(its, arm)]
+        for i, n in enumerate(pairs):
             by_seed = {order: [one[order][i] for one in last] for order in ORDERS}
             difference = np.subtract(by_seed["first"], by_seed["last"]).round(4).tolist()
             mean, low, high = statistics.t_interval(difference)
             interval = None if np.isnan(low) else [low, high]
             accuracy[f"{arm}, n {n}"] = by_seed | {"difference": difference, "mean": mean, "interval": interval}
-    its = lambda arm, n: accuracy[f"{arm}, n {n}"]
-    told = lambda arm, n: " and ".join(f"{np.mean(its(arm, n)[order]):.2f}" for order in ORDERS)
-    line = lambda arm: f"{arm} " + ", ".join(f"{told(arm, n)} at n {n}" for n in preset.told)
-    most = preset.told[-1]
-    by_seed = lambda arm: f"{arm} {', '.join(f'{x:+.2f}' for x in its(arm, most)['difference'])}"
-    chance = ", ".join(f"{1 / n:.2f}" for n in preset.told)
-    learned = any(np.mean(its(arm, most)[order]) > 1 / most + SMALLEST for arm in ARMS[1:] for order in ORDERS)
+    at = lambda arm, n: accuracy[f"{arm}, n {n}"]
+    told = lambda arm, n: " and ".join(f"{np.mean(at(arm, n)[order]):.2f}" for order in ORDERS)
+    line = lambda arm: f"{arm} " + ", ".join(f"{told(arm, n)} at n {n}" for n in told_pairs)
+    most = told_pairs[-1]
+    by_seed = lambda arm: f"{arm} {', '.join(f'{x:+.2f}' for x in at(arm, most)['difference'])}"
+    chance = ", ".join(f"{1 / n:.2f}" for n in told_pairs)
+    learned = any(np.mean(at(arm, most)[order]) > 1 / most + SMALLEST for arm in ARMS[1:] for order in ORDERS)
     few = "; ".join(map(line, ARMS if learned else ARMS[:1]))
     remark = "" if learned else "; the transformers are at chance there and say nothing of order"
     return {
@@ -153,7 +133,7 @@ def conclude(preset, values) -> dict:
                 "ours": f"accuracy of n pairs asked first and last (chance {chance}): {'; '.join(map(line, ARMS))}; "
                 f"first minus last at n {most} by seed: {'; '.join(map(by_seed, ARMS[:2]))}" + remark,
                 "short": f"accuracy asked first and last (chance {chance}): {few}{remark}",
-                "verdict": verdict(its(ARMS[0], most)["difference"], its(ARMS[1], most)["difference"]),
+                "verdict": verdict(at(ARMS[0], most)["difference"], at(ARMS[1], most)["difference"]),
             }
         ],
         "not_run": [
@@ -168,5 +148,33 @@ def conclude(preset, values) -> dict:
     }
 
 
+STUDY = {
+    "base": {
+        "model": {"num_layers": 2, "dim": 64, "vocab_size": 40},
+        "pairs": (1, 2, 4, 8, 16),  # as many of each in training
+        "told": (4, 16),  # of which the ledger tells
+        "batch_size": 32,
+        "examples": 96_000,
+        "every": 8_000,  # examples between two looks at the tests
+        "tested": 256,  # questions of each test
+        "lr": None,
+    },
+    "arms": {arm: partial(arm_of, arm) for arm in ARMS},
+    "seeds": 2,
+    "measure": (),
+    "against": None,
+    "run": learn,
+    "conclude": conclude,
+    "presets": {
+        "smoke": {
+            "base": {
+                "model": {"dim": 16, "vocab_size": 16}, "pairs": (1, 3), "told": (3,), "batch_size": 8,
+                "examples": 32, "every": 16, "tested": 16, "lr": 8e-3,
+            },
+            "seeds": 1,
+        }
+    },
+}  # fmt: skip
+
 if __name__ == "__main__":
-    sys.exit(command.main(HERE, __doc__, PRESETS, cells, conclude))
+    study.main(**STUDY)

@@ -10,7 +10,7 @@ on the same bytes.
     python -m experiments.perplexity.run --preset=gpu --text=enwik8      Table 5's shape, 1.5 epochs
     python -m experiments.perplexity.run --preset=gpu-small --text=enwik8   6 x 512, one epoch; its --sweep first
     python -m experiments.perplexity.run --preset=paper    Table 5's shape, 40 epochs
-    python -m experiments.perplexity.run --sweep           learning rates that experiments/compare/sweep.json lacks
+    python -m experiments.perplexity.run --sweep --arm=lstm --arm=hybrid    rates that compare/sweep.json lacks
 
 Cost: cpu 56 minutes on 2 cores; estimated, gpu and gpu-small 24 minutes of one H200 each, paper 6 GPU hours.
 Effect: RWKV-4 minus transformer at the largest budget, disjoint windows of the training length for both. Its 95 %
@@ -29,153 +29,52 @@ for all; LN0 and RWKV's small embedding in all arms; less than an epoch. Dropout
 measured with the arms in turn.
 """
 
-import sys
-import tempfile
 import time
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from experiments import command, sweeps
-from experiments.compare import run as compare
-from experiments.perplexity.conclude import conclude
-from experiments.text import capped, curve, decayed, level, trained
-from rwkv_jax import corpora, data, evaluate, hardware, models, optim, run_config, train
+import rwkv_jax
+from experiments import measures, statistics, study, sweeps
+from experiments.compare.run import counted_baselines
+from experiments.measures import level
+from rwkv_jax import corpora, data, optim, train
 
-HERE = Path(__file__).parent
-ARMS = {
-    **compare.ARMS,
-    "lstm": {"name": "lstm"},
-    "hybrid": {"name": "rwkv4", "layers": ("rwkv4", "attention")},
-}
+SWEEP = Path(__file__).with_name("sweep.json")
+MAIN = ("rwkv4", "transformer", "transformer+shift")  # that Table 5 is about
+PAPER = 0.041  # bits per character, RWKV-4 1.178 minus transformer 1.137 (Table 5)
+AXES = ("tokens", "flops", "seconds")
 
 
-@dataclass(frozen=True)
-class Preset:
-    arms: tuple = (("rwkv4", 2), ("transformer", 2), ("transformer+shift", 2), ("lstm", 1), ("hybrid", 1))  # seeds
-    num_layers: int = 4
-    dim: int = 128
-    seq_len: int = 256
-    batch_size: int = 16
-    budgets: tuple = (120, 240, 480)  # steps
-    dtype: str = "float32"
-    dropout: float = 0.0
-    weight_decay: float = 0.0
-    lr_end: float | None = None
-    text: str = "stdlib"
-    test_bytes: int = 2**17
+def arm_of(name: str, base) -> dict:
+    """An architecture at the best learning rate of its sweep, or between those of swept widths."""
+    lr = sweeps.lr(SWEEP, name, base.model.num_layers, base.model.dim) or base.optim.lr
+    return study.flat(study.MODELS[name]) | {"optim.lr": lr}
 
 
-MAIN = (("rwkv4", 1), ("transformer", 1), ("transformer+shift", 1))
-GPU = Preset(
-    arms=MAIN, num_layers=12, dim=512, seq_len=1024, batch_size=16, budgets=(1144, 2289, 4578, 9155), dtype="bfloat16",
-    dropout=0.1, weight_decay=0.1, text="enwik8", test_bytes=2**20,
-)  # fmt: skip
-PRESETS = {
-    "smoke": Preset(
-        arms=MAIN, num_layers=1, dim=16, seq_len=32, batch_size=2, budgets=(10, 20), test_bytes=2**11
-    ),
-    "cpu": Preset(),
-    "gpu": GPU,
-    "gpu-small": replace(
-        GPU, num_layers=6, seq_len=512, batch_size=32, budgets=(763, 1526, 3052, 6103), dropout=0.0, weight_decay=0.0
-    ),
-    "paper": replace(GPU, budgets=(13733, 54930, 219720), lr_end=1e-5),
-}  # fmt: skip
-
-
-def cells(preset, folder):
-    """Seed 0 of the three that Table 5 is about comes first, budget by budget."""
-    runs = [(arm, seed, b) for arm, seeds in preset.arms for seed in range(seeds) for b in preset.budgets]
-    main = [arm for arm, _ in MAIN]
-    runs.sort(key=lambda run: (run[1], run[0] not in main, run[2]))
-    return (
-        {"corpus": partial(about_corpus, preset)}
-        | {f"{arm} seed {seed} after {b}": partial(run_cell, preset, folder, arm, seed, b) for arm, seed, b in runs}
-        | {"counted": partial(counted, preset), "speed": partial(speed, preset)}
-    )
-
-
-def config_of(preset, arm, seed, steps, lr=None):
-    """A run of one arm."""
-    config = run_config.default()
-    config.model.update(ARMS[arm], num_layers=preset.num_layers, dim=preset.dim)
-    config.model.update(dtype=preset.dtype, dropout=preset.dropout)
-    config.update(corpus=preset.text, seq_len=preset.seq_len, batch_size=preset.batch_size, steps=steps, seed=seed)
-    config.update(log_every=max(1, steps // 40), eval_every=0, eval_tokens=0, save_every=0)
-    lr = lr or sweeps.lr(HERE / "sweep.json", arm, preset.num_layers, preset.dim)
-    config.optim.update(lr=lr, lr_end=preset.lr_end, weight_decay=preset.weight_decay)
-    return config
-
-
-def held_out(preset):
-    return capped(corpora.prepare(preset.text, "bytes").test, preset.test_bytes)
-
-
-def about_corpus(preset) -> dict:
-    corpus, test = corpora.prepare(preset.text, "bytes"), held_out(preset)
-    _, num_bytes = evaluate.per_document(np.zeros(len(test.tokens)), test)
-    return {
-        "name": corpus.name,
-        "sha256": corpus.sha256,
-        "train_tokens": len(corpus.train.tokens),
-        "test_bytes_by_document": num_bytes.tolist(),
-    }
-
-
-def run_cell(preset, folder, arm, seed, budget) -> dict:
-    """One arm after one budget: nats of each held-out document under both protocols."""
-    config = config_of(preset, arm, seed, max(preset.budgets))
-    model, params, workdirs = decayed(config, preset.budgets, budget, folder / f"{arm}-{seed}")
-    test = held_out(preset)
-    shape = {"seq_len": preset.seq_len, "batch_size": preset.batch_size}
-    nats_N = evaluate.windows(model, params, test.tokens, **shape)
-    best_N = evaluate.best_practice(model, params, test.tokens, test.starts, **shape)
-    (nats_D, _), (best_D, _) = (evaluate.per_document(n, test) for n in (nats_N, best_N))
-    return {
-        "arm": arm,
-        "seed": seed,
-        "steps": budget,
-        "tokens": budget * preset.batch_size * preset.seq_len,
-        "lr": train.learning_rate(config, model)(budget // 2),
-        "flops_per_token": hardware.flops_per_token(model, preset.seq_len),
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "bits_per_byte": round(level(nats_N, test), 5),
-        "best_practice_bits_per_byte": round(level(best_N, test), 5),
-        "nats": np.round(nats_D, 3).tolist(),
-        "best_practice_nats": np.round(best_D, 3).tolist(),
-        "trunk": curve(workdirs[-2], 12),
-    }
-
-
-def counted(preset) -> dict:
+def counted(budgets, config, folder) -> dict:
     """Bits per byte that counting reaches on the bytes of seed 0, by budget: what gives the levels a meaning."""
-    test = held_out(preset)
-    batches = data.dataset(
-        corpora.prepare(preset.text, "bytes").train.tokens,
-        seq_len=preset.seq_len,
-        batch_size=preset.batch_size,
-        seed=0,
-    )
+    test = measures.held_out(config, TEST_BYTES).test
+    shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
+    batches = data.dataset(corpora.prepare(config.corpus).train.tokens, **shape, seed=0)
     rows = {}
-    for budget in preset.budgets:
+    for budget in budgets:
         seen_NT = np.concatenate([batches[i]["tokens"] for i in range(budget)]).astype(np.uint8)
-        nats, xz = compare.counted_baselines(seen_NT, test, preset)
+        nats, xz = counted_baselines(seen_NT, test)
         rows[str(budget)] = {name: round(level(n, test), 5) for name, n in nats.items()} | {"xz": round(xz, 5)}
     return {"budgets": rows}
 
 
-def speed(preset, rounds: int = 5) -> dict:
+def speed(arms, config, folder, rounds: int = 5) -> dict:
     """Training tokens a second of every arm: the median of steps for which the arms take turns."""
-    tokens = np.random.default_rng(0).integers(1, 256, (preset.batch_size, preset.seq_len + 1), dtype=np.int32)
-    batch = {"tokens": tokens, "mask": np.ones((preset.batch_size, preset.seq_len), bool)}
-    tx, steps, states, seconds = optim.optimiser(weight_decay=preset.weight_decay), {}, {}, {}
-    for arm, _ in preset.arms:
-        fields = {"vocab_size": 256, "num_layers": preset.num_layers, "dim": preset.dim, "dtype": preset.dtype}
-        model = models.build(**fields, **ARMS[arm], dropout=preset.dropout)
+    tokens = np.random.default_rng(0).integers(1, 256, (config.batch_size, config.seq_len + 1), dtype=np.int32)
+    batch = {"tokens": tokens, "mask": np.ones((config.batch_size, config.seq_len), bool)}
+    tx, steps, states, seconds = optim.optimiser(weight_decay=config.optim.weight_decay), {}, {}, {}
+    fields = {name: config.model[name] for name in ("vocab_size", "num_layers", "dim", "dtype", "dropout")}
+    for arm in arms:
+        model = rwkv_jax.build(**fields, **study.MODELS[arm]["model"])
         steps[arm] = jax.jit(train.make_step(model, tx), donate_argnums=0)
         states[arm], seconds[arm] = jax.jit(train.make_init(model, tx))(jax.random.key(0)), []
     for _ in range(1 + rounds):
@@ -188,27 +87,145 @@ def speed(preset, rounds: int = 5) -> dict:
     return {"tokens_per_second": {arm: round(tokens[:, 1:].size / s) for arm, s in of_step.items()}}
 
 
-def sweep(preset, path):
-    """Held-out bits per byte after the shortest budget, for arms that compare's sweep lacks at this size."""
-    valid = capped(corpora.prepare(preset.text, "bytes").valid, preset.test_bytes)
-    for arm, _ in preset.arms:
-        name = f"{arm} {preset.num_layers}x{preset.dim}"
-        if name in sweeps.swept(sweeps.COMPARE):
+def also(arms, budgets) -> dict:
+    return {"counted": partial(counted, budgets), "speed": partial(speed, arms)}
+
+
+def points_of(its, values: dict, arm: str) -> list[dict]:
+    """Level of an arm after each budget, and how many tokens, FLOPs and seconds that took."""
+    rate, found = values["speed"]["tokens_per_second"][arm], []
+    for budget in its.budgets:
+        runs = [values[study.name_of(arm, seed, budget)] for seed in study.seeds_of(its, arm)]
+        tokens, flops = runs[0]["tokens"], runs[0]["flops_per_token"] * runs[0]["tokens"]
+        bits = float(np.mean([run["bits_per_byte"] for run in runs]))
+        found.append({"tokens": tokens, "flops": flops, "seconds": tokens / rate, "bits_per_byte": bits})
+    return found
+
+
+def level_at(points: list[dict], axis: str, x: float) -> float | None:
+    """Bits per byte at `x`, on straight lines in log x between points; None outside them."""
+    xs, bits = ([point[name] for point in points] for name in (axis, "bits_per_byte"))
+    inside = xs[0] * (1 - 1e-9) <= x <= xs[-1] * (1 + 1e-9)
+    return float(np.interp(np.log(x), np.log(xs), bits)) if inside else None
+
+
+def gap_at_equal(points: list[dict], others: list[dict], axis: str) -> dict:
+    """Bits per byte of one arm minus another's, at as much of an axis as both have reached."""
+    x = min(points[-1][axis], others[-1][axis])
+    ours, theirs = level_at(points, axis, x), level_at(others, axis, x)
+    return {"at": x, "bits_per_byte": None if None in (ours, theirs) else ours - theirs}
+
+
+def times_fewer(points: list[dict], others: list[dict]) -> dict:
+    """The others' tokens over those that an arm needs for their last level; a bound where the arm is there after its
+    shortest budget, or not after its longest."""
+    tokens, bits = (np.array([point[name] for point in points]) for name in ("tokens", "bits_per_byte"))
+    all_tokens, target = others[-1]["tokens"], others[-1]["bits_per_byte"]
+    if bits[0] <= target:
+        return {"factor": all_tokens / tokens[0], "bound": "at least"}
+    if bits.min() > target:
+        return {"factor": all_tokens / tokens[-1], "bound": "less than"}
+    i = int(np.argmax(bits <= target))
+    needed = np.exp(np.interp(-target, -bits[i - 1 : i + 1], np.log(tokens[i - 1 : i + 1])))
+    return {"factor": float(all_tokens / needed), "bound": None}
+
+
+def conclude(its, values: dict) -> dict:
+    """RWKV-4 minus each of the others at the largest budget, and gaps at equal tokens, FLOPs and seconds."""
+    config, counted = study.config_of(its), values["counted"]["budgets"]
+    points = {arm: points_of(its, values, arm) for arm in study.arms_of(its)}
+    others = points["transformer"]
+    ngram, to_beat = next((n, x) for n, x in counted[str(its.budgets[-1])].items() if n.endswith("-gram"))
+    losing = [arm for arm, its in points.items() if its[-1]["bits_per_byte"] >= to_beat]
+    size = f"{config.model.num_layers} x {config.model.dim}, {points['rwkv4'][-1]['tokens'] / 1e6:.3g} M tokens"
+    claims = {
+        "transformer": (f"{PAPER:+.3f} at 12 x 512", PAPER, 1),
+        "transformer+shift": (f"no such arm; {PAPER:+.3f} without the shift", PAPER, 1),
+        "lstm": ("no number: RWKV scales, LSTMs do not", None, -1),
+    }
+    rows = []
+    for other, (says, paper, sign) in claims.items():
+        if other not in points:
             continue
+        windows = study.compared(its, values, against=other)["rwkv4"]
+        best = study.compared(its, values, "best_practice", against=other)["rwkv4"]
+        ours = f"{told(windows)}, best practice {told(best)}; {size}, seeds: {windows['seeds']}"
+        ours += f"; {other} behind the {ngram} {to_beat:.3f} of the same bytes" * (other in losing)
+        found = statistics.verdict(windows["low"], windows["high"], sign, paper)
+        rows.append(
+            {
+                "artefact": f"Table 5: RWKV-4 minus {other}, bits a byte",
+                "paper": says,
+                "ours": ours,
+                "verdict": "not comparable" if other in losing else found,
+            }
+        )
+    last = {arm: row.get("difference") for arm, row in study.compared(its, values).items()}
+    return {
+        "points": points,
+        "did_not_beat_counting": losing,
+        "minus_transformer_at_equal": {
+            axis: {arm: gap_at_equal(its, others, axis) for arm, its in points.items()} for axis in AXES
+        },
+        "tokens_of_transformer_over_own": {arm: times_fewer(its, others) for arm, its in points.items()},
+        "share_of_gap_that_token_shift_closes": last["transformer+shift"] / last["rwkv4"],
+        "ledger": rows,
+        "not_run": not_run() if config.corpus == "stdlib" else [],
+    }
 
-        def bits_per_byte(lr, arm=arm):
-            with tempfile.TemporaryDirectory() as workdir:
-                config = config_of(preset, arm, 0, min(preset.budgets), lr)
-                model, params = trained(config, Path(workdir))
-            return level(evaluate.windows(model, params, valid.tokens, preset.seq_len, preset.batch_size), valid)
 
-        centre = sweeps.lr(path, arm, preset.num_layers, preset.dim) or optim.default_lr("attention", preset.dim)
-        sweeps.bracket(path, name, centre, bits_per_byte, steps=min(preset.budgets), fields=command.fields(preset))
+def told(row: dict) -> str:
+    interval = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+    return f"{row['difference']:+.3f}{interval}"
 
 
-def main(argv=None) -> int:
-    return command.main(HERE, __doc__, PRESETS, cells, conclude, sweep, argv=argv)
+def not_run() -> list[dict]:
+    command, why = "python -m experiments.perplexity.run --preset={} --text=enwik8", "no GPU with enwik8 at hand"
+    rows = (
+        ("Table 5 at its shape, 1.5 epochs", "gpu", "one H200", 0.4),
+        ("Table 5 at 6 x 512, one epoch", "gpu-small", "one H200", 0.4),
+        ("Table 5 at its shape, 40 epochs", "paper", "one H200", 6),
+    )
+    return [
+        {"artefact": what, "command": command.format(preset), "hardware": hardware, "hours": hours, "why": why}
+        for what, preset, hardware, hours in rows
+    ]
 
+
+def preset(budgets: tuple, **base) -> dict:
+    """A preset on enwik8 with the three main arms."""
+    large = {"model": {"num_layers": 12, "dim": 512, "dtype": "bfloat16"}, "seq_len": 1024, "corpus": "enwik8"}
+    return {
+        "base": study.flat(large) | {"optim.lr": 1e-3} | base,
+        "arms": MAIN,
+        "seeds": 1,
+        "budgets": budgets,
+        "held_out": 2**20,
+        "also": partial(also, MAIN, budgets),
+    }
+
+
+TEST_BYTES, BUDGETS = 2**17, (120, 240, 480)
+TABLE_5 = {"model.dropout": 0.1, "optim.weight_decay": 0.1}
+STUDY = {
+    "base": {"model": {"num_layers": 4, "dim": 128}, "seq_len": 256, "batch_size": 16, "optim.lr": 4e-3},
+    "arms": {arm: partial(arm_of, arm) for arm in study.MODELS},
+    "seeds": dict.fromkeys(MAIN, 2),
+    "measure": ("bits_per_byte", "best_practice"),
+    "against": "transformer",
+    "budgets": BUDGETS,
+    "held_out": TEST_BYTES,
+    "sweep": study.Sweep(changes={"steps": BUDGETS[0]}),
+    "also": partial(also, tuple(study.MODELS), BUDGETS),
+    "conclude": conclude,
+    "presets": {
+        "smoke": {"arms": MAIN, "seeds": 1, "budgets": (10, 20), "also": partial(also, MAIN, (10, 20))},
+        "gpu": preset((1144, 2289, 4578, 9155), **TABLE_5),
+        "gpu-small": preset((763, 1526, 3052, 6103), **{"model.num_layers": 6, "seq_len": 512, "batch_size": 32})
+        | {"sweep": study.Sweep(changes={"steps": 763})},
+        "paper": preset((13733, 54930, 219720), **TABLE_5, **{"optim.lr_end": 1e-5}),
+    },
+}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    study.main(**STUDY)

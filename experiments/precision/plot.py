@@ -1,9 +1,6 @@
-"""The figure of `results.json`: errors against the length of the sequence, from 17 tokens on.
+"""The figure of `results.json`: errors against the length of the sequence, from 17 tokens on."""
 
-python -m experiments.precision.plot [results.json [figure.png]]
-"""
-
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 STYLES = {
     "scan": {"color": "#c0392b"},
@@ -39,7 +36,3 @@ def draw(results, path) -> None:
     stamp = results["stamp"]
     figure.suptitle(f"WKV-4 against float64; {', '.join(stamp['devices'])}, {stamp['date']}", fontsize=10)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

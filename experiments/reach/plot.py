@@ -1,11 +1,8 @@
-"""The figure of `results.json`: the norm of the gradient by the embedding n tokens back, against n.
-
-python -m experiments.reach.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: the norm of the gradient by the embedding n tokens back, against n."""
 
 import numpy as np
 
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 
 def draw(results, path) -> None:
@@ -21,7 +18,3 @@ def draw(results, path) -> None:
     axis.set_title(f"dL/d emb, RWKV-4 {fields['num_layers']} x {fields['dim']}, {fields['steps']} steps", fontsize=9)
     axis.legend(frameon=False, fontsize=8)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

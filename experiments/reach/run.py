@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import command
-from experiments.text import trained
+from experiments.runs import trained
 from rwkv_jax import corpora, optim, run_config
 
 HERE = Path(__file__).parent
@@ -95,7 +95,7 @@ def config_of(preset):
 
 def cells(preset, folder) -> command.Cells:
     def reach():
-        model, params = trained(config_of(preset), folder / "rwkv4")
+        model, params, _ = trained([config_of(preset)], folder)
         tokens_BT = beginnings(corpora.prepare(preset.text, "bytes").valid, preset.files, preset.back + 1)
         return curve(norms(model, params, tokens_BT), preset.points) | {"files": len(tokens_BT)}
 

@@ -1,11 +1,8 @@
-"""The figure of `results.json`: accuracy at the questions against examples, a panel for each case.
-
-python -m experiments.recall.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: accuracy at the questions against examples, a panel for each case."""
 
 import numpy as np
 
-from experiments.figures import COLOURS, main, plt, saved
+from experiments.figures import COLOURS, plt, saved
 
 
 def draw(results, path) -> None:
@@ -24,7 +21,3 @@ def draw(results, path) -> None:
     axes[0, 0].set_ylabel("answers right")
     axes[0, -1].legend(frameon=False, fontsize=8)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -1,12 +1,9 @@
-"""The figure of results.json: every run, the frontier, and both laws as far as the compute that they have not seen.
-
-python -m experiments.scaling.plot [results.json [figure.png]]
-"""
+"""The figure of results.json: every run, the frontier, and both laws as far as the compute that they have not seen."""
 
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 from experiments.scaling.fit import LAWS, Law
 
 
@@ -37,12 +34,7 @@ def draw(results, path) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("held-out loss, nats a token")
     axes[0, 0].legend(frameon=False, fontsize=8)
-    fields, stamp = results["fields"], results["stamp"]
-    figure.suptitle(
-        f"tokens: {fields['tokenizer']} of {fields['text']}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10
-    )
+    base, stamp = results["study"]["base"], results["stamp"]
+    tokens = f"{base.get('tokenizer', 'bytes')} of {base.get('corpus', 'stdlib')}"
+    figure.suptitle(f"tokens: {tokens}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

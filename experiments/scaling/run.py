@@ -23,115 +23,52 @@ attention's own, without the embedding's look-up; one seed a run; learning rates
 """
 
 import math
-import sys
-import tempfile
-from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from experiments import command, sweeps
-from experiments.compare.run import ARMS
+from experiments import study, sweeps
 from experiments.scaling import fit
-from experiments.text import capped, decayed, trained
-from rwkv_jax import corpora, evaluate, hardware, optim, run_config
 
-HERE = Path(__file__).parent
+SWEEP = Path(__file__).with_name("sweep.json")
 SYNTHETIC = np.geomspace(1e17, 1e20, 46)  # FLOP, the range of Fig. 4
+ARMS = ("rwkv4", "transformer", "transformer+shift")
+SAMPLES = 500  # of the bootstrap
 
 
-@dataclass(frozen=True)
-class Preset:
-    arms: tuple = tuple(ARMS)
-    sizes: tuple = ((2, 32), (2, 64), (3, 96))  # layers, width
-    budgets: tuple = (20, 40, 80, 160)  # steps
-    seq_len: int = 128
-    batch_size: int = 32
-    dtype: str = "float32"
-    text: str = "stdlib"
-    tokenizer: str = "bytes"
-    vocab_size: int = 256
-    test_tokens: int = 2**16
-    samples: int = 500  # of the bootstrap
+def arm_of(name: str, num_layers: int, dim: int, base) -> dict:
+    """A model of one size at the best learning rate of its sweep, or between those of swept widths."""
+    size = {"num_layers": num_layers, "dim": dim, "head_size": math.gcd(64, dim)}
+    lr = sweeps.lr(SWEEP, name, num_layers, dim)
+    return study.flat(study.MODELS[name]) | study.flat({"model": size, "optim.lr": lr})
 
 
-GPU = Preset(
-    sizes=((4, 128), (6, 192), (6, 256), (8, 320), (8, 448), (12, 512)), budgets=(171, 343, 686, 1372, 2745, 5490),
-    seq_len=512, dtype="bfloat16", text="enwik8", test_tokens=2**20,
-)  # fmt: skip
-PRESETS = {
-    "smoke": Preset(
-        arms=("rwkv4",), sizes=((1, 8),), budgets=(8, 10, 12, 120), seq_len=16, batch_size=2, test_tokens=2**10,
-        samples=20,
-    ),
-    "cpu": Preset(),
-    "gpu": GPU,
-    "paper": replace(
-        GPU,
-        sizes=((6, 256), (6, 384), (8, 512), (12, 512), (12, 640), (12, 768), (16, 896), (20, 960), (24, 1024)),
-        budgets=(2384, 4768, 9537, 19073, 38147), seq_len=1024, batch_size=256, text="pile",
-        tokenizer="20B_tokenizer.json", vocab_size=50277,
-    ),
-}  # fmt: skip
-
-
-def cells(preset, folder):
+def arms_of(sizes, names=ARMS) -> dict:
     """Small models first: the laws need all of them."""
-    runs = [(size, arm, budget) for size in preset.sizes for arm in preset.arms for budget in preset.budgets]
-    return {
-        f"{arm} {L}x{D} after {budget}": partial(run_cell, preset, folder, arm, (L, D), budget)
-        for (L, D), arm, budget in runs
-    }
+    return {f"{name} {L}x{D}": partial(arm_of, name, L, D) for L, D in sizes for name in names}
 
 
-def config_of(preset, arm, size, steps, lr=None):
-    """A run of one arm and size."""
-    (num_layers, dim), config = size, run_config.default()
-    config.model.update(ARMS[arm], num_layers=num_layers, dim=dim, dtype=preset.dtype, vocab_size=preset.vocab_size)
-    config.model.head_size = math.gcd(64, dim)
-    config.update(corpus=preset.text, tokenizer=preset.tokenizer, seq_len=preset.seq_len, batch_size=preset.batch_size)
-    config.update(steps=steps, log_every=max(1, steps // 20), eval_every=0, eval_tokens=0, save_every=0)
-    config.optim.lr = lr or sweeps.lr(HERE / "sweep.json", arm, num_layers, dim)
-    return config
-
-
-def nats_per_token(preset, model, params, split) -> float:
-    nats_N = evaluate.windows(model, params, split.tokens, preset.seq_len, preset.batch_size)
-    return float(np.delete(nats_N, split.starts).mean(dtype=np.float64))
-
-
-def run_cell(preset, folder, arm, size, budget) -> dict:
-    config = config_of(preset, arm, size, max(preset.budgets))
-    model, params, _ = decayed(config, preset.budgets, budget, folder / f"{arm}-{size[0]}x{size[1]}")
-    test = capped(corpora.prepare(preset.text, preset.tokenizer).test, preset.test_tokens)
-    tokens = budget * preset.batch_size * preset.seq_len
-    return {
-        "arm": arm,
-        "size": size,
-        "tokens": tokens,
-        "flops": hardware.flops_per_token(model, preset.seq_len) * tokens,
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "lr": config.optim.lr,
-        "loss_nats": round(nats_per_token(preset, model, params, test), 5),
-    }
-
-
-def conclude(preset, values) -> dict:
-    arms = {arm: of_arm([run for run in values.values() if run["arm"] == arm], preset) for arm in preset.arms}
+def conclude(its, values: dict) -> dict:
+    """The laws through each model's frontier, and what a law that bends does to a straight line."""
+    runs = {}
+    for arm in study.arms_of(its):
+        at = [values[study.name_of(arm, 0, budget)] for budget in its.budgets]
+        runs[arm.split()[0]] = runs.get(arm.split()[0], []) + at
+    arms = {name: of_arm(its) for name, its in runs.items()}
     synthetic = fit.judged(SYNTHETIC, fit.chinchilla(SYNTHETIC), SYNTHETIC[-1] / 10 * (1 + 1e-9))
     return {
         "arms": arms,
         "synthetic": synthetic,
-        "ledger": [_row(preset, arms), _synthetic_row(synthetic["line"])],
-        "not_run": _not_run() if preset.text == "stdlib" else [],
+        "ledger": [_row(arms), _synthetic_row(synthetic["line"])],
+        "not_run": _not_run() if study.config_of(its).corpus == "stdlib" else [],
     }
 
 
-def of_arm(runs, preset) -> dict:
-    """The points of an arm, the laws through its frontier and their intervals."""
-    compute, loss = ([run[name] for run in runs] for name in ("flops", "loss_nats"))
+def of_arm(runs: list[dict]) -> dict:
+    """The points of a model, the laws through its frontier and their intervals."""
+    compute, loss = [run["flops_per_token"] * run["tokens"] for run in runs], [run["nats_per_token"] for run in runs]
     until = max(compute) / 10
     return {
         "flops": compute,
@@ -139,7 +76,7 @@ def of_arm(runs, preset) -> dict:
         "frontier": fit.pareto(compute, loss).tolist(),
         "fitted_until": until,
         "laws": fit.judged(compute, loss, until),
-        "intervals": fit.bootstrap(compute, loss, until, preset.samples),
+        "intervals": fit.bootstrap(compute, loss, until, SAMPLES),
     }
 
 
@@ -154,7 +91,7 @@ def verdict(its) -> str:
     return "reproduced" if floor <= 1e-3 and laws["line"]["beyond"]["max"] <= 0.05 else "not resolved"
 
 
-def _row(preset, arms) -> dict:
+def _row(arms) -> dict:
     def told(arm):
         laws = arms[arm]["laws"]
         if laws is None:
@@ -195,26 +132,39 @@ def _not_run() -> list[dict]:
     ]
 
 
-def sweep(preset, path):
-    """Held-out nats after the second shortest budget, for every arm and size that compare's sweep lacks."""
-    valid, steps = capped(corpora.prepare(preset.text, preset.tokenizer).valid, preset.test_tokens), preset.budgets[1]
-    for size in preset.sizes:
-        for arm in preset.arms:
-
-            def loss_of(lr, size=size, arm=arm):
-                with tempfile.TemporaryDirectory() as workdir:
-                    model, params = trained(config_of(preset, arm, size, steps, lr), Path(workdir))
-                return nats_per_token(preset, model, params, valid)
-
-            name = f"{arm} {size[0]}x{size[1]}"
-            if name not in sweeps.swept(sweeps.COMPARE):
-                centre = sweeps.lr(path, arm, *size) or optim.default_lr("attention", size[1])
-                sweeps.bracket(path, name, centre, loss_of, steps=steps, fields=command.fields(preset))
-
-
-def main(argv=None) -> int:
-    return command.main(HERE, __doc__, PRESETS, cells, conclude, sweep, argv=argv)
-
+LARGE = {
+    "base": {"model.dtype": "bfloat16", "seq_len": 512, "corpus": "enwik8"},
+    "arms": arms_of(((4, 128), (6, 192), (6, 256), (8, 320), (8, 448), (12, 512))),
+    "budgets": (171, 343, 686, 1372, 2745, 5490),
+    "held_out": 2**20,
+    "sweep": study.Sweep(
+        "optim.lr", lambda arm: arm.split()[0], itemgetter("valid_nats_per_token"), min, {"steps": 343}
+    ),
+}
+PILE = {"corpus": "pile", "tokenizer": "20B_tokenizer.json", "model.vocab_size": 50277, "seq_len": 1024}
+PAPER_SIZES = (
+    (6, 256), (6, 384), (8, 512), (12, 512), (12, 640), (12, 768), (16, 896), (20, 960), (24, 1024)
+)  # fmt: skip
+STUDY = {
+    "base": {"seq_len": 128, "batch_size": 32, "optim.lr": 8e-3},
+    "arms": arms_of(((2, 32), (2, 64), (3, 96))),
+    "measure": "nats_per_token",
+    "against": None,
+    "budgets": (20, 40, 80, 160),
+    "held_out": 2**16,
+    "sweep": LARGE["sweep"]._replace(changes={"steps": 40}),
+    "conclude": conclude,
+    "presets": {
+        "smoke": {"arms": arms_of(((1, 8),), ARMS[:1]), "seeds": 1, "budgets": (8, 10, 12, 120)},
+        "gpu": LARGE,
+        "paper": LARGE
+        | {
+            "base": LARGE["base"] | PILE | {"batch_size": 256},
+            "arms": arms_of(PAPER_SIZES),
+            "budgets": (2384, 4768, 9537, 19073, 38147),
+        },
+    },
+}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    study.main(**STUDY)

@@ -1,25 +1,24 @@
-"""The figure of `results.json`: held-out loss of the four starts, and what the small one with LN0 gains.
-
-python -m experiments.small_init.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: held-out loss of the four starts, and what the small one with LN0 gains."""
 
 import numpy as np
 from matplotlib.ticker import LogLocator
 
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 COLOURS = ("#c0392b", "#e59866", "#2c3e50", "#7fb3d5")
 
 
 def draw(results, path) -> None:
     """Write the figure as PNG."""
-    fields, stamp = results["fields"], results["stamp"]
+    base, stamp = results["study"]["base"], results["stamp"]
+    tokens_a_step = base["seq_len"] * base["batch_size"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for (arm, lr), colour in zip(results["lr"].items(), COLOURS, strict=True):
-        runs = [results["cells"][f"{arm}, seed {seed}"] for seed in fields["seeds"]]
+    for arm, colour in zip(results["study"]["arms"], COLOURS, strict=True):
+        runs = [run for name, run in results["cells"].items() if name.startswith(f"{arm}, seed ")]
         for i, run in enumerate(runs):
-            label = f"{arm} (lr {lr:g})" if i == 0 else None
-            left.plot(run["tokens"], run["nats"], color=colour, linewidth=0.9, label=label)
+            label = f"{arm} (lr {run['lr']:g})" if i == 0 else None
+            tokens = tokens_a_step * np.array(run["curve"]["evaluated_steps"])
+            left.plot(tokens, run["curve"]["valid_loss_nats"], color=colour, linewidth=0.9, label=label)
     left.set(xscale="log", xlabel="tokens", ylabel="held-out nats a token")
     left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter("{x:,.0f}")
@@ -36,14 +35,10 @@ def draw(results, path) -> None:
     right.set_xticks(range(len(results["differences"])), [f"{float(x):.0%}" for x in results["differences"]])
     right.set(xlabel="share of the run", ylabel="nats a token (below 0: better)")
     right.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
-    tokens = np.prod([fields[name] for name in ("seq_len", "batch_size", "steps")])
     figure.suptitle(
-        f"{fields['num_layers']} x {fields['dim']}, vocabulary {fields['vocab_size']:,}, {tokens:,} tokens, "
-        f"{len(fields['seeds'])} paired seeds; {', '.join(stamp['devices'])}, {stamp['date']}",
+        f"{base['model.num_layers']} x {base['model.dim']}, vocabulary {base['model.vocab_size']:,}, "
+        f"{tokens_a_step * base['steps']:,} tokens, {len(runs)} paired seeds; "
+        f"{', '.join(stamp['devices'])}, {stamp['date']}",
         fontsize=9,
     )
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -8,7 +8,7 @@ vocabulary in which most are rare (BPE, 4,096, trained on the same text), as the
     python -m experiments.small_init.run              2 x 64, 200 steps of 2,048 tokens, 3 seeds each
     python -m experiments.small_init.run --sweep      learning rate of each arm -> sweep.json
     python -m experiments.small_init.run --preset=gpu 6 x 512, 1,400 steps of 16,384 tokens
-    python -m experiments.small_init.run --smoke --out=DIR
+    python -m experiments.small_init.run --smoke
 
 Cost: 12 minutes on 2 shared cores, and `--sweep` as long; `gpu`, estimated: 15 minutes on one H200.
 
@@ -23,60 +23,27 @@ Deviations: a vocabulary of 4,096 rather than 50,277 and source code rather than
 tokens; the paper's model and step count are unknown. Losses are nats a token of this vocabulary, for its arms alone.
 """
 
-import hashlib
-import sys
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from experiments import command, sweeps, text
-from experiments.statistics import t_interval
-from rwkv_jax import corpora, metrics, run_config
+from experiments import statistics, study
+from rwkv_jax import corpora
 
-HERE = Path(__file__).parent
 EMBEDDINGS = {"U(1e-4)": "v5", "N(0, 0.02)": "normal"}
 ARMS = {
-    f"{embedding}, {'LN0' if norm else 'no LN0'}": {"embedding_init": scheme, "embedding_norm": norm}
+    f"{embedding}, {'LN0' if norm else 'no LN0'}": {"model.embedding_init": scheme, "model.embedding_norm": norm}
     for (embedding, scheme), norm in product(EMBEDDINGS.items(), (True, False))
 }
 SMALL, USUAL = "U(1e-4), LN0", "N(0, 0.02), no LN0"
-FIRST = (SMALL, USUAL, "N(0, 0.02), LN0", "U(1e-4), no LN0")  # the important first
 SHARES = (0.1, 0.25, 0.5, 1.0)
 EARLY = SHARES[0]
 
 
-@dataclass(frozen=True)
-class Preset:
-    seeds: tuple = (0, 1, 2)
-    lr: float = 1.6e-2  # where sweep.json has nothing of an arm, and what `--sweep` begins around
-    vocab_size: int = 4096
-    num_layers: int = 2
-    dim: int = 64
-    dtype: str = "float32"
-    seq_len: int = 128
-    batch_size: int = 16
-    steps: int = 200
-    looks: int = 20
-    eval_tokens: int = 2**13
-    text: str = "stdlib"
-
-
-TINY = {"num_layers": 1, "dim": 16, "seq_len": 32, "batch_size": 2, "steps": 8, "looks": 8, "eval_tokens": 2**8}
-PRESETS = {
-    "smoke": Preset(seeds=(0, 1), vocab_size=512, **TINY),
-    "cpu": Preset(),
-    "gpu": Preset(
-        seeds=(0, 1), lr=2e-3, vocab_size=50277, num_layers=6, dim=512, dtype="bfloat16", seq_len=256, batch_size=64,
-        steps=1400, eval_tokens=2**17, text="enwik8",
-    ),
-}  # fmt: skip
-
-
 def bpe(source: str, vocab_size: int, folder: Path) -> Path:
-    """A byte-level BPE vocabulary of the training split, made once in `folder`. Token 0 is the separator."""
+    """A byte-level BPE vocabulary of the training split, built once in `folder`. Token 0 is the separator."""
     path = folder / f"bpe-{Path(source).stem}-{vocab_size}.json"
     if path.exists():
         return path
@@ -99,47 +66,8 @@ def bpe(source: str, vocab_size: int, folder: Path) -> Path:
     return beside.replace(path)
 
 
-def config_of(preset: Preset, arm: str, seed: int, lr: float, vocabulary: Path):
-    """The training run of one arm."""
-    config = run_config.default()
-    config.model.update(ARMS[arm], vocab_size=preset.vocab_size)
-    config.model.update(num_layers=preset.num_layers, dim=preset.dim, dtype=preset.dtype)
-    config.update(corpus=preset.text, tokenizer=str(vocabulary.absolute()), steps=preset.steps, seed=seed)
-    config.update(seq_len=preset.seq_len, batch_size=preset.batch_size, log_every=max(1, preset.steps // 100))
-    config.update(eval_every=preset.steps // preset.looks, eval_tokens=preset.eval_tokens, save_every=0)
-    config.optim.lr = lr
-    return config
-
-
-def trained(preset: Preset, arm: str, seed: int, lr: float, folder: Path, workdir: Path) -> dict:
-    """Held-out nats a token against the tokens seen."""
-    vocabulary = bpe(preset.text, preset.vocab_size, folder)
-    text.trained(config_of(preset, arm, seed, lr, vocabulary), workdir)
-    rows = [row for row in metrics.read(workdir / "metrics.jsonl") if "valid_loss_nats" in row]
-    return {
-        "lr": lr,
-        "tokens": [row["step"] * preset.seq_len * preset.batch_size for row in rows],
-        "nats": [round(row["valid_loss_nats"], 5) for row in rows],
-        "training": text.curve(workdir),
-        "vocabulary_sha256": hashlib.sha256(vocabulary.read_bytes()).hexdigest(),
-    }
-
-
-def best_rate(arm: str) -> float | None:
-    """Of an arm in sweep.json; None where it was not swept."""
-    runs = sweeps.swept(HERE / "sweep.json").get(arm)
-    return runs and float(min(runs, key=runs.get))
-
-
-def cells(preset: Preset, folder: Path) -> command.Cells:
-    """A run each: all arms with the first seed before any with the second."""
-
-    def cell(arm, seed):
-        lr = best_rate(arm) if preset == PRESETS["cpu"] else None
-        workdir = folder / f"{list(ARMS).index(arm)}-{seed}"
-        return lambda: trained(preset, arm, seed, lr or preset.lr, folder, workdir)
-
-    return {f"{arm}, seed {seed}": cell(arm, seed) for seed in preset.seeds for arm in FIRST}
+def prepare(config, folder: Path) -> None:
+    config.tokenizer = str(bpe(config.corpus, config.model.vocab_size, folder))
 
 
 def tokens_until(nats, tokens, level: float) -> float | None:
@@ -150,49 +78,49 @@ def tokens_until(nats, tokens, level: float) -> float | None:
     return float(np.interp(-level, -nats, tokens))
 
 
-def conclude(preset: Preset, values: dict) -> dict:
-    """Paired differences at shares of the run, and of the tokens until losses that all arms reach."""
-    of = lambda arm: [values[f"{arm}, seed {seed}"] for seed in preset.seeds]
-    at = lambda arm, share: np.array([run["nats"][round(share * preset.looks) - 1] for run in of(arm)])
-    interval = lambda x: [round(v, 4) for v in t_interval(x)]
-
-    def effects(share):
-        """Small with LN0 minus normal without; and each half, the mean over the other."""
-        nats = {arm: at(arm, share) for arm in ARMS}
-        pair = lambda a, b: nats[a] - nats[b]
-        norm = [pair(f"{embedding}, LN0", f"{embedding}, no LN0") for embedding in EMBEDDINGS]
-        small = [pair(f"U(1e-4), {norm}", f"N(0, 0.02), {norm}") for norm in ("LN0", "no LN0")]
-        return {
-            "small with LN0 - normal without": interval(pair(SMALL, USUAL)),
-            "LN0": interval(np.mean(norm, axis=0)),
-            "small": interval(np.mean(small, axis=0)),
-        }
-
-    by_share = {f"{share:g}": effects(share) for share in SHARES}
-    floor = max(run["nats"][-1] for arm in ARMS for run in of(arm))
-    ceiling = min(run["nats"][0] for arm in ARMS for run in of(arm))
-    levels = [round(x, 2) for x in np.linspace(ceiling, floor, 5)[1:-1]] if ceiling > floor else []
-    until = {
-        arm: [[tokens_until(run["nats"], run["tokens"], level) for run in of(arm)] for level in levels] for arm in ARMS
+def effects(its, values: dict, share: float) -> dict:
+    """Paired differences at a share of the run: small with LN0 minus normal without; each half, the mean over the
+    other."""
+    config = study.config_of(its)
+    look = round(share * config.steps / config.eval_every) - 1
+    of = lambda arm: [values[study.name_of(arm, seed)]["curve"] for seed in study.seeds_of(its, arm)]
+    nats = {arm: np.array([curve["valid_loss_nats"][look] for curve in of(arm)]) for arm in ARMS}
+    pair = lambda a, b: nats[a] - nats[b]
+    interval = lambda x: [round(v, 4) for v in statistics.t_interval(x)]
+    norm = [pair(f"{embedding}, LN0", f"{embedding}, no LN0") for embedding in EMBEDDINGS]
+    small = [pair(f"U(1e-4), {norm}", f"N(0, 0.02), {norm}") for norm in ("LN0", "no LN0")]
+    return {
+        "small with LN0 - normal without": interval(pair(SMALL, USUAL)),
+        "LN0": interval(np.mean(norm, axis=0)),
+        "small": interval(np.mean(small, axis=0)),
     }
+
+
+def conclude(its, values: dict) -> dict:
+    """Paired differences at shares of the run, and the tokens until losses that all arms reach."""
+    config = study.config_of(its)
+    tokens_a_step = config.seq_len * config.batch_size
+    of = lambda arm: [values[study.name_of(arm, seed)]["curve"] for seed in study.seeds_of(its, arm)]
+    by_share = {f"{share:g}": effects(its, values, share) for share in SHARES}
+    floor = max(curve["valid_loss_nats"][-1] for arm in ARMS for curve in of(arm))
+    ceiling = min(curve["valid_loss_nats"][0] for arm in ARMS for curve in of(arm))
+    levels = [round(x, 2) for x in np.linspace(ceiling, floor, 5)[1:-1]] if ceiling > floor else []
+    tokens = lambda curve: np.array(curve["evaluated_steps"]) * tokens_a_step
+    needed = lambda arm, level: [tokens_until(curve["valid_loss_nats"], tokens(curve), level) for curve in of(arm)]
     _, low, high = by_share[f"{EARLY:g}"]["small with LN0 - normal without"]
-    early = "same sign" if high < 0 else "contradicted" if low > 0 else "not resolved"
     told = lambda share, name: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*by_share[f"{share:g}"][name])
-    early_tokens = preset.seq_len * preset.batch_size * preset.steps * EARLY
     return {
         "levels": levels,
-        "tokens_until": until,
+        "tokens_until": {arm: [needed(arm, level) for level in levels] for arm in ARMS},
         "differences": by_share,
-        "lr": {arm: of(arm)[0]["lr"] for arm in ARMS},
-        "lr_swept": [arm for arm in ARMS if best_rate(arm) == of(arm)[0]["lr"]],
         "ledger": [
             {
                 "artefact": "Fig. 9, small initial embedding with LN0",
                 "paper": "loss falls earlier; no numbers",
-                "ours": f"after {early_tokens:,.0f} tokens {told(EARLY, 'small with LN0 - normal without')} nats a "
-                f"token (LN0 {told(EARLY, 'LN0')}, small values {told(EARLY, 'small')}), at the end "
-                f"{told(1, 'small with LN0 - normal without')}",
-                "verdict": early,
+                "ours": f"after {tokens_a_step * config.steps * EARLY:,.0f} tokens "
+                f"{told(EARLY, 'small with LN0 - normal without')} nats a token (LN0 {told(EARLY, 'LN0')}, small "
+                f"values {told(EARLY, 'small')}), at the end {told(1, 'small with LN0 - normal without')}",
+                "verdict": statistics.verdict(low, high, sign=-1),
             }
         ],
         "not_run": [
@@ -207,17 +135,32 @@ def conclude(preset: Preset, values: dict) -> dict:
     }
 
 
-def sweep(preset: Preset, path: Path) -> None:
-    """Held-out loss at the end of the run, of each arm and rate."""
-    folder = Path("runs/small_init/sweep")
-    for arm in FIRST:
-
-        def loss(lr, arm=arm):
-            workdir = folder / f"{list(ARMS).index(arm)}-{lr:g}"
-            return trained(preset, arm, preset.seeds[0], lr, folder, workdir)["nats"][-1]
-
-        sweeps.bracket(path, arm, preset.lr, loss, fields=command.fields(preset))
-
+TINY = {"num_layers": 1, "dim": 16, "vocab_size": 512}
+LARGE = {"num_layers": 6, "dim": 512, "vocab_size": 50277, "dtype": "bfloat16"}
+STUDY = {
+    "base": {
+        "model": {"num_layers": 2, "dim": 64, "vocab_size": 4096}, "seq_len": 128, "batch_size": 16, "steps": 200,
+        "eval_every": 10, "eval_tokens": 2**13, "optim.lr": 1.6e-2,
+    },
+    "arms": ARMS,
+    "seeds": 3,
+    "measure": (),
+    "against": None,
+    "swept": True,
+    "sweep": study.Sweep(value=lambda run: run["curve"]["valid_loss_nats"][-1]),
+    "prepare": prepare,
+    "conclude": conclude,
+    "presets": {
+        "smoke": {"base": {"model": TINY, "steps": 8, "eval_every": 1, "eval_tokens": 2**8}},
+        "gpu": {
+            "base": {
+                "model": LARGE, "seq_len": 256, "batch_size": 64, "steps": 1400, "eval_every": 70,
+                "eval_tokens": 2**17, "optim.lr": 2e-3, "corpus": "enwik8",
+            },
+            "seeds": 2,
+        },
+    },
+}  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(command.main(HERE, __doc__, PRESETS, cells, conclude, sweep))
+    study.main(**STUDY)

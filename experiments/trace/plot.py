@@ -1,11 +1,8 @@
-"""The figure of `results.json`: effect of each place, and by layer where it is largest, for the three restorations.
-
-python -m experiments.trace.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: effect of each place, and by layer where it is largest, for the three restorations."""
 
 import numpy as np
 
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 COLORS = {"residual": "#2980b9", "state": "#c0392b", "both": "#2c3e50"}
 ROLES = ("last of subject", "after", "last")  # of the curves
@@ -52,7 +49,3 @@ def _curves(axis, cell, role):
 def _layers(num_layers):
     at = np.arange(0, num_layers, max(1, num_layers // 8))
     return at, at + 1
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

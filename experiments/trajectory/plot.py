@@ -1,11 +1,8 @@
-"""The figure of `results.json`: the loss of the released trainer and ours, and how far they are apart by step.
-
-python -m experiments.trajectory.plot [results.json [figure.png]]
-"""
+"""The figure of `results.json`: the loss of the released trainer and ours, and how far they are apart by step."""
 
 import numpy as np
 
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 COLOURS = {"float64": "#c0392b", "float32": "#e67e22"}
 
@@ -29,7 +26,3 @@ def draw(results, path) -> None:
     right.set(xlabel="step", ylabel="nats a token", title="difference of the losses")
     right.legend(frameon=False, fontsize=7)
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

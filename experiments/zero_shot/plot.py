@@ -1,9 +1,6 @@
-"""The figure of `results.json`: the paper's numbers against model size, and LAMBADA where it was measured.
+"""The figure of `results.json`: the paper's numbers against model size, and LAMBADA where it was measured."""
 
-python -m experiments.zero_shot.plot [results.json [figure.png]]
-"""
-
-from experiments.figures import main, plt, saved
+from experiments.figures import plt, saved
 
 PANELS = {"mean": "mean accuracy of 13 tasks, %", "lambada_openai": "LAMBADA, accuracy, %"}
 
@@ -34,7 +31,3 @@ def draw(results, path) -> None:
         fontsize=10,
     )
     saved(figure, path)
-
-
-if __name__ == "__main__":
-    main(draw, __file__)

@@ -93,6 +93,7 @@ def test_command_refreshes_the_ledger_with_results_in_their_place(experiment, tm
     page = tmp_path / "README.md"
     page.write_text("<!-- hours -->\n<!-- end -->")
     monkeypatch.setattr(command.ledger, "HERE", tmp_path)
+    monkeypatch.setattr(command.ledger, "ORDER", ("recall",))
     monkeypatch.setattr(command.ledger, "FILES", (page,))
     assert experiment(f"--out={tmp_path / 'elsewhere'}") == 0 and page.read_text() == "<!-- hours -->\n<!-- end -->"
     assert experiment() == 0 and "0.0 hours in all" in page.read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import text
+from experiments import measures
 from experiments.compare import baselines, run, table
 from rwkv_jax import corpora
 
@@ -62,11 +62,11 @@ def test_capped_text_is_the_beginning_of_every_document():
     documents = [b"\0" + bytes([65 + i]) * n for i, n in enumerate((500, 3, 40, 500))]
     starts = np.cumsum([0, *map(len, documents)])[:-1]
     split = corpora.Split(np.frombuffer(b"".join(documents), np.uint8), starts, ("a", "b", "c", "d"), 1043)
-    short = text.capped(split, 256)
+    short = measures.capped(split, 256)
     lengths = np.diff(short.starts, append=len(short.tokens))
     assert lengths.tolist() == [105, 4, 41, 105] and short.num_bytes == 255 - 4
     assert all(short.tokens[start] == 0 for start in short.starts)
-    assert text.capped(split, 10_000).tokens.tolist() == split.tokens.tolist()
+    assert measures.capped(split, 10_000).tokens.tolist() == split.tokens.tolist()
 
 
 def _compare(*args):

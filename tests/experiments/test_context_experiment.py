@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from small import drawn, forward
 
-from experiments.context import conclusions, copying, reading, run
+from experiments import study
+from experiments.context import copying, reading, run
 from rwkv_jax import build, corpora, evaluate
 
 # little to compile
@@ -81,16 +82,16 @@ def test_reach_is_interpolated_in_log_context():
 
 def test_difference_is_paired_by_document_and_weighted_by_targets():
     cell = {"targets": [3, 1], "after": {"8": [2.0, 3.0], "16": [1.0, 3.0]}}
-    value, low, high = conclusions.difference([cell], lambda c: c["after"]["16"], lambda c: c["after"]["8"])
+    value, low, high = run.difference([cell], lambda c: c["after"]["16"], lambda c: c["after"]["8"])
     assert (value, low, high) == (-0.75, -1, 0)
     other = cell | {"after": {"8": [2.0, 3.0], "16": [0.0, 2.0]}}
-    both = conclusions.difference([cell, cell], lambda c: c["after"]["16"], lambda c: c["after"]["16"], [other, other])
+    both = run.difference([cell, cell], lambda c: c["after"]["16"], lambda c: c["after"]["16"], [other, other])
     assert both == (1, 1, 1)
 
 
 def test_longest_lag_solved_ends_at_the_first_that_is_not():
-    assert conclusions.longest_solved({"4": 1.0, "8": 0.99, "16": 0.5, "32": 1.0}) == 8
-    assert conclusions.longest_solved({"4": 0.9}) == 0
+    assert run.longest_solved({"4": 1.0, "8": 0.99, "16": 0.5, "32": 1.0}) == 8
+    assert run.longest_solved({"4": 0.9}) == 0
 
 
 def test_copy_task_is_answered_by_the_symbol_at_the_lag():
@@ -106,6 +107,18 @@ def test_copy_task_is_answered_by_the_symbol_at_the_lag():
 
 
 def test_copy_stages_read_as_many_tokens_a_step_in_longer_windows():
-    preset = run.PRESETS["smoke"]
-    batch = run.copy_batch(preset, ((1, 2), (2, 3), (4, 1)), seed=0)
-    assert [batch(i)["mask"].shape for i in range(6)] == [(4, 8)] * 2 + [(2, 16)] * 3 + [(1, 32)]
+    batches = copying.stage_batches(run.TINY_COPY, ((1, 2), (2, 3), (4, 1)), seed=0)
+    assert [batches(i)["mask"].shape for i in range(6)] == [(4, 8)] * 2 + [(2, 16)] * 3 + [(1, 32)]
+
+
+def test_extension_and_control_read_as_many_tokens_at_a_constant_rate():
+    its = study.Study(**run.STUDY)
+    stages = {arm: [study.config_of(its, fields) for fields in found] for arm, found in study.arms_of(its).items()}
+    assert stages["extended"][0] == stages["control"][0] == stages["rwkv4"][0]
+    assert [(config.seq_len, config.steps) for config in stages["extended"]] == [
+        (256, 400), (512, 412), (1024, 532), (2048, 652)
+    ]  # fmt: skip
+    assert [(config.seq_len, config.steps) for config in stages["control"]] == [(256, 400), (256, 652)]
+    for config in (*stages["extended"][1:], stages["control"][1]):
+        assert config.seq_len * config.batch_size == 4096 and config.optim.schedule == "constant"
+        assert config.optim.lr == config.optim.lr_end == stages["rwkv4"][0].optim.lr / 10

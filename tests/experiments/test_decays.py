@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from small import drawn, make
 
+from experiments import study
 from experiments.decays import run
 from rwkv_jax import models
 
@@ -54,8 +55,9 @@ def test_conclude_takes_the_verdict_of_the_flat_start():
     def verdict(low, high):
         layers = [{"above_0.9": 0.1}, {"above_0.9": 0.2}]
         cell = {"before": layers, "after": layers, "contrast_before": [1, 1, 1], "bits_per_byte": 2.0}
-        values = {"released": cell, "flat": cell | {"contrast_learned": [(low + high) / 2, low, high]}}
-        return run.conclude(run.PRESETS["cpu"], values)["ledger"][1]["verdict"]
+        flat = cell | {"contrast_learned": [(low + high) / 2, low, high]}
+        values = {"released, seed 0": cell, "flat, seed 0": flat}
+        return run.conclude(study.Study(**run.STUDY), values)["ledger"][1]["verdict"]
 
     assert verdict(0.1, 0.3) == "reproduced"
     assert verdict(-0.1, 0.3) == "not resolved"

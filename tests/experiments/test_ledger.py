@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments import command, engineering, ledger
+from experiments import command, engineering, ledger, study
 
 
 @pytest.mark.parametrize("path", ledger.FILES, ids=lambda path: path.parent.name)
@@ -40,12 +40,15 @@ SLOW = {"scaling"}  # seconds of bootstrap
 )
 def test_committed_conclusions_follow_from_committed_cells(name, its):
     run = importlib.import_module(f"experiments.{name}.run")
-    preset = run.PRESETS[its["preset"]]
-    if "text" in its["fields"]:
-        preset = replace(preset, text=its["fields"]["text"])
-    assert command.fields(preset) == its["fields"]
     conclude = run.conclude if hasattr(run, "conclude") else run.conclusions.conclude
-    found = json.loads(json.dumps(conclude(preset, command.bare(its["cells"]))))
+    if "study" in its:
+        about = study.Study(**its["study"])
+    else:
+        about = run.PRESETS[its["preset"]]
+        if "text" in its["fields"]:
+            about = replace(about, text=its["fields"]["text"])
+        assert command.fields(about) == its["fields"]
+    found = json.loads(json.dumps(conclude(about, command.bare(its["cells"]))))
     assert (found["ledger"], found.get("not_run")) == (its["ledger"], its.get("not_run"))
 
 
@@ -85,9 +88,14 @@ def test_ledger_run_names_what_failed_and_ends_with_an_error(monkeypatch, tmp_pa
     codes, ran = {"a": 0, "b": 2, "c": 0, "d": 1}, []
 
     def run(command):
-        name = command[-1].split(".")[1]
+        name = command[2].split(".")[1]
         ran.append(name)
+        assert command[3:] == ["--publish"] * (name == "c")
         return types.SimpleNamespace(returncode=codes[name])
+
+    for name in codes:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.py").write_text(f"from experiments import {'study' if name == 'c' else 'command'}")
 
     monkeypatch.setattr(ledger, "reproductions", lambda: [tmp_path / name for name in codes])
     monkeypatch.setattr(ledger.subprocess, "run", run)

@@ -1,7 +1,7 @@
 """Long Range Arena: expressions and rules, the classifier, verdicts."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -11,12 +11,12 @@ import pytest
 from small import drawn
 
 import rwkv_jax
-from experiments import command
+from experiments import study
 from experiments.lra import classify, listops, run
 from experiments.lra.listops import Examples
 
 WORDS = {str(digit): digit for digit in range(10)} | {"MIN": 10, "MAX": 11, "MED": 12, "SM": 13, "]": 14}
-PRESET = replace(run.PRESETS["smoke"], buckets=(8,), batch_size=8)
+SHAPE = SimpleNamespace(buckets=(8,), batch_size=8)
 
 
 def tokens(text):
@@ -170,10 +170,10 @@ SLOW_RWKV = pytest.param(CLASSIFIER, marks=pytest.mark.slow, id="rwkv4")
 
 @pytest.mark.parametrize("model", [pytest.param(classify.Classifier(Fading(), 4), id="fading"), SLOW_RWKV])
 def test_classifier_learns_the_first_token(examples, model):
-    params, curve = classify.fit(model, examples, examples, PRESET, lr=3e-2, epochs=15, seed=0)
-    nats, right = classify.judge(model, params, examples, PRESET)
+    params, curve = classify.fit(model, examples, examples, SHAPE, lr=3e-2, epochs=15, seed=0)
+    nats, right = classify.judge(model, params, examples, SHAPE)
     assert curve["valid_right"][-1] == right.mean() > 0.9
-    some, _ = classify.judge(model, params, examples.part(5, 9), PRESET)
+    some, _ = classify.judge(model, params, examples.part(5, 9), SHAPE)
     np.testing.assert_allclose(some, nats[5:9], rtol=1e-5, atol=1e-7)
     assert curve["valid_loss_nats"][-1] == pytest.approx(nats.mean(), abs=1e-4)
     assert curve["valid_loss_nats"][-1] < curve["valid_loss_nats"][0]
@@ -181,23 +181,23 @@ def test_classifier_learns_the_first_token(examples, model):
 
 
 @pytest.mark.parametrize(
-    "arms, right, interval, verdict",
+    "right, interval, verdict",
     [
-        (("rwkv4",), {"rwkv4": 0.55}, (0.53, 0.57), "same sign"),
-        (("rwkv4",), {"rwkv4": 0.36}, (0.34, 0.39), "not resolved"),
-        (("rwkv4",), {"rwkv4": 0.30}, (0.28, 0.32), "contradicted"),
-        (("rwkv4", "transformer"), {"rwkv4": 0.55, "transformer": 0.40}, (0.53, 0.57), "reproduced"),
-        (("rwkv4", "transformer"), {"rwkv4": 0.70, "transformer": 0.40}, (0.68, 0.72), "same sign"),
-        (("rwkv4", "transformer"), {"rwkv4": 0.55, "transformer": 0.60}, (0.53, 0.57), "contradicted"),
+        ({"rwkv4": 0.55}, (0.53, 0.57), "same sign"),
+        ({"rwkv4": 0.36}, (0.34, 0.39), "not resolved"),
+        ({"rwkv4": 0.30}, (0.28, 0.32), "contradicted"),
+        ({"rwkv4": 0.55, "transformer": 0.40}, (0.53, 0.57), "reproduced"),
+        ({"rwkv4": 0.70, "transformer": 0.40}, (0.68, 0.72), "same sign"),
+        ({"rwkv4": 0.55, "transformer": 0.60}, (0.53, 0.57), "contradicted"),
     ],
 )
-def test_verdict_of_shares_and_interval(arms, right, interval, verdict):
-    assert run.verdict_of(run.Preset(arms=arms), right, *interval, rule=0.37) == verdict
+def test_verdict_of_shares_and_interval(right, interval, verdict):
+    assert run.verdict_of(right, *interval, rule=0.37, is_public=True) == verdict
 
 
 def test_verdict_at_other_lengths_is_not_reproduced():
-    preset = run.Preset(above=20, below=100, arms=("rwkv4", "transformer"))
-    assert run.verdict_of(preset, {"rwkv4": 0.55, "transformer": 0.4}, 0.53, 0.57, rule=0.37) == "same sign"
+    right = {"rwkv4": 0.55, "transformer": 0.4}
+    assert run.verdict_of(right, 0.53, 0.57, rule=0.37, is_public=False) == "same sign"
 
 
 def test_interval_of_a_share_is_that_of_wilson():
@@ -207,9 +207,7 @@ def test_interval_of_a_share_is_that_of_wilson():
         assert abs(0.3 - share) / (share * (1 - share) / 50) ** 0.5 == pytest.approx(1.96)
 
 
-def test_command_ends_with_code_2_without_the_files(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "compute", lambda cells, *_: [cells["imdb by its files, rwkv4"]()])
-    argv = ["--smoke", f"--out={tmp_path}", f"--imdb={tmp_path / 'aclImdb'}"]
-    code = command.main(run.HERE, run.__doc__, run.PRESETS, run.cells, run.conclude, run.sweep, run.OPTIONS, argv)
-    assert code == 2 and f"error: no {tmp_path}/aclImdb/train/neg" in capsys.readouterr().err
+def test_task_without_its_files_is_one_line(tmp_path):
+    cell = run.also(imdb=str(tmp_path / "aclImdb"), aan=None)["imdb by its files, rwkv4"]
+    with pytest.raises(OSError, match=f"no {tmp_path}/aclImdb/train/neg"):
+        cell(study.config_of(study.Study(**run.STUDY)), tmp_path)

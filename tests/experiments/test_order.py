@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from experiments import study
 from experiments.order import run
 
 PAIRS, MOST, V = np.array([1, 2, 4] * 12), 4, 20
@@ -52,9 +53,9 @@ def test_prompt_of_pairs_that_do_not_fit_is_refused():
 @pytest.mark.parametrize("right", [0.1, 1.0])
 def test_conclude_says_that_a_control_at_chance_learned_neither_order(right):
     last = lambda right: {"curve": [{order: [right] * 5 for order in run.ORDERS}]}
-    cells = run.cells(run.PRESETS["cpu"], None)
-    values = {name: last(1.0 if name.startswith("rwkv4") else right) for name in cells}
-    (row,) = run.conclude(run.PRESETS["cpu"], values)["ledger"]
+    its = study.Study(**run.STUDY)
+    values = {study.name_of(arm, s): last(1.0 if arm == "rwkv4" else right) for arm in run.ARMS for s in range(2)}
+    (row,) = run.conclude(its, values)["ledger"]
     assert ("the transformers are at chance" in row["ours"]) == (right < 0.5)
 
 

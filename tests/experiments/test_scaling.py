@@ -1,35 +1,26 @@
 """The experiment on scaling: fits and intervals on points whose law is known, verdicts, cells."""
 
-import jax
 import numpy as np
 import pytest
 
+from experiments import study
 from experiments.scaling import fit, run
-from rwkv_jax import run_config
+from rwkv_jax import models, run_config
 
 COMPUTE = np.geomspace(1e13, 1e16, 36)
 NOISE = 1 + 0.002 * np.random.default_rng(0).standard_normal(len(COMPUTE))
 
 
-@pytest.mark.parametrize("name", run.PRESETS)
+@pytest.mark.parametrize("name", ["cpu", *run.STUDY["presets"]])
 def test_every_size_of_a_preset_is_a_model_with_a_learning_rate(name):
-    preset = run.PRESETS[name]
-    for arm in preset.arms:
-        for size in preset.sizes:
-            config = run.config_of(preset, arm, size, 100)
-            model = run_config.model_of(config)
-            assert (model.num_layers, model.dim) == size and model.dim % model.head_size == 0
-            assert 1e-5 < config.optim.lr < 0.1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", run.PRESETS)
-def test_every_size_of_a_preset_has_parameters(name):
-    preset = run.PRESETS[name]
-    for arm in preset.arms:
-        for size in preset.sizes:
-            model = run_config.model_of(run.config_of(preset, arm, size, 100, lr=1e-3))
-            jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32))
+    its = study.chosen(study.Study(**run.STUDY), name)
+    for arm, (changes,) in study.arms_of(its).items():
+        config = study.config_of(its, changes)
+        model = run_config.model_of(config)
+        assert arm.endswith(f" {model.num_layers}x{model.dim}") and model.dim % model.head_size == 0
+        assert 1e-5 < config.optim.lr < 0.1
+        shapes = models.parameter_shapes(model)
+        assert shapes["emb"]["embedding"].shape == (config.model.vocab_size, model.dim)
 
 
 def test_pareto_frontier_has_the_runs_that_no_run_as_cheap_beats():
@@ -105,8 +96,8 @@ def test_verdict_follows_the_header(points, floor, worse, off, expected):
     assert run.verdict(its) == expected
 
 
-def test_cells_go_from_small_to_large_and_none_is_missing(tmp_path):
-    preset = run.PRESETS["gpu"]
-    names = list(run.cells(preset, tmp_path))
-    assert len(names) == len(set(names)) == 3 * 36
-    assert names[0] == "rwkv4 4x128 after 171" and names[-1] == "transformer+shift 12x512 after 5490"
+def test_arms_go_from_small_to_large_and_none_is_missing():
+    large = study.chosen(study.Study(**run.STUDY), "gpu")
+    assert len(large.arms) * len(large.budgets) == 3 * 36
+    names = list(large.arms)
+    assert (names[0], names[-1]) == ("rwkv4 4x128", "transformer+shift 12x512")

@@ -3,24 +3,27 @@
 import numpy as np
 import pytest
 
-from experiments.small_init.run import ARMS, PRESETS, SHARES, SMALL, USUAL, bpe, conclude, config_of, tokens_until
+from experiments import study
+from experiments.small_init.run import ARMS, SHARES, SMALL, STUDY, USUAL, bpe, conclude, tokens_until
 from rwkv_jax import corpora, tokenizers
 from rwkv_jax.run_config import model_of
 
-PRESET = PRESETS["cpu"]
+ITS = study.Study(**STUDY)
+LOOKS = 20
 
 
 def values(small=0.0, norm=0.0, noise=0.01, fades=True):
     """Curves of all arms that fall by one nat a decade of tokens, shifted by what an arm has in the beginning."""
     rng = np.random.default_rng(0)
-    tokens = np.arange(1, PRESET.looks + 1) * 1000
+    steps = np.arange(1, LOOKS + 1) * 10
     found = {}
     for arm, fields in ARMS.items():
-        shift = small * (fields["embedding_init"] == "v5") + norm * fields["embedding_norm"]
-        for seed in PRESET.seeds:
-            rest = np.linspace(1, 0, PRESET.looks) if fades else 1
-            nats = 8 - np.log10(tokens) + shift * rest + noise * rng.standard_normal() + 0.1 * seed
-            found[f"{arm}, seed {seed}"] = {"lr": 0.01, "tokens": tokens.tolist(), "nats": nats.tolist()}
+        shift = small * (fields["model.embedding_init"] == "v5") + norm * fields["model.embedding_norm"]
+        for seed in range(3):
+            rest = np.linspace(1, 0, LOOKS) if fades else 1
+            nats = 8 - np.log10(steps) + shift * rest + noise * rng.standard_normal() + 0.1 * seed
+            curve = {"evaluated_steps": steps.tolist(), "valid_loss_nats": nats.tolist()}
+            found[study.name_of(arm, seed)] = {"lr": 0.01, "curve": curve}
     return found
 
 
@@ -35,11 +38,11 @@ def values(small=0.0, norm=0.0, noise=0.01, fades=True):
     ids=str,
 )
 def test_verdict_is_about_the_beginning_of_training(given, verdict):
-    assert conclude(PRESET, values(**given))["ledger"][0]["verdict"] == verdict
+    assert conclude(ITS, values(**given))["ledger"][0]["verdict"] == verdict
 
 
 def test_conclude_separates_the_two_halves_of_the_treatment():
-    concluded = conclude(PRESET, values(small=-0.3, norm=-0.1, noise=0, fades=False))
+    concluded = conclude(ITS, values(small=-0.3, norm=-0.1, noise=0, fades=False))
     for share in map("{:g}".format, SHARES):
         found = {name: mean for name, (mean, _, _) in concluded["differences"][share].items()}
         assert found == pytest.approx({"small with LN0 - normal without": -0.4, "LN0": -0.1, "small": -0.3})
@@ -67,10 +70,9 @@ def test_bpe_vocabulary_is_built_once_and_round_trips_text(tmp_path):
     assert bpe(str(text), 300, tmp_path) == path and path.stat().st_mtime_ns == before
 
 
-def test_arms_are_two_by_two_and_differ_in_nothing_else(tmp_path):
-    config = lambda arm: config_of(PRESET, arm, 0, 0.01, tmp_path / "bpe.json")
-    models = {arm: model_of(config(arm)) for arm in ARMS}
-    assert {(m.embedding_init, m.embedding_norm) for m in models.values()} == {
+def test_arms_are_two_by_two_and_differ_in_nothing_else():
+    models = [model_of(study.config_of(ITS, fields)) for fields in ARMS.values()]
+    assert {(m.embedding_init, m.embedding_norm) for m in models} == {
         (scheme, norm) for scheme in ("v5", "normal") for norm in (True, False)
     }
-    assert len({m.clone(embedding_init="v5", embedding_norm=True) for m in models.values()}) == 1
+    assert len({m.clone(embedding_init="v5", embedding_norm=True) for m in models}) == 1

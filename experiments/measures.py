@@ -1,0 +1,90 @@
+"""Measures of a trained model: functions (model, params, corpus) -> numbers, which `experiments.study` takes by name.
+
+The number that a measure is about has the measure's name, and is better the lower it is. Where a measure gives
+NAME_nats and NAME_bytes too, nats and bytes of each document, intervals are over documents as well.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from rwkv_jax import corpora, evaluate
+
+
+class HeldOut(NamedTuple):
+    """What a model is measured on: text that it was not trained on, and the shape that it was trained in."""
+
+    valid: corpora.Split
+    test: corpora.Split
+    seq_len: int
+    batch_size: int
+
+
+def held_out(config, tokens: int) -> HeldOut:
+    """The beginnings of all held-out documents of a run's corpus, at most `tokens` tokens of each split."""
+    corpus = corpora.prepare(config.corpus, config.tokenizer)
+    return HeldOut(capped(corpus.valid, tokens), capped(corpus.test, tokens), config.seq_len, config.batch_size)
+
+
+def capped(split: corpora.Split, max_tokens: int) -> corpora.Split:
+    """The beginnings of all documents of a split, as long as `max_tokens` tokens allow: more of them make a better
+    interval than more of each."""
+    lengths = np.diff(split.starts, append=len(split.tokens))[: max(1, max_tokens // 64)]
+    longest, too_long = 2, lengths.max() + 1
+    while too_long - longest > 1:
+        middle = (longest + too_long) // 2
+        fits = np.minimum(lengths, middle).sum() <= max_tokens
+        longest, too_long = (middle, too_long) if fits else (longest, middle)
+    kept = np.minimum(lengths, longest)
+    tokens = np.concatenate([split.tokens[start : start + n] for start, n in zip(split.starts, kept, strict=False)])
+    starts = np.cumsum(kept) - kept
+    return split._replace(tokens=tokens, starts=starts, num_bytes=len(tokens) - len(starts))
+
+
+def level(nats_N: np.ndarray, split: corpora.Split) -> float:
+    """Bits per byte of a split of bytes, from nats aligned with its tokens."""
+    return evaluate.bits_per_byte(*evaluate.per_document(nats_N, split))
+
+
+def bits_per_byte(model, params, corpus: HeldOut) -> dict:
+    """Bits per byte in disjoint windows of the training length, each from an empty past: the same for every model."""
+    shape = (corpus.seq_len, corpus.batch_size)
+    valid_N = evaluate.windows(model, params, corpus.valid.tokens, *shape)
+    nats_N = evaluate.windows(model, params, corpus.test.tokens, *shape)
+    numbers = {"valid_bits_per_byte": round(level(valid_N, corpus.valid), 5)}
+    return numbers | by_document("bits_per_byte", nats_N, corpus.test)
+
+
+def best_practice(model, params, corpus: HeldOut) -> dict:
+    """Bits per byte as the model predicts best: a recurrent state carried over whole documents, else windows half a
+    length apart."""
+    test = corpus.test
+    nats_N = evaluate.best_practice(model, params, test.tokens, test.starts, corpus.seq_len, corpus.batch_size)
+    return by_document("best_practice", nats_N, test)
+
+
+def by_document(name: str, nats_N, split) -> dict:
+    """Bits per byte as a measure called `name` returns them, from nats aligned with the tokens of a split."""
+    nats_D, bytes_D = evaluate.per_document(nats_N, split)
+    return {
+        name: round(level(nats_N, split), 5),
+        f"{name}_nats": nats_D.round(3).tolist(),
+        f"{name}_bytes": bytes_D.astype(int).tolist(),
+    }
+
+
+def nats_per_token(model, params, corpus: HeldOut) -> dict:
+    """Mean loss of the tokens in windows of the training length, separators left out."""
+
+    def nats(split) -> float:
+        nats_N = evaluate.windows(model, params, split.tokens, corpus.seq_len, corpus.batch_size)
+        return round(float(np.delete(nats_N, split.starts).mean(dtype=np.float64)), 5)
+
+    return {"nats_per_token": nats(corpus.test), "valid_nats_per_token": nats(corpus.valid)}
+
+
+def loss_by_position(model, params, corpus: HeldOut) -> dict:
+    """Mean loss, and that of each position of a window: entry t is about predictions from t + 1 tokens."""
+    nats_N = evaluate.windows(model, params, corpus.test.tokens, corpus.seq_len, corpus.batch_size)
+    by_position = evaluate.loss_by_position(nats_N, corpus.seq_len)
+    return {"loss_by_position": round(float(by_position.mean()), 5), "nats_by_position": by_position.round(4).tolist()}

@@ -1,0 +1,396 @@
+"""Studies: the arms of an experiment trained in pairs, kept run by run, and compared with intervals.
+
+    study.main(base={...}, arms={"no shift of v": {...}}, seeds=3, measure="bits_per_byte", against="base")
+
+is a script; its docstring describes the study: the claim, the paper's number, what would reproduce or contradict it.
+
+    python -m experiments.NAME.run                    a draft: results.json and figure.png beside the script
+    ... --publish                                     the same for the ledger, which ignores drafts
+    ... --arm=NAME --seed=1 --steps=50                some of the runs, or shorter ones
+    ... --preset=gpu                                  another size -> gpu.json
+    ... --sweep                                       learning rates of each arm -> sweep.json
+    ... --smoke                                       seconds, to see that it runs; nothing stays
+
+Runs of a pair share seed, batches, and the initial values of the parameters that both models have. A run is kept in
+runs/studies/HASH.json, by a hash of all that its numbers depend on: its config, the corpus, the measure, `runs.CODE`.
+So the same command resumes after a kill, and another arm or seed costs its own runs only.
+"""
+
+import argparse
+import inspect
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from ml_collections import ConfigDict
+
+from experiments import command, ledger, measures, stamp, statistics, sweeps
+from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
+from rwkv_jax import corpora, hardware, optim, run_config, train
+
+RUNS = Path(__file__).parents[1] / "runs" / "studies"
+SMOKE = {
+    "base": {"model.num_layers": 1, "model.dim": 16, "seq_len": 16, "batch_size": 2, "steps": 4},
+    "seeds": 2,
+    "held_out": 2**10,
+}
+
+# Arms of every experiment that compares architectures.
+MODELS = {
+    "rwkv4": {"model": {"name": "rwkv4"}},
+    "transformer": {"model": {"name": "transformer"}},
+    "transformer+shift": {"model": {"name": "transformer", "variant": {"token_shift": True}}},  # RWKV's token shift
+    "lstm": {"model": {"name": "lstm"}},
+    "hybrid": {"model": {"name": "rwkv4", "layers": ("rwkv4", "attention")}},  # the two in turn
+}
+
+
+class Sweep(NamedTuple):
+    """A search for each arm's learning rate: factors of 2 around the base's, extended while the best is at an end."""
+
+    field: str = "optim.lr"
+    name: Callable = str  # of an arm in sweep.json: arms of one name share a rate
+    value: Callable = itemgetter("valid_bits_per_byte")  # of the numbers of a run
+    better: Callable = min
+    changes: Mapping = MappingProxyType({})  # of the base, such as fewer steps
+    widest: int | None = None  # rates at most
+
+
+@dataclass(frozen=True)
+class Study:
+    """What `main` takes. Fields of configs are nested or dotted: {"model": {"dim": 64}} or {"model.dim": 64}.
+
+    Args:
+        base: changes of `run_config.default()`; "tokens" may stand in place of "steps".
+        arms: changes of the base by arm, or a function of the base's config that returns them, or a list of changes,
+            one a stage: each stage branches from the end of the one before.
+        seeds: how many, or which; or either by arm.
+        measure: a function of `measures` by name, any other (model, params, corpus) -> numbers, or several of them.
+            Arms are compared by the number that has the first one's name; with `run`, a number's name is enough.
+        against: the arm that others are compared with; "base", without changes, needs no name among the arms.
+        budgets: steps of several lengths of the same run, each decayed, which branch from one trunk.
+        held_out: tokens of validation and of test text that are measured, at most.
+        swept: whether each arm has its best learning rate of sweep.json beside the script, searched where missing.
+        prepare: (config, folder) -> None, which completes the config of a run with what has to be made first, such as
+            a vocabulary or weights to start from, in a folder that stays.
+        run: (config, folder) -> numbers in place of training on a corpus: `base` then has fields of its own.
+        also: numbers beside the runs, by name, each of a function (config of the base, folder) -> numbers.
+        options: flags of the command with their help: the base's fields of that name, or else arguments of `also`.
+        conclude: (study, values by name) -> JSON object with "ledger", and "not_run", as in `experiments.command`.
+        presets: changes of these fields by name. Arms there may be names of some.
+    """
+
+    base: dict
+    arms: dict = field(default_factory=dict)
+    seeds: Any = 1
+    measure: Any = "bits_per_byte"
+    against: str | None = "base"
+    budgets: Sequence[int] = ()
+    held_out: int = 2**17
+    swept: bool = False
+    sweep: Sweep = Sweep()  # noqa: RUF009 (it is immutable)
+    prepare: Callable | None = None
+    run: Callable | None = None
+    also: Callable = dict
+    options: dict = field(default_factory=dict)
+    conclude: Callable | None = None
+    presets: dict = field(default_factory=dict)
+
+
+# -------------------------------------------------------------------------------------------- what is run
+
+
+def config_of(study: Study, changes: dict | None = None, seed: int = 0):
+    """The config of the base with the changes of an arm."""
+    fields = flat(study.base) | flat(changes or {})
+    if study.run:
+        return ConfigDict(unflatten_dict(fields | {"seed": seed}, sep="."))
+    config, tokens = run_config.default().lock(), fields.pop("tokens", 0)
+    config.update(eval_every=0, eval_tokens=0, save_every=0, seed=seed)
+    if unknown := sorted(fields.keys() - flat(config.to_dict()).keys()):
+        raise ValueError(f"no config field {unknown[0]!r}; rwkv_jax/run_config.py has them all")
+    try:
+        config.update_from_flattened_dict(fields)
+    except TypeError as error:
+        raise ValueError(f"a config field has another type: {error}") from None
+    if "steps" not in fields and tokens:
+        config.steps = max(1, tokens // (config.seq_len * config.batch_size))
+    if "log_every" not in fields:
+        config.log_every = max(1, config.steps // 100)
+    return config
+
+
+def arms_of(study: Study) -> dict:
+    """{arm: changes of each of its stages}, most of one stage."""
+    implied = {"base": {}} if study.against == "base" else {}
+    found = {}
+    for arm, changes in (implied | study.arms).items():
+        changes = changes(config_of(study)) if callable(changes) else changes
+        found[arm] = list(changes) if isinstance(changes, list | tuple) else [changes]
+    return found
+
+
+def seeds_of(study: Study, arm: str) -> tuple[int, ...]:
+    seeds = study.seeds.get(arm, 1) if isinstance(study.seeds, dict) else study.seeds
+    return tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+
+
+def name_of(arm: str, seed: int, budget: int | None = None) -> str:
+    return f"{arm}, seed {seed}" + (f", {budget} steps" if budget else "")
+
+
+def measured(study: Study, configs: Sequence, folder: Path) -> dict:
+    """What results keep of a run: the numbers of its measures, its curve and its size."""
+    model, params, workdirs = trained(configs, folder)
+    config, corpus, numbers = configs[-1], measures.held_out(configs[-1], study.held_out), {}
+    for measure in measures_of(study).values():
+        numbers |= measure(model, params, corpus)
+    return numbers | {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "flops_per_token": hardware.flops_per_token(model, config.seq_len),
+        "tokens": config.steps * config.batch_size * config.seq_len,
+        "lr": train.learning_rate(config, model)(config.steps // 2),
+        "corpus_sha256": corpus_of(config),
+        "curve": curve(workdirs),
+    }
+
+
+def measures_of(study: Study) -> dict[str, Callable]:
+    """The study's measures by name: the first is what arms are compared by."""
+    found = [study.measure] if isinstance(study.measure, str | Callable) else study.measure or ()
+    name = lambda measure: measure if isinstance(measure, str) else getattr(measure, "func", measure).__name__
+    return {name(m): getattr(measures, m, None) if isinstance(m, str) else m for m in found}
+
+
+def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
+    """One run."""
+    for config in configs if study.prepare else ():
+        study.prepare(config, folder)
+    identity = {"config": [fixed(config) for config in configs], "code": CODE, "corpus": corpus_of(configs[-1])}
+    if study.run:
+        return Cell(identity | {"run": identity_of(study.run)}, partial(study.run, configs[-1], folder))
+    identity["measure"] = [identity_of(measure) for measure in measures_of(study).values()]
+    return Cell(identity | {"held_out": study.held_out}, partial(measured, study, configs, folder))
+
+
+def corpus_of(config) -> str | None:
+    """SHA-256 of the corpus that a config names, if it does."""
+    return corpora.prepare(config.corpus, config.get("tokenizer", "bytes")).sha256 if config.get("corpus") else None
+
+
+def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> dict[str, Cell]:
+    """Every run by name, all arms with the first seed before any with the second, and what else the study computes."""
+    found, arms = {}, arms_of(study)
+    rates = {arm: {study.sweep.field: swept_lr(study, arm, sweep, folder)} for arm in arms if study.swept}
+    for seed in dict.fromkeys(seed for arm in arms for seed in seeds_of(study, arm)):
+        for budget in study.budgets or (None,):
+            for arm in (arm for arm in arms if seed in seeds_of(study, arm)):
+                configs = [config_of(study, rates.get(arm, {}) | flat(changes), seed) for changes in arms[arm]]
+                configs = stages(configs[-1], study.budgets, budget) if budget else configs
+                found[name_of(arm, seed, budget)] = cell_of(study, configs, folder)
+    for name, function in study.also(**options).items():
+        config = config_of(study)
+        identity = {"function": identity_of(function), "config": fixed(config), "corpus": corpus_of(config)}
+        found[name] = Cell(identity | {"code": CODE}, partial(function, config, folder))
+    return found
+
+
+# ------------------------------------------------------------------------------------------ learning rates
+
+
+def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
+    """The best learning rate of an arm at the study's size, from `path`; searched with the first seed where `path`
+    lacks it."""
+    its, changes = study.sweep, flat(arms_of(study)[arm][-1])
+    base = config_of(study, changes)
+    name = f"{its.name(arm)} {base.model.num_layers}x{base.model.dim}"
+    centre = flat(base.to_dict()).get(its.field)
+    centre = centre or optim.default_lr(run_config.model_of(base).layers[0], base.model.dim)
+
+    def number_at(lr: float) -> float:
+        config = config_of(study, changes | flat(dict(its.changes)) | {its.field: lr})
+        return its.value(kept(f"{arm}, lr {lr:g}", cell_of(study, [config], folder), folder))
+
+    sweeps.bracket(path, name, centre, number_at, its.better, its.widest)
+    return sweeps.best(path, name, its.better)
+
+
+# --------------------------------------------------------------------------------------- what it says
+
+
+def compared(study: Study, values: dict, number: str | None = None, budget=None, against: str | None = None) -> dict:
+    """By arm: the mean over seeds of a number, and its paired difference from the arm `against`.
+
+    The 95 % interval is the wider of Student's t over seeds and a bootstrap over documents; p is Student's, `p_holm`
+    corrected for the number of arms, and `resolved` says whether that is below 0.05.
+    """
+    number, against = number or next(iter(measures_of(study))), against or study.against
+    budget = budget or (study.budgets[-1] if study.budgets else None)
+    of = lambda arm, seeds: [values[name_of(arm, seed, budget)] for seed in seeds]
+    rows = {}
+    for arm in arms_of(study):
+        runs = of(arm, seeds_of(study, arm))
+        rows[arm] = {name: runs[0][name] for name in ("parameters", "flops_per_token", "lr") if name in runs[0]}
+        rows[arm][number] = float(np.mean([run[number] for run in runs]))
+        both = [seed for seed in seeds_of(study, arm) if against and seed in seeds_of(study, against)]
+        if arm != against and both:
+            rows[arm] |= _difference(of(arm, both), of(against, both), number)
+    changed = [row for row in rows.values() if row.get("p") is not None]
+    for row, p in zip(changed, statistics.holm([row["p"] for row in changed]), strict=True):
+        row |= {"p_holm": p, "resolved": p < 0.05}
+    return rows
+
+
+def _difference(runs: list[dict], others: list[dict], number: str) -> dict:
+    of = lambda of_runs, name: np.array([run[name] for run in of_runs])
+    by_seed = of(runs, number) - of(others, number)
+    mean, *interval = statistics.t_interval(by_seed)
+    if f"{number}_nats" in runs[0]:
+        nats_SD = of(runs, f"{number}_nats") - of(others, f"{number}_nats")
+        interval = statistics.wider(interval, statistics.over_documents(nats_SD, runs[0][f"{number}_bytes"]))
+    found = {"difference": mean, "low": interval[0], "high": interval[1], "p": statistics.p_value(by_seed)}
+    known = {name: None if np.isnan(x) else float(x) for name, x in found.items()}
+    return known | {"by_seed": by_seed.round(5).tolist(), "seeds": len(runs)}
+
+
+def table(study: Study, rows: dict) -> str:
+    """The comparison as text: an arm a line, the largest difference first."""
+    number = next(iter(measures_of(study)))
+    lines = [("", number, f"minus {study.against}", "95 %", "p (Holm)")]
+    for arm, row in sorted(rows.items(), key=lambda item: -item[1].get("difference", np.inf)):
+        known = row.get("low") is not None
+        interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if known else ""
+        p = f"{row['p_holm']:.3f}{'*' * row['resolved']}" if "p_holm" in row else ""
+        difference = f"{row['difference']:+.4f}" if "difference" in row else ""
+        lines.append((arm, f"{row[number]:.4f}", difference, interval, p))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def fields_of(study: Study) -> dict:
+    """What results keep of a study; `Study(**fields)` is enough for its conclusions."""
+    kept = {name: getattr(study, name) for name in ("seeds", "budgets", "against", "held_out")}
+    return {"base": flat(study.base), "arms": arms_of(study), "measure": list(measures_of(study)), **kept}
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+
+def main(*, argv: Sequence[str] | None = None, **fields) -> None:
+    """The command of the script that calls it, whose docstring describes the study. Takes the fields of `Study`."""
+    caller = inspect.currentframe().f_back.f_globals
+    script, doc = Path(caller["__file__"]).resolve(), inspect.cleandoc(caller["__doc__"] or "A study.")
+    if code := command.reported(lambda: _main(script, doc, Study(**fields), argv)):
+        sys.exit(code)
+
+
+def _main(script: Path, doc: str, study: Study, argv) -> None:
+    args = vars(_parser(doc, study).parse_args(argv))
+    is_smoke, label = args["smoke"], "smoke" if args["smoke"] else args["preset"]
+    study = chosen(study, label, args["arm"], args["seed"], args["steps"], args["text"])
+    options = {name: args[name] for name in study.options if name not in study.base}
+    given = {name: args[name] for name in study.options if name in study.base and args[name]}
+    study = replace(study, base=study.base | given)
+    if any(args[name] for name in ("arm", "seed", "steps")):
+        study = replace(study, conclude=None)  # it may need what was not asked for
+    if args["publish"] and (study.conclude is None or is_smoke):
+        raise ValueError(
+            "only a whole study with `conclude` can be published, without --arm, --seed, --steps, --smoke"
+        )
+    if unknown := [name for name, measure in measures_of(study).items() if not (measure or study.run)]:
+        raise ValueError(f"no measure {unknown[0]!r} in experiments/measures.py, expected one of it or a function")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        folder = Path(elsewhere) if is_smoke else RUNS
+        out = args["out"] or (folder if is_smoke else script.parent)
+        out.mkdir(parents=True, exist_ok=True)
+        if args["sweep"]:
+            for arm in arms_of(study):
+                print(f"{arm}: {swept_lr(study, arm, out / 'sweep.json', folder):g} is best")
+            return
+        asked = cells(study, folder, script.with_name("sweep.json"), **options)
+        values = {name: kept(name, cell, folder) for name, cell in asked.items()}
+        results = concluded(study, label, values) | ({} if args["publish"] else {"draft": True})
+        path = path_of(out / script.name, label, args["publish"])
+        command.write_json(path, results | {"stamp": stamp.stamp()})
+        command.draw(script.parent.name if script.parents[1] == ledger.HERE else "", path)
+    if study.measure:
+        print(table(study, results["table"]))
+    for row in results.get("ledger", ()):
+        print("{artefact}: {ours} (paper: {paper}): {verdict}".format(**row))
+    if args["publish"] and out.resolve().parent == ledger.HERE:
+        ledger.refresh()
+    print(f"written: {path}" if path.exists() else "it runs; nothing was written")
+
+
+def _parser(doc: str, study: Study) -> argparse.ArgumentParser:
+    head, _, rest = doc.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    presets = ["cpu", *(name for name in study.presets if name != "smoke")]
+    parser.add_argument("--preset", choices=presets, default="cpu")
+    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
+    parser.add_argument("--sweep", action="store_true", help="search learning rates instead -> sweep.json")
+    parser.add_argument("--publish", action="store_true", help="results for the ledger, which ignores drafts")
+    parser.add_argument("--arm", action="append", help="only this arm and what it is compared with; may be repeated")
+    parser.add_argument("--seed", action="append", type=int, help="only this seed; may be repeated")
+    parser.add_argument("--steps", type=int, help="steps of every run")
+    parser.add_argument("--text", help="another corpus, such as enwik8, a text file or a folder")
+    parser.add_argument("--out", type=Path, help="folder of what is written")
+    for option, about in study.options.items():
+        parser.add_argument(f"--{option}", help=about)
+    return parser
+
+
+def chosen(study: Study, preset: str = "cpu", arms=None, seeds=None, steps=None, text=None) -> Study:
+    """The study at the size of a preset, and of it what the command asks for."""
+    smoke = [SMOKE] if preset == "smoke" and study.run is None else []
+    for changes in (*smoke, study.presets.get(preset, {})):
+        changes = dict(changes, base=flat(study.base) | flat(changes.get("base", {})))
+        if not isinstance(changes.get("arms", {}), dict):  # names
+            changes["arms"] = {arm: study.arms[arm] for arm in changes["arms"]}
+        study = replace(study, **changes)
+    wanted = {name: value for name, value in (("steps", steps), ("corpus", text)) if value is not None}
+    if study.run and (unknown := wanted.keys() - flat(study.base).keys()):
+        raise ValueError(f"the base of this study has no {min(unknown)!r}")
+    study = replace(study, base=flat(study.base) | wanted)
+    study = replace(study, budgets=() if steps else study.budgets)
+    if unknown := set(arms or ()) - set(arms_of(study)):
+        raise ValueError(f"no arm {min(unknown)!r}, expected one of {', '.join(arms_of(study))}")
+    if arms:
+        study = replace(study, arms={arm: x for arm, x in study.arms.items() if arm in (*arms, study.against)})
+    if preset == "smoke":
+        study = replace(study, swept=False)
+    return replace(study, seeds=tuple(seeds)) if seeds else study
+
+
+def concluded(study: Study, preset: str, values: dict) -> dict:
+    """Results from the numbers of all runs."""
+    results = {"preset": preset, "study": fields_of(study)}
+    if study.measure:
+        results["table"] = compared(study, values)
+    if study.measure and study.budgets:
+        results["by_budget"] = {str(budget): compared(study, values, budget=budget) for budget in study.budgets}
+    if study.conclude:
+        results |= study.conclude(study, command.bare(values))
+    assert all(row["verdict"] in command.VERDICTS for row in results.get("ledger", ()))
+    return results | {"cells": values, "wall_seconds": sum(cell["wall_seconds"] for cell in values.values())}
+
+
+def path_of(script: Path, preset: str, publish: bool) -> Path:
+    """Where results are written: a draft stands beside published results and does not replace them."""
+    size = [] if preset in ("cpu", "smoke") else [preset]
+    stem = "-".join(size or ["results"] if script.stem == "run" else [script.stem, *size])
+    path = script.with_name(f"{stem}.json")
+    is_published = path.exists() and not json.loads(path.read_text()).get("draft")
+    return path.with_name(f"{stem}-draft.json") if is_published and not publish else path

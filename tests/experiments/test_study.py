@@ -1,0 +1,316 @@
+"""Studies: which runs are kept and which are computed, what a command asks for, comparisons, drafts, trunks."""
+
+import json
+import runpy
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import training
+
+import rwkv_jax
+from experiments import command, runs, study
+from rwkv_jax import train
+
+SCRIPT = '''"""Is it worth anything?
+
+No number in the paper.
+"""
+
+from experiments import study
+from test_study import computed, conclude
+
+study.main(
+    base={base}, arms={arms}, seeds={seeds}, measure="loss", run=computed, conclude=conclude, swept={swept},
+    sweep=study.Sweep(field="lr", value=lambda run: run["loss"]),
+    presets={{"gpu": {{"base": {{"model.dim": 256}}}}}},
+)
+'''  # fmt: skip
+ran = []  # of `computed`
+
+
+def loss(model, params, corpus):
+    """A measure in name only: `computed` gives its number."""
+
+
+def computed(config, folder) -> dict:
+    """In place of a training run: a level by arm and seed, lowest at a rate of 4e-3."""
+    config = config.to_dict()
+    if config.get("dies"):
+        raise KeyboardInterrupt
+    if config.get("fails"):
+        raise ValueError("no\nsuch corpus")
+    ran.append(config)
+    off_rate = abs(np.log2(config.get("lr", 4e-3) / 4e-3))
+    return {"loss": 2 + 0.1 * config["seed"] + config.get("cost", 0.0) + off_rate, "curve": CURVE, "tokens": 1}
+
+
+CURVE = {"tokens": [1, 2], "loss_nats": [3.0, 2.0]}
+
+
+def conclude(its, values) -> dict:
+    rows = study.compared(its, values)
+    ours = f"{rows['b']['difference']:.2f}"
+    return {"ledger": [{"artefact": "Table 0", "paper": "none", "ours": ours, "verdict": "same sign"}]}
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A study's script as a command: `(argv, its fields) -> exit code`, in a folder of its own."""
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(study.measures, "loss", loss, raising=False)
+    monkeypatch.setattr(command, "draw", lambda name, path: path)
+    ran.clear()
+
+    def call(
+        *argv, name="run.py", seeds=2, swept=False, base="{'model.dim': 8, 'model.num_layers': 1, 'steps': 9}", **arms
+    ):
+        path = tmp_path / "v_shift" / name
+        path.parent.mkdir(exist_ok=True)
+        fields = {"base": base, "arms": arms or {"b": {"cost": 0.5}}, "seeds": seeds, "swept": swept}
+        path.write_text(SCRIPT.format(**fields))
+        monkeypatch.setattr("sys.argv", [str(path), *argv])
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as exit:
+            return exit.code
+        return 0
+
+    call.folder, call.runs = tmp_path / "v_shift", tmp_path / "runs"
+    call.results = lambda name="results": json.loads((call.folder / f"{name}.json").read_text())
+    return call
+
+
+# -------------------------------------------------------------------------------------------- the command
+
+
+def test_study_computes_a_run_once_and_an_added_arm_or_seed_alone(script, capsys):
+    assert script() == 0 and len(ran) == 4
+    assert "minus base" in capsys.readouterr().out
+    assert script() == 0 and len(ran) == 4
+    assert script(b={"cost": 0.5}, c={"cost": 0.1}) == 0 and [c.get("cost") for c in ran[4:]] == [0.1, 0.1]
+    assert script(seeds=3) == 0 and [config["seed"] for config in ran[6:]] == [2, 2]
+    assert script(b={"cost": 0.6}) == 0 and len(ran) == 10
+    results = script.results()
+    assert list(results["cells"]) == ["base, seed 0", "b, seed 0", "base, seed 1", "b, seed 1"]
+    assert results["table"]["b"]["difference"] == pytest.approx(0.6)
+    assert results["study"]["arms"] == {"base": [{}], "b": [{"cost": 0.6}]}
+    kept = [json.loads(path.read_text()) for path in script.runs.glob("*.json")]
+    config = {"model.dim": 8, "model.num_layers": 1, "steps": 9, "seed": 1, "cost": 0.5}
+    assert config in [its["config"][0] for its in kept]
+
+
+def test_study_resumes_after_an_interruption(script, capsys):
+    assert script(b={"dies": True}) == 130 and len(ran) == 1 and not list(script.folder.glob("*.json"))
+    assert "the same command resumes" in capsys.readouterr().err
+    assert script() == 0 and len(ran) == 4
+
+
+def test_study_reports_an_error_in_one_line(script, capsys):
+    assert script(b={"fails": True}) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no such corpus"
+    assert script("--text=enwik8") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: the base of this study has no 'corpus'"
+    assert script("--arm=d") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no arm 'd', expected one of base, b"
+
+
+def test_study_runs_the_arms_seeds_and_steps_that_a_command_asks_for(script):
+    assert script("--arm=c", "--seed=1", "--steps=7", b={}, c={"cost": 0.1}) == 0
+    assert [(config["seed"], config["steps"]) for config in ran] == [(1, 7), (1, 7)]
+    assert list(script.results()["cells"]) == ["base, seed 1", "c, seed 1"]
+
+
+def test_study_smoke_leaves_nothing(script, capsys):
+    assert script("--smoke") == 0 and len(ran) == 4
+    assert not script.runs.exists() and not list(script.folder.glob("*.json"))
+    assert capsys.readouterr().out.endswith("nothing was written\n")
+    assert script("--smoke", f"--out={script.folder / 'out'}") == 0 and (script.folder / "out/results.json").exists()
+
+
+def test_study_draft_does_not_replace_published_results(script, capsys):
+    assert script() == 0 and script.results()["draft"] is True
+    assert script("--publish") == 0 and "draft" not in script.results()
+    assert script(b={"cost": 0.7}) == 0
+    assert script.results()["table"]["b"]["difference"] == pytest.approx(0.5)
+    assert script.results("results-draft")["table"]["b"]["difference"] == pytest.approx(0.7)
+    assert script("--preset=gpu") == 0 and script.results("gpu")["study"]["base"]["model.dim"] == 256
+    assert script("--publish", "--seed=0") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: only a whole study")
+    assert script(name="idea.py") == 0 and script("--preset=gpu", name="idea.py") == 0
+    assert script.results("idea")["preset"] == "cpu" and script.results("idea-gpu")["preset"] == "gpu"
+
+
+def test_study_publishes_to_the_ledger(script, tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- hours -->\n<!-- end -->")
+    monkeypatch.setattr(study.ledger, "HERE", tmp_path)
+    monkeypatch.setattr(study.ledger, "ORDER", ())
+    monkeypatch.setattr(study.ledger, "FILES", (page,))
+    assert script() == 0 and study.ledger.results() == [] and "hours in all" not in page.read_text()
+    assert script("--publish") == 0 and [name for name, _ in study.ledger.results()] == ["v_shift"]
+    assert "0.0 hours in all" in page.read_text()
+
+
+def test_study_takes_the_best_of_swept_rates_and_sweeps_what_is_missing(script):
+    """Around 1.6e-2, then on to lower rates until 4e-3 has two neighbours."""
+    base = "{'model.dim': 8, 'model.num_layers': 1, 'lr': 1.6e-2}"
+    assert script("--sweep", base=base) == 0
+    found = script.results("sweep")["runs"]
+    assert list(found) == ["base 1x8", "b 1x8"] and sorted(map(float, found["b 1x8"])) == [
+        2e-3,
+        4e-3,
+        8e-3,
+        1.6e-2,
+        3.2e-2,
+    ]
+    swept = len(ran)
+    assert script(swept=True, base=base, b={"cost": 0.5}, c={"cost": 0.1}) == 0
+    assert [config["lr"] for config in ran[swept + 5 :]] == [
+        4e-3
+    ] * 3 and swept == 10  # seed 0 is kept from the sweeps
+    assert {config["lr"] for config in ran[swept : swept + 5]} == {2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2}
+
+
+# ------------------------------------------------------------------------------------------------- configs
+
+
+def its(**fields):
+    return study.Study(base={"model": {"dim": 64}, "seq_len": 100, "batch_size": 10}, **fields)
+
+
+def test_config_of_an_arm_takes_nested_and_dotted_changes():
+    shift = {"model": {"variant": {"token_shift": False}}}
+    found = study.arms_of(its(arms={"a": shift, "f": lambda base: {"model.hidden_dim": 5 * base.model.dim}}))
+    assert found == {"base": [{}], "a": [shift], "f": [{"model.hidden_dim": 320}]}
+    config = study.config_of(its(), found["a"][0] | {"tokens": 5500}, seed=3)
+    assert not config.model.variant.token_shift and config.model.dim == 64 and (config.steps, config.seed) == (5, 3)
+    assert study.config_of(its(), {"tokens": 5500, "steps": 3}).steps == 3
+    assert study.config_of(study.Study(base={"a.b": 1}, run=computed), {"a": {"c": 2}}).a.to_dict() == {"b": 1, "c": 2}
+
+
+def test_config_of_an_unknown_field_or_type_is_refused_in_one_line():
+    with pytest.raises(
+        ValueError, match=r"^no config field 'model.unknown.shift_v'; rwkv_jax/run_config.py has them all$"
+    ):
+        study.config_of(its(), {"model": {"unknown": {"shift_v": False}}})
+    with pytest.raises(ValueError, match=r"^a config field has another type: .*steps"):
+        study.config_of(its(), {"steps": "many"})
+
+
+def test_smoke_of_a_study_is_small_and_presets_name_arms():
+    presets = {"smoke": {"arms": ("b",)}, "gpu": {"base": {"model": {"dim": 512}}, "seeds": {"b": 5}}}
+    small = study.chosen(its(arms={"a": {}, "b": {}}, seeds=3, presets=presets), "smoke")
+    assert list(study.arms_of(small)) == ["base", "b"] and study.seeds_of(small, "b") == (0, 1)
+    assert study.config_of(small).model.dim == 16
+    large = study.chosen(its(arms={"a": {}, "b": {}}, presets=presets), "gpu")
+    assert study.config_of(large).model.dim == 512 and large.base["seq_len"] == 100
+    assert [len(study.seeds_of(large, arm)) for arm in ("base", "b")] == [1, 5]
+
+
+def test_identity_of_a_run_changes_with_what_its_numbers_depend_on(tmp_path):
+    config = study.config_of(its())
+    of = lambda **changes: runs.hash_of(runs.fixed(study.config_of(its(), changes)))
+    assert of(log_every=3, keep=5) == of() and len({of(), of(steps=3), of(eval_every=5)}) == 3
+    measure = lambda **parameters: runs.identity_of(partial(study.measures.bits_per_byte, **parameters))
+    assert measure() == measure() != measure(tokens=5) and measure()["name"] == "bits_per_byte"
+    assert runs.identity_of(study.measures.bits_per_byte) != runs.identity_of(study.measures.best_practice)
+    weights = tmp_path / "a.safetensors"
+    weights.write_bytes(b"a")
+    config.finetune.model = str(weights)
+    before = runs.fixed(config)
+    weights.write_bytes(b"b")
+    assert runs.fixed(config) != before
+
+
+# -------------------------------------------------------------------------------------------- comparisons
+
+EFFECTS = {"large": 0.1, "small": 0.003, "none": 0.0}
+ARMS = {arm: {} for arm in EFFECTS}
+
+
+def values(effects=EFFECTS, noise=1e-4):
+    """Runs of all arms: level by seed, effect by arm, four documents of 1,000 bytes that differ by a lot."""
+    rng, found = np.random.default_rng(0), {}
+    for arm, effect in {"base": 0.0, **effects}.items():
+        for seed in range(3):
+            bits = 2.3 + 0.05 * seed + effect + noise * rng.standard_normal()
+            nats = (np.array([0.5, 0.8, 1.2, 1.5]) * 1000 * bits * np.log(2)).tolist()
+            found[study.name_of(arm, seed)] = {
+                "bits_per_byte": bits, "bits_per_byte_nats": nats, "bits_per_byte_bytes": [1000] * 4, "lr": 0.1
+            }  # fmt: skip
+    return found
+
+
+def test_compared_resolves_differences_above_the_noise_of_seeds():
+    arms = its(arms=ARMS, seeds=3)
+    rows = study.compared(arms, values())
+    assert (
+        rows["base"].keys() == {"bits_per_byte", "lr"} and rows["large"]["resolved"] and not rows["none"]["resolved"]
+    )
+    for arm, effect in EFFECTS.items():
+        assert rows[arm]["difference"] == pytest.approx(effect, abs=3e-4)
+        assert rows[arm]["low"] < effect < rows[arm]["high"] and rows[arm]["p_holm"] >= rows[arm]["p"]
+    lines = study.table(arms, rows).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["base", "large", "small", "none"] and lines[2].endswith("*")
+
+
+def test_compared_gives_the_wider_interval_and_none_of_one_seed():
+    """Documents that differ in the effect make an interval that seeds which agree do not."""
+    found = values({"a": 0.03}, noise=0)
+    for seed in range(3):
+        found[study.name_of("a", seed)]["bits_per_byte_nats"][3] += 500
+    row = study.compared(its(arms={"a": {}}, seeds=3), found)["a"]
+    assert row["high"] - row["low"] > 0.1 and row["by_seed"] == [0.03] * 3
+    for run in found.values():
+        del run["bits_per_byte_nats"]
+    row = study.compared(its(arms={"a": {}}, seeds={"a": 1, "base": 3}), found)["a"]
+    assert (row["low"], row["high"], row["p"], row["seeds"]) == (None, None, None, 1)
+
+
+def test_fields_of_a_study_are_enough_for_its_conclusions():
+    one = its(arms={"large": {}, "f": lambda base: {"steps": base.model.dim}}, seeds=3)
+    again = study.Study(**json.loads(json.dumps(study.fields_of(one))))
+    assert study.arms_of(again) == study.arms_of(one) and again.seeds == 3
+    arms = its(arms=ARMS, seeds=3)
+    fresh = study.Study(**json.loads(json.dumps(study.fields_of(arms))))
+    assert study.compared(fresh, values()) == study.compared(arms, values())
+
+
+# ------------------------------------------------------------------------------------------------- trunks
+
+
+@pytest.mark.parametrize("step", ["toy", pytest.param("rwkv4", marks=pytest.mark.slow)])
+def test_decayed_branch_of_a_trunk_is_bit_equal_to_a_run_of_its_length(step, tmp_path, monkeypatch):
+    """The trunk stops at 9 and at 18, and both budgets decay from there."""
+    if step == "toy":
+        training.install_toy(monkeypatch)
+        monkeypatch.setattr(rwkv_jax, "load", lambda workdir: (None, None))
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text(f"{i} bottles of beer on the wall, " * 4)
+    base = {"model": {"num_layers": 1, "dim": 8}, "seq_len": 8, "batch_size": 2, "corpus": str(text), "optim.lr": 1e-2}
+    config = lambda steps: study.config_of(study.Study(base=base), {"steps": steps}, seed=3)
+    folder = tmp_path / "runs"
+    found = {b: runs.trained(runs.stages(config(20), (10, 20), b), folder) for b in (20, 10)}
+    assert len(list(folder.iterdir())) == 4 and found[10][2][0] == found[20][2][0]  # both trunks, both branches
+    for budget, (_, params, _) in found.items():
+        whole = config(budget)
+        whole.optim.warmup = 1 / budget  # of both: one step, a twentieth of the longest
+        expected = train.run(whole, tmp_path / f"whole-{budget}").params
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+    branch = found[10][2][-1] / "metrics.jsonl"
+    before = branch.read_bytes()
+    again = runs.trained(runs.stages(config(20), (10, 20), 10), folder)
+    assert again[2] == found[10][2] and branch.read_bytes() == before
+    jax.tree.map(np.testing.assert_array_equal, again[1], found[10][1])
+    logged = runs.curve(found[20][2], 1000)
+    assert logged["tokens"] == [16 * step for step in range(1, 21)]
+
+
+def test_arms_of_config_groups_reach_the_optimiser():
+    """Overrides of tuples stay tuples, as `optim.optimiser` needs them."""
+    config = study.config_of(its(), {"optim.groups": (("/time_decay$", 0.0), ("/time_first$", 3.0))})
+    assert config.optim.groups[0] == ("/time_decay$", 0.0)
