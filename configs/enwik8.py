@@ -10,7 +10,7 @@ Expected: the paper prints 1.178 test bits a character for RWKV-4 (train 1.010) 
 not say how many epochs, nor the last learning rate, nor whether it counts characters or bytes. Not run here.
 """
 
-from rwkv_jax import run_config
+from rwkv_jax.train import run_config
 
 STEPS_A_EPOCH = 5_493
 

@@ -19,7 +19,7 @@ Cost: 1,660 + 50 + 500 + 500 steps of 2,048 bytes, a few minutes on 2 CPU cores.
 
 from pathlib import Path
 
-from rwkv_jax import run_config
+from rwkv_jax.train import run_config
 
 CONFIGS = Path(__file__).parent
 STAGES = {2048: 10e9, 4096: 100e9, 8192: 100e9}  # window: tokens

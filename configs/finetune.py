@@ -15,7 +15,7 @@ model's own parameters. Not run here on released weights.
 
 from ml_collections.config_dict import placeholder
 
-from rwkv_jax import run_config
+from rwkv_jax.train import run_config
 
 RATES = {"full": 1e-5, "lora": 1e-3, "state": 1e-2}
 

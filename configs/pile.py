@@ -12,7 +12,7 @@ Expected: training loss 2.533, 2.260, 2.040, 1.945, 1.839, 1.757 nats a token at
 (+-0.005). Not run here.
 """
 
-from rwkv_jax import run_config
+from rwkv_jax.train import run_config
 
 #        layers, width, lr, last lr, mini-epochs before the decay
 TABLE = {

@@ -8,7 +8,7 @@ Cost: 600 steps of 4,096 bytes, 4 minutes on 2 CPU cores.
 Expected: validation 1.64 bits a byte for RWKV-4, 1.84 for the transformer (seed 0, the source of Python 3.11.7).
 """
 
-from rwkv_jax import run_config
+from rwkv_jax.train import run_config
 
 
 def get_config(arg="rwkv4"):

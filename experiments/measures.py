@@ -8,25 +8,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_jax import corpora, evaluate
+from rwkv_jax import data, evaluate
 
 
 class HeldOut(NamedTuple):
     """What a model is measured on: text that it was not trained on, and the shape that it was trained in."""
 
-    valid: corpora.Split
-    test: corpora.Split
+    valid: data.Split
+    test: data.Split
     seq_len: int
     batch_size: int
 
 
 def held_out(config, tokens: int) -> HeldOut:
     """The beginnings of all held-out documents of a run's corpus, at most `tokens` tokens of each split."""
-    corpus = corpora.prepare(config.corpus, config.tokenizer)
+    corpus = data.prepare(config.corpus, config.tokenizer)
     return HeldOut(capped(corpus.valid, tokens), capped(corpus.test, tokens), config.seq_len, config.batch_size)
 
 
-def capped(split: corpora.Split, max_tokens: int) -> corpora.Split:
+def capped(split: data.Split, max_tokens: int) -> data.Split:
     """The beginnings of all documents of a split, as long as `max_tokens` tokens allow: more of them make a better
     interval than more of each."""
     lengths = np.diff(split.starts, append=len(split.tokens))[: max(1, max_tokens // 64)]
@@ -41,7 +41,7 @@ def capped(split: corpora.Split, max_tokens: int) -> corpora.Split:
     return split._replace(tokens=tokens, starts=starts, num_bytes=len(tokens) - len(starts))
 
 
-def level(nats_N: np.ndarray, split: corpora.Split) -> float:
+def level(nats_N: np.ndarray, split: data.Split) -> float:
     """Bits per byte of a split of bytes, from nats aligned with its tokens."""
     return evaluate.bits_per_byte(*evaluate.per_document(nats_N, split))
 

@@ -19,7 +19,8 @@ from flax.traverse_util import flatten_dict
 
 import rwkv_jax
 from experiments import command, stamp
-from rwkv_jax import checkpoint, corpora, metrics, train
+from rwkv_jax import checkpoint, data, train
+from rwkv_jax.train import metrics
 from rwkv_jax.train.workdir import FREE_FIELDS
 
 CODE = 1  # raise it with a change of the code that changes what runs compute: kept ones are then computed again
@@ -98,7 +99,7 @@ def trained(configs: Sequence, folder: Path):
     for i, config in enumerate(configs):
         config = config.copy_and_resolve_references()
         identity = {"config": fixed(config), "code": CODE, "trunk": workdirs[-1].name if workdirs else ""}
-        identity["corpus"] = corpora.prepare(config.corpus, config.tokenizer).sha256
+        identity["corpus"] = data.prepare(config.corpus, config.tokenizer).sha256
         if workdirs:
             config.branch_from = f"{workdirs[-1]}/checkpoints/{configs[i - 1].steps}"
         workdirs.append(folder / hash_of(identity))

@@ -36,7 +36,8 @@ from ml_collections import ConfigDict
 
 from experiments import command, ledger, measures, stamp, statistics, sweeps
 from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
-from rwkv_jax import corpora, hardware, optim, run_config, train
+from rwkv_jax import data, hardware, train
+from rwkv_jax.train import optim, run_config
 
 RUNS = Path(__file__).parents[1] / "runs" / "studies"
 SMOKE = {
@@ -118,7 +119,7 @@ def config_of(study: Study, changes: dict | None = None, seed: int = 0):
     config, tokens = run_config.default().lock(), fields.pop("tokens", 0)
     config.update(eval_every=0, eval_tokens=0, save_every=0, seed=seed)
     if unknown := sorted(fields.keys() - flat(config.to_dict()).keys()):
-        raise ValueError(f"no config field {unknown[0]!r}; rwkv_jax/run_config.py has them all")
+        raise ValueError(f"no config field {unknown[0]!r}; rwkv_jax/train/run_config.py has them all")
     try:
         config.update_from_flattened_dict(fields)
     except TypeError as error:
@@ -185,7 +186,7 @@ def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
 
 def corpus_of(config) -> str | None:
     """SHA-256 of the corpus that a config names, if it does."""
-    return corpora.prepare(config.corpus, config.get("tokenizer", "bytes")).sha256 if config.get("corpus") else None
+    return data.prepare(config.corpus, config.get("tokenizer", "bytes")).sha256 if config.get("corpus") else None
 
 
 def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> dict[str, Cell]:

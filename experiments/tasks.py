@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_jax import optim, train
+from rwkv_jax import train
+from rwkv_jax.train import optim
 
 
 def fit(

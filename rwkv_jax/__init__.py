@@ -21,9 +21,8 @@ _CONTENTS = {
     "log_likelihoods": "evaluate",  # nats of each token given those before it
 }
 _MODULES = (
-    "checkpoint", "command", "corpora", "data", "evaluate", "files", "finetune", "generate", "hardware", "harness",
-    "interop", "launch", "metrics", "mixture", "models", "ops", "optim", "orders", "parallel", "pretrained",
-    "run_config", "runs", "tokenizers", "train",
+    "checkpoint", "command", "data", "evaluate", "files", "finetune", "generate", "hardware", "harness", "interop",
+    "models", "ops", "pretrained", "runs", "train",
 )  # fmt: skip
 
 __all__ = ["RWKVForCausalLM", "build", "load", "log_likelihoods", "save", "stack", "stream", "unstack"]

@@ -25,7 +25,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rwkv_jax import command, corpora, files, interop, runs, tokenizers
+from rwkv_jax import command, data, files, interop, runs
+from rwkv_jax.data import tokenizers
 
 POSITIONS = 128  # logits [B, POSITIONS, V] exist at one time
 SEGMENTS = (4, 32, 128, 512)  # lengths that `continuations` reads at one time: few, because each is compiled
@@ -176,8 +177,8 @@ def _check(model, tokens, starts, seq_len, batch_size):
         raise ValueError(f"nothing to predict in {len(tokens)} tokens, expected at least 2")
     if (largest := int(np.max(tokens))) >= model.vocab_size:
         raise ValueError(f"token {largest} is outside the model's vocabulary of {model.vocab_size}")
-    if starts is not None and (len(starts) == 0 or starts[0] != 0 or np.any(tokens[starts] != corpora.SEPARATOR)):
-        raise ValueError(f"expected token {corpora.SEPARATOR} at every start of a document, the first at 0")
+    if starts is not None and (len(starts) == 0 or starts[0] != 0 or np.any(tokens[starts] != data.SEPARATOR)):
+        raise ValueError(f"expected token {data.SEPARATOR} at every start of a document, the first at 0")
 
 
 def _nats(model, params, tokens, batches, state, name, hand_on=False) -> np.ndarray:
@@ -227,7 +228,7 @@ def bits_per_byte(nats, num_bytes) -> float:
     return float(np.sum(nats, dtype=np.float64) / np.log(2) / np.sum(num_bytes))
 
 
-def per_document(nats_N, split: corpora.Split) -> tuple[np.ndarray, np.ndarray]:
+def per_document(nats_N, split: data.Split) -> tuple[np.ndarray, np.ndarray]:
     """Nats and bytes of each document, [D] float64, without those of the separators.
 
     A document gets bytes in proportion to its tokens: exact in sum, and for each document where a token is a byte.
@@ -240,7 +241,7 @@ def per_document(nats_N, split: corpora.Split) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(text_N, split.starts), split.num_bytes * num_tokens / num_tokens.sum()
 
 
-def paired_difference(a_N, b_N, split: corpora.Split, seed: int = 0, samples: int = 2000):
+def paired_difference(a_N, b_N, split: data.Split, seed: int = 0, samples: int = 2000):
     """(difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and `interval_over_documents`.
 
     The difference is paired because text that is hard for one model is hard for the other.
@@ -263,7 +264,7 @@ def interval_over_documents(nats_D, bytes_D, seed: int = 0, samples: int = 2000)
     return float(low), float(high)
 
 
-def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
+def _held_out(path: str, tokenizer, max_tokens: int | None) -> data.Split:
     """Read the file as one document, cut after `max_tokens` tokens of text."""
     path, pieces, missing = files.user_path(path), [], max_tokens or sys.maxsize
     try:
@@ -282,8 +283,8 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> corpora.Split:
         num_bytes = len(text)
     else:  # a tokenizer may normalise: the file's own bytes count if all of it was read
         num_bytes = path.stat().st_size if missing else len(tokenizer.decode(text).encode())
-    tokens = np.concatenate([[corpora.SEPARATOR], text]).astype(text.dtype)
-    return corpora.Split(tokens, np.zeros(1, np.int64), (str(path),), num_bytes)
+    tokens = np.concatenate([[data.SEPARATOR], text]).astype(text.dtype)
+    return data.Split(tokens, np.zeros(1, np.int64), (str(path),), num_bytes)
 
 
 def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:

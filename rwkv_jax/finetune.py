@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rwkv_jax import checkpoint, command, files, generate, interop, runs
-from rwkv_jax.corpora import SEPARATOR
+from rwkv_jax.data import SEPARATOR
 from rwkv_jax.interop import formats, safetensors_file
 from rwkv_jax.models import lora
 from rwkv_jax.train.methods import Method, tuned_state

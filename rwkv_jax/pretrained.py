@@ -35,8 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rwkv_jax import evaluate, generate, interop, runs, tokenizers
-from rwkv_jax.corpora import SEPARATOR
+from rwkv_jax import evaluate, generate, interop, runs
+from rwkv_jax.data import SEPARATOR, tokenizers
 from rwkv_jax.generate.context import Context, begin
 from rwkv_jax.generate.decode import chunks
 from rwkv_jax.generate.text import Stream

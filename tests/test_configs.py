@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from rwkv_jax import models, run_config, train
+from rwkv_jax import models, train
+from rwkv_jax.train import run_config
 
 CONFIGS = ["tiny.py", "tiny.py:transformer", "enwik8.py:rwkv4", "enwik8.py:transformer", "extend.py:tiny-128"]
 PILE = {"169m": 169_342_464, "430m": 430_397_440, "1b5": 1_515_106_304, "3b": 2_984_627_200, "7b": 7_392_649_216,

@@ -16,7 +16,9 @@ import pytest
 from scipy import special
 from scipy.stats import linregress
 
-from rwkv_jax import hardware, interop, models, ops, optim, orders
+from rwkv_jax import hardware, interop, models, ops
+from rwkv_jax.data import orders
+from rwkv_jax.train import optim
 
 HERE = Path(__file__).parent
 V, L, D = 64, 3, 32

@@ -13,7 +13,7 @@ from streams import STARTS, TOKENS, carried_alone, sliding_alone, windows_alone
 
 import rwkv_jax
 from rwkv_jax import evaluate
-from rwkv_jax.corpora import Split
+from rwkv_jax.data import Split
 
 SEQ_LEN = 16
 KINDS = pytest.mark.parametrize("kind", ["rwkv4", pytest.param("transformer", marks=pytest.mark.slow)])

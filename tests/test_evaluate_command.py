@@ -14,7 +14,7 @@ from streams import HashModel
 
 import rwkv_jax
 from rwkv_jax import checkpoint, evaluate
-from rwkv_jax.tokenizers import get_tokenizer
+from rwkv_jax.data.tokenizers import get_tokenizer
 
 FIELDS = {"vocab_size": 256, "num_layers": 2, "dim": 8, "matmul_precision": "highest"}
 SEQ_LEN = 16

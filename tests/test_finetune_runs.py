@@ -18,9 +18,9 @@ import small
 import training
 
 import rwkv_jax
-from rwkv_jax import checkpoint, finetune, generate, run_config, train
+from rwkv_jax import checkpoint, finetune, generate, train
 from rwkv_jax.models import lora
-from rwkv_jax.train import methods, prepare
+from rwkv_jax.train import methods, prepare, run_config
 from rwkv_jax.train.__main__ import main
 from rwkv_jax.train.methods import Method
 

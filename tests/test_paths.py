@@ -5,7 +5,8 @@ from small import drawn, make
 from weights import assert_same_params, one_line
 
 import rwkv_jax
-from rwkv_jax import RWKVForCausalLM, corpora, evaluate, finetune, interop, mixture, runs, tokenizers
+from rwkv_jax import RWKVForCausalLM, data, evaluate, finetune, interop, runs
+from rwkv_jax.data import mixture, tokenizers
 from rwkv_jax.interop.__main__ import main as convert
 from rwkv_jax.train.__main__ import main as train
 
@@ -28,9 +29,9 @@ CALLS = {
     "get_tokenizer": tokenizers.get_tokenizer,
     "save_tokenizer": lambda path: tokenizers.save(BYTES, path),
     "tokenizer_of_model": lambda path: tokenizers.of_model(path, 256),
-    "corpus": corpora.prepare,
-    "corpus_of_a_tokenizer": lambda path: corpora.prepare("stdlib", path),
-    "write_corpus": lambda path: corpora.to_megatron("stdlib", "bytes", path),
+    "corpus": data.prepare,
+    "corpus_of_a_tokenizer": lambda path: data.prepare("stdlib", path),
+    "write_corpus": lambda path: data.to_megatron("stdlib", "bytes", path),
     "mixture": mixture.prepare,
     "held_out": lambda path: evaluate._held_out(path, BYTES, None),
 }

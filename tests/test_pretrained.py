@@ -8,7 +8,8 @@ from judge import error_ratio
 from small import made
 
 import rwkv_jax
-from rwkv_jax import evaluate, tokenizers
+from rwkv_jax import evaluate
+from rwkv_jax.data import tokenizers
 from rwkv_jax.generate import decode, sampling
 
 TEXT = "One morning, when Gregor Samsa woke from troubled dreams.\n" * 2

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from rwkv_jax.corpora import SEPARATOR
+from rwkv_jax.data import SEPARATOR
 
 
 def prose(seed, lines=30):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkv_jax import metrics, run_config, train
-from rwkv_jax.train import prepare
+from rwkv_jax import train
+from rwkv_jax.train import metrics, prepare, run_config
 
 STEPS = 6
 WIDTH = 16_384  # numbers in the toy's parameters: a checkpoint that takes some room, and does not compress

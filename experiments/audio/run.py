@@ -30,7 +30,8 @@ import rwkv_jax
 from experiments import command, tasks
 from experiments.audio import music
 from experiments.compare import baselines
-from rwkv_jax import evaluate, optim
+from rwkv_jax import evaluate
+from rwkv_jax.train import optim
 
 HERE = Path(__file__).parent
 TRAIN_SEED, TEST_SEED = 0, 1  # of the score

@@ -34,7 +34,9 @@ from experiments.command import write_json
 from experiments.compare import baselines, plot, table
 from experiments.measures import capped, level
 from experiments.study import MODELS
-from rwkv_jax import corpora, data, evaluate, hardware, metrics, optim, run_config, train
+from rwkv_jax import data, evaluate, hardware, train
+from rwkv_jax.data import batches
+from rwkv_jax.train import metrics, optim, run_config
 
 HERE = Path(__file__).parent
 ARMS = {arm: MODELS[arm]["model"] for arm in ("rwkv4", "transformer", "transformer+shift")}
@@ -165,15 +167,15 @@ def compare(preset, minutes, seed, text, models):
     say = lambda what: print(f"[{clock()}] {what}", file=sys.stderr, flush=True)
 
     say(f"corpus {text}")
-    corpus = corpora.prepare(text, "bytes")
+    corpus = data.prepare(text, "bytes")
     test = capped(corpus.test, preset.test_bytes)
     shape = {"seq_len": preset.seq_len, "batch_size": preset.batch_size}
-    batches = data.dataset(corpus.train.tokens, **shape, seed=seed)
+    stream = batches.dataset(corpus.train.tokens, **shape, seed=seed)
     epoch = (len(corpus.train.tokens) - 1) // preset.seq_len // preset.batch_size
     say("peak of the machine, and how many steps fit")
     peak = hardware.matmul_peak()
     steps = steps_that_fit(60 * minutes - COMPILING_SECONDS, preset, seed, text, epoch)
-    seen_NT = np.concatenate([batches[i]["tokens"] for i in range(steps)]).astype(np.uint8)
+    seen_NT = np.concatenate([stream[i]["tokens"] for i in range(steps)]).astype(np.uint8)
     tokens = steps * preset.batch_size * preset.seq_len
 
     arms, nats = {}, {}
@@ -239,7 +241,7 @@ def _held_out_after(config):
     with tempfile.TemporaryDirectory() as workdir:
         state = train.run(config, workdir)
         model, _ = rwkv_jax.load(workdir)
-    valid = capped(corpora.prepare(config.corpus, "bytes").valid, 2**17)
+    valid = capped(data.prepare(config.corpus, "bytes").valid, 2**17)
     nats = evaluate.windows(model, state.params, valid.tokens, config.seq_len, config.batch_size)
     return level(nats, valid)
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments import statistics
-from rwkv_jax import corpora, evaluate
+from rwkv_jax import data, evaluate
 
 TARGET = 64  # bytes of a target
 TOKENS_AT_ONCE = 2**14
@@ -20,7 +20,7 @@ score = jax.jit(evaluate.log_likelihoods, static_argnums=0)
 
 
 class Targets(NamedTuple):
-    text: corpora.Split  # the beginnings of long documents
+    text: data.Split  # the beginnings of long documents
     at_N: np.ndarray  # where each target begins
     document_N: np.ndarray  # whose it is
 
@@ -48,7 +48,7 @@ def bits_after_context(model, params, corpus, T: int, contexts, number: int) -> 
     }
 
 
-def targets(split: corpora.Split, number: int, context: int, longest: int) -> Targets:
+def targets(split: data.Split, number: int, context: int, longest: int) -> Targets:
     """At most `number` targets, evenly spread over documents, each with `context` bytes of its document before it.
 
     Documents that are too short for that are left out, the others cut after `longest` bytes.
@@ -59,7 +59,7 @@ def targets(split: corpora.Split, number: int, context: int, longest: int) -> Ta
         raise ValueError(f"no held-out document has the {context + TARGET} bytes of a context and its target")
     starts, kept = split.starts[long_enough], np.minimum(lengths[long_enough], 1 + longest)
     tokens = np.concatenate([split.tokens[start : start + n] for start, n in zip(starts, kept, strict=True)])
-    text = corpora.Split(tokens, np.cumsum(kept) - kept, (), len(tokens) - len(kept))
+    text = data.Split(tokens, np.cumsum(kept) - kept, (), len(tokens) - len(kept))
     places = [
         (at, document)
         for document, (start, n) in enumerate(zip(text.starts, kept, strict=True))
@@ -90,7 +90,7 @@ def by_document(bits_N, targets: Targets) -> list[float]:
     return [round(float(s / n), 5) for s, n in zip(sums, counts, strict=True) if n]
 
 
-def gain_by_distance(reset_N, best_N, text: corpora.Split, edges) -> list[list[float]]:
+def gain_by_distance(reset_N, best_N, text: data.Split, edges) -> list[list[float]]:
     """Bits a byte saved against resets, at bytes `edges[i]` + 1 to `edges[i + 1]` of each document that has all."""
     gain_N = (reset_N - best_N) / np.log(2)
     lengths = np.diff(text.starts, append=len(text.tokens)) - 1

@@ -38,7 +38,7 @@ import numpy as np
 from experiments import statistics, study, sweeps
 from experiments.context import copying
 from experiments.context.reading import bits_after_context, bootstrap, reach
-from rwkv_jax import optim
+from rwkv_jax.train import optim
 
 MARGIN = 0.005  # bits a byte by which the gain of a carried state may fall and still be called safe
 COPIES = ("copy", "copy, extended", "copy, control")

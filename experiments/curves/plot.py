@@ -25,7 +25,8 @@ from flax.traverse_util import flatten_dict
 from matplotlib.lines import Line2D
 
 from experiments.speed.plot import COLOURS
-from rwkv_jax import hardware, metrics, models, run_config
+from rwkv_jax import hardware, models
+from rwkv_jax.train import metrics, run_config
 from rwkv_jax.train.workdir import FREE_FIELDS
 
 AXES = {  # label, and units by size: the axis has the largest that a curve reaches

@@ -35,7 +35,7 @@ import numpy as np
 import rwkv_jax
 from experiments import statistics, study
 from experiments.runs import flat, trained
-from rwkv_jax import metrics, run_config
+from rwkv_jax.train import metrics, run_config
 
 NEAR_ONE = (0.9, 0.99)
 POINTS = 33  # of each layer's sorted decays that results keep

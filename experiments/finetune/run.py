@@ -28,7 +28,8 @@ import rwkv_jax
 from experiments import measures, study
 from experiments.measures import capped, level
 from experiments.runs import flat, trained
-from rwkv_jax import corpora, evaluate, optim, run_config
+from rwkv_jax import data, evaluate
+from rwkv_jax.train import optim, run_config
 from rwkv_jax.train.methods import tuned_state
 
 CONFIG = Path(__file__).parents[2] / "configs" / "finetune.py"
@@ -46,7 +47,7 @@ ARMS = {
 
 def topics() -> Path:
     """A folder of Python's reference manual, in pieces."""
-    folder = corpora.cache_dir() / f"pydoc-topics-{platform.python_version()}"
+    folder = data.cache_dir() / f"pydoc-topics-{platform.python_version()}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -95,7 +96,7 @@ def arm_config(config, lr: float, base: Path):
 
 def adapted(config, folder: Path) -> dict:
     """Bits per byte of new and old held-out text after fine-tuning at the best of the arm's learning rates."""
-    old, new = corpora.prepare("stdlib"), corpora.prepare(config.corpus or str(topics()))
+    old, new = data.prepare("stdlib"), data.prepare(config.corpus or str(topics()))
     valid, new_test, old_test = (capped(x, config.held_out_bytes) for x in (new.valid, new.test, old.test))
     base, tried, numbers = base_of(config, folder), {}, {"trained": 0}
     scored = lambda at, tuned=None: (

@@ -49,7 +49,8 @@ import rwkv_jax
 from experiments import command
 from experiments.inference import conclusions
 from experiments.speed.decode import at_context, greedy, memory_bytes, state_bytes, total_bytes
-from rwkv_jax import generate, hardware, optim, train
+from rwkv_jax import generate, hardware, train
+from rwkv_jax.train import optim
 
 HERE = Path(__file__).parent
 ARMS = {

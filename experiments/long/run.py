@@ -27,7 +27,8 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import stamp
-from rwkv_jax import models, optim, train
+from rwkv_jax import models, train
+from rwkv_jax.train import optim
 
 LENGTHS, SMOKE_LENGTHS = (1024, 4096, 16_384, 65_536), (256, 512)
 SEGMENT, SMOKE_SEGMENT = 1024, 128

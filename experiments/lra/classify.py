@@ -12,7 +12,8 @@ import optax
 from tqdm import tqdm
 
 from experiments.lra.listops import Examples
-from rwkv_jax import models, optim, train
+from rwkv_jax import models, train
+from rwkv_jax.train import optim
 
 POINTS = 40  # of the curve of a run
 

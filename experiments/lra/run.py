@@ -37,7 +37,7 @@ import numpy as np
 import rwkv_jax
 from experiments import study, sweeps
 from experiments.lra import classify, files, listops
-from rwkv_jax import optim
+from rwkv_jax.train import optim
 
 SWEEP = Path(__file__).with_name("sweep.json")
 ARMS = ("rwkv4", "transformer", "transformer+shift")

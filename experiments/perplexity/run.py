@@ -40,7 +40,9 @@ import rwkv_jax
 from experiments import measures, statistics, study, sweeps
 from experiments.compare.run import counted_baselines
 from experiments.measures import level
-from rwkv_jax import corpora, data, optim, train
+from rwkv_jax import data, train
+from rwkv_jax.data import batches
+from rwkv_jax.train import optim
 
 SWEEP = Path(__file__).with_name("sweep.json")
 MAIN = ("rwkv4", "transformer", "transformer+shift")  # that Table 5 is about
@@ -58,10 +60,10 @@ def counted(budgets, config, folder) -> dict:
     """Bits per byte that counting reaches on the bytes of seed 0, by budget: what gives the levels a meaning."""
     test = measures.held_out(config, TEST_BYTES).test
     shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
-    batches = data.dataset(corpora.prepare(config.corpus).train.tokens, **shape, seed=0)
+    stream = batches.dataset(data.prepare(config.corpus).train.tokens, **shape, seed=0)
     rows = {}
     for budget in budgets:
-        seen_NT = np.concatenate([batches[i]["tokens"] for i in range(budget)]).astype(np.uint8)
+        seen_NT = np.concatenate([stream[i]["tokens"] for i in range(budget)]).astype(np.uint8)
         nats, xz = counted_baselines(seen_NT, test)
         rows[str(budget)] = {name: round(level(n, test), 5) for name, n in nats.items()} | {"xz": round(xz, 5)}
     return {"budgets": rows}

@@ -29,7 +29,8 @@ import numpy as np
 
 from experiments import command
 from experiments.runs import trained
-from rwkv_jax import corpora, optim, run_config
+from rwkv_jax import data
+from rwkv_jax.train import optim, run_config
 
 HERE = Path(__file__).parent
 NEAREST = 8  # places whose mean norm the others are told by: single ones depend on how long their embedding is
@@ -74,7 +75,7 @@ def norms(model, params, tokens_BT) -> np.ndarray:
     return np.linalg.norm(gradient_ND.reshape(rows_BTD.shape), axis=-1)[:, ::-1]
 
 
-def beginnings(split: corpora.Split, files: int, length: int) -> np.ndarray:
+def beginnings(split: data.Split, files: int, length: int) -> np.ndarray:
     """[files, length]: the first tokens of documents that are long enough."""
     lengths = np.diff(split.starts, append=len(split.tokens))
     starts = np.asarray(split.starts)[lengths >= length][:files]
@@ -96,7 +97,7 @@ def config_of(preset):
 def cells(preset, folder) -> command.Cells:
     def reach():
         model, params, _ = trained([config_of(preset)], folder)
-        tokens_BT = beginnings(corpora.prepare(preset.text, "bytes").valid, preset.files, preset.back + 1)
+        tokens_BT = beginnings(data.prepare(preset.text, "bytes").valid, preset.files, preset.back + 1)
         return curve(norms(model, params, tokens_BT), preset.points) | {"files": len(tokens_BT)}
 
     return {"reach": reach}

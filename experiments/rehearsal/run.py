@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 
 from experiments import stamp
-from rwkv_jax import run_config
+from rwkv_jax.train import run_config
 from rwkv_jax.train.rehearse import rehearse, table
 
 HERE = Path(__file__).parent

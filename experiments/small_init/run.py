@@ -30,7 +30,7 @@ import numpy as np
 import tokenizers
 
 from experiments import statistics, study
-from rwkv_jax import corpora
+from rwkv_jax import data
 
 EMBEDDINGS = {"U(1e-4)": "v5", "N(0, 0.02)": "normal"}
 ARMS = {
@@ -47,7 +47,7 @@ def bpe(source: str, vocab_size: int, folder: Path) -> Path:
     path = folder / f"bpe-{Path(source).stem}-{vocab_size}.json"
     if path.exists():
         return path
-    train = corpora.prepare(source, "bytes").train
+    train = data.prepare(source, "bytes").train
     ends = np.append(train.starts[1:], len(train.tokens))
     texts = (bytes(train.tokens[a + 1 : b]).decode(errors="replace") for a, b in zip(train.starts, ends, strict=True))
     library = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import stamp
-from rwkv_jax import hardware, models, optim, run_config, train
+from rwkv_jax import hardware, models, train
+from rwkv_jax.train import optim, run_config
 
 #         size, batch, tokens a row, fields of the model
 ROWS = (

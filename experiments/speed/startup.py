@@ -200,7 +200,7 @@ def _program(size, layout, program):
     import jax.numpy as jnp
 
     import rwkv_jax
-    from rwkv_jax import optim
+    from rwkv_jax.train import optim
     from rwkv_jax.train.step import make_init, make_step
 
     layers, dim, vocab_size = (SIZES | SMOKE_SIZES)[size]

@@ -25,10 +25,11 @@ import numpy as np
 
 import rwkv_jax
 from experiments.speed.timing import medians, ratio
-from rwkv_jax import hardware, optim, train
+from rwkv_jax import hardware, train
 from rwkv_jax.models.attention import causal_attention
 from rwkv_jax.models.layers import matmul
 from rwkv_jax.ops import wkv4
+from rwkv_jax.train import optim
 
 CPU = {"num_layers": 6, "dim": 512, "vocab_size": 256, "dtype": "float32", "batch": 4, "seq_len": 512}
 ACCELERATOR = {"num_layers": 12, "dim": 768, "vocab_size": 50277, "dtype": "bfloat16", "batch": 8, "seq_len": 1024}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from rwkv_jax.corpora import SEPARATOR
+from rwkv_jax.data import SEPARATOR
 
 
 class Prompt(NamedTuple):

@@ -41,7 +41,8 @@ from tqdm import tqdm
 import rwkv_jax
 from experiments import command, stamp, sweeps, tasks
 from experiments.trace import averages, facts, tracing
-from rwkv_jax import interop, tokenizers
+from rwkv_jax import interop
+from rwkv_jax.data import tokenizers
 
 HERE = Path(__file__).parent
 RECALL = 0.99

@@ -29,8 +29,9 @@ import numpy as np
 
 from experiments import command
 from experiments.trajectory import released
-from rwkv_jax import optim, train
+from rwkv_jax import train
 from rwkv_jax.interop import official
+from rwkv_jax.train import optim
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parents[1] / "tests" / "goldens" / "official_trajectory.npz"

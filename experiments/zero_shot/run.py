@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 import rwkv_jax
 from experiments import command
-from rwkv_jax import evaluate, harness, tokenizers
-from rwkv_jax.corpora import SEPARATOR
+from rwkv_jax import evaluate, harness
+from rwkv_jax.data import SEPARATOR, tokenizers
 
 EXPECTED = json.loads(Path(__file__).with_name("expected.json").read_text())
 NEEDED = ("lm_eval", "torch", "transformers", "accelerate")  # for the row against the harness

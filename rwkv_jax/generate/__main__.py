@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from rwkv_jax import command, files, interop, runs, tokenizers
+from rwkv_jax import command, files, interop, runs
+from rwkv_jax.data import tokenizers
 from rwkv_jax.generate import load_context, save_context, stream
 from rwkv_jax.generate.chat import TEMPLATES, Conversation, chat, default_template
 

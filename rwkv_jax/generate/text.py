@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rwkv_jax import tokenizers
+from rwkv_jax.data import tokenizers
 from rwkv_jax.generate.context import Context, begin, check
 from rwkv_jax.generate.decode import DISPATCH, advance, as_prompts, checked_draws, prefill
 from rwkv_jax.models import per_layer

@@ -31,7 +31,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from rwkv_jax import generate, interop, runs
-from rwkv_jax.corpora import SEPARATOR
+from rwkv_jax.data import SEPARATOR
 from rwkv_jax.generate.context import rows
 from rwkv_jax.harness.prefixes import read_many
 from rwkv_jax.harness.requests import WINDOW, batches, score

@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from rwkv_jax import command, files, runs, tokenizers
+from rwkv_jax import command, files, runs
+from rwkv_jax.data import tokenizers
 from rwkv_jax.interop import FORMATS, locate, save
 
 

@@ -68,7 +68,10 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
         raise ValueError("model field layers is empty, expected kinds of layers")
     known = dict.fromkeys(name for kind in kinds for name in switches(kind.variant))
     names = [f.name for f in fields(LM) if f.name not in ("parent", "name")]
-    given = dict(chosen.pop("variant", {})) | {key: chosen.pop(key) for key in known if key in chosen}
+    variant = chosen.pop("variant", None) or {}
+    if not isinstance(variant, Mapping):
+        raise ValueError(f"model field variant is {variant!r}, expected switches by name")
+    given = dict(variant) | {key: chosen.pop(key) for key in known if key in chosen}
     given = {key: value for key, value in given.items() if value is not None}
     for key in chosen:
         check_choice("model field", key, (*names, *known))

@@ -6,8 +6,8 @@ import sys
 
 import jax
 
-from rwkv_jax import command, files, run_config
-from rwkv_jax.train import hosts
+from rwkv_jax import command, files
+from rwkv_jax.train import hosts, run_config
 from rwkv_jax.train.divergence import DivergedError
 from rwkv_jax.train.loop import run
 from rwkv_jax.train.rehearse import rehearse, table

@@ -10,8 +10,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rwkv_jax import checkpoint, corpora, data, evaluate, hardware, metrics, parallel, run_config
-from rwkv_jax.train import divergence, hosts, progress
+from rwkv_jax import checkpoint, data, evaluate, hardware
+from rwkv_jax.data import batches
+from rwkv_jax.train import divergence, hosts, metrics, parallel, progress, run_config
 from rwkv_jax.train.prepare import Run, prepared
 from rwkv_jax.train.step import TrainState, stored
 from rwkv_jax.train.workdir import claimed, restore, rows, write_config
@@ -59,14 +60,14 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
 
 
 def _use_compilation_cache(wanted: bool | None):
-    """Keep compiled programs over restarts, in `corpora.cache_dir()` unless JAX has been told a folder.
+    """Keep compiled programs over restarts, in `data.cache_dir()` unless JAX has been told a folder.
 
     On a CPU only where asked for: programs are made for one processor's instructions, and XLA may refuse its own, or
     run another machine's until it meets an instruction that is missing (jax issue 38445).
     """
     wanted = jax.default_backend() != "cpu" if wanted is None else wanted
     if wanted and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(corpora.cache_dir() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(data.cache_dir() / "compiled"))
 
 
 def _loop(this: Run, workdir, state, start, profile, log, stop):
@@ -77,7 +78,7 @@ def _loop(this: Run, workdir, state, start, profile, log, stop):
 
     step, saving_behind = start, None  # the save that may still be going on
     with contextlib.ExitStack() as trace:
-        for step, batch in zip(range(start + 1, config.steps + 1), data.read_ahead(this.mine, start), strict=False):
+        for step, batch in zip(range(start + 1, config.steps + 1), batches.read_ahead(this.mine, start), strict=False):
             lr = this.lr(step - 1)
             placed = this.put(batch)  # the step before is still running, and the next one follows it without a pause
             diagnosing = _due(config.diagnostics_every, step)
@@ -178,7 +179,7 @@ class Log:
         if self.peak and self.timed:
             row["mfu"] = self.flops_per_token * speed / (self.peak * self.devices)
         # of the rows of all hosts, the same on any number of them; only the host that logs it reads them
-        hashed = data.batch_hash(self.this.batches[step - 1]) if jax.process_index() == 0 else None
+        hashed = batches.batch_hash(self.this.batches[step - 1]) if jax.process_index() == 0 else None
         self.write(row | self.clock.row() | {"batch_hash": hashed})
         self.seconds, self.timed = 0.0, 0
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from rwkv_jax import models, optim
+from rwkv_jax import models
 from rwkv_jax.models import lora
+from rwkv_jax.train import optim
 
 
 @dataclass(frozen=True)

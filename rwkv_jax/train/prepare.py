@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import grain
 
-from rwkv_jax import data, interop, metrics, mixture, models, optim, parallel, run_config, runs, tokenizers
+from rwkv_jax import interop, models, runs
+from rwkv_jax.data import batches, mixture, tokenizers
+from rwkv_jax.train import metrics, optim, parallel, run_config
 from rwkv_jax.train.diagnostics import make_diagnose
 from rwkv_jax.train.methods import Method, method_of
 from rwkv_jax.train.step import make_init, make_step
@@ -52,8 +54,8 @@ def prepared(config, workdir: Path) -> Run:
             f"the vocabulary of tokenizer {config.tokenizer!r}"
         )
     shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
-    stream = functools.partial(data.dataset, corpus.train, **shape, seed=config.seed, order=config.data.order)
-    batches, mine = stream(), stream(rows=parallel.rows(config.strategy, config.batch_size, config.replicas))
+    dataset = functools.partial(batches.dataset, corpus.train, **shape, seed=config.seed, order=config.data.order)
+    of_all, mine = dataset(), dataset(rows=parallel.rows(config.strategy, config.batch_size, config.replicas))
     o = config.optim
     recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, o.groups and tuple(map(tuple, o.groups)))
     programs = _programs(
@@ -69,7 +71,7 @@ def prepared(config, workdir: Path) -> Run:
         segments=config.segments,
         stop_gradient=config.stop_gradient,
     )
-    return Run(config, model, method, corpus, batches, mine, lr, *programs)
+    return Run(config, model, method, corpus, of_all, mine, lr, *programs)
 
 
 def completed(config):

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from rwkv_jax import hardware, optim, parallel, run_config
+from rwkv_jax import hardware
+from rwkv_jax.train import optim, parallel, run_config
 from rwkv_jax.train.methods import method_of
 from rwkv_jax.train.step import make_init, make_step
 

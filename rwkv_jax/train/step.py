@@ -9,8 +9,8 @@ import numpy as np
 import optax
 from flax import struct
 
-from rwkv_jax import optim
 from rwkv_jax.models.layers import on_own_rows
+from rwkv_jax.train import optim
 from rwkv_jax.train.methods import FULL, Method
 
 

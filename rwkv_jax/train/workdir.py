@@ -6,13 +6,14 @@ import importlib.metadata
 import json
 import os
 import platform
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rwkv_jax import checkpoint, files, interop, metrics, run_config, runs, tokenizers
+from rwkv_jax import checkpoint, files, interop, runs
+from rwkv_jax.data import tokenizers
+from rwkv_jax.train import metrics, run_config
 from rwkv_jax.train.methods import Method
 from rwkv_jax.train.step import stored
 
@@ -128,7 +129,7 @@ def restore(workdir, config, model, method, init):
         step, found = checkpoint.restore(folder, like)
         state = state.replace(**found)
     elif config.branch_from:
-        trunk = Path(config.branch_from)
+        trunk = files.user_path(config.branch_from)
         if not trunk.name.isdecimal():
             raise ValueError(f"branch_from is {config.branch_from!r}, expected <workdir>/checkpoints/<step>")
         # rows of another batch: what they remember begins anew

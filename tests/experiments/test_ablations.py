@@ -7,7 +7,7 @@ import pytest
 from experiments import study
 from experiments.ablations.run import PARTS, PRINTED, RELEASED, STUDY, conclude
 from rwkv_jax import hardware, models
-from rwkv_jax.run_config import model_of
+from rwkv_jax.train.run_config import model_of
 
 ITS = study.Study(**STUDY)
 ARMS = study.arms_of(ITS)

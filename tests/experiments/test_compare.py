@@ -12,7 +12,7 @@ import pytest
 
 from experiments import measures
 from experiments.compare import baselines, run, table
-from rwkv_jax import corpora
+from rwkv_jax import data
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +61,7 @@ def test_xz_bits_count_the_bytes_that_test_text_adds():
 def test_capped_text_is_the_beginning_of_every_document():
     documents = [b"\0" + bytes([65 + i]) * n for i, n in enumerate((500, 3, 40, 500))]
     starts = np.cumsum([0, *map(len, documents)])[:-1]
-    split = corpora.Split(np.frombuffer(b"".join(documents), np.uint8), starts, ("a", "b", "c", "d"), 1043)
+    split = data.Split(np.frombuffer(b"".join(documents), np.uint8), starts, ("a", "b", "c", "d"), 1043)
     short = measures.capped(split, 256)
     lengths = np.diff(short.starts, append=len(short.tokens))
     assert lengths.tolist() == [105, 4, 41, 105] and short.num_bytes == 255 - 4

@@ -6,7 +6,7 @@ from small import drawn, forward
 
 from experiments import study
 from experiments.context import copying, reading, run
-from rwkv_jax import build, corpora, evaluate
+from rwkv_jax import build, data, evaluate
 
 # little to compile
 MODEL = build("rwkv4", vocab_size=11, num_layers=1, dim=8, scan=False, receptance=False, embedding_norm=False)
@@ -23,7 +23,7 @@ def split_of(*lengths):
     rng = np.random.default_rng(0)
     tokens = [np.concatenate([[0], rng.integers(1, 11, n)]) for n in lengths]
     starts = np.cumsum([0, *map(len, tokens[:-1])])
-    return corpora.Split(np.concatenate(tokens), starts, (), sum(lengths))
+    return data.Split(np.concatenate(tokens), starts, (), sum(lengths))
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 import training
 
 from experiments.curves import plot
-from rwkv_jax import hardware, metrics, models, train
+from rwkv_jax import hardware, models, train
+from rwkv_jax.train import metrics
 
 
 @pytest.fixture(scope="module")

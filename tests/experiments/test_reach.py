@@ -7,7 +7,7 @@ import pytest
 
 import rwkv_jax
 from experiments.reach import run
-from rwkv_jax.corpora import Split
+from rwkv_jax.data import Split
 
 
 class Fading:

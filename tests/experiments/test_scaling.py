@@ -5,7 +5,8 @@ import pytest
 
 from experiments import study
 from experiments.scaling import fit, run
-from rwkv_jax import models, run_config
+from rwkv_jax import models
+from rwkv_jax.train import run_config
 
 COMPUTE = np.geomspace(1e13, 1e16, 36)
 NOISE = 1 + 0.002 * np.random.default_rng(0).standard_normal(len(COMPUTE))

@@ -5,8 +5,9 @@ import pytest
 
 from experiments import study
 from experiments.small_init.run import ARMS, SHARES, SMALL, STUDY, USUAL, bpe, conclude, tokens_until
-from rwkv_jax import corpora, tokenizers
-from rwkv_jax.run_config import model_of
+from rwkv_jax import data
+from rwkv_jax.data import tokenizers
+from rwkv_jax.train.run_config import model_of
 
 ITS = study.Study(**STUDY)
 LOOKS = 20
@@ -64,7 +65,7 @@ def test_bpe_vocabulary_is_built_once_and_round_trips_text(tmp_path):
     tokenizer = tokenizers.get_tokenizer(str(path))
     assert 256 < tokenizer.vocab_size <= 300
     ids = tokenizer.encode("the mat\nunseen: ж")
-    assert tokenizer.decode(ids) == "the mat\nunseen: ж" and corpora.SEPARATOR not in ids
+    assert tokenizer.decode(ids) == "the mat\nunseen: ж" and data.SEPARATOR not in ids
     assert len(tokenizer.encode("the cat")) < 7
     before = path.stat().st_mtime_ns
     assert bpe(str(text), 300, tmp_path) == path and path.stat().st_mtime_ns == before

@@ -8,7 +8,7 @@ import pytest
 from small import D, L, V, drawn, make
 
 from experiments.trace import averages, facts, run, tracing
-from rwkv_jax.tokenizers import ByteTokenizer
+from rwkv_jax.data.tokenizers import ByteTokenizer
 
 T, KINDS = 5, list(tracing.KINDS)
 

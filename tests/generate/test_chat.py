@@ -6,9 +6,9 @@ import math
 import pytest
 from generating import NEARLY_GREEDY, assert_equal, assert_read, unstacked
 
+from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.generate import load_context
 from rwkv_jax.generate.chat import TEMPLATES, Conversation, chat, prompt
-from rwkv_jax.tokenizers import ByteTokenizer
 
 RAVEN = TEMPLATES["raven"]
 LETTERS_ONLY = {i: -math.inf for i in range(256) if not chr(i).isascii() or not chr(i).isalpha()}

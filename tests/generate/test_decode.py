@@ -22,9 +22,9 @@ from generating import (
 )
 from judge import error_ratio
 
+from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.generate import DISPATCH, PROMPT_CHUNK, generate, generate_with_context, logits, read, sampler, stream
 from rwkv_jax.generate.decode import FIRST_CHUNKS, chunks
-from rwkv_jax.tokenizers import ByteTokenizer
 
 GREEDY = {"temperature": 0}
 PROMPTS = [ids(5), ids(16, seed=3), [11]]

@@ -3,7 +3,8 @@
 import pytest
 from generating import ids, unstacked
 
-from rwkv_jax import RWKVForCausalLM, tokenizers
+from rwkv_jax import RWKVForCausalLM
+from rwkv_jax.data import tokenizers
 from rwkv_jax.generate.decode import FIRST_CHUNKS
 
 LENGTHS = (1, 2, 5, 15, 16, 17, 31, 48, 64, 65, 100, 255, 256, 257, 300, 511, 512, 513, 530, 600)

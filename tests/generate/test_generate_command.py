@@ -11,9 +11,9 @@ import pytest
 from generating import FIELDS, NEARLY_GREEDY, case, filled, unstacked
 
 from rwkv_jax import checkpoint
+from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.generate import generate_texts, load_context, save_context, stream
 from rwkv_jax.generate.__main__ import main
-from rwkv_jax.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
 

@@ -8,10 +8,10 @@ from generating import KINDS, NEARLY_GREEDY, B, assert_read, cycling, unstacked
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.generate import DISPATCH, generate, generate_texts, read, stream
 from rwkv_jax.generate import text as text_module
 from rwkv_jax.generate.text import StoppedText
-from rwkv_jax.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
 PROMPT = "日本"

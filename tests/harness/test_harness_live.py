@@ -12,7 +12,7 @@ import tokenizers
 from small import drawn
 
 import rwkv_jax
-from rwkv_jax.tokenizers import get_tokenizer
+from rwkv_jax.data.tokenizers import get_tokenizer
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).parents[2]

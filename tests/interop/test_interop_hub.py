@@ -6,7 +6,8 @@ from small import drawn, make
 from weights import assert_same_params, one_line, tiny
 
 import rwkv_jax
-from rwkv_jax import evaluate, interop, tokenizers
+from rwkv_jax import evaluate, interop
+from rwkv_jax.data import tokenizers
 from rwkv_jax.generate import __main__ as generate_command
 from rwkv_jax.interop import hub
 

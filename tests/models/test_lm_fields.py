@@ -31,6 +31,7 @@ def test_lm_fields_survive_json(kind):
         ({"matmul_precision": "hi"}, "unknown model field matmul_precision 'hi'"),
         ({"remat": "blocks"}, "unknown model field remat 'blocks': did you mean 'block'"),
         ({"dim": 0}, "model field dim is 0, expected a positive integer"),
+        ({"variant": 5}, "model field variant is 5, expected switches by name"),
         ({"num_layers": 2.0}, "model field num_layers is 2.0, expected a positive integer"),
     ],
     ids=str,

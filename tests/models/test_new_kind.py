@@ -12,9 +12,10 @@ from small import drawn, forward, shapes_of, tokens
 from training import DiedError, config, die_before, losses, numbers, same, write_text
 
 import rwkv_jax
-from rwkv_jax import evaluate, hardware, interop, models, optim, train
+from rwkv_jax import evaluate, hardware, interop, models, train
+from rwkv_jax.data.tokenizers import get_tokenizer
 from rwkv_jax.models import stack, unstack
-from rwkv_jax.tokenizers import get_tokenizer
+from rwkv_jax.train import optim
 
 PROGRAMS = 90  # a whole run of training under each strategy, files and generation: the kind meets everything here
 B, T, D, L, V = 2, 6, 8, 4, 11

@@ -17,8 +17,8 @@ import pytest
 from judge import error_ratio
 
 import rwkv_jax
-from rwkv_jax import checkpoint, launch, metrics, optim, run_config, train
-from rwkv_jax.train import hosts
+from rwkv_jax import checkpoint, train
+from rwkv_jax.train import hosts, launch, metrics, optim, run_config
 from rwkv_jax.train.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +59,8 @@ def _start(command, **environment):
 
 
 def _launch(arguments, hosts=2, devices=2):
-    launcher = [sys.executable, "-W", "error", "-m", "rwkv_jax.launch", f"--hosts={hosts}", f"--devices={devices}"]
-    return _start([*launcher, "--", *arguments])
+    launcher = [sys.executable, "-W", "error", "-m", "rwkv_jax.train.launch"]
+    return _start([*launcher, f"--hosts={hosts}", f"--devices={devices}", "--", *arguments])
 
 
 def _pair(first, second):
@@ -223,7 +223,7 @@ def test_launch_prints_the_command_that_resumes_a_killed_run_exactly(place, whol
     told = [line for line in lines if "resume with" in line]
     assert code == 128 + signal.SIGKILL and told == lines[-1:]
     what, _, command = told[0].partition("; resume with: ")
-    assert what == "host 1 was killed by SIGKILL" and command.startswith("python -m rwkv_jax.launch --hosts=2")
+    assert what == "host 1 was killed by SIGKILL" and command.startswith("python -m rwkv_jax.train.launch --hosts=2")
     assert max(checkpoint.steps(workdir / "checkpoints")) < STEPS
     code, lines = _ended(_start([sys.executable, *shlex.split(command)[1:]]))
     assert code == 0, lines

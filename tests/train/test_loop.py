@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import training
 
-from rwkv_jax import checkpoint, data, hardware, metrics, mixture, models, run_config, train
-from rwkv_jax.train import TrainState, prepare, progress
+from rwkv_jax import checkpoint, hardware, models, train
+from rwkv_jax.data import batches, mixture
+from rwkv_jax.train import TrainState, metrics, prepare, progress, run_config
 
 
 @pytest.fixture
@@ -121,14 +122,14 @@ def test_log_row_tells_the_rate_batch_and_tokens_of_its_own_step(runs, text):
     config = training.config(text)
     lr = train.learning_rate(config, models.build("rwkv4", vocab_size=256, num_layers=2, dim=32))
     corpus = mixture.prepare(text, "bytes")
-    batches = data.dataset(corpus.train, seq_len=16, batch_size=4, seed=0)
+    stream = batches.dataset(corpus.train, seq_len=16, batch_size=4, seed=0)
     rows = [row for row in training.numbers(runs.whole) if "loss_nats" in row]
     assert [row["step"] for row in rows] == list(range(1, training.STEPS + 1))
     for row in rows:
         step = row["step"]
         assert row["lr"] == lr(step - 1) and row["tokens"] == step * 4 * 16
-        assert row["batch_hash"] == data.batch_hash(batches[step - 1])
-        assert row["grad_norm"] == batches[step - 1]["tokens"][:, 1:].mean() / 256  # of the batch it was taken on
+        assert row["batch_hash"] == batches.batch_hash(stream[step - 1])
+        assert row["grad_norm"] == stream[step - 1]["tokens"][:, 1:].mean() / 256  # of the batch it was taken on
     assert len({row["batch_hash"] for row in rows}) == training.STEPS
     held_out, counts = corpus.held_out(256)
     nats_N = training.toy_windows(None, runs.state.params, held_out, 16, 4)

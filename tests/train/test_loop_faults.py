@@ -17,7 +17,8 @@ import pytest
 import training
 from training import numbers, same
 
-from rwkv_jax import checkpoint, metrics, train
+from rwkv_jax import checkpoint, train
+from rwkv_jax.train import metrics
 from rwkv_jax.train.__main__ import main
 
 # Where one array cannot be written, Orbax closes the event loop that its writes of the others still report to.

@@ -11,8 +11,9 @@ import training
 from training import STEPS, losses, numbers, same
 
 import rwkv_jax
-from rwkv_jax import checkpoint, data, metrics, train
-from rwkv_jax.train import divergence
+from rwkv_jax import checkpoint, train
+from rwkv_jax.data import batches
+from rwkv_jax.train import divergence, metrics
 from rwkv_jax.train.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +99,7 @@ def test_leap_of_the_loss_ends_the_run_and_its_batch_is_replayed_as_documented(
     program = re.search("```python\n(.*?)```", (ROOT / "docs" / "faults.md").read_text(), re.S)[1]
     names = {}
     exec(re.sub(r'"runs/\w+", \d+', f'"{tmp_path}", {step}', program), names)
-    assert data.batch_hash(names["batch"]) == rows[-1]["batch_hash"]
+    assert batches.batch_hash(names["batch"]) == rows[-1]["batch_hash"]
     assert names["nll_BT"].mean() == pytest.approx(values[-1], rel=1e-5)
 
 

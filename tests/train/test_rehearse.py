@@ -15,8 +15,8 @@ import optax
 import pytest
 
 from experiments.rehearsal import table
-from rwkv_jax import hardware, models, optim, parallel, run_config
-from rwkv_jax.train import make_init, make_step, rehearse
+from rwkv_jax import hardware, models
+from rwkv_jax.train import make_init, make_step, optim, parallel, rehearse, run_config
 from rwkv_jax.train.__main__ import main
 
 needs_libtpu = pytest.mark.skipif(

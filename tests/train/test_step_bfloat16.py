@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rwkv_jax import models, optim, train
+from rwkv_jax import models, train
+from rwkv_jax.train import optim
 from rwkv_jax.train.step import Objective, mean_gradient
 
 FIELDS = {"vocab_size": 8, "num_layers": 1, "dim": 8}

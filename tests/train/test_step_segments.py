@@ -13,7 +13,8 @@ import pytest
 from judge import error_ratio
 from small import V, drawn, make
 
-from rwkv_jax import optim, parallel, train
+from rwkv_jax import train
+from rwkv_jax.train import optim, parallel
 from rwkv_jax.train.step import Objective, TrainState, mean_gradient
 
 B, T, K = 8, 12, 3  # segments of 4

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import training
 
-from rwkv_jax import checkpoint, metrics
+from rwkv_jax import checkpoint
+from rwkv_jax.train import metrics
 from rwkv_jax.train.__main__ import main
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,61 @@
+"""Datasets of the Hugging Face hub, streamed: `hf:NAME[@REVISION][:SPLIT]` or `hf:NAME[@REVISION]:CONFIG:SPLIT`.
+
+NAME is an argument of `datasets.load_dataset`, a folder too. Only the tokens are kept. Without SPLIT the dataset's
+train, validation and test are the three splits; `splitter` takes those that are missing from train. Text and prompt
+are fields or templates, as for JSONL. Name a revision where the dataset may change: the cache does not notice it.
+"""
+
+from collections.abc import Iterator
+
+from rwkv_jax.data import jsonl
+from rwkv_jax.data.corpus import Source
+from rwkv_jax.files import user_path
+
+PREFIX = "hf:"
+
+
+def source(spec: str, text: str, prompt: str) -> Source:
+    """Source for a dataset, which is opened when its documents are read.
+
+    Raises:
+        ValueError: the spec has another form.
+    """
+    name, *rest = spec.removeprefix(PREFIX).split(":")
+    name, _, revision = name.partition("@")
+    if not name or len(rest) > 2 or not all(rest):
+        raise ValueError(f"corpus is {spec!r}, expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
+    make = jsonl.maker(text, prompt)
+    identity = [spec, text, prompt]
+    if (path := user_path(name)).is_dir():
+        name, title = str(path), path.resolve().name
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        identity += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    else:
+        title = name.replace("/", "-")
+    config, split = [None, None, *rest][-2:]
+
+    def documents():
+        found = _load(spec, name, config, split, revision or None)
+        return jsonl.documents(((part, _records(spec, part, rows)) for part, rows in found.items()), make)
+
+    return Source(title, identity, None, documents, bool(prompt))
+
+
+def _load(spec: str, name: str, config: str | None, split: str | None, revision: str | None) -> dict:
+    """Return the rows of each split by its name."""
+    try:
+        import datasets  # optional: it brings pandas and pyarrow
+    except ImportError:
+        raise ValueError(f"corpus {spec} needs another package: pip install datasets") from None
+    try:
+        found = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+    except OSError as error:
+        raise OSError(f"corpus {spec}: {error}") from None
+    except Exception as error:  # the library raises what its parsers raise
+        raise ValueError(f"corpus {spec}: {error}") from None
+    return {"train": found} if split else found
+
+
+def _records(spec: str, part: str, rows) -> Iterator[tuple[str, dict]]:
+    for number, row in enumerate(rows):
+        yield f"corpus {spec}, row {number} of {part}", row

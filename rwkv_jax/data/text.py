@@ -1,0 +1,192 @@
+"""Text of files: Python's standard library, a local file or a folder, and its splits.
+
+A file is cut by position, at 90 and 95 % of its bytes. The files of a folder are split by the hash of their
+relative path or, when fewer than 20, laid end to end and cut like one file. Left out of a folder are hidden files,
+files that are not UTF-8 text, and files more than half of whose lines occur in files before them, by order of path.
+"""
+
+import codecs
+import hashlib
+import os
+import platform
+import sysconfig
+import zlib
+from bisect import bisect
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from rwkv_jax.data.corpus import Document, Source
+from rwkv_jax.files import user_path
+
+_BLOCK_BYTES = 1 << 20
+# The usual split of enwik8 is by megabytes, wherever in a character they end.
+_ENWIK8_BYTES = 100_000_000
+# With fewer files than this the share of each split would be an accident of the hash.
+_MIN_FILES = 20
+# Shorter lines (`else:`, `return x`) repeat everywhere and say nothing about where a file comes from.
+_MIN_LINE_BYTES = 16
+
+# Top-level modules and packages that CPython 3.11 to 3.13 have in common. Installations differ in the rest:
+# tests, tkinter, idlelib, ensurepip, site-packages. `encodings` and `pydoc_data` are tables.
+_STDLIB = """
+__future__ _collections_abc _compat_pickle _markupbase _py_abc _pydecimal _pyio _sitebuiltins _strptime
+_threading_local _weakrefset abc antigravity argparse ast asyncio base64 bdb bisect bz2 cProfile calendar cmd
+code codecs codeop collections colorsys compileall concurrent configparser contextlib contextvars copy copyreg
+csv ctypes curses dataclasses datetime dbm decimal difflib dis doctest email enum filecmp fileinput fnmatch
+fractions ftplib functools genericpath getopt getpass gettext glob graphlib gzip hashlib heapq hmac html http
+imaplib importlib inspect io ipaddress json keyword linecache locale logging lzma mailbox mimetypes
+modulefinder multiprocessing netrc ntpath numbers opcode operator optparse os pathlib pdb pickle pickletools
+pkgutil platform plistlib poplib posixpath pprint profile pstats pty py_compile pyclbr pydoc queue quopri
+random re reprlib rlcompleter runpy sched secrets selectors shelve shlex shutil signal site smtplib socket
+socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sysconfig tabnanny
+tarfile tempfile textwrap this threading timeit token tokenize tomllib trace traceback tracemalloc tty turtle
+types typing unittest urllib uuid venv warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile
+zipimport zoneinfo
+""".split()  # noqa: SIM905 (quotes and commas would bury the names)
+
+
+class _File(NamedTuple):
+    name: str
+    path: str
+    begin: int  # bytes of the file at `path`
+    end: int
+
+
+def source(name: str, exact: bool) -> Source:
+    """Source for "stdlib" or a path.
+
+    Args:
+        exact: allows a cut inside a character.
+    """
+    path = user_path(name)
+    title, identity, files = _stdlib() if name == "stdlib" else _local(path)
+    is_folder = name == "stdlib" or path.is_dir()
+
+    def documents():
+        for split, parts in enumerate(_split(files, is_folder, name, exact)):
+            for part in parts:
+                yield Document(split, blocks(part.path, part.begin, part.end), name=part.name)
+
+    return Source(title, identity, sum(file.end for file in files), documents)
+
+
+def blocks(path: str | Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """Yield the blocks of a file between two positions."""
+    with open(path, "rb") as file:
+        missing = (os.path.getsize(path) if end is None else end) - begin
+        file.seek(begin)
+        while missing:
+            block = file.read(min(missing, _BLOCK_BYTES))
+            if not block:
+                raise ValueError(f"{path} was truncated while it was read")
+            missing -= len(block)
+            yield block
+
+
+def _stdlib() -> tuple[str, list, list[_File]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [root / f"{module}.py" for module in _STDLIB]
+    paths += [path for module in _STDLIB for path in (root / module).rglob("*.py")]
+    files = _files(root, [path for path in paths if "/test" not in path.relative_to(root).as_posix()])
+    if not files:
+        raise ValueError(f"no source of the standard library in {root}: name a text file or folder instead")
+    name = f"stdlib-{platform.python_version()}"
+    contents = [(file.name, hashlib.sha256(Path(file.path).read_bytes()).hexdigest()) for file in files]
+    return name, [name, contents], files
+
+
+def _local(path: Path) -> tuple[str, list, list[_File]]:
+    if not path.exists():
+        raise FileNotFoundError(f"no corpus {path}: expected 'stdlib', a name such as enwik8, or a path")
+    path = path.resolve()
+    visible = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
+    files = _files(path, visible) if path.is_dir() else _files(path.parent, [path])
+    if not files:
+        raise ValueError(f"{path} is empty: expected a text file, or a folder of visible text files")
+    identity = [(file.name, file.end, os.stat(file.path).st_mtime_ns) for file in files]
+    return path.name, [str(path), identity], files
+
+
+def _files(root: Path, paths: Iterable[Path]) -> list[_File]:
+    named = sorted((path.relative_to(root).as_posix(), path) for path in paths if path.is_file())
+    files = [_File(name, str(path), 0, path.stat().st_size) for name, path in named]
+    return [file for file in files if file.end]
+
+
+def _split(files: list[_File], is_folder: bool, source: str, exact: bool) -> list[list[_File]]:
+    documents = list(_distinct(tqdm(files, desc="files", disable=None, leave=False))) if is_folder else files
+    if not documents:
+        raise ValueError(f"{source} holds no UTF-8 text")
+    splits = [[], [], []]
+    for document in documents:
+        percent = int.from_bytes(hashlib.sha256(os.fsencode(document.name)).digest()[:8]) % 100
+        splits[(percent >= 90) + (percent >= 95)].append(document)
+    if len(documents) < _MIN_FILES or not all(splits):
+        splits = _by_position(documents, exact)
+    if not all(splits):
+        num_bytes = sum(document.end for document in documents)
+        raise ValueError(f"{source} holds {num_bytes} bytes of text: too few for train, valid and test")
+    return splits
+
+
+def _by_position(documents: list[_File], exact: bool) -> list[list[_File]]:
+    """Cut at 90 and 95 % of the bytes, or up to 3 bytes before, where a UTF-8 character begins."""
+    begins = list(accumulate((document.end for document in documents), initial=0))
+    total = begins.pop()
+    cuts = [total * 90 // 100, total * 95 // 100]
+    if not (exact and total == _ENWIK8_BYTES):
+        for i, cut in enumerate(cuts):
+            cut_document = bisect(begins, cut) - 1
+            cuts[i] -= _cut_bytes(documents[cut_document].path, cut - begins[cut_document])
+    splits = []
+    for low, high in pairwise([0, *cuts, total]):
+        parts = [
+            document._replace(begin=max(low - begin, 0), end=min(high - begin, document.end))
+            for document, begin in zip(documents, begins, strict=True)
+        ]
+        splits.append([part for part in parts if part.begin < part.end])
+    return splits
+
+
+def _cut_bytes(path: str, position: int) -> int:
+    """Number of bytes just before `position`, 0 to 3, that begin a UTF-8 character which ends after it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with open(path, "rb") as file:
+        file.seek(max(0, position - 3))
+        decoder.decode(file.read(min(3, position)))
+    return len(decoder.getstate()[0])
+
+
+def _distinct(files: Iterable[_File]) -> Iterator[_File]:
+    """Yield the text files, but those of which more than half of the lines occur in files before them.
+
+    The lines' 29-bit hashes are in a bit map of 64 MiB: at 1 GB of text, one new line in 50 seems repeated.
+    """
+    seen = np.zeros(1 << 26, np.uint8)
+    for file in files:
+        if (hashes := _line_hashes(file.path)) is not None:
+            byte, bit = hashes >> 3, (1 << (hashes & 7)).astype(np.uint8)
+            if np.mean((seen[byte] & bit) != 0) <= 0.5:
+                np.bitwise_or.at(seen, byte, bit)
+                yield file
+
+
+def _line_hashes(path: str) -> np.ndarray | None:
+    """Hashes of the long lines, or of the whole file if there is none; None unless it is UTF-8 without NUL."""
+    hashes, whole = set(), 0
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for line in file:
+                if "\0" in line:
+                    return None
+                whole = zlib.crc32(line.encode(), whole)
+                if len(line := line.strip().encode()) >= _MIN_LINE_BYTES:
+                    hashes.add(zlib.crc32(line) >> 3)
+    except UnicodeDecodeError:
+        return None
+    return np.array(list(hashes or {whole >> 3}), np.uint32)

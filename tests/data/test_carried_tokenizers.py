@@ -1,0 +1,300 @@
+"""The tokenizer that belongs to a model: carried by its folder, copied by a run, or guessed with a line on stderr."""
+
+import json
+import lzma
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from weights import one_line
+
+from rwkv_jax import data, train
+from rwkv_jax.data.tokenizers import ByteTokenizer, characters, get_tokenizer, of_model, save
+from rwkv_jax.train import prepare, run_config, workdir
+
+TEXT = "Ein Käfer sang: 日本語, naïve 😀\n\n  indented   \t x\n\nreturn value\n"
+
+
+def bpe(path, vocab_size=300, last=None):
+    """A byte-level tokenizer.json with the two special tokens of NeoX; its last id becomes `last`."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator([TEXT] * 4, trainer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    library.save(str(path))
+    if last:
+        content = json.loads(path.read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary[max(vocabulary, key=vocabulary.get)] = last
+        path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.fixture
+def neox(tmp_path_factory, monkeypatch):
+    """A file with the last id of NeoX-20B's, and no file anywhere that a model of a test could find."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+    return bpe(tmp_path_factory.mktemp("neox") / "neox.json", last=50_276)
+
+
+def test_tokenizer_of_neox_has_its_special_tokens(tmp_path):
+    tokenizer = get_tokenizer(bpe(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode("<|endoftext|><|padding|>") == [0, 1]
+    assert tokenizer.decode([0, 1]) == "<|endoftext|><|padding|>"
+
+
+# ---- saved in a folder
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters", "bpe", "released characters"])
+def test_tokenizer_saved_in_a_folder_is_carried_by_it(kind, tmp_path, capsys):
+    (tmp_path / "vocab.json").write_text(json.dumps({str(i): c for i, c in enumerate(sorted(set(TEXT)))}))
+    tokenizer = {
+        "bytes": lambda: ByteTokenizer(),
+        "characters": lambda: characters([TEXT]),
+        "bpe": lambda: get_tokenizer(bpe(tmp_path / "bpe.json")),
+        "released characters": lambda: get_tokenizer(str(tmp_path / "vocab.json")),
+    }[kind]()
+    (tmp_path / "model").mkdir()
+    assert save(tokenizer, tmp_path / "model") == "tokenizer.json"
+    shutil.move(tmp_path / "model", tmp_path / "moved")
+    carried = get_tokenizer(of_model(tmp_path / "moved", tokenizer.vocab_size))
+    assert type(carried) is type(tokenizer) and carried.vocab_size == tokenizer.vocab_size
+    assert carried.encode(TEXT) == tokenizer.encode(TEXT) and carried.decode(carried.encode(TEXT)) == TEXT
+    assert capsys.readouterr().err == "", "nothing was guessed"
+    if kind == "bpe":
+        assert (tmp_path / "moved/tokenizer.json").read_bytes() == (tmp_path / "bpe.json").read_bytes()
+
+
+def test_tokenizer_world_is_carried_by_a_folder(tmp_path, capsys):
+    package = pytest.importorskip("pyrwkv_tokenizer", reason="the World tokenizer is an extra")
+    world = get_tokenizer("world")
+    assert save(world, tmp_path) == "rwkv_vocab_v20230424.txt"
+    own = Path(package.__file__).with_name("rwkv_vocab_v20230424.txt")
+    carried = get_tokenizer(of_model(tmp_path, 65_536))
+    assert carried.name == str(tmp_path / own.name) and carried.token_bytes == world.token_bytes
+    assert carried.encode(TEXT) == world.encode(TEXT)
+    for other in (ByteTokenizer(), world):  # the last one saved counts
+        save(other, tmp_path)
+        assert get_tokenizer(of_model(tmp_path, other.vocab_size)).vocab_size == other.vocab_size
+    assert capsys.readouterr().err == ""
+
+
+def test_tokenizer_of_an_old_workdir_may_lie_elsewhere(tmp_path):
+    elsewhere = bpe(tmp_path / "elsewhere.json")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps({"tokenizer": elsewhere}))
+    assert of_model(tmp_path / "run", 300) == elsewhere
+    os.rename(elsewhere, tmp_path / "run/tokenizer.json")
+    assert of_model(tmp_path / "run", 300) == str(tmp_path / "run/tokenizer.json")
+    (tmp_path / "run/config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: holds a JSON list, expected an object"):
+        of_model(tmp_path / "run", 300)
+
+
+# ---- guessed
+
+
+@pytest.mark.parametrize("vocab_size, name", [(256, "bytes"), (65_536, "world")])
+@pytest.mark.parametrize("folder", [True, False])
+def test_tokenizer_guessed_from_a_size_is_told_in_one_line(vocab_size, name, folder, tmp_path, capsys):
+    path = tmp_path if folder else tmp_path / "model.pth"
+    assert of_model(path, vocab_size) == name
+    line = f"{path} carries no tokenizer: {name}, guessed from its vocabulary of {vocab_size}\n"
+    assert capsys.readouterr().err == line
+
+
+def test_tokenizer_is_not_guessed_from_any_other_size(tmp_path, neox):
+    for vocab_size in (1, 255, 300, 50_276, 50_278, 50_440, 65_535):
+        with one_line(rf"vocabulary of {vocab_size} tells none: expected tokenizer='bytes', "):
+            of_model(tmp_path / "model.pth", vocab_size)
+
+
+@pytest.mark.parametrize("place", ["20B_tokenizer.json", "tokenizer.json", "current folder", "cache"])
+def test_tokenizer_of_neox_is_found_beside_the_model_here_and_in_the_cache(place, neox, tmp_path, capsys):
+    from huggingface_hub import constants
+
+    bpe(tmp_path / "tokenizer.json")  # of another model: too small
+    snapshots = Path(constants.HF_HUB_CACHE) / "models--EleutherAI--gpt-neox-20b"
+    target = {
+        "current folder": Path("20B_tokenizer.json"),
+        "cache": snapshots / "snapshots" / "abc" / "tokenizer.json",
+    }.get(place, tmp_path / place)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(neox, target)
+    if place == "cache":
+        (snapshots / "refs").mkdir()
+        (snapshots / "refs" / "main").write_text("abc")
+    for vocab_size in (50_277, 50_280, 50_304, 50_432):
+        name = of_model(tmp_path / "model.pth", vocab_size)
+        assert os.path.samefile(name, target)
+        assert capsys.readouterr().err.count("\n") == 1
+    assert get_tokenizer(name).vocab_size == 50_277
+
+
+def test_tokenizer_of_neox_that_is_missing_names_its_download_and_the_places(tmp_path, neox):
+    with pytest.raises(FileNotFoundError) as error:
+        of_model(tmp_path / "model.pth", 50_277)
+    text = str(error.value)
+    assert "\n" not in text and text.startswith(f"no NeoX-20B tokenizer in {tmp_path} or . or the Hugging Face cache")
+    assert "20B_tokenizer.json of BlinkDL/RWKV-LM" in text and "tokenizer.json of EleutherAI/gpt-neox-20b" in text
+
+
+# ---- in runs
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.setenv("RWKV_JAX_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    (tmp_path / "corpus.txt").write_text("".join(rng.choice(list("abc dé日\n"), 4_000)) + "z")
+    return str(tmp_path / "corpus.txt")
+
+
+def _config(text, tokenizer, vocab_size=300):
+    config = run_config.default()
+    config.model.update(num_layers=1, dim=8, vocab_size=vocab_size)
+    config.update(corpus=text, tokenizer=tokenizer, steps=2, seq_len=8, batch_size=2, eval_tokens=16, save_every=1)
+    return config
+
+
+def begin(config, folder):
+    """Prepare a run and its workdir up to the first logged step; returns what it was prepared with."""
+    run = prepare.prepared(config, folder)
+    folder.mkdir(exist_ok=True)
+    workdir.write_config(folder, run.config, run_config.model_fields(run.config), run.corpus)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    return run
+
+
+def test_tokenizer_of_characters_knows_those_of_the_training_split(text, tmp_path):
+    corpus = data.prepare(text, "characters")
+    tokenizer = get_tokenizer(corpus.tokenizer)
+    assert corpus.vocab_size == tokenizer.vocab_size == 2 + len(set("abc dé日\n"))
+    whole = Path(text).read_text()
+    parts = [tokenizer.decode(split.tokens[1:]) for split in corpus[4:]]
+    assert "".join(parts) == whole[:-1] + "\ufffd", "z is not in the training split"
+    again = data.prepare(text, "characters")
+    assert (again.sha256, again.tokenizer) == (corpus.sha256, corpus.tokenizer)
+    os.remove(corpus.tokenizer)  # a damaged cache is made anew
+    assert data.prepare(text, "characters").sha256 == corpus.sha256
+
+
+def test_tokenizer_of_characters_refuses_a_file_that_is_no_text(tmp_path, text):
+    Path(text).write_bytes(b"\xff" * 1000)
+    with one_line(r"corpus\.txt is not UTF-8, which tokenizer characters needs$"):
+        data.prepare(text, "characters")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "characters"])
+def test_tokenizer_of_a_run_moves_with_its_workdir(kind, text, tmp_path):
+    name = bpe(tmp_path / "own/any name.json") if kind == "bpe" else kind
+    config = _config(text, name)
+    sha256 = begin(config, tmp_path / "run").corpus.sha256
+    assert json.loads((tmp_path / "run/config.json").read_text())["tokenizer"] == "tokenizer.json"
+    expected = get_tokenizer(data.prepare(text, name).tokenizer).encode(TEXT)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "cache")
+    if kind == "bpe":
+        shutil.rmtree(tmp_path / "own")
+    carried = of_model(tmp_path / "moved", 300)
+    assert carried == str(tmp_path / "moved/tokenizer.json") and get_tokenizer(carried).encode(TEXT) == expected
+    before = (tmp_path / "moved/tokenizer.json").read_bytes()
+    assert begin(config, tmp_path / "moved").corpus.sha256 == sha256  # the file that the config names is gone
+    if kind == "bpe":
+        config.tokenizer = carried  # the same under another name
+        assert begin(config, tmp_path / "moved").corpus.sha256 == sha256
+    config.tokenizer = bpe(tmp_path / "other.json", vocab_size=290)
+    with one_line(r"run of another config: tokenizer was .*; corpus\.sha256 was "):
+        begin(config, tmp_path / "moved")
+    assert (tmp_path / "moved/tokenizer.json").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bpe", "characters"])
+def test_run_resumes_with_its_own_tokenizer_after_the_move(kind, text, tmp_path):
+    name = bpe(tmp_path / "own/any name.json") if kind == "bpe" else kind
+    config = _config(text, name)
+    train.run(config, tmp_path / "run")
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "cache")
+    if kind == "bpe":
+        shutil.rmtree(tmp_path / "own")
+    before = (tmp_path / "moved/tokenizer.json").read_bytes()
+    shutil.rmtree(tmp_path / "moved/checkpoints/2")
+    assert train.run(config, tmp_path / "moved").step == 2
+    config.tokenizer = bpe(tmp_path / "other.json", vocab_size=290)
+    with one_line(r"run of another config: tokenizer was .*; corpus\.sha256 was "):
+        train.run(config, tmp_path / "moved")
+    assert (tmp_path / "moved/tokenizer.json").read_bytes() == before
+
+
+# ---- live judges
+
+
+def much_text():
+    """Text of many kinds that every checkout has: code, scripts, symbols, runs of spaces, control characters."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    yield from (path.read_text() for path in sorted(stdlib.glob("*.py"))[:60])
+    books = Path(__file__).parents[2] / "shared/data/books-valid.txt.xz"
+    if books.is_file():
+        with lzma.open(books, "rt") as file:
+            yield file.read(1_000_000)
+    yield TEXT
+    yield "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11_0000, 7)]))
+    rng = np.random.default_rng(0)
+    for low, high in [(0, 128), (0x20, 0x250), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF), (9, 33)]:
+        yield "".join(map(chr, rng.integers(low, high, 20_000)))
+
+
+@pytest.mark.live
+def test_tokenizer_world_equals_that_of_the_rwkv_package():
+    import rwkv
+    from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+
+    judge = TRIE_TOKENIZER(str(Path(rwkv.__file__).with_name("rwkv_vocab_v20230424.txt")))
+    world = get_tokenizer("world")
+    assert {i: b for i, b in enumerate(world.token_bytes) if b} == judge.idx2token
+    for text in much_text():
+        ids = world.encode(text)
+        assert ids == judge.encode(text) and world.decode(ids) == text
+        data = text.encode()
+        blocks = [data[i : i + 70_000] for i in range(0, len(data), 70_000)]
+        pieces = [ids for _, ids in world.encode_documents([blocks])]
+        assert np.concatenate(pieces).tolist() == ids
+    rng = np.random.default_rng(1)
+    for _ in range(300):  # any bytes: theirs gives the bytes, whose text is Python's
+        ids = rng.integers(1, 65_530 if rng.random() < 0.5 else 257, rng.integers(1, 50)).tolist()
+        assert world.decode(ids) == judge.decodeBytes(ids).decode(errors="replace")
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("kind", ["bytes", "characters", "bpe"])
+def test_tokenizer_saved_is_loaded_by_transformers(kind, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = {
+        "bytes": lambda: ByteTokenizer(),
+        "characters": lambda: characters([TEXT]),
+        "bpe": lambda: get_tokenizer(bpe(tmp_path / "bpe.json")),
+    }[kind]()
+    save(tokenizer, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (TEXT, " a\n b , c .", "Käfer", "<|endoftext|>a" if kind == "bpe" else "a"):
+        ids = tokenizer.encode(text)
+        assert theirs.encode(text) == ids
+        assert theirs.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
+    if kind == "bpe":
+        assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id) == (0, 0, 1)

@@ -1,0 +1,98 @@
+"""Datasets of the Hugging Face hub, read by its library from folders of this machine."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from texts import parts, splits_of, write_jsonl
+
+from rwkv_jax.data import hub, prepare
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub"))  # where it keeps its locks
+    write_jsonl(tmp_path / "set" / "train.jsonl", [{"text": f"t{i}", "q": f"Q{i}"} for i in range(60)])
+    write_jsonl(tmp_path / "set" / "validation.jsonl", [{"text": f"v{i}", "q": f"Q{i}"} for i in range(5)])
+    return str(tmp_path / "set")
+
+
+@pytest.mark.live
+def test_hub_splits_become_ours(folder):
+    corpus = prepare(f"hf:{folder}")
+    train, valid, test = map(parts, splits_of(corpus))
+    assert corpus.name == "set" and valid == [b"v%d" % i for i in range(5)]
+    assert sorted(train + test) == sorted(b"t%d" % i for i in range(60)) and 1 <= len(test) < 12
+    assert prepare(f"hf:{folder}").sha256 == corpus.sha256
+
+
+@pytest.mark.live
+def test_hub_single_split_is_split(folder):
+    texts = [parts(split) for split in splits_of(prepare(f"hf:{folder}:train"))]
+    assert sorted(text for split in texts for text in split) == sorted(b"t%d" % i for i in range(60)) and all(texts)
+
+
+@pytest.mark.live
+def test_hub_notices_a_changed_folder(folder):
+    first = prepare(f"hf:{folder}").sha256
+    write_jsonl(Path(folder) / "validation.jsonl", [{"text": "new", "q": ""}])
+    second = prepare(f"hf:{folder}")
+    assert second.sha256 != first and parts(second.valid) == [b"new"]
+
+
+@pytest.mark.live
+def test_hub_prompt_is_masked(folder):
+    valid = prepare(f"hf:{folder}", prompt="{q}? ").valid
+    assert parts(valid) == [b"Q%d? v%d" % (i, i) for i in range(5)]
+    assert bytes(valid.tokens[valid.mask != 0]) == b"".join(b"\0v%d" % i for i in range(5))
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(
+    ("form", "fields", "line"),
+    [
+        ("hf:{}:nothing", {}, "corpus hf:{}:nothing: Bad split: nothing"),
+        ("hf:{}", {"text": "body"}, "corpus hf:{}, row 0 of train: no field 'body', only 'text', 'q'"),
+    ],
+)
+def test_hub_error_names_what_is_missing(folder, form, fields, line):
+    with pytest.raises(ValueError) as raised:
+        prepare(form.format(folder), **fields)
+    assert str(raised.value).startswith(line.format(folder)) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("error", "expected"), [(ConnectionError, OSError), (RuntimeError, ValueError)])
+def test_hub_error_of_the_library_is_one_line(monkeypatch, error, expected):
+    def load_dataset(*args, **kwargs):
+        raise error("no answer")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(expected, match=r"^corpus hf:a/b: no answer$"):
+        prepare("hf:a/b")
+
+
+@pytest.mark.parametrize("spec", ["hf:", "hf:a:", "hf:a:b:c:d", "hf:@main"])
+def test_hub_refuses_other_forms(spec):
+    with pytest.raises(ValueError, match="expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"):
+        prepare(spec)
+
+
+def test_hub_names_the_missing_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"^corpus hf:a/b needs another package: pip install datasets$"):
+        prepare("hf:a/b")
+
+
+def test_hub_asks_the_library_for_name_config_split_and_revision(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "_load", lambda *arguments: asked.append(arguments) or {"train": []})
+    for spec in ("hf:a/b", "hf:a/b:train", "hf:a/b@v1:small:train"):
+        assert list(hub.source(spec, "text", "").documents()) == []
+    assert asked == [
+        ("hf:a/b", "a/b", None, None, None),
+        ("hf:a/b:train", "a/b", None, "train", None),
+        ("hf:a/b@v1:small:train", "a/b", "small", "train", "v1"),
+    ]

@@ -1,0 +1,140 @@
+"""Public corpora, downloaded from a server on this machine."""
+
+import hashlib
+import http.server
+import io
+import threading
+import zipfile
+
+import pytest
+from texts import parts, splits_of
+
+from rwkv_jax.data import named, prepare
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `server.files`; where the path begins with /cut/, less than announced."""
+
+    def do_GET(self):
+        _, how, name = self.path.split("/")
+        self.server.requests.append(name)
+        if name not in self.server.files:
+            self.send_error(404)
+            return
+        data = self.server.files[name]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[:9] if how == "cut" else data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def running():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def serve(running, monkeypatch):
+    """Has a named corpus come from the server: returns the requests that it will answer."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    running.files, running.requests = {}, []
+
+    def serve(corpus, files, how="whole"):
+        running.files |= files
+        address = f"http://127.0.0.1:{running.server_port}/{how}"
+        digests = {f"{address}/{name}": hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        monkeypatch.setitem(named.NAMED, corpus, digests)
+        return running.requests
+
+    return serve
+
+
+def archive(members):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as opened:
+        for name, text in members.items():
+            opened.writestr(name, text)
+    return out.getvalue()
+
+
+TEXT = b"0123456789" * 200
+
+
+@pytest.mark.parametrize("name", ["enwik8", "text8"])
+def test_prepare_downloads_and_unpacks_once(serve, name):
+    requests = serve(name, {f"{name}.zip": archive({name: TEXT})})
+    corpus = prepare(name)
+    assert corpus.name == name
+    assert [parts(split) for split in splits_of(corpus)] == [[TEXT[:1800]], [TEXT[1800:1900]], [TEXT[1900:]]]
+    assert prepare(name).sha256 == corpus.sha256
+    assert len(prepare(name, "characters").train.tokens) == 1801
+    assert requests == [f"{name}.zip"]
+
+
+def test_prepare_keeps_the_splits_of_wikitext(serve):
+    texts = {part: f" \n = {part} = \n".encode() * 9 for part in ("train", "valid", "test")}
+    data = archive({f"wikitext-103-raw/wiki.{part}.raw": text for part, text in texts.items()})
+    serve("wikitext-103", {"wikitext-103-raw-v1.zip": data})
+    assert [parts(split) for split in splits_of(prepare("wikitext-103"))] == [[text] for text in texts.values()]
+
+
+def test_prepare_splits_tinystories_by_story(serve):
+    stories = [f"Story {i}.\n\nThe end.".encode() for i in range(200)]
+    train, valid = (b"\n<|endoftext|>\n".join(part) for part in (stories[:190], stories[190:]))
+    serve("tinystories", {"train.txt": train, "valid.txt": valid})
+    train, valid, test = map(parts, splits_of(prepare("tinystories")))
+    assert valid == stories[190:]
+    assert sorted(train + test) == sorted(stories[:190]) and 2 <= len(test) < 25
+
+
+def test_damaged_download_is_replaced_with_a_warning(serve, cache, caplog):
+    requests = serve("enwik8", {"enwik8.zip": archive({"enwik8": TEXT})})
+    sha256 = prepare("enwik8").sha256
+    (cache / "downloads" / "enwik8" / "enwik8").write_bytes(TEXT[:-1] + b"?")
+    for path in cache.glob("enwik8-*/train.bin"):
+        path.unlink()
+    assert prepare("enwik8").sha256 == sha256 and len(requests) == 2
+    assert f"{cache / 'downloads' / 'enwik8'} is damaged: rebuilding it" in caplog.messages
+
+
+def test_download_with_a_wrong_checksum_is_refused(serve, cache, running):
+    serve("enwik8", {"enwik8.zip": archive({"enwik8": TEXT})})
+    running.files["enwik8.zip"] += b"?"
+    with pytest.raises(ValueError, match=r"^SHA256 hash of downloaded file \(enwik8\.zip\) does not match .*$"):
+        prepare("enwik8")
+    assert [path.name for path in (cache / "downloads").iterdir()] == ["lock"]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # pooch leaves the connection of a failed transfer open
+@pytest.mark.parametrize("how", ["no connection", "no address", "no file", "cut"])
+def test_failed_download_is_one_line_and_leaves_nothing(serve, cache, running, monkeypatch, how):
+    serve("enwik8", {"enwik8.zip": archive({"enwik8": TEXT})}, how="cut" if how == "cut" else "whole")
+    [(url, sha256)] = named.NAMED["enwik8"].items()
+    if how == "no file":
+        running.files.clear()
+    elif how != "cut":
+        url = {"no connection": "http://127.0.0.1:1/a.zip", "no address": "http://nowhere.invalid/a.zip"}[how]
+        monkeypatch.setitem(named.NAMED, "enwik8", {url: sha256})
+    with pytest.raises(OSError) as raised:
+        prepare("enwik8")
+    line = str(raised.value)
+    assert line.startswith(f"cannot download {url}: ") and "\n" not in line
+    assert line.endswith(
+        f"; for a machine without a network, copy the folder {cache / 'downloads' / 'enwik8'} from one that has it"
+    )
+    assert [path.name for path in (cache / "downloads").iterdir()] == ["lock"]
+
+
+def test_named_downloads_have_address_and_checksum():
+    for downloads in named.NAMED.values():
+        for url, sha256 in downloads.items():
+            assert url.startswith("https://") and len(bytes.fromhex(sha256)) == 32

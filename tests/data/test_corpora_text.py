@@ -1,0 +1,123 @@
+"""Text files, folders and Python's standard library: which files count, and how they are split."""
+
+import sys
+
+import numpy as np
+import pytest
+from texts import documents, folder_of, prose, splits_of
+
+from rwkv_jax.data import prepare
+
+
+def bytes_in_later_splits_found_in_train(corpus, probe_bytes=48, probes=100):
+    train, rng = corpus.train.tokens.tobytes(), np.random.default_rng(0)
+    found = 0
+    for split in (corpus.valid, corpus.test):
+        for at in rng.integers(0, len(split.tokens) - probe_bytes, probes):
+            found += split.tokens[at : at + probe_bytes].tobytes() in train
+    return found / (2 * probes)
+
+
+def test_stdlib_corpus_has_whole_modules_in_three_splits():
+    corpus = prepare()
+    assert corpus.name == "stdlib-" + sys.version.split()[0]
+    assert (corpus.tokenizer, corpus.vocab_size) == ("bytes", 256)
+    names = [name for split in splits_of(corpus) for name in split.names]
+    assert len(names) == len(set(names)) > 250
+    assert {"argparse.py", "json/decoder.py", "unittest/mock.py"} <= set(names)
+    assert not [name for name in names if name.startswith(("test", "encodings/", "pydoc_data/", "idlelib/"))]
+    assert not [name for name in names if "/test" in name]
+    sizes = np.array([split.num_bytes for split in splits_of(corpus)])
+    assert sizes.sum() > 6e6
+    shares = sizes / sizes.sum()
+    assert shares[0] > 0.8 and (shares[1:] > 0.02).all()
+    for split in splits_of(corpus):
+        for text in documents(split).values():
+            text.decode()
+    assert bytes_in_later_splits_found_in_train(corpus, probe_bytes=200) < 0.01
+    assert prepare().sha256 == corpus.sha256
+
+
+def test_folder_is_split_by_file(tmp_path):
+    texts = {f"{i % 7}/text {i}.txt": prose(i) for i in range(120)}
+    corpus = prepare(folder_of(tmp_path / "books", texts))
+    found = [documents(split) for split in splits_of(corpus)]
+    assert sum(map(len, found)) == 120 and all(found)
+    for split in found:
+        assert list(split) == sorted(split)
+        assert all(texts[name].encode() == text for name, text in split.items())
+    assert bytes_in_later_splits_found_in_train(corpus) == 0
+    assert corpus.name == "books"
+
+
+def test_folder_drops_copies_and_near_copies(tmp_path):
+    texts = {f"{i}.txt": prose(i) for i in range(60)}
+    texts |= {f"copy/{i}.txt": prose(i) for i in range(60)}
+    texts |= {f"edited/{i}.txt": "a new first line\n" + prose(i)[:-20] for i in range(60)}
+    texts |= {f"short/{i}.txt": "a\nb\n" for i in range(10)}
+    corpus = prepare(folder_of(tmp_path / "books", texts))
+    found = {name: text for split in splits_of(corpus) for name, text in documents(split).items()}
+    assert len(found) == 61
+    assert len([name for name in found if name.startswith("short/")]) == 1
+    assert bytes_in_later_splits_found_in_train(corpus) == 0
+
+
+def test_folder_leaves_out_hidden_and_binary_files(tmp_path):
+    texts = {f"{i}.txt": prose(i) for i in range(3)}
+    others = {
+        ".hidden": "text",
+        ".git/config": "text",
+        "image.png": b"\x89PNG\x00\x01",
+        "latin1.txt": "Käfer".encode("latin-1"),
+        "zeros.bin": bytes(50),
+        "empty.txt": "",
+    }
+    corpus = prepare(folder_of(tmp_path / "books", texts | others))
+    assert {name for split in splits_of(corpus) for name in split.names} == set(texts)
+
+
+def test_small_folder_is_cut_like_one_file(tmp_path):
+    texts = {f"{i}.txt": prose(i) for i in range(5)}
+    corpus = prepare(folder_of(tmp_path / "books", texts))
+    found = [documents(split) for split in splits_of(corpus)]
+    assert [list(split) for split in found] == [["0.txt", "1.txt", "2.txt", "3.txt", "4.txt"], ["4.txt"], ["4.txt"]]
+    whole = "".join(texts.values()).encode()
+    assert b"".join(text for split in found for text in split.values()) == whole
+    assert abs(corpus.train.num_bytes - 0.9 * len(whole)) <= 3
+    for split in found:
+        for text in split.values():
+            text.decode()
+
+
+def test_file_is_cut_at_90_and_95_percent(tmp_path):
+    text = np.random.default_rng(0).integers(32, 127, 2000).astype(np.uint8).tobytes()
+    (tmp_path / "text.txt").write_bytes(text)
+    corpus = prepare(str(tmp_path / "text.txt"))
+    assert [documents(split) for split in splits_of(corpus)] == [
+        {"text.txt": part} for part in (text[:1800], text[1800:1900], text[1900:])
+    ]
+
+
+def test_file_is_not_cut_inside_a_character(tmp_path):
+    for prefix in ("", "a", "ab", "abc"):
+        for character in "é€😀":
+            text = prefix + character * 50
+            (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+            found = [documents(split)["text.txt"] for split in splits_of(prepare(str(tmp_path / "text.txt")))]
+            assert "".join(part.decode() for part in found) == text
+            assert 0 <= len(text.encode()) * 90 // 100 - len(found[0]) <= 3
+
+
+def test_file_of_any_bytes_is_a_corpus_of_bytes(tmp_path):
+    text = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8).tobytes()
+    (tmp_path / "data.bin").write_bytes(text)
+    splits = splits_of(prepare(str(tmp_path / "data.bin")))
+    assert b"".join(split.tokens[1:].tobytes() for split in splits) == text
+    assert [len(split.starts) for split in splits] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_enwik8_is_cut_at_whole_megabytes_even_inside_a_character(tmp_path):
+    (tmp_path / "enwik8").write_bytes(b"x" + "é".encode() * 49_999_999 + b"x")
+    corpus = prepare(str(tmp_path / "enwik8"))
+    assert [split.num_bytes for split in splits_of(corpus)] == [90_000_000, 5_000_000, 5_000_000]

@@ -1,0 +1,225 @@
+"""Orders of data, masks of targets and mixtures: the tokens that each row reads, on any number of hosts."""
+
+import math
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from rwkv_jax.data import batches, orders
+
+T, B = 8, 4
+LENGTHS = [5, 1, 30, 3, 8, 2, 17, 9, 4, 60, 7, 1, 12, 40, 6]
+
+
+def split(lengths=LENGTHS, offset=0, mask=False):
+    """Documents whose tokens are their own positions in the file, so that a batch shows where it was read."""
+    tokens = offset + np.arange(sum(lengths), dtype=np.uint32)
+    starts = np.cumsum([0, *lengths[:-1]])
+    return SimpleNamespace(tokens=tokens, starts=starts, mask=(tokens % 3 == 0).astype(np.uint8) if mask else None)
+
+
+def make(source=None, **changes):
+    return batches.dataset(
+        split() if source is None else source, **{"seq_len": T, "batch_size": B, "seed": 0} | changes
+    )
+
+
+SOURCES = {
+    "plain": lambda: split(),
+    "masked": lambda: split(mask=True),
+    "mixture": lambda: [(split(), 0.5), (split(offset=1000), 0.25), (split([40, 20, 50], offset=2000), "1/4")],
+}
+
+
+@pytest.mark.parametrize("order", list(orders.ORDERS))
+def test_dataset_rows_of_hosts_are_those_of_the_whole_batch(order):
+    for source in SOURCES.values():
+        whole = make(source(), order=order)
+        of_hosts = [
+            (rows, make(source(), order=order, rows=rows)) for n in (2, 4) for rows in np.split(np.arange(B), n)
+        ]
+        for step in (0, 1, 7, 40):  # beyond the first epoch too
+            batch = whole[step]
+            assert batch["tokens"].dtype == np.int32 and batch["mask"].dtype == bool
+            for rows, host in of_hosts:
+                own = host[step]
+                assert own.keys() == batch.keys()
+                for name in batch:
+                    np.testing.assert_array_equal(own[name], batch[name][rows])
+
+
+# The order of the released code
+
+
+def released_windows(num_tokens, seq_len, samples):
+    tokens = np.broadcast_to(np.uint8(0), num_tokens)  # of no size in memory: only the order matters
+    sample = orders.ORDERS["released"](batches._text(tokens), seq_len, 1, 0)
+    return (sample(np.array(samples)).at[:, 0] // seq_len).tolist()
+
+
+PILE, PRIME = 332_115_325_534, 324_331_313
+
+
+FIRST = {  # windows of samples 0 to 4 of mini-epochs 0 and 8,000
+    0: [200447775, 306256948, 222788917, 179736393, 82460774],
+    8000: [214932314, 239733066, 130181234, 115969529, 102459349],
+}
+
+
+@pytest.mark.parametrize("mini_epoch", FIRST)
+def test_released_order_has_the_first_windows_of_a_mini_epoch_of_the_pile(mini_epoch):
+    """By Python's integers: in 64 bits f·n³ is wrong from n = 3,584 on."""
+    factor = (math.isqrt(5 * PRIME**2) - PRIME) // 2
+    numbers = [40320 * mini_epoch + i for i in range(1, 6)]
+    assert FIRST[mini_epoch] == [factor * n * n * n % PRIME for n in numbers]
+    assert released_windows(PILE, 1024, [n - 1 for n in numbers]) == FIRST[mini_epoch]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "seq_len", "prime"),
+    [
+        # RWKV-LM: the Pile in windows of 1,024 to 8,192; MiniPile in windows of 512 to 4,096
+        (PILE, 1024, PRIME), (PILE, 2048, 162_165_671), (PILE, 4096, 81_082_817), (PILE, 8192, 40_541_399),
+        (1_498_226_207, 512, 2_926_181), (1_498_226_207, 2048, 731_531), (1_498_226_207, 4096, 365_759),
+    ],
+)  # fmt: skip
+def test_released_order_uses_the_primes_of_the_released_scripts(num_tokens, seq_len, prime):
+    # sample p - 1 is f·p³ mod p = 0, and only a multiple of p gives 0
+    assert released_windows(num_tokens, seq_len, [prime - 1, prime - 2])[0] == 0
+    assert released_windows(num_tokens, seq_len, [prime])[0] == released_windows(num_tokens, seq_len, [0])[0]
+
+
+def test_released_order_visits_every_window_below_the_prime_once_an_epoch():
+    windows = released_windows(50 * T + 1, T, range(47))  # 47 = 2 mod 3
+    assert sorted(windows) == list(range(47))
+    assert released_windows(50 * T + 1, T, range(47, 94)) == windows
+
+
+# Documents by rows
+
+STEPS = (sum(LENGTHS) - 1) // (B * T)  # of an epoch
+
+
+def test_documents_order_continues_rows_and_resets_where_documents_start():
+    ds, starts = make(order="documents"), split().starts
+    for step in range(3 * STEPS):
+        batch = ds[step]
+        assert batch["mask"].all()
+        expected = np.isin(batch["tokens"][:, :-1], starts)
+        expected[:, 0] |= step % STEPS == 0
+        np.testing.assert_array_equal(batch["reset"], expected)
+        if step % STEPS:
+            np.testing.assert_array_equal(batch["tokens"][:, 0], ds[step - 1]["tokens"][:, -1])
+        inside = ~np.isin(batch["tokens"][:, 1:], starts)  # of a document, whose tokens follow one another
+        assert (np.diff(batch["tokens"])[inside] == 1).all()
+
+
+def test_documents_order_has_every_target_at_most_once_an_epoch():
+    ds = make(order="documents")
+    epochs = [np.stack([ds[e * STEPS + s]["tokens"] for s in range(STEPS)]) for e in range(2)]
+    for tokens in epochs:
+        assert len(np.unique(tokens[..., 1:])) == STEPS * B * T > sum(LENGTHS) - B * T - 1
+    assert (epochs[0] != epochs[1]).any()
+    assert (make(order="documents", seed=1)[0]["tokens"] != epochs[0][0]).any()
+
+
+def test_documents_order_cuts_one_long_document_into_a_part_a_row():
+    ds = make(np.arange(100, dtype=np.uint8), order="documents")  # a bare array is one document
+    np.testing.assert_array_equal(ds[1]["tokens"][:, 0], [8, 32, 56, 80])
+    assert ds[0]["reset"][:, 0].all() and ds[0]["reset"].sum() == B and not ds[1]["reset"].any()
+
+
+def test_documents_order_reads_a_far_step_without_those_before_it():
+    """Of a million documents, the step of epoch 1,000 at once."""
+    lengths = np.full(10**6, 50)
+    source = SimpleNamespace(tokens=np.broadcast_to(np.uint8(7), lengths.sum()), starts=np.arange(10**6) * 50)
+    ds = make(source, order="documents")
+    assert ds[1000 * ((50 * 10**6 - 1) // (B * T))]["reset"][:, 0].all()
+
+
+# Packed rows
+
+
+def test_packed_order_holds_whole_documents_and_every_target_once():
+    text, ds = split(), make(batch_size=1, order="packed")
+    num_windows = len(orders._packs(batches._text(text), T)[0])
+    targets, cut = [], set()
+    for step in range(num_windows):
+        tokens, mask, reset = (ds[step][name][0] for name in ("tokens", "mask", "reset"))
+        n = int(mask.sum())
+        assert n and mask[:n].all()  # padding is at the end
+        np.testing.assert_array_equal(reset, np.isin(tokens[:-1], text.starts) & mask)
+        np.testing.assert_array_equal(np.diff(tokens)[:n], 1)
+        targets += tokens[1:][mask].tolist()
+        if not {tokens[0], tokens[n]} <= {*text.starts, text.tokens[-1]}:
+            cut.add(int(np.searchsorted(text.starts, tokens[0], side="right") - 1))
+    assert sorted(targets) == list(range(1, sum(LENGTHS)))
+    assert cut == {i for i, length in enumerate(LENGTHS) if length > T}  # no shorter one ever
+
+
+# Masks of targets, mixtures
+
+
+@pytest.mark.parametrize("order", list(orders.ORDERS))
+def test_dataset_mask_excludes_targets_in_every_order(order):
+    plain, masked = make(order=order), make(split(mask=True), order=order)
+    for step in range(3):
+        a, b = plain[step], masked[step]
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+        np.testing.assert_array_equal(b["mask"], a["mask"] & (a["tokens"][:, 1:] % 3 == 0))
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), ("0.7", "0.3"), (7, 3), (Fraction(7, 10), Fraction(3, 10)), (70, 30)])
+def test_mixture_proportions_are_exact_and_even(weights):
+    parts = [(split(), weights[0]), (split(offset=1000), weights[1])]
+    ds = make(parts, batch_size=2)
+    second = np.concatenate([ds[step]["tokens"][:, 0] >= 1000 for step in range(50)])
+    assert (second.reshape(10, 10).sum(axis=1) == 3).all()
+    drift = np.cumsum(second) - 0.3 * np.arange(1, 101)
+    assert np.abs(drift).max() < 0.5 + 1e-9  # the nearest integers to the shares
+
+
+@pytest.mark.parametrize("order", ["shuffled", "released", "packed"])
+def test_mixture_reads_each_part_as_if_it_were_alone(order):
+    parts = [(split(), "0.6"), (split(offset=1000), "0.4")]
+    mixed = make(parts, order=order)
+    rows = np.concatenate([mixed[step]["tokens"] for step in range(20)])
+    for i, (part, _) in enumerate(parts):
+        own = rows[(rows[:, 0] >= 1000) == i]
+        alone = make(part, order=order)
+        expected = np.concatenate([alone[step]["tokens"] for step in range(-(-len(own) // B))])[: len(own)]
+        np.testing.assert_array_equal(own, expected)
+
+
+def test_mixture_in_documents_order_keeps_a_row_in_one_part():
+    parts = [(split(), 3), (split(offset=1000), 1)]
+    ds = make(parts, order="documents")
+    for step in range(12):
+        assert ((ds[step]["tokens"] >= 1000).all(axis=1) == (ds[0]["tokens"][:, 0] >= 1000)).all()
+    assert (ds[0]["tokens"][:, 0] >= 1000).sum() == 1
+    alone = make(split(), order="documents", batch_size=3)
+    np.testing.assert_array_equal(ds[5]["tokens"][ds[5]["tokens"][:, 0] < 1000], alone[5]["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "line"),
+    [
+        (None, {"order": "sorted"}, "order is 'sorted', expected one of shuffled, released, packed, documents"),
+        ("short", {"order": "documents"}, "corpus has 30 tokens: shorter than 4 rows of 8 and one more"),
+        ("short", {"order": "released", "seq_len": 20}, "expected two windows of 20 and one more"),
+        ("mixed", {"order": "documents", "batch_size": 15}, r"expected a multiple of 10: .* weights are as 7:3"),
+    ],
+)
+def test_dataset_refuses_orders_and_shapes_that_do_not_fit(source, changes, line):
+    sources = {None: split(), "short": split([30]), "mixed": [(split(), 0.7), (split(), 0.3)]}
+    with pytest.raises(ValueError, match=line):
+        make(sources[source], **changes)
+
+
+def test_batch_hash_depends_on_resets():
+    batch = make(order="documents")[0]
+    other = batch | {"reset": ~batch["reset"]}
+    without = {k: v for k, v in batch.items() if k != "reset"}
+    assert len({batches.batch_hash(b) for b in (batch, other, without)}) == 3

@@ -1,0 +1,53 @@
+"""`.npy` files of tokens."""
+
+import os
+
+import numpy as np
+import pytest
+from texts import splits_of
+
+from rwkv_jax.data import SEPARATOR, prepare
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", ">u2"])
+def test_prepare_reads_an_array_of_tokens(tmp_path, dtype):
+    tokens = np.tile(np.array([7, 8, 9, 10, 0]), 60).astype(dtype)
+    np.save(tmp_path / "a.npy", tokens)
+    corpus = prepare(str(tmp_path / "a.npy"))
+    np.testing.assert_array_equal(np.concatenate([split.tokens for split in splits_of(corpus)]), tokens)
+    assert isinstance(corpus.train.tokens, np.memmap)
+    assert corpus.train.starts.tolist() == [0, *range(4, 270, 5)]
+    assert corpus.valid.starts.tolist() == [0, 5, 10] and corpus.valid.tokens[0] == SEPARATOR
+
+
+def test_array_without_separators_is_cut_by_position(tmp_path):
+    np.save(tmp_path / "a.npy", np.full(200, 7, np.uint16))
+    corpus = prepare(str(tmp_path / "a.npy"))
+    assert [len(split.tokens) for split in splits_of(corpus)] == [180, 10, 10]
+    assert [split.starts.tolist() for split in splits_of(corpus)] == [[0], [0], [0]]
+
+
+def make_cut(path):
+    np.save(path, np.arange(999))
+    os.truncate(path, 700)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_cut, "a.npy is damaged or not a .npy file"),
+        (lambda path: path.write_bytes(b"text"), "a.npy is damaged or not a .npy file"),
+        (lambda path: path.touch(), "a.npy is damaged or not a .npy file"),
+        (lambda path: np.save(path, np.array(["a"], object)), "a.npy is damaged or not a .npy file"),
+        (lambda path: np.save(path, np.ones(9)), "a.npy holds float64 [9], expected integers of one dimension"),
+        (lambda path: np.save(path, np.ones((3, 3), int)), "a.npy holds int64 [3, 3], expected integers of one"),
+        (lambda path: np.save(path, np.full(99, -1)), "a.npy holds token -1, outside the vocabulary of 256"),
+        (lambda path: np.save(path, np.ones(2, int)), "a.npy holds 2 tokens: too few for train, valid and test"),
+        (lambda path: None, "No such file or directory"),
+    ],
+)
+def test_prepare_refuses_an_array_that_is_not_tokens(tmp_path, make, message):
+    make(tmp_path / "a.npy")
+    with pytest.raises((ValueError, OSError)) as raised:
+        prepare(str(tmp_path / "a.npy"))
+    assert message in str(raised.value) and "\n" not in str(raised.value)

@@ -1,0 +1,263 @@
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+
+from rwkv_jax.data.tokenizers import TextStream, characters, get_tokenizer, save
+
+TEXT = "Ein Käfer sang: 日本語, naïve 😀 family 👩‍👩‍👧, Ελληνικά.\n\n  indented   \t x\n\nreturn value\n"
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator([TEXT] * 4, trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    library.save(str(path))
+    return get_tokenizer(str(path))
+
+
+@pytest.fixture(scope="module")
+def chars(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("characters")
+    return get_tokenizer(str(folder / save(characters([TEXT]), folder)))
+
+
+@pytest.fixture(scope="module")
+def world():
+    pytest.importorskip("pyrwkv_tokenizer", reason="the World tokenizer is an extra")
+    return get_tokenizer("world")
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe", "chars", "world"])
+def tokenizer(request):
+    return get_tokenizer("bytes") if request.param == "bytes" else request.getfixturevalue(request.param)
+
+
+def test_tokenizer_of_bytes_gives_the_utf8_bytes():
+    tokenizer = get_tokenizer("bytes")
+    assert tokenizer.encode("Aé") == [0x41, 0xC3, 0xA9]
+    assert (tokenizer.name, tokenizer.vocab_size) == ("bytes", 256)
+    assert tokenizer.decode([0x41, 0xC3]) == "A\ufffd"
+
+
+def test_tokenizer_decode_inverts_encode(tokenizer):
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert tokenizer.decode(np.array(tokenizer.encode(TEXT), np.uint16)) == TEXT
+    assert tokenizer.decode([]) == ""
+
+
+def test_tokenizer_file_reads_special_tokens_from_text(bpe):
+    assert bpe.encode("a<|endoftext|>") == [*bpe.encode("a"), 0]
+    assert bpe.decode([0]) == "<|endoftext|>"
+
+
+def test_tokenizer_vocab_size_bounds_every_id_where_ids_have_gaps(bpe, tmp_path):
+    text = bpe.library.to_str().replace('"B":34', '"B":5000')
+    (tmp_path / "gaps.json").write_text(text)
+    gaps = get_tokenizer(str(tmp_path / "gaps.json"))
+    assert max(gaps.encode("ABC")) == 5000 == gaps.vocab_size - 1
+
+
+@pytest.mark.parametrize("block_bytes", [13, 997, 1 << 20])
+def test_tokenizer_of_documents_in_blocks_gives_the_tokens_of_the_whole(tokenizer, block_bytes):
+    rng = np.random.default_rng(0)
+    parts = [*TEXT.split(" "), "\n", "\n\n", "\n\n\n", "  ", "\t", "...\n"]
+    texts = [" ".join(rng.choice(parts, size)).encode() for size in (20_000, 3, 200)]
+    blocks = [[text[i : i + block_bytes] for i in range(0, len(text), block_bytes)] for text in texts]
+    tokens = [[] for _ in texts]
+    for index, ids in tokenizer.encode_documents(blocks):
+        tokens[index].append(ids)
+    for text, ids in zip(texts, tokens, strict=True):
+        assert np.concatenate(ids).tolist() == tokenizer.encode(text.decode())
+    if tokenizer.name != "bytes":
+        assert len(tokens[0]) > 1, "long enough to be cut"
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_tokenizer_that_marks_beginnings_is_given_whole_texts(scheme, tmp_path):
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, show_progress=False)
+    library.train_from_iterator(["some words\nalpha beta\n"] * 4, trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = get_tokenizer(str(tmp_path / "tokenizer.json"))
+    text = "alpha beta\n" * 20_000
+    ids = [ids for _, ids in tokenizer.encode_documents([[text.encode()]])]
+    assert np.concatenate(ids).tolist() == tokenizer.encode(text)
+
+
+def test_tokenizer_never_cuts_a_line_break_from_a_wide_space(tmp_path):
+    """Chinese text is indented by U+3000, which GPT-2's pre-tokenizer joins to the line break before it."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    line = "word.\n\u3000word.\n"
+    library.train_from_iterator([line] * 50, trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = get_tokenizer(str(tmp_path / "tokenizer.json"))
+    ids = [ids for _, ids in tokenizer.encode_documents([[(line * 10_000).encode()]])]
+    assert len(ids) > 1 and np.concatenate(ids).tolist() == tokenizer.encode(line * 10_000)
+
+
+def test_tokenizer_of_bytes_alone_takes_blocks_that_are_not_utf8(bpe):
+    with pytest.raises(UnicodeDecodeError):
+        list(bpe.encode_documents([[b"abc\xff"]]))
+    [(index, ids)] = get_tokenizer("bytes").encode_documents([[b"abc\xff\x00"]])
+    assert (index, ids.tolist()) == (0, [97, 98, 99, 255, 0])
+
+
+def test_stream_never_shows_a_broken_character(tokenizer):
+    stream, ids = TextStream(tokenizer), tokenizer.encode(TEXT)
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) == TEXT
+    assert stream.flush() == ""
+    assert all("\ufffd" not in piece for piece in pieces)
+    # Text comes as soon as it can: a piece is empty only inside a character.
+    for n, piece in enumerate(pieces, start=1):
+        assert piece or tokenizer.decode(ids[:n]).endswith("\ufffd")
+
+
+@pytest.mark.parametrize("examples", [80, pytest.param(2000, marks=pytest.mark.slow)])
+def test_stream_of_any_tokens_equals_decode(tokenizer, examples):
+    """Ids from anywhere in the vocabulary, and ids of which many are parts of characters."""
+    beyond = 0 if tokenizer.name in ("bytes", "world") else 40  # ids that only a padded vocabulary has: no text
+    last = tokenizer.vocab_size - 1 + beyond
+    parts = [piece for text in ("é日😀a", TEXT) for piece in tokenizer.encode(text)]
+    torn = np.array([*parts, *range(min(257, last)), 0, last])
+    rng = np.random.default_rng(examples)
+    for _ in range(examples):
+        size = rng.integers(61)
+        ids = (rng.integers(0, last + 1, size) if rng.integers(2) else rng.choice(torn, size)).tolist()
+        stream, shown = TextStream(tokenizer), ""
+        for n, token in enumerate(ids, start=1):
+            shown += stream.push(token)
+            now = tokenizer.decode(ids[:n])
+            assert now.startswith(shown) and (now == shown or now.endswith("\ufffd")), ids[:n]
+        assert shown + stream.flush() == tokenizer.decode(ids), ids
+
+
+def test_stream_completes_a_character_after_any_number_of_ids_without_text(bpe):
+    first, *rest = bpe.encode("é")
+    stream = TextStream(bpe)
+    assert [stream.push(token) for token in [first, *[bpe.vocab_size] * 30]] == [""] * 31
+    assert "".join(map(stream.push, rest)) + stream.flush() == "é"
+
+
+def test_stream_of_a_sentencepiece_model_keeps_spaces_and_characters(tmp_path):
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    steps = tokenizers.decoders
+    library.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    library.decoder = steps.Sequence(
+        [steps.Replace("▁", " "), steps.ByteFallback(), steps.Fuse(), steps.Strip(" ", 1)]
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = get_tokenizer(str(tmp_path / "tokenizer.json"))
+    text = "a b 日本人😀😀 c" * 5
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_stream_flush_returns_the_rest_and_resets():
+    stream = TextStream(get_tokenizer("bytes"))
+    assert [stream.push(token) for token in b"a\xf0\x9f\x98"] == ["a", "", "", ""]
+    assert stream.flush() == "\ufffd"
+    assert [stream.push(token) for token in "é".encode()] == ["", "é"]
+    assert stream.flush() == ""
+
+
+def test_stream_decodes_a_bounded_number_of_tokens():
+    class Bounded:
+        def decode(self, ids):
+            assert len(ids) <= 17
+            return bytes(ids).decode(errors="replace")
+
+    garbage, smile = b"\x80" * 20, "😀".encode()
+    for ids in (
+        garbage * 5,
+        b"a" * 100,
+        (garbage + b"a" + garbage[:7]) * 4,
+        (garbage + smile) * 2,
+        garbage[:5] + smile,
+    ):
+        stream = TextStream(Bounded())
+        assert "".join(map(stream.push, ids)) + stream.flush() == ids.decode(errors="replace")
+
+
+def test_tokenizer_file_that_is_missing_or_broken_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^no tokenizer file nowhere\.json: expected 'bytes', 'world' or"):
+        get_tokenizer("nowhere.json")
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"broken\.json is not a file that the tokenizers library reads: ") as e:
+        get_tokenizer(str(tmp_path / "broken.json"))
+    assert "\n" not in str(e.value)
+
+
+# ---- characters
+
+
+def test_characters_are_numbered_by_code_point_after_separator_and_unknown():
+    tokenizer = characters(["banana\n", "é😀"])
+    assert tokenizer.encode("\nabné😀") == [2, 3, 4, 5, 6, 7] and tokenizer.vocab_size == 8
+    assert tokenizer.encode("\0x") == [0, 1] and tokenizer.decode([0, 1, 3]) == "\0\ufffda"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16le", "utf-16", "utf-8"])
+def test_characters_of_the_released_code_are_read(encoding, tmp_path):
+    path = tmp_path / "vocab.json"
+    path.write_text(json.dumps({str(i): c for i, c in enumerate("\n é日😀")}, ensure_ascii=False), encoding=encoding)
+    tokenizer = get_tokenizer(str(path))
+    assert tokenizer.vocab_size == 5 and tokenizer.encode("日 é\n😀") == [3, 1, 2, 0, 4]
+    assert tokenizer.decode([3, 1, 2, 0, 4]) == "日 é\n😀"
+    with pytest.raises(ValueError, match=r"vocab\.json cannot encode the text: .*not found in the vocabulary"):
+        tokenizer.encode("x")
+
+
+@pytest.mark.parametrize("text", ['{"0": "ab"}', '{"0": "a", "1": "a"}', '{"0": 1}', '{"0": "a"', '{"0": {}}'])
+def test_characters_in_a_damaged_list_are_refused(text, tmp_path):
+    (tmp_path / "vocab.json").write_text(text)
+    with pytest.raises(ValueError, match=r"vocab\.json: expected a list of characters, "):
+        get_tokenizer(str(tmp_path / "vocab.json"))
+
+
+# ---- World
+
+
+def test_world_ids_are_the_released_ones(world):
+    assert (world.name, world.vocab_size) == ("world", 65_536)
+    assert world.encode("a\0") == [98, 1] and world.encode("Hello world") == [33155, 40213]
+    assert world.decode([0]) == world.decode([65_530, 65_535]) == ""
+    # byte b is id b + 1; decoding looks at bytes, not at tokens
+    assert world.decode([0xE6 + 1, 0x97 + 1, 0xA5 + 1]) == "日"
+    assert world.decode([0xE6 + 1, 0, 0x97 + 1]) == "\ufffd" and world.decode([0x80 + 1, 98]) == "\ufffda"
+
+
+def test_world_without_its_package_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyrwkv_tokenizer", None)
+    with pytest.raises(ValueError, match=r"pip install pyrwkv-tokenizer$"):
+        get_tokenizer("world")
+
+
+@pytest.mark.parametrize("line", ["1 'a' 2\n", "70000 'a' 1\n", "1 'a\n", "1 'a' 1\nrubbish\n"])
+def test_world_vocabulary_that_is_damaged_is_refused(line, tmp_path):
+    (tmp_path / "vocab.txt").write_text(line)
+    with pytest.raises(ValueError, match=r"vocab\.txt is not the World vocabulary: "):
+        get_tokenizer(str(tmp_path / "vocab.txt"))
+
+
+def test_tokenizer_refuses_text_without_ids(tokenizer):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        tokenizer.encode("\ud800")

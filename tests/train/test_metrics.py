@@ -1,0 +1,138 @@
+"""The log of a run: rows that survive a kill, and what TensorBoard and W&B show of them."""
+
+import json
+import struct
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkv_jax.train import metrics
+
+
+def test_read_returns_the_rows_that_append_wrote(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 0, "loss_nats": 5.5, "batch": "a1"}, {"step": 10, "loss_nats": 0.1, "batch": "é"}]
+    for row in rows:
+        metrics.append(path, row)
+    assert metrics.read(path) == rows
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_append_writes_array_scalars_as_numbers_and_non_finite_ones_as_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    row = {"a": jnp.float32(0.5), "b": np.int64(3), "c": np.float32("nan"), "d": -np.inf, "e": jnp.bool(True)}
+    metrics.append(path, row)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "a": 0.5,
+        "b": 3,
+        "c": None,
+        "d": None,
+        "e": True,
+    }
+
+
+def test_cut_back_keeps_the_rows_up_to_the_step_byte_for_byte(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": 10,  "x": 1.0}\n', b'{"step": 20, "x": 2e0}\n', b'{"step": 30, "x": 3}\n']
+    path.write_bytes(b"".join(lines) + b'{"step": 15, "torn": ')
+    assert [row["step"] for row in metrics.read(path)] == [10, 20, 30]
+    metrics.cut_back(path, 20)
+    assert path.read_bytes() == lines[0] + lines[1]
+    metrics.append(path, {"step": 21})
+    assert [row["step"] for row in metrics.read(path)] == [10, 20, 21]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_cut_back_of_a_new_run_makes_no_file(tmp_path):
+    metrics.cut_back(tmp_path / "metrics.jsonl", 0)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line", [b"{broken\n", b"[1]\n", b"\n"])
+def test_read_names_a_damaged_line(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 "):
+        metrics.read(path)
+
+
+def test_scalars_names_nested_numbers_by_their_path():
+    row = {
+        "step": 3,
+        "loss": 2.5,
+        "norm": {"head": jnp.float32(0.5)},
+        "k_max": np.array([1.0, 2.0]),
+        "hash": "a",
+        "x": None,
+    }
+    assert dict(metrics.scalars(row)) == {"loss": 2.5, "norm/head": 0.5, "k_max/0": 1.0, "k_max/1": 2.0}
+
+
+def test_append_writes_nested_numbers_that_are_not_finite_as_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics.append(path, {"step": 1, "norm": {"head": np.float32("inf")}, "k_max": [1.0, np.nan]})
+    assert metrics.read(path) == [{"step": 1, "norm": {"head": None}, "k_max": [1.0, None]}]
+
+
+@pytest.mark.parametrize(
+    "wanted, command",
+    [({"tensorboard": True}, "pip install tensorboardX"), ({"wandb_project": "x"}, "pip install wandb")],
+)
+def test_missing_package_is_one_line(wanted, command, monkeypatch):
+    for package in ("tensorboardX", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    metrics.check_installed()
+    with pytest.raises(ValueError, match=f"config field logging.{next(iter(wanted))} .*: {command}$"):
+        metrics.check_installed(**wanted)
+
+
+def _events(folder):
+    """(step, name, value) as TensorBoard reads them: what precedes a restart is dropped from its step on."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    shown = []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:  # records: length, its checksum, the event, its checksum
+            (length,) = struct.unpack("<Q", content[:8])
+            event, content = Event.FromString(content[12 : 12 + length]), content[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                shown = [e for e in shown if e[0] < event.step]
+            shown += [(event.step, v.tag, round(v.simple_value, 6)) for v in event.summary.value]
+    return shown
+
+
+def test_tensorboard_resumes_where_the_run_does(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # tensorboardX imports it where it is installed, for seconds
+    row = lambda step: {"step": step, "loss_nats": step / 2, "k_max": [1.0], "batch_hash": "a"}
+    with metrics.opened(tmp_path, tensorboard=True) as write:
+        for step in (1, 2, 3):
+            write(row(step))
+    shown = _events(tmp_path / "tensorboard")
+    assert shown == [(s, *x) for s in (1, 2, 3) for x in (("loss_nats", s / 2), ("k_max/0", 1.0))]
+    metrics.cut_back(tmp_path / "metrics.jsonl", 2)
+    with metrics.opened(tmp_path, 2, tensorboard=True) as write:
+        write(row(4))
+    assert [step for step, name, _ in _events(tmp_path / "tensorboard") if name == "loss_nats"] == [1, 2, 4]
+    assert [r["step"] for r in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 4]
+
+
+@pytest.mark.live
+@pytest.mark.filterwarnings("default")  # those of wandb's own dependencies
+def test_wandb_offline_keeps_its_run_over_a_restart(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for start in (0, 2):
+        with metrics.opened(tmp_path, start, {"seed": 7}, wandb_project="rwkv") as write:
+            assert wandb.run.project == "rwkv" and wandb.run.config["seed"] == 7
+            for step in (1, 2):
+                write({"step": start + step, "loss_nats": 0.5, "k_max": [1.0], "batch_hash": "a"})
+            assert wandb.run.summary["loss_nats"] == 0.5 and wandb.run.summary["k_max/0"] == 1.0
+            assert wandb.run.id == (tmp_path / "wandb_id").read_text()
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert [path.stem for path in files] == [f"run-{(tmp_path / 'wandb_id').read_text()}"] * 2
+    assert all(path.stat().st_size > 100 for path in files)

@@ -1,0 +1,55 @@
+"""Rules of `optim.groups`: factors of leaves and of layers, and what a factor of 0 freezes."""
+
+import jax
+import numpy as np
+import small
+
+from rwkv_jax import models, train
+from rwkv_jax.train import optim
+
+
+def _zeros(num_layers):
+    """Parameters of that many layers, stacked, as NumPy arrays."""
+    shapes = models.parameter_shapes(small.make("rwkv4", num_layers=num_layers))
+    return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+
+
+def test_factors_are_those_of_the_first_rule_that_matches_a_leaf_or_a_layer():
+    params = _zeros(12)
+    rules = [(r"^emb", 0), (r"blocks\.2-10/att", 0.5), (r"blocks.1/", 0.0), (r"ffn/", 3.0)]
+    factors = optim.factors(params, rules)
+    assert factors["emb"]["embedding"] == 0 and factors["head"]["kernel"] == 1
+    att = factors["blocks"]["att"]["key"]["kernel"]
+    assert att.shape == (12, 1, 1) and att.ravel().tolist() == [1, 0, *[0.5] * 9, 1]
+    assert factors["blocks"]["ffn"]["key"]["kernel"].ravel().tolist() == [3, 0, *[3] * 10]
+    layers = optim.factors(models.unstack(params), rules)
+    assert [layers[f"blocks_{i}"]["att"]["key"]["kernel"] for i in range(12)] == att.ravel().tolist()
+    assert optim.factors(params, optim.released_groups())["blocks"]["att"]["time_first"] == 3.0
+
+
+def test_frozen_part_is_not_moved_by_decay_and_has_no_moments():
+    one = lambda *shape: np.ones(shape, np.float32)
+    params = {"emb": {"embedding": one(3, 2)}, "blocks": {"att": {"key": {"kernel": one(2, 2, 2)}}}}
+    tx = optim.optimiser(weight_decay=0.1, groups=((r"^emb/", 0.0), (r"blocks.0/", 0.0)))
+
+    @jax.jit
+    def step(params):
+        state = train.TrainState(0, params, tx.init(params), 0)
+        return train.apply_gradient(tx, state, params, np.float32(1), np.float32(0.5))[0]
+
+    after = step(params)
+    moved = jax.tree.map(lambda x, y: np.asarray(x != y), after.params, params)
+    assert not moved["emb"]["embedding"].any()
+    assert moved["blocks"]["att"]["key"]["kernel"].all(axis=(1, 2)).tolist() == [False, True]
+    assert sum(x.size for x in jax.tree.leaves(after.opt_state)) == 1 + 2 * 8
+
+
+def test_frozen_stopped_stops_gradients_of_frozen_leaves_and_layers():
+    params = jax.tree.map(lambda x: x + 1, _zeros(3))
+    total = lambda params, groups: sum(x.sum() for x in jax.tree.leaves(optim.frozen_stopped(params, groups)))
+    grads = jax.jit(jax.grad(total), static_argnums=1)(params, ((r"^emb", 0.0), (r"blocks.1/", 0.0), (r"ffn/", 0.5)))
+    expected = params | {"emb": _zeros(3)["emb"]}
+    expected["blocks"] = jax.tree.map(
+        lambda x: x * (np.arange(3) != 1).reshape(-1, *[1] * (x.ndim - 1)), params["blocks"]
+    )
+    jax.tree.map(np.testing.assert_array_equal, grads, expected)

@@ -1,0 +1,242 @@
+"""SPMD strategies on four virtual devices: they agree with one another, compile once, and split what they should."""
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from judge import error_ratio
+from small import drawn, forward
+
+from rwkv_jax import models, train
+from rwkv_jax.train import optim, parallel
+
+B, T, V, D, L = 16, 8, 64, 16, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_of_512_elements_are_split():
+    """Else a model this small has none that `fsdp` splits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "MIN_SHARDED", 2**9)
+        yield
+
+
+# Most of a step's program is the optimiser's arithmetic on each leaf: the fast tests' model has few of them.
+FEW_LEAVES = {"num_layers": 1, "scan": False, "receptance": False, "token_shift": False, "embedding_norm": False}
+MODELS = {"one layer": FEW_LEAVES, "stacked": {"num_layers": L}}
+
+
+def _model(fields, name="rwkv4"):
+    return models.build(name, vocab_size=V, dim=D, matmul_precision="highest", **fields)
+
+
+def _batches(steps=2):
+    """Masks that differ by row: a mean of per-device means would be wrong."""
+    rng = np.random.default_rng(0)
+    share_B1 = np.linspace(0.05, 1, B)[:, None]
+    return [
+        {"tokens": rng.integers(0, V, (B, T + 1)).astype(np.int32), "mask": rng.random((B, T)) < share_B1}
+        for _ in range(steps)
+    ]
+
+
+@dataclass
+class Run:
+    """Two steps, and a third with nothing to learn from: its loss is 0 / 0."""
+
+    born: train.TrainState  # donated to the first step
+    states: list  # after the second step and the third, on the host
+    rows: list  # metrics of each step
+    traces: int
+    state: train.TrainState  # the last, where it lives
+    program: Any  # the compiled step of fsdp
+
+
+@functools.cache
+def _run(layers, strategy, accumulation, replicas):
+    """One program for every test that looks at it. A large eps keeps Adam from turning rounding into +-lr."""
+    (model, params), tx, traces = drawn(_model(MODELS[layers])), optim.optimiser(eps=1e-3), []
+    step = train.make_step(model, tx, accumulation=accumulation)
+    zero = np.zeros((), np.int32)
+
+    def traced(*args, **kwargs):
+        traces.append(1)
+        return step(*args, **kwargs)
+
+    init, step_, put = parallel.STRATEGIES[strategy](
+        lambda key: train.TrainState(zero, params, tx.init(params), zero), traced, replicas=replicas
+    )
+    *good, bad = _batches(3)
+    bad["mask"][:] = False
+    born = state = init(jax.random.key(0))
+    lr = np.float32(1e-2)
+    program = step_.lower(born, put(good[0]), lr).compile() if strategy == "fsdp" else None
+    rows, states = [], []
+    for batch in (*good, bad):
+        state, values = step_(state, put(batch), lr)
+        rows.append(jax.device_get(values))
+        states.append(jax.tree.map(np.array, state))
+    return Run(born, states[1:], rows, len(traces), state, program)
+
+
+SINGLE, PMAP, FSDP = ("one layer", "single", 1, 1), ("one layer", "pmap", 4, 1), ("one layer", "fsdp", 1, 2)
+REFERENCES = [SINGLE, pytest.param(("stacked", "single", 1, 1), marks=pytest.mark.slow)]
+# Accumulation is the same code under every strategy, and so is everything else of one where it accumulates.
+RUNS = [PMAP, FSDP, *(
+    pytest.param(("stacked", *run), marks=pytest.mark.slow) for run in (("pmap", 4, 1), ("fsdp", 4, 1), ("fsdp", 1, 2))
+)]  # fmt: skip
+
+
+def test_single_runs_on_the_default_device_and_commits_its_state_to_it():
+    init, step, _ = parallel.single(lambda key: {"w": jax.random.normal(key, (3,))}, lambda state: state)
+    for device in jax.devices()[:2]:
+        with jax.default_device(device):
+            state = step(init(jax.random.key(0)))
+        assert state["w"].devices() == {device} and state["w"].committed
+    named, _, _ = parallel.single(lambda key: jax.random.normal(key, (3,)), lambda state: state, jax.devices()[2:])
+    assert named(jax.random.key(0)).devices() == {jax.devices()[2]}
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_strategies_and_accumulation_agree_under_ragged_masks(run):
+    run, reference = _run(*run), _run(run[0], "single", 1, 1)
+    for row, wanted in zip(run.rows[:2], reference.rows[:2], strict=True):
+        assert row["loss_nats"] == pytest.approx(wanted["loss_nats"], rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+    errors = jax.tree.map(error_ratio, run.states[0].params, reference.states[0].params)
+    assert max(jax.tree.leaves(errors)) < 1e-5
+
+
+@pytest.mark.parametrize("run", [*REFERENCES, *RUNS], ids=str)
+def test_step_is_traced_once_and_donates_the_state(run):
+    run = _run(*run)
+    assert run.traces == 1
+    assert all(x.is_deleted() for x in jax.tree.leaves(run.born))
+
+
+@pytest.mark.parametrize("run", [*REFERENCES, *RUNS], ids=str)
+def test_step_that_is_not_finite_changes_nothing_and_is_counted(run):
+    run = _run(*run)
+    before, after = run.states
+    same = jax.tree.map(np.array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
+    assert jax.tree.all(same)
+    assert int(after.step) == 3 and int(run.rows[-1]["skipped"]) == 1
+
+
+def test_loss_is_the_mean_over_all_masked_in_targets():
+    """A mean of per-row means would give every row the same weight."""
+    run, batch = _run(*SINGLE), _batches(1)[0]
+    logits_BTV = np.asarray(forward(*drawn(_model(FEW_LEAVES)), batch["tokens"][:, :-1])[0], np.float64)
+    chosen_BT = np.take_along_axis(logits_BTV, batch["tokens"][:, 1:, None], axis=2)[..., 0]
+    nll_BT = np.log(np.exp(logits_BTV).sum(-1)) - chosen_BT
+    assert run.rows[0]["loss_nats"] == pytest.approx(nll_BT[batch["mask"]].mean(), rel=1e-6)
+
+
+def test_pmap_devices_hold_the_same_bits():
+    for x in jax.tree.leaves(_run(*PMAP).state):
+        first, *others = (np.asarray(s.data) for s in x.addressable_shards)
+        assert len(others) == 3
+        assert all(np.array_equal(first, other) for other in others)
+
+
+# ---------------------------------------------------------------------------------------------- what fsdp splits
+
+
+def test_fsdp_splits_parameters_and_moments_over_the_devices_of_a_replica():
+    """4 D channels over 2 of the 4 devices."""
+    state = _run(*FSDP).state
+    for tree in (state.params, state.opt_state[1].mu):
+        kernel = tree["blocks_0"]["ffn"]["key"]["kernel"]
+        assert {s.data.shape for s in kernel.addressable_shards} == {(D, 2 * D)}
+    assert state.params["blocks_0"]["ln1"]["scale"].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("replicas, first", [(1, 16), (2, 32)])
+def test_fsdp_splits_the_largest_axis_but_never_that_of_layers(replicas, first):
+    leaves = {"emb": (64, 12), "blocks": (64, 12, 5), "odd": (65, 63), "small": (64,)}
+    init, _, _ = parallel.fsdp(
+        lambda key: {name: np.zeros(shape) for name, shape in leaves.items()}, lambda *args: args, None, replicas
+    )
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    of_a_device = {name: x.sharding.shard_shape(x.shape) for name, x in shapes.items()}
+    assert of_a_device == leaves | {"emb": (first, 12), "blocks": (64, 12 * first // 64, 5)}
+
+
+def _activations_gathered(program):
+    text = program.as_text()
+    of_all_rows = rf"f32\[(?:{B},{T}|{B * T}),\d+\]\S* all-gather\("
+    return re.findall(of_all_rows, text), re.findall(r" all-gather\(", text)
+
+
+def _check_gathers(program, state):
+    activations, gathers = _activations_gathered(program)
+    assert gathers and not activations
+    of_a_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert program.memory_analysis().alias_size_in_bytes == of_a_device  # donated
+
+
+@pytest.mark.parametrize("run", [FSDP, pytest.param(("stacked", "fsdp", 1, 2), marks=pytest.mark.slow)], ids=str)
+def test_fsdp_gathers_weights_and_leaves_the_batch_split(run):
+    run = _run(*run)
+    _check_gathers(run.program, run.state)
+
+
+@pytest.mark.slow
+def test_fsdp_of_a_transformer_gathers_activations_only_without_the_annotation():
+    model, tx = _model(MODELS["stacked"], "transformer"), optim.optimiser()
+    raw = train.make_step(model, tx)
+    init, step, put = parallel.fsdp(train.make_init(model, tx), raw)
+    operands = init(jax.random.key(0)), put(_batches(1)[0])
+    _check_gathers(step.lower(*operands, np.float32(1e-2)).compile(), operands[0])
+    shardings = jax.tree.map(lambda x: x.sharding, operands)
+    unannotated = jax.jit(
+        lambda *args: raw(*args), in_shardings=(*shardings, None), out_shardings=(shardings[0], None)
+    )
+    program = unannotated.lower(*operands, np.float32(1e-2)).compile()
+    assert _activations_gathered(program)[0]  # what the annotation is there to prevent
+
+
+# ------------------------------------------------------------------------------------------------ meshes, mistakes
+
+
+class Device:
+    """Slices cannot be had on one machine: a device that only says which one it is in."""
+
+    platform = device_kind = "cpu"
+
+    def __init__(self, slice_index):
+        self.slice_index = slice_index
+
+
+@pytest.mark.parametrize(
+    "replicas, expected",
+    [
+        (1, [[0, 0, 1, 1, 2, 2, 3, 3]]),
+        (2, [[0, 0, 1, 1], [2, 2, 3, 3]]),
+        (4, [[0, 0], [1, 1], [2, 2], [3, 3]]),
+        (8, [[0], [0], [1], [1], [2], [2], [3], [3]]),
+    ],
+)
+def test_grid_lets_a_replica_hold_as_few_slices_as_can_be(replicas, expected):
+    grid = parallel._grid([Device(i % 4) for i in range(8)], replicas)
+    assert [[device.slice_index for device in row] for row in grid] == expected
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulation, strategy, replicas, expected",
+    [
+        (24, 1, "fsdp", 3, "replicas is 3, expected a divisor of the 4"),
+        (24, 1, "pmap", 2, "replicas is 2, expected 1 with"),
+        (6, 1, "pmap", 1, "batch_size is 6, expected a multiple of 4"),
+        (8, 4, "fsdp", 1, "batch_size is 8, expected a multiple of 16"),
+        (3, 2, "single", 1, "batch_size is 3, expected a multiple of 2"),
+        (8, 1, "ddp", 1, "strategy is 'ddp', expected one of single, pmap, fsdp"),
+    ],
+)
+def test_check_divisible_names_what_cannot_be_split(batch_size, accumulation, strategy, replicas, expected):
+    with pytest.raises(ValueError, match=expected):
+        parallel.check_divisible(batch_size, accumulation, strategy, replicas)
