@@ -116,7 +116,7 @@ def trained(configs: Sequence, folder: Path):
 def curve(workdirs: Sequence[Path], points: int = 40) -> dict:
     """Training loss along runs that follow one another, in at most `points` points, each a mean of logged steps; and
     the held-out loss of every evaluation."""
-    rows = [row for workdir in workdirs for row in metrics.read(workdir / "metrics.jsonl")]
+    rows = [row for workdir in workdirs for row in metrics.logged(workdir / "metrics.jsonl")]
     logged = [row for row in rows if "loss_nats" in row]
     groups = [[logged[i] for i in group] for group in np.array_split(np.arange(len(logged)), min(points, len(logged)))]
     mean = lambda group: round(float(np.mean([row["loss_nats"] for row in group])), 5)

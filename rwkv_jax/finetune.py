@@ -57,7 +57,7 @@ def load_adapters(path, model, params) -> tuple[dict, float]:
     path = files.user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected saved adapters")
-    if formats.kind(path) != "safetensors":
+    if formats.format_of(path) != "safetensors":
         raise ValueError(f"{path} holds no adapters")
     arrays, metadata = safetensors_file.read(path)
     if metadata.get("format") != FORMAT:

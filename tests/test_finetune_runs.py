@@ -20,7 +20,7 @@ import training
 import rwkv_jax
 from rwkv_jax import checkpoint, finetune, generate, train
 from rwkv_jax.models import lora
-from rwkv_jax.train import methods, prepare, run_config
+from rwkv_jax.train import assemble, methods, run_config
 from rwkv_jax.train.__main__ import main
 from rwkv_jax.train.methods import Method
 
@@ -238,7 +238,7 @@ def test_prepared_names_the_mistake_in_a_config(flags, expected, base, text, tmp
     fields = [f"corpus={text}", f"finetune.model={base[2]}", *flags]
     config = run_config.read(f"{ROOT}/configs/finetune.py:lora", [f"--config.{x}" for x in fields])
     with pytest.raises((ValueError, OSError)) as raised:
-        prepare.prepared(config, tmp_path / "run")
+        assemble.assembled(config, tmp_path / "run")
     assert expected in str(raised.value)
 
 
@@ -247,7 +247,7 @@ def test_prepared_names_a_vocabulary_smaller_than_that_of_the_tokenizer(text, tm
     config.update(corpus=text)
     config.model.update(vocab_size=200, num_layers=1, dim=8)
     with pytest.raises(ValueError, match=r"model.vocab_size is 200, expected at least 256, .* tokenizer 'bytes'"):
-        prepare.prepared(config, tmp_path / "run")
+        assemble.assembled(config, tmp_path / "run")
 
 
 def test_train_command_reports_a_mistake_in_one_line_and_leaves_nothing(base, text, tmp_path, capsys):

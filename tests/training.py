@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax import train
-from rwkv_jax.train import metrics, prepare, run_config
+from rwkv_jax.train import assemble, metrics, run_config
 
 STEPS = 6
 WIDTH = 16_384  # numbers in the toy's parameters: a checkpoint that takes some room, and does not compress
@@ -61,13 +61,13 @@ def same(a, b):
 def numbers(workdir):
     """Rows of the log without those of starts, and without what depends on the clock."""
     clock = re.compile("goodput|mfu|.*_seconds?|.*_per_second.*")
-    rows = [row for row in metrics.read(workdir / "metrics.jsonl") if "began" not in row]
+    rows = [row for row in metrics.logged(workdir / "metrics.jsonl") if "began" not in row]
     return [{k: v for k, v in row.items() if not clock.fullmatch(k)} for row in rows]
 
 
 def losses(workdir, name="loss_nats"):
     """{step: loss} of the log."""
-    return {row["step"]: row[name] for row in metrics.read(workdir / "metrics.jsonl") if name in row}
+    return {row["step"]: row[name] for row in metrics.logged(workdir / "metrics.jsonl") if name in row}
 
 
 def die_before(patch, doomed):
@@ -124,10 +124,10 @@ def toy_windows(model, params, tokens, seq_len, batch_size, state=None):
 
 def install_toy(patch):
     """Runs train the toy instead of the model of their config."""
-    patch.setattr(prepare, "make_init", toy_init)
-    patch.setattr(prepare, "make_step", toy_step)
-    patch.setattr(prepare, "make_diagnose", toy_diagnose)
-    patch.setattr(prepare, "_programs", functools.cache(prepare._programs.__wrapped__))
+    patch.setattr(assemble, "make_init", toy_init)
+    patch.setattr(assemble, "make_step", toy_step)
+    patch.setattr(assemble, "make_diagnose", toy_diagnose)
+    patch.setattr(assemble, "_programs", functools.cache(assemble._programs.__wrapped__))
     patch.setattr(train.loop.evaluate, "windows", toy_windows)
 
 

@@ -86,7 +86,7 @@ def steps_that_fit(seconds, preset, seed, text, batches_in_epoch) -> int:
     for arm in ARMS:
         with tempfile.TemporaryDirectory() as workdir:
             train.run(arm_config(arm, preset, CALIBRATION, seed, text), workdir)
-            row = metrics.read(Path(workdir) / "metrics.jsonl")[-1]
+            row = metrics.logged(Path(workdir) / "metrics.jsonl")[-1]
         per_step += preset.batch_size * preset.seq_len / row["tokens_per_second"]
     return int(max(20, min((seconds / per_step - OTHER_STEPS) // 10 * 10, batches_in_epoch)))
 
@@ -103,7 +103,7 @@ def train_arm(arm, config, workdir):
         raise KeyboardInterrupt
     shutil.rmtree(workdir, ignore_errors=True)
     partial.rename(workdir)
-    rows = [r for r in metrics.read(workdir / "metrics.jsonl") if "loss_nats" in r]
+    rows = [r for r in metrics.logged(workdir / "metrics.jsonl") if "loss_nats" in r]
     model, _ = rwkv_jax.load(workdir)
     return model, state.params, rows
 

@@ -74,7 +74,7 @@ def _read(folder, name):
         model = dict(record["model"])
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         raise ValueError(f"{config} is not that of a training run ({type(error).__name__}: {error})") from error
-    for row in metrics.read(log) if log.exists() else ():
+    for row in metrics.logged(log):
         for metric, value in metrics.scalars(row) if "step" in row else ():
             curves.setdefault(metric, {})[row["step"]] = value  # of a step that was taken twice, the later
     return Run(name, model, fields, {metric: dict(sorted(curve.items())) for metric, curve in curves.items()})

@@ -110,7 +110,7 @@ def learned(config, folder: Path) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         rwkv_jax.save(run.finetune.model, model, params)
     _, after, workdirs = trained([run], folder)
-    last = metrics.read(workdirs[-1] / "metrics.jsonl")[-1]
+    last = metrics.logged(workdirs[-1] / "metrics.jsonl")[-1]
     return told(decays_of(params), decays_of(after)) | {"bits_per_byte": round(last["valid_bits_per_byte"], 4)}
 
 

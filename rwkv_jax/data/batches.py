@@ -41,7 +41,7 @@ def dataset(
         batch_size: B of all hosts together.
         seed: of the order, in [0, 2³²).
         order: one of `ORDERS`.
-        rows: which rows of the batch, in [0, B): those that this host's devices take (`parallel.rows`), so that
+        rows: which rows of the batch, in [0, B): those that this host's devices take (`parallel.own_rows`), so that
             the batch is the same on any number of hosts and devices. None: all.
 
     Raises:

@@ -74,7 +74,7 @@ def _read(path: Path) -> tuple[dict, str | None]:
     fields = None
     if path.is_dir():
         tensors = huggingface.read(path)
-    elif (kind := formats.kind(path)) == "safetensors":
+    elif (kind := formats.format_of(path)) == "safetensors":
         tensors, metadata = safetensors_file.read(path)
         fields = metadata.get(_FIELDS)
     else:

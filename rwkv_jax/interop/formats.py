@@ -11,7 +11,7 @@ import numpy as np
 PTH, SAFETENSORS, RWKV_CPP = b"PK\x03\x04", b"{", b"fmgg"
 
 
-def kind(path) -> str:
+def format_of(path) -> str:
     """ "pth", "safetensors" or "rwkv.cpp": what the first bytes of a file say, whatever it is called.
 
     Raises:

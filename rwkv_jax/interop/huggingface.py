@@ -73,7 +73,7 @@ def read(folder) -> dict[str, np.ndarray]:
         raise ValueError(f"{folder}: a config.json without weights; expected one of {', '.join(_WEIGHTS)}")
     tensors = {}
     for path in _parts(present) if present.suffix == ".json" else [present]:
-        tensors |= pth.read(path) if formats.kind(path) == "pth" else safetensors_file.read(path)[0]
+        tensors |= pth.read(path) if formats.format_of(path) == "pth" else safetensors_file.read(path)[0]
     return named_officially(tensors)
 
 

@@ -6,8 +6,8 @@ A workdir holds `config.json` (model, tokenizer, corpus hash, versions, the whol
 object a log step) and `checkpoints/`. The same command again resumes it, bit for bit on a CPU or TPU.
 """
 
+from rwkv_jax.train.assemble import learning_rate
 from rwkv_jax.train.loop import run
-from rwkv_jax.train.prepare import learning_rate
 from rwkv_jax.train.step import TrainState, apply_gradient, make_init, make_step, stored
 from rwkv_jax.train.workdir import claimed
 

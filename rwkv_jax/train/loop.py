@@ -13,9 +13,9 @@ from tqdm import tqdm
 from rwkv_jax import checkpoint, data, evaluate, hardware
 from rwkv_jax.data import batches
 from rwkv_jax.train import divergence, hosts, metrics, parallel, progress, run_config
-from rwkv_jax.train.prepare import Run, prepared
+from rwkv_jax.train.assemble import Run, assembled
 from rwkv_jax.train.step import TrainState, stored
-from rwkv_jax.train.workdir import claimed, restore, rows, write_config
+from rwkv_jax.train.workdir import claimed, restore, write_config
 
 
 def run(config, workdir, profile: range | None = None) -> TrainState:
@@ -29,7 +29,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
     hosts.check_joined()
     with hosts.together():
         _use_compilation_cache(config.compilation_cache)
-        this = prepared(config, workdir)
+        this = assembled(config, workdir)
     config = this.config
     hosts.check_same("the config or corpus", f"{config}{this.corpus.sha256}")
 
@@ -39,7 +39,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
             held.callback(checkpoint.wait)  # nothing of this run writes there any more when another may
             write_config(workdir, config, run_config.model_fields(config), this.corpus)
         hosts.check_shared(workdir)
-        before = rows(workdir / "metrics.jsonl")
+        before = metrics.logged(workdir / "metrics.jsonl")
         state, start = restore(workdir, config, this.model, this.method, this.init)
         if profile and not start < profile.start < profile.stop <= config.steps + 1:
             raise ValueError(
@@ -202,7 +202,7 @@ def _to_evaluate(config, step: int) -> bool:
 
 def _unevaluated(config, workdir, step: int) -> bool:
     """Whether a step was saved that should have been evaluated and was not; the same answer on all hosts."""
-    evaluated = {row["step"] for row in rows(workdir / "metrics.jsonl") if "valid_loss_nats" in row}
+    evaluated = {row["step"] for row in metrics.logged(workdir / "metrics.jsonl") if "valid_loss_nats" in row}
     missing = (
         step in checkpoint.steps(workdir / "checkpoints") and step not in evaluated and _to_evaluate(config, step)
     )

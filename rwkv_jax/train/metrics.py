@@ -95,13 +95,13 @@ def append(path, row: dict[str, Any]) -> None:
         file.write(line + "\n")
 
 
-def read(path) -> list[dict[str, Any]]:
-    """The rows of `path`. A last line without its newline was cut off while being written and does not count.
+def logged(path) -> list[dict[str, Any]]:
+    """The rows of `path`, none where it is missing. A last line that was cut off while being written does not count.
 
     Raises:
       ValueError: a whole line is no JSON object, with its number.
     """
-    return [row for row, _ in _rows(path)]
+    return [row for row, _ in _rows(path)] if Path(path).exists() else []
 
 
 def cut_back(path, step: int) -> None:

@@ -1,7 +1,7 @@
 """Strategies: how one step function runs over the devices. Each turns `(init, step)` into `(init, step, put)`:
 
     init(key) -> state          born where it will live
-    put(batch) -> batch         the rows that this host has read (`rows`) onto its devices
+    put(batch) -> batch         the rows that this host has read (`own_rows`) onto its devices
     step(state, batch, lr) -> (state, metrics)      state donated
 
 and the training loop never asks which one it has. A state's `carry`, what the rows of the batch remember, is split as
@@ -127,7 +127,7 @@ def _split(mesh):
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
-def rows(strategy: str, batch_size: int, replicas: int = 1) -> np.ndarray:
+def own_rows(strategy: str, batch_size: int, replicas: int = 1) -> np.ndarray:
     """Rows of a batch that this host's devices take, ascending: what it has to read. All of them on one host."""
     if strategy == "single":
         return np.arange(batch_size)
@@ -143,7 +143,7 @@ def _shares(sharding, batch_size):
 
 
 def _assembled(sharding, x):
-    """The global array of which this host has read its `rows`, `x`."""
+    """The global array of which this host has read its `own_rows`, `x`."""
     shards = sharding.mesh.size
     at = {begin: i for i, (begin, _) in enumerate(_shares(sharding, shards))}
     size = len(x) // len(at)

@@ -57,7 +57,7 @@ def write_config(workdir, config, fields, corpus):
         "xla_flags": os.environ.get("XLA_FLAGS", ""),  # on a GPU resume is exact only with deterministic ops
     }
     record = json.loads(json.dumps(record))
-    if path.exists() and (checkpoint.steps(workdir / "checkpoints") or rows(workdir / "metrics.jsonl")):
+    if path.exists() and (checkpoint.steps(workdir / "checkpoints") or metrics.logged(workdir / "metrics.jsonl")):
         old = _read_config(path)
         free = set(FREE_FIELDS) - ({"strategy"} if config.model.dropout else set())
         if old["corpus"]["sha256"] == corpus.sha256:
@@ -158,7 +158,3 @@ def tokenizer(config, workdir):
     if config.tokenizer in (*tokenizers.NAMES, "characters") or files.user_path(config.tokenizer).is_file():
         return config.tokenizer
     return tokenizers.carried(workdir) or config.tokenizer
-
-
-def rows(path):
-    return metrics.read(path) if path.exists() else []

@@ -14,7 +14,7 @@ from weights import one_line
 
 from rwkv_jax import data, train
 from rwkv_jax.data.tokenizers import ByteTokenizer, characters, get_tokenizer, of_model, save
-from rwkv_jax.train import prepare, run_config, workdir
+from rwkv_jax.train import assemble, run_config, workdir
 
 TEXT = "Ein Käfer sang: 日本語, naïve 😀\n\n  indented   \t x\n\nreturn value\n"
 
@@ -172,7 +172,7 @@ def _config(text, tokenizer, vocab_size=300):
 
 def begin(config, folder):
     """Prepare a run and its workdir up to the first logged step; returns what it was prepared with."""
-    run = prepare.prepared(config, folder)
+    run = assemble.assembled(config, folder)
     folder.mkdir(exist_ok=True)
     workdir.write_config(folder, run.config, run_config.model_fields(run.config), run.corpus)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')

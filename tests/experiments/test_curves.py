@@ -68,7 +68,7 @@ def losses(*values):
 
 def test_curve_of_a_restarted_run_is_that_of_an_undisturbed_one(runs):
     whole, restarted = plot.read([runs / "whole", runs / "restarted"])
-    assert len([row for row in metrics.read(runs / "restarted" / "metrics.jsonl") if "began" in row]) == 2
+    assert len([row for row in metrics.logged(runs / "restarted" / "metrics.jsonl") if "began" in row]) == 2
     for metric in ("loss_nats", "valid_loss_nats", "k_max/0", "parameter_norm/emb"):
         for a, b in zip(plot.points(whole, metric, "step"), plot.points(restarted, metric, "step"), strict=True):
             assert np.array_equal(a, b) and len(a)

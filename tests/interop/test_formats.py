@@ -23,7 +23,7 @@ def tensors_in(path):
     if path.is_dir():
         return huggingface.read(path)
     readers = {"pth": pth.read, "rwkv.cpp": rwkv_cpp.read, "safetensors": lambda path: safetensors_file.read(path)[0]}
-    return readers[formats.kind(path)](path)
+    return readers[formats.format_of(path)](path)
 
 
 @pytest.mark.parametrize(("format", "dtype"), HELD)

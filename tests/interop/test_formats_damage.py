@@ -70,7 +70,7 @@ def load(path):
 
 def read(path):
     readers = {"pth": pth.read, "rwkv.cpp": rwkv_cpp.read, "safetensors": lambda path: safetensors_file.read(path)[0]}
-    return {name: x.tobytes() for name, x in readers[formats.kind(path)](path).items()}
+    return {name: x.tobytes() for name, x in readers[formats.format_of(path)](path).items()}
 
 
 def test_damaged_file_cut_anywhere_is_an_error(place):

@@ -89,7 +89,7 @@ def _reached(workdir, step, *processes):
     """Wait until the log has `step`."""
     deadline, path = time.monotonic() + PATIENCE, workdir / "metrics.jsonl"
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
-        if path.exists() and any(row["step"] >= step for row in metrics.read(path)):
+        if path.exists() and any(row["step"] >= step for row in metrics.logged(path)):
             return
         time.sleep(0.01)
     raise AssertionError(f"no step {step}: {[_ended(process) for process in processes]}")
@@ -98,7 +98,7 @@ def _reached(workdir, step, *processes):
 def _numbers(workdir):
     """What the log says of steps, without what depends on the clock."""
     clock = re.compile("goodput|mfu|.*_seconds?|.*_per_second.*")
-    rows = [row for row in metrics.read(workdir / "metrics.jsonl") if "began" not in row]
+    rows = [row for row in metrics.logged(workdir / "metrics.jsonl") if "began" not in row]
     return [{k: v for k, v in row.items() if not clock.fullmatch(k)} for row in rows]
 
 
@@ -246,7 +246,7 @@ def test_hosts_stop_together_end_together_and_resume_exactly(place, whole):
     assert lines[-1] == f"stopped at step {stopped} of {STEPS}, saved; the same command resumes it"
 
     for signum, victim in ((signal.SIGKILL, 0), (signal.SIGSTOP, 1)):
-        before = metrics.read(workdir / "metrics.jsonl")[-1]["step"]
+        before = metrics.logged(workdir / "metrics.jsonl")[-1]["step"]
         pair = _pair(arguments, arguments)
         _reached(workdir, before + 3, *pair)
         pair[victim].send_signal(signum)

@@ -12,7 +12,7 @@ import training
 
 from rwkv_jax import checkpoint, hardware, models, train
 from rwkv_jax.data import batches, mixture
-from rwkv_jax.train import TrainState, metrics, prepare, progress, run_config
+from rwkv_jax.train import TrainState, assemble, metrics, progress, run_config
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def events(monkeypatch):
             events.append(f"look {int(values['loss_nats'])}")
         return real(values)
 
-    monkeypatch.setattr(prepare, "_programs", programs)
+    monkeypatch.setattr(assemble, "_programs", programs)
     monkeypatch.setattr(jax, "device_get", look)
     return events
 
@@ -61,7 +61,7 @@ def test_log_row_has_the_speed_and_the_share_of_the_peak_of_all_devices(config, 
     monkeypatch.setattr(progress.Clock, "lap", lambda self, part: 0.5)  # seconds a step
     config.strategy = "pmap"  # four devices
     train.run(config, tmp_path / "run")
-    row = metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]
+    row = metrics.logged(tmp_path / "run" / "metrics.jsonl")[-1]
     assert row["tokens_per_second"] == 4 * 8 / 0.5 and row["tokens_per_second_per_device"] == 4 * 8 / 0.5 / 4
     flops = hardware.flops_per_token(models.build(**config.model.to_dict() | {"layers": ("rwkv4",)}), 8)
     assert row["mfu"] == pytest.approx(flops * row["tokens_per_second"] / 4e9)
@@ -74,7 +74,7 @@ def test_loop_reads_the_metrics_of_a_step_after_dispatching_the_next(config, eve
         "put 1, step 1, look 1, put 2, step 2, put 3, step 3, look 2, "
         "put 4, step 4, look 3, look 4, put 5, step 5, put 6, step 6, look 5, look 6"
     )
-    rows = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss_nats" in row]
+    rows = [row for row in metrics.logged(tmp_path / "run" / "metrics.jsonl") if "loss_nats" in row]
     assert [(row["step"], row["loss_nats"]) for row in rows] == [(2, 2), (4, 4), (6, 6)]
 
 
@@ -82,7 +82,7 @@ def test_goodput_counts_every_moment_since_the_first_start(config, events, tmp_p
     """Dies after step 6 of 8 with the checkpoint of step 4: steps 5 and 6 were for nothing. The first step of a start
     is that which compiles."""
     seconds, append = [1e9], metrics.append
-    programs, look = prepare._programs, jax.device_get
+    programs, look = assemble._programs, jax.device_get
 
     def after(number, function):
         def slow(*args, **kwargs):
@@ -97,7 +97,7 @@ def test_goodput_counts_every_moment_since_the_first_start(config, events, tmp_p
             raise training.DiedError
 
     monkeypatch.setattr(time, "time", lambda: seconds[0])
-    monkeypatch.setattr(prepare, "_programs", after(10, programs))
+    monkeypatch.setattr(assemble, "_programs", after(10, programs))
     monkeypatch.setattr(checkpoint, "save_async", after(5, checkpoint.save_async))
     monkeypatch.setattr(jax, "device_get", lambda x: after(isinstance(x, dict) and "loss_nats" in x, look)(x))
     config.steps, workdir = 8, tmp_path / "run"
@@ -106,7 +106,7 @@ def test_goodput_counts_every_moment_since_the_first_start(config, events, tmp_p
         train.run(config, workdir)
     seconds[0] += 100
     train.run(config, workdir)
-    rows = metrics.read(workdir / "metrics.jsonl")
+    rows = metrics.logged(workdir / "metrics.jsonl")
     assert [(row["step"], row["starts"]) for row in rows if "began" in row] == [(0, 1), (4, 2)]
     last = [row for row in rows if "loss_nats" in row][-1]
     spent = {part: s for part, s in last["lost_seconds"].items() if s}
@@ -141,7 +141,7 @@ def test_log_is_complete_and_in_order_whichever_row_a_run_died_before(toy, text,
     config = lambda: training.config(text, save_every=3)
     state = train.run(config(), tmp_path / "whole")
     expected, num_rows = training.numbers(tmp_path / "whole"), training.STEPS + 3
-    assert len(metrics.read(tmp_path / "whole" / "metrics.jsonl")) == num_rows
+    assert len(metrics.logged(tmp_path / "whole" / "metrics.jsonl")) == num_rows
     for number in range(num_rows):
         workdir, written = tmp_path / str(number), itertools.count()
         with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +162,7 @@ def test_step_is_traced_once_over_interruption_and_resume(toy, text, tmp_path, m
         step = training.toy_step(*args, **kwargs)
         return lambda *a, **k: (traces.append(1), step(*a, **k))[1]
 
-    monkeypatch.setattr(prepare, "make_step", counting)
+    monkeypatch.setattr(assemble, "make_step", counting)
     config = training.config(text)
     config.optim.eps = 1e-7  # of its own: its program is not compiled yet
     with pytest.MonkeyPatch.context() as patch, pytest.raises(training.DiedError):

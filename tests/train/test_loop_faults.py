@@ -144,7 +144,7 @@ def test_run_killed_20_times_ends_as_if_nothing_had_happened(start, text, tmp_pa
     )
     moments, within, reached = random.Random(0), 0, [0]
     log, folder = tmp_path / "killed" / "metrics.jsonl", tmp_path / "killed" / "checkpoints"
-    starts = lambda: sum("began" in row for row in metrics.read(log)) if log.exists() else 0
+    starts = lambda: sum("began" in row for row in metrics.logged(log)) if log.exists() else 0
     for attempt in range(20):
         before, process = starts(), start(command("killed", 1))
         deadline = time.monotonic() + 120

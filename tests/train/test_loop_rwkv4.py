@@ -32,7 +32,7 @@ def test_workdir_holds_config_log_checkpoints_and_a_model_to_load(finished):
     config = json.loads((workdir / "config.json").read_text())
     assert config["model"]["name"] == "rwkv4" and config["model"]["dim"] == 32
     assert config["tokenizer"] == "bytes" and len(config["corpus"]["sha256"]) == 64 and "jax" in config["versions"]
-    rows = [r for r in metrics.read(workdir / "metrics.jsonl") if "loss_nats" in r]
+    rows = [r for r in metrics.logged(workdir / "metrics.jsonl") if "loss_nats" in r]
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
     for row in rows:
         assert row["bits_per_byte"] == pytest.approx(row["loss_nats"] / np.log(2))
@@ -74,7 +74,7 @@ def test_run_ends_after_too_many_steps_that_are_not_finite(finished, text, tmp_p
     line = capsys.readouterr().err.splitlines()[-1]
     expected = "error: steps 2 to 4 are not finite in loss or gradient, max_skipped is 2; the newest checkpoint is of "
     assert re.match(expected + r"step 3; docs/faults\.md ", line), line
-    rows = [r for r in metrics.read(tmp_path / "metrics.jsonl") if "loss_nats" in r]
+    rows = [r for r in metrics.logged(tmp_path / "metrics.jsonl") if "loss_nats" in r]
     assert [(r["step"], r["skipped"], r["loss_nats"] is None) for r in rows] == [
         (1, 0, False), (2, 1, True), (3, 2, True), (4, 3, True)
     ]  # fmt: skip
@@ -89,7 +89,7 @@ def test_leap_of_the_loss_ends_the_run_and_its_batch_is_replayed_as_documented(
     wild = {"steps": 30, "optim.lr": 3.0, "optim.warmup": 1.0, "max_loss_rise": 0.5, "save_every": 1, "eval_every": 0}
     assert main(training.arguments(text, tmp_path, **wild)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    rows = [r for r in metrics.read(tmp_path / "metrics.jsonl") if "loss_nats" in r]
+    rows = [r for r in metrics.logged(tmp_path / "metrics.jsonl") if "loss_nats" in r]
     values = [r["loss_nats"] for r in rows]
     step, rise = rows[-1]["step"], values[-1] - np.mean(values[-1 - window : -1])
     assert f"loss {values[-1]:.3f} of step {step} is {rise:.3f} above the mean of the 4 steps before" in line

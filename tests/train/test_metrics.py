@@ -16,7 +16,7 @@ def test_read_returns_the_rows_that_append_wrote(tmp_path):
     rows = [{"step": 0, "loss_nats": 5.5, "batch": "a1"}, {"step": 10, "loss_nats": 0.1, "batch": "é"}]
     for row in rows:
         metrics.append(path, row)
-    assert metrics.read(path) == rows
+    assert metrics.logged(path) == rows
     assert len(path.read_bytes().splitlines()) == 2
 
 
@@ -37,11 +37,11 @@ def test_cut_back_keeps_the_rows_up_to_the_step_byte_for_byte(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [b'{"step": 10,  "x": 1.0}\n', b'{"step": 20, "x": 2e0}\n', b'{"step": 30, "x": 3}\n']
     path.write_bytes(b"".join(lines) + b'{"step": 15, "torn": ')
-    assert [row["step"] for row in metrics.read(path)] == [10, 20, 30]
+    assert [row["step"] for row in metrics.logged(path)] == [10, 20, 30]
     metrics.cut_back(path, 20)
     assert path.read_bytes() == lines[0] + lines[1]
     metrics.append(path, {"step": 21})
-    assert [row["step"] for row in metrics.read(path)] == [10, 20, 21]
+    assert [row["step"] for row in metrics.logged(path)] == [10, 20, 21]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -55,7 +55,7 @@ def test_read_names_a_damaged_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 "):
-        metrics.read(path)
+        metrics.logged(path)
 
 
 def test_scalars_names_nested_numbers_by_their_path():
@@ -73,7 +73,7 @@ def test_scalars_names_nested_numbers_by_their_path():
 def test_append_writes_nested_numbers_that_are_not_finite_as_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics.append(path, {"step": 1, "norm": {"head": np.float32("inf")}, "k_max": [1.0, np.nan]})
-    assert metrics.read(path) == [{"step": 1, "norm": {"head": None}, "k_max": [1.0, None]}]
+    assert metrics.logged(path) == [{"step": 1, "norm": {"head": None}, "k_max": [1.0, None]}]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_tensorboard_resumes_where_the_run_does(tmp_path, monkeypatch):
     with metrics.opened(tmp_path, 2, tensorboard=True) as write:
         write(row(4))
     assert [step for step, name, _ in _events(tmp_path / "tensorboard") if name == "loss_nats"] == [1, 2, 4]
-    assert [r["step"] for r in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 4]
+    assert [r["step"] for r in metrics.logged(tmp_path / "metrics.jsonl")] == [1, 2, 4]
 
 
 @pytest.mark.live

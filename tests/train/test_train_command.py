@@ -85,7 +85,7 @@ def _command(arguments):
 def _wait_for(path, step, process):
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and any(r["step"] >= step for r in metrics.read(path)):
+        if path.exists() and any(r["step"] >= step for r in metrics.logged(path)):
             return
         time.sleep(0.05)
     raise AssertionError(f"no step {step}: {process.communicate()}")

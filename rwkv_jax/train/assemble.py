@@ -33,7 +33,7 @@ class Run(NamedTuple):
     diagnose: Callable
 
 
-def prepared(config, workdir: Path) -> Run:
+def assembled(config, workdir: Path) -> Run:
     """Everything of a run that a config decides.
 
     Raises:
@@ -55,7 +55,7 @@ def prepared(config, workdir: Path) -> Run:
         )
     shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
     dataset = functools.partial(batches.dataset, corpus.train, **shape, seed=config.seed, order=config.data.order)
-    of_all, mine = dataset(), dataset(rows=parallel.rows(config.strategy, config.batch_size, config.replicas))
+    of_all, mine = dataset(), dataset(rows=parallel.own_rows(config.strategy, config.batch_size, config.replicas))
     o = config.optim
     recipe = (tuple(o.betas), o.eps, o.weight_decay, o.clip, o.groups and tuple(map(tuple, o.groups)))
     programs = _programs(

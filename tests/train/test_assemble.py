@@ -4,7 +4,7 @@ import pytest
 import training
 
 from rwkv_jax import train
-from rwkv_jax.train.prepare import prepared
+from rwkv_jax.train.assemble import assembled
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_value_out_of_range_is_refused_by_its_field(field, value, text, tmp_path
     with config.unlocked():
         (config[section] if section else config)[name] = value
     with pytest.raises(ValueError, match=f"(config|model) field (model.)?{name if 'model' in section else field} "):
-        prepared(config, tmp_path / "run")
+        assembled(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -46,5 +46,5 @@ def test_state_that_cannot_be_carried_is_refused(changes, line, text, tmp_path):
     config = training.config(text, carry_state=True, segments=2, data={"order": "documents"})
     config.update(changes)
     with pytest.raises(ValueError, match=line):
-        prepared(config, tmp_path / "run")
+        assembled(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
