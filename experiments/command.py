@@ -21,9 +21,11 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 from experiments import ledger, stamp
+from rwkv_jax.command import reported
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
 STAMPED = ("commit", "date", "jax", "processor", "cores", "xla_flags", "devices")  # of each cell
+STOPPED = "stopped; runs that were done are kept, the same command resumes"
 Cells = dict[str, Callable[[], dict]]
 
 
@@ -65,7 +67,8 @@ def main(
     label = "smoke" if args["smoke"] else args["preset"]
     preset = presets[label] if not args.get("text") else replace(presets[label], text=args["text"])
 
-    def computed() -> None:
+    @reported(STOPPED)
+    def computed(argv) -> None:
         if label == "smoke" and args["out"] == folder:
             raise ValueError("a smoke would replace results that mean something: give it --out=FOLDER")
         args["out"].mkdir(parents=True, exist_ok=True)
@@ -88,20 +91,7 @@ def main(
             print("{artefact}: {ours} (paper: {paper}): {verdict}".format(**row))
         print(f"written: {path}")
 
-    return reported(computed)
-
-
-def reported(computed: Callable[[], None]) -> int:
-    """The exit code of a command: an error is one line, an interrupt says that nothing is lost."""
-    try:
-        computed()
-    except KeyboardInterrupt:
-        print("stopped; runs that were done are kept, the same command resumes", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return computed(argv)
 
 
 def draw(name: str, path: Path) -> Path:

@@ -37,6 +37,7 @@ from ml_collections import ConfigDict
 from experiments import command, ledger, measures, stamp, statistics, sweeps
 from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
 from rwkv_jax import data, hardware, train
+from rwkv_jax.command import reported
 from rwkv_jax.train import optim, run_config
 
 RUNS = Path(__file__).parents[1] / "runs" / "studies"
@@ -291,7 +292,8 @@ def main(*, argv: Sequence[str] | None = None, **fields) -> None:
     """The command of the script that calls it, whose docstring describes the study. Takes the fields of `Study`."""
     caller = inspect.currentframe().f_back.f_globals
     script, doc = Path(caller["__file__"]).resolve(), inspect.cleandoc(caller["__doc__"] or "A study.")
-    if code := command.reported(lambda: _main(script, doc, Study(**fields), argv)):
+    run = reported(command.STOPPED)(lambda argv: _main(script, doc, Study(**fields), argv))
+    if code := run(argv):
         sys.exit(code)
 
 

@@ -35,6 +35,7 @@ from experiments.compare import baselines, plot, table
 from experiments.measures import capped, level
 from experiments.study import MODELS
 from rwkv_jax import data, evaluate, hardware, train
+from rwkv_jax.command import reported
 from rwkv_jax.data import batches
 from rwkv_jax.train import metrics, optim, run_config
 
@@ -246,7 +247,8 @@ def _held_out_after(config):
     return level(nats, valid)
 
 
-def main(argv=None) -> int:
+@reported("stopped; nothing was written")
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.compare.run", description="RWKV-4 against a transformer of equal size."
     )
@@ -257,30 +259,22 @@ def main(argv=None) -> int:
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes, numbers without meaning")
     parser.add_argument("--sweep", action="store_true", help="sweep learning rates instead")
     args = parser.parse_args(argv)
-    try:
-        if not 0 < args.duration < float("inf"):
-            raise ValueError(f"duration is {args.duration:g}, expected minutes above 0")
-        if not 0 <= args.seed < 2**32:
-            raise ValueError(f"seed is {args.seed}, expected 0 to 2^32 - 1")
-        args.out.mkdir(parents=True, exist_ok=True)
-        if args.sweep:
-            sweep(args.out / "sweep.json")
-            return 0
-        preset, minutes = (SMOKE, 0.1) if args.smoke else (Preset(), args.duration)
-        with tempfile.TemporaryDirectory() as elsewhere:  # a smoke's models must not replace anybody's
-            models = Path(elsewhere if args.smoke else "runs/compare")
-            results = compare(preset, minutes, args.seed, args.text or "stdlib", models)
-        write_json(args.out / "results.json", results)
-        plot.draw(results, args.out / "figure.png")
-        print(table.render(results))
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    if not 0 < args.duration < float("inf"):
+        raise ValueError(f"duration is {args.duration:g}, expected minutes above 0")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"seed is {args.seed}, expected 0 to 2^32 - 1")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.sweep:
+        sweep(args.out / "sweep.json")
+        return
+    preset, minutes = (SMOKE, 0.1) if args.smoke else (Preset(), args.duration)
+    with tempfile.TemporaryDirectory() as elsewhere:  # a smoke's models must not replace anybody's
+        models = Path(elsewhere if args.smoke else "runs/compare")
+        results = compare(preset, minutes, args.seed, args.text or "stdlib", models)
+    write_json(args.out / "results.json", results)
+    plot.draw(results, args.out / "figure.png")
+    print(table.render(results))
     print(f"written: {args.out / 'results.json'}, {args.out / 'figure.png'}")
-    return 0
 
 
 if __name__ == "__main__":
