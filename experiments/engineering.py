@@ -1,13 +1,13 @@
 """What the README files say of experiments that are not the paper's: speed, precision, memory, fine-tuning."""
 
 import json
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.compare import table as compare_table
 
 HERE = Path(__file__).parent
+CLAIMED = [4, 1024, 512, "float32"]  # B, T, D and dtype of WKV beside others
 
 
 def read(name: str) -> dict:
@@ -46,61 +46,34 @@ def speed() -> str:
     return table(("tokens/s", "ours", "theirs", "ratio"), lines)
 
 
-def speed_told() -> str:
+def costs() -> str:
+    """One number a row: of a step, of a token and of a start, beside what it is compared with."""
     results = read("speed/results.json")
-    models, generation = results["train"]["models"], results["generation"]
-    ratio = next(r["ratio"] for r in results["train"]["rows"] if r["theirs"] == "transformer")
-    flops = [models[name]["flops_per_token"] / 1e6 for name in ("rwkv4", "transformer")]
+    models, generation, startup = results["train"]["models"], results["generation"], results["startup"]
+    mflop = {name: f"{models[name]['flops_per_token'] / 1e6:.0f} MFLOP" for name in ("rwkv4", "transformer")}
+    wkv = {r["form"]: r for r in results["ops"]["rows"] if r["shape"] == CLAIMED and r["pass"] == "both"}
+    ours, plain = wkv["scan"], wkv["plain scan, autodiff"]
     first, last = generation["contexts"]
-    ms = {(r["model"], r["context"]): r["seconds"] * 1e3 for r in results["decode"]["sweep"]["rows"]}
-    recurrent = [t for (model, _), t in ms.items() if model == "rwkv4"]
-    return _wrapped(
-        f"RWKV-4 trains {ratio:.1f} times as fast as our transformer there, with {flops[0]:.0f} against",
-        f"{flops[1]:.0f} MFLOP a token; WKV is {_percent(models['rwkv4']['parts']['WKV'])} of its step.",
-        f"The 12 x 768 model takes {first['seconds'] * 1e3:.1f} ms for its first token and",
-        f"{last['seconds'] * 1e3:.1f} ms after",
-        f"{last['context']:,} tokens, {_percent(generation['bound']['share'])} of the speed of reading its parameters",
-        f"alone. A token of a 6 x 768 RWKV-4 takes {min(recurrent):.0f} to {max(recurrent):.0f} ms whatever came",
-        f"before it, of the transformer with its cache {ms['transformer', 8192]:.0f} ms after 8,192 tokens and",
-        f"{ms['transformer', 131072]:.0f} after 131,072.",
-    )
-
-
-def startup() -> str:
-    """Seconds before the first result."""
-    results = read("speed/results.json")["startup"]
-    steps = [r for r in results["rows"] if r["program"] == "training step"]
-    traced, compiled = ([r["ours"][part] for r in steps] for part in ("trace", "compile"))
-    seconds = {row["what"].partition(",")[0]: row["seconds"] for row in results["commands"]}
-    token, step, imports = (seconds[what] for what in ("generate", "train with configs/tiny.py", "imports"))
-    return _wrapped(
-        f"From the shell to the first token of a 12 x 768 World model: {token['ours']:.1f} s, the `rwkv` package",
-        f"{token['rwkv package']:.1f}. To the first logged step of `configs/tiny.py`: {step['ours']:.1f}, of which",
-        f"{imports['ours, rwkv_jax.train.__main__']:.1f} is importing. Tracing a training step takes",
-        f"{min(traced):.1f} to {max(traced):.1f} s and compiling it {min(compiled):.0f} to {max(compiled):.0f}, by",
-        f"size and layout (`python -m experiments.speed.run --suite=startup`, {results['stamp']['date']}).",
-    )
-
-
-def wkv() -> str:
-    rows = read("speed/results.json")["ops"]["rows"]
-    claimed = [4, 1024, 512, "float32"]
-    of = {r["form"]: r for r in rows if r["shape"] == claimed and r["pass"] == "both"}
-    ours, plain = of["scan"], of["plain scan, autodiff"]
-    return _wrapped(
-        f"WKV alone, forward and backward at B 4, T 1,024, D 512: {ours['seconds'] * 1e3:.0f} ms, against",
-        f"{plain['seconds'] * 1e3:.0f} for autodiff through a plain scan and",
-        f"{of['transformers']['seconds'] * 1e3:,.0f} for transformers' loop, in",
-        f"{_percent(ours['temporary_bytes'] / plain['temporary_bytes'])} of the plain scan's temporary memory.",
-    )
-
-
-def precision() -> str:
+    long = {r["model"]: r["seconds"] for r in results["decode"]["sweep"]["rows"] if r["context"] == last["context"]}
+    seconds = {row["what"].partition(",")[0]: row["seconds"] for row in startup["commands"]}
     worst = max(x for what, x, _ in read("precision/results.json")["claims"] if "over its bound" in what)
-    return _wrapped(
-        "`make precision` prints how far each form is from float64, from 1 to 100,000 tokens: no element further than",
-        f"{worst:.2f} of its stated bound ([tables](experiments/precision/results.json)).",
-    )
+    rows = [
+        ("FLOPs of a token in training, 6 x 512", mflop["rwkv4"], f"{mflop['transformer']}, transformer"),
+        ("WKV in a training step, 6 x 512", _percent(models["rwkv4"]["parts"]["WKV"]), "of the step's time"),
+        ("WKV forward and backward, B 4, T 1,024, D 512", _ms(ours), f"{_ms(plain)}, autodiff of a plain scan"),
+        ("its temporary memory", _percent(ours["temporary_bytes"] / plain["temporary_bytes"]), "of the plain scan's"),
+        ("its error, any form, to 100,000 tokens", f"{worst:.2f}", "of its stated bound, at most"),
+        ("a token of 12 x 768, the first", _ms(first), ""),
+        (f"a token of 12 x 768, after {last['context']:,}", _ms(last), ""),
+        ("its speed", _percent(generation["bound"]["share"]), "of reading the parameters alone"),
+        (f"a token of 6 x 768, after {last['context']:,}", _ms({"seconds": long["rwkv4"]}),
+         f"{_ms({'seconds': long['transformer']})}, transformer with a cache"),
+        ("first token of 12 x 768 from the shell", f"{seconds['generate']['ours']:.1f} s",
+         f"{seconds['generate']['rwkv package']:.1f} s, rwkv package"),
+        ("first logged step of `configs/tiny.py`", f"{seconds['train with configs/tiny.py']['ours']:.1f} s",
+         f"from the shell, {startup['stamp']['date']}"),
+    ]  # fmt: skip
+    return table(("cost", "ours", "beside it"), rows)
 
 
 def wkv_on_a_gpu() -> str:
@@ -218,8 +191,8 @@ def _long():
     return ["[long](long)", question, "`python -m experiments.long.run`", hardware(results["stamp"]), told]
 
 
-def _wrapped(*parts: str) -> str:
-    return textwrap.fill(" ".join(parts), 119, break_long_words=False, break_on_hyphens=False)
+def _ms(row: dict) -> str:
+    return f"{row['seconds'] * 1e3:.3g} ms"
 
 
 def _percent(share: float) -> str:
@@ -233,10 +206,7 @@ def _three_digits(x: float) -> str:
 BLOCKS = {
     "compare": compare,
     "speed": speed,
-    "speed told": speed_told,
-    "startup": startup,
-    "wkv": wkv,
-    "precision": precision,
+    "costs": costs,
     "wkv on a gpu": wkv_on_a_gpu,
     "training on a gpu": training_on_a_gpu,
     "engineering": engineering,
