@@ -71,7 +71,7 @@ def asked(rng: np.random.Generator, pairs_B, most: int, vocab_size: int, order: 
 def learn(config, folder) -> dict:
     """Accuracy by n on the same questions, asked first and last, against examples of both orders together."""
     draw = partial(asked, most=max(config.pairs), vocab_size=config.model.vocab_size)
-    model = rwkv_jax.build(**config.model)
+    model = rwkv_jax.build(**config.model.to_dict())
     test = lambda n, order: draw(np.random.default_rng(TEST_SEED), np.full(config.tested, n), order=order)
     tests = {order: [test(n, order) for n in config.pairs] for order in ORDERS}
 

@@ -61,7 +61,7 @@ def learn(config, folder) -> dict:
     """Accuracy at the questions of the test set against examples; of each rate, where `lr` holds several."""
     lr, vocab_size = config.lr, config.model.vocab_size
     draw = partial(recall, seq_len=config.seq_len, pairs=config.pairs, vocab_size=vocab_size)
-    model = rwkv_jax.build(**config.model)
+    model = rwkv_jax.build(**config.model.to_dict())
     test = draw(np.random.default_rng(TEST_SEED), config.tested)
     share = partial(tasks.share_right, model)
     share = jax.vmap(share, in_axes=(0, None)) if np.ndim(lr) else share

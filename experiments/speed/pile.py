@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import stamp
-from rwkv_jax import hardware, models, train
+from rwkv_jax import hardware, train
 from rwkv_jax.train import optim, run_config
 
 #         size, batch, tokens a row, fields of the model
@@ -49,7 +49,7 @@ def build(size, fields, smoke):
     config.model.update(fields)
     if smoke:
         config.model.update(num_layers=2, dim=64, vocab_size=256, wkv_impl=None)
-    return models.build(**{k: v for k, v in config.model.to_dict().items() if not (k == "layers" and v is None)})
+    return run_config.model_of(config)
 
 
 def lowered(model, batch, seq_len):
