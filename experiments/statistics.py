@@ -63,17 +63,6 @@ def wider(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     return tuple(max(known, key=lambda x: x[1] - x[0])) if known else (np.nan, np.nan)
 
 
-def paired_bits(a_SD, b_SD, bytes_D) -> tuple[float, float, float]:
-    """Bits per byte of nats `a` minus those of `b`, by seed and document, and a 95 % interval.
-
-    The wider of Student's t over seeds and the bootstrap over documents of the mean over seeds: neither another start
-    nor another text may turn the sign.
-    """
-    nats_SD = np.subtract(a_SD, b_SD)
-    mean, *over_seeds = t_interval(nats_SD.sum(1) / np.log(2) / np.sum(bytes_D))
-    return mean, *wider(over_seeds, over_documents(nats_SD, bytes_D))
-
-
 def verdict(low: float | None, high: float | None, sign: int, paper: float | None = None) -> str:
     """Verdict on a difference whose interval is (low, high), None or NaN being none.
 

@@ -100,7 +100,7 @@ class Study:
     budgets: Sequence[int] = ()
     held_out: int = 2**17
     swept: bool = False
-    sweep: Sweep = Sweep()  # noqa: RUF009 (it is immutable)
+    sweep: Sweep = field(default_factory=Sweep)
     prepare: Callable | None = None
     run: Callable | None = None
     also: Callable = dict

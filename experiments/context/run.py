@@ -71,8 +71,9 @@ def arms_of(stages, others=()) -> dict:
     return {"rwkv4": partial(arm_of, "rwkv4")} | extended | {arm: partial(arm_of, arm) for arm in others}
 
 
-def also(task=copying.Task()) -> dict:  # noqa: B008 (it is immutable)
+def also(task: copying.Task | None = None) -> dict:
     """The copy task: windows of one length, then longer ones, or as many tokens more of the first."""
+    task = task or copying.Task()
     control = ((1, sum(steps for _, steps in task.stages)),)
     return {
         name: partial(copying.learn, task, more) for name, more in zip(COPIES, ((), task.stages, control), strict=True)

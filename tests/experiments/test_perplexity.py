@@ -50,19 +50,16 @@ def test_rates_between_swept_widths_are_interpolated_in_log_log(tmp_path):
 # ------------------------------------------------------------------------------------------- differences
 
 
-def test_paired_bits_give_the_wider_interval_of_seeds_and_documents():
-    a_SD = np.log(2) * np.array([[30.0, 300.0], [32.0, 330.0]])
-    b_SD = np.log(2) * np.array([[20.0, 200.0], [20.0, 200.0]])
-    mean, low, high = statistics.paired_bits(a_SD, b_SD, [10, 100])
+def test_intervals_over_seeds_and_over_documents_are_those_by_hand():
     by_seed = np.array([110, 142]) / 110
-    assert mean == pytest.approx(by_seed.mean())
+    mean, low, high = statistics.t_interval(by_seed)
     half = 12.7062 * by_seed.std(ddof=1) / np.sqrt(2)
-    assert (low, high) == pytest.approx((mean - half, mean + half), rel=1e-4)
-    mean, low, high = statistics.paired_bits(
-        a_SD[:1], b_SD[:1], [10, 200]
-    )  # one seed: documents alone, of 1 and 0.5 bits a byte
-    assert mean == pytest.approx(110 / 210) and (low, high) == pytest.approx((0.5, 1.0))
-    assert np.isnan(statistics.paired_bits(a_SD[:1, :1], b_SD[:1, :1], [10])[1:]).all()
+    assert (mean, low, high) == pytest.approx((by_seed.mean(), mean - half, mean + half), rel=1e-4)
+    nats_SD = np.log(2) * np.array([[10.0, 100.0]])  # 1 and 0.5 bits a byte
+    assert statistics.over_documents(nats_SD, [10, 200]) == pytest.approx((0.5, 1.0))
+    assert statistics.wider((low, high), (0.5, 1.0)) == (low, high)
+    assert np.isnan(statistics.over_documents(nats_SD[:, :1], [10])).all()
+    assert np.isnan(statistics.t_interval(by_seed[:1])[1:]).all()
 
 
 def points(**axes):

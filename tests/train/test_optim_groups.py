@@ -1,7 +1,10 @@
 """Rules of `optim.groups`: factors of leaves and of layers, and what a factor of 0 freezes."""
 
+import re
+
 import jax
 import numpy as np
+import pytest
 import small
 
 from rwkv_jax import models, train
@@ -53,3 +56,19 @@ def test_frozen_stopped_stops_gradients_of_frozen_leaves_and_layers():
         lambda x: x * (np.arange(3) != 1).reshape(-1, *[1] * (x.ndim - 1)), params["blocks"]
     )
     jax.tree.map(np.testing.assert_array_equal, grads, expected)
+
+
+@pytest.mark.parametrize("name", ["rwkv4", "transformer", "lstm"])
+def test_rules_of_all_kinds_together_mean_for_a_kind_what_its_own_mean(name):
+    """`models.block.Kind`: a parameter's name means the same in all kinds."""
+    model = small.make(name, token_shift=True) if name == "transformer" else small.make(name)
+    ((_, own, _),) = model.unit
+    tree = {"blocks": models.parameter_shapes(model)["blocks"]}
+    for path in ("/".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(tree)):
+        matches = lambda field, kinds, path=path: any(
+            re.search(getattr(kind, field), path) for kind in kinds if getattr(kind, field)
+        )
+        for field in ("decayed", "kept_wide"):
+            assert matches(field, models.KINDS.values()) == matches(field, [own]), (field, path)
+        first = lambda rules, path=path: next((factor for rule, factor in rules if re.search(rule, path)), 1.0)
+        assert first(optim.released_groups()) == first(own.groups), path
