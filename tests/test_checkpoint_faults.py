@@ -80,6 +80,10 @@ def test_verify_notices_every_flipped_byte(tmp_path):
         assert file.name in one_line(error) or file.name == "manifest.json"
         file.write_bytes(whole)
         checkpoint.verify(tmp_path, 1)
+    manifest = tmp_path / "1" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"\n", b" ", 1))  # the same JSON
+    with pytest.raises(ValueError, match=r"damaged checkpoint: manifest.json"):
+        checkpoint.verify(tmp_path, 1)
 
 
 @pytest.fixture(scope="module")

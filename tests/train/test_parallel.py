@@ -30,8 +30,8 @@ FEW_LEAVES = {"num_layers": 1, "scan": False, "receptance": False, "token_shift"
 MODELS = {"one layer": FEW_LEAVES, "stacked": {"num_layers": L}}
 
 
-def _model(fields, name="rwkv4"):
-    return models.build(name, vocab_size=V, dim=D, matmul_precision="highest", **fields)
+def _model(fields):
+    return models.build("rwkv4", vocab_size=V, dim=D, matmul_precision="highest", **fields)
 
 
 def _batches(steps=2):
@@ -84,7 +84,6 @@ def _run(layers, strategy, accumulation, replicas):
 
 
 SINGLE, PMAP, FSDP = ("one layer", "single", 1, 1), ("one layer", "pmap", 4, 1), ("one layer", "fsdp", 1, 2)
-REFERENCES = [SINGLE, pytest.param(("stacked", "single", 1, 1), marks=pytest.mark.slow)]
 # Accumulation is the same code under every strategy, and so is everything else of one where it accumulates.
 RUNS = [PMAP, FSDP, *(
     pytest.param(("stacked", *run), marks=pytest.mark.slow) for run in (("pmap", 4, 1), ("fsdp", 4, 1), ("fsdp", 1, 2))
@@ -97,8 +96,6 @@ def test_single_runs_on_the_default_device_and_commits_its_state_to_it():
         with jax.default_device(device):
             state = step(init(jax.random.key(0)))
         assert state["w"].devices() == {device} and state["w"].committed
-    named, _, _ = parallel.single(lambda key: jax.random.normal(key, (3,)), lambda state: state, jax.devices()[2:])
-    assert named(jax.random.key(0)).devices() == {jax.devices()[2]}
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
@@ -111,16 +108,11 @@ def test_strategies_and_accumulation_agree_under_ragged_masks(run):
     assert max(jax.tree.leaves(errors)) < 1e-5
 
 
-@pytest.mark.parametrize("run", [*REFERENCES, *RUNS], ids=str)
-def test_step_is_traced_once_and_donates_the_state(run):
+@pytest.mark.parametrize("run", [SINGLE, *RUNS], ids=str)
+def test_step_is_traced_once_donates_the_state_and_changes_nothing_that_is_not_finite(run):
     run = _run(*run)
     assert run.traces == 1
     assert all(x.is_deleted() for x in jax.tree.leaves(run.born))
-
-
-@pytest.mark.parametrize("run", [*REFERENCES, *RUNS], ids=str)
-def test_step_that_is_not_finite_changes_nothing_and_is_counted(run):
-    run = _run(*run)
     before, after = run.states
     same = jax.tree.map(np.array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
     assert jax.tree.all(same)
@@ -166,38 +158,14 @@ def test_fsdp_splits_the_largest_axis_but_never_that_of_layers(replicas, first):
     assert of_a_device == leaves | {"emb": (first, 12), "blocks": (64, 12 * first // 64, 5)}
 
 
-def _activations_gathered(program):
-    text = program.as_text()
-    of_all_rows = rf"f32\[(?:{B},{T}|{B * T}),\d+\]\S* all-gather\("
-    return re.findall(of_all_rows, text), re.findall(r" all-gather\(", text)
-
-
-def _check_gathers(program, state):
-    activations, gathers = _activations_gathered(program)
-    assert gathers and not activations
-    of_a_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-    assert program.memory_analysis().alias_size_in_bytes == of_a_device  # donated
-
-
 @pytest.mark.parametrize("run", [FSDP, pytest.param(("stacked", "fsdp", 1, 2), marks=pytest.mark.slow)], ids=str)
 def test_fsdp_gathers_weights_and_leaves_the_batch_split(run):
     run = _run(*run)
-    _check_gathers(run.program, run.state)
-
-
-@pytest.mark.slow
-def test_fsdp_of_a_transformer_gathers_activations_only_without_the_annotation():
-    model, tx = _model(MODELS["stacked"], "transformer"), optim.optimiser()
-    raw = train.make_step(model, tx)
-    init, step, put = parallel.fsdp(train.make_init(model, tx), raw)
-    operands = init(jax.random.key(0)), put(_batches(1)[0])
-    _check_gathers(step.lower(*operands, np.float32(1e-2)).compile(), operands[0])
-    shardings = jax.tree.map(lambda x: x.sharding, operands)
-    unannotated = jax.jit(
-        lambda *args: raw(*args), in_shardings=(*shardings, None), out_shardings=(shardings[0], None)
-    )
-    program = unannotated.lower(*operands, np.float32(1e-2)).compile()
-    assert _activations_gathered(program)[0]  # what the annotation is there to prevent
+    text = run.program.as_text()
+    assert re.findall(r" all-gather\(", text)
+    assert not re.findall(rf"f32\[(?:{B},{T}|{B * T}),\d+\]\S* all-gather\(", text)  # activations of all rows
+    of_a_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run.state))
+    assert run.program.memory_analysis().alias_size_in_bytes == of_a_device  # donated
 
 
 # ------------------------------------------------------------------------------------------------ meshes, mistakes
@@ -212,18 +180,11 @@ class Device:
         self.slice_index = slice_index
 
 
-@pytest.mark.parametrize(
-    "replicas, expected",
-    [
-        (1, [[0, 0, 1, 1, 2, 2, 3, 3]]),
-        (2, [[0, 0, 1, 1], [2, 2, 3, 3]]),
-        (4, [[0, 0], [1, 1], [2, 2], [3, 3]]),
-        (8, [[0], [0], [1], [1], [2], [2], [3], [3]]),
-    ],
-)
-def test_grid_lets_a_replica_hold_as_few_slices_as_can_be(replicas, expected):
+@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
+def test_grid_lets_a_replica_hold_as_few_slices_as_can_be(replicas):
     grid = parallel._grid([Device(i % 4) for i in range(8)], replicas)
-    assert [[device.slice_index for device in row] for row in grid] == expected
+    slices = np.array([[device.slice_index for device in row] for row in grid])
+    np.testing.assert_array_equal(slices, np.repeat(np.arange(4), 2).reshape(replicas, -1))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +192,6 @@ def test_grid_lets_a_replica_hold_as_few_slices_as_can_be(replicas, expected):
     [
         (24, 1, "fsdp", 3, "replicas is 3, expected a divisor of the 4"),
         (24, 1, "pmap", 2, "replicas is 2, expected 1 with"),
-        (6, 1, "pmap", 1, "batch_size is 6, expected a multiple of 4"),
         (8, 4, "fsdp", 1, "batch_size is 8, expected a multiple of 16"),
         (3, 2, "single", 1, "batch_size is 3, expected a multiple of 2"),
         (8, 1, "ddp", 1, "strategy is 'ddp', expected one of single, pmap, fsdp"),
