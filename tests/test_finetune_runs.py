@@ -98,10 +98,8 @@ def test_exported_state_is_a_context_for_generate(runs, base, tmp_path):
     assert finetune.main(["export", str(workdir), str(path)]) == 0
     context, text = generate.load_context(path, model, params)
     assert text is None and training.same(context, finetune.tuned_context(model, params, state.params))
-    # after the separator, as by hand
-    _, after = small.forward(model, params, np.zeros((1, 1), np.int32), methods.tuned_state(model, state.params, 1))
     ids = generate.generate(model, params, [[65, 66]], context=context, max_new_tokens=3, temperature=0)
-    logits_BTV, _ = small.forward(model, params, np.array([[65, 66, *ids[0][:2]]]), after)
+    logits_BTV, _ = small.forward(model, params, np.array([[65, 66, *ids[0][:2]]]), context.state)
     assert ids[0] == np.asarray(logits_BTV)[0, 1:].argmax(-1).tolist()
 
 

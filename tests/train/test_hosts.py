@@ -254,24 +254,25 @@ def test_second_run_in_a_workdir_is_refused_in_one_line(place):
 
 
 @pytest.mark.slow
-def test_hosts_with_different_configs_are_reported_once(place):
-    workdir = place / "two configs"
-    pair = _pair(_arguments(place, workdir), _arguments(place, workdir, "fsdp", "seed=1"))
-    (first, lines), (second, others) = (_ended(host) for host in pair)
-    assert first == second == 2
-    assert _errors(lines) == ["error: the config or corpus of host 0 differs from that of host 1"] and not _errors(
-        others
+@pytest.mark.parametrize(
+    "other, more, speaker, expected",
+    [
+        ("here", "seed=1", 0, "the config or corpus of host 0 differs from that of host 1"),
+        (
+            "there",
+            "seed=0",
+            1,
+            "{place}/there of host 1 is not that of host 0, expected a folder that all hosts share",
+        ),
+    ],
+)
+def test_hosts_that_do_not_fit_each_other_are_reported_once(other, more, speaker, expected, place):
+    pair = _pair(_arguments(place, place / "here"), _arguments(place, place / other, "fsdp", more))
+    ends = [_ended(host) for host in pair]
+    assert [code for code, _ in ends] == [2, 2]
+    assert _errors(ends[speaker][1]) == [f"error: {expected.format(place=place)}"] and not _errors(
+        ends[1 - speaker][1]
     )
-    assert not workdir.exists()
-
-
-@pytest.mark.slow
-def test_workdir_that_hosts_do_not_share_is_named_by_the_host_without_it(place):
-    pair = _pair(_arguments(place, place / "here"), _arguments(place, place / "there"))
-    (first, lines), (second, others) = (_ended(host) for host in pair)
-    assert first == second == 2
-    expected = f"error: {place}/there of host 1 is not that of host 0, expected a folder that all hosts share"
-    assert _errors(others) == [expected] and not _errors(lines)
     assert not list(place.glob("*here/.shared*"))
 
 

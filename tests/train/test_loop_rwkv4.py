@@ -30,7 +30,6 @@ def finished(text, tmp_path_factory):
 def test_workdir_holds_config_log_checkpoints_and_a_model_to_load(finished):
     workdir, state = finished
     config = json.loads((workdir / "config.json").read_text())
-    assert config["model"]["name"] == "rwkv4" and config["model"]["dim"] == 32
     assert config["tokenizer"] == "bytes" and len(config["corpus"]["sha256"]) == 64 and "jax" in config["versions"]
     rows = [r for r in metrics.logged(workdir / "metrics.jsonl") if "loss_nats" in r]
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))

@@ -14,7 +14,7 @@ from small import drawn, forward
 from rwkv_jax import models, train
 from rwkv_jax.train import optim, parallel
 
-B, T, V, D, L = 16, 8, 64, 16, 2
+B, T, V, D = 16, 8, 64, 16
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,13 +25,9 @@ def leaves_of_512_elements_are_split():
         yield
 
 
-# Most of a step's program is the optimiser's arithmetic on each leaf: the fast tests' model has few of them.
+# Most of a step's program is the optimiser's arithmetic on each leaf: this model has few of them.
 FEW_LEAVES = {"num_layers": 1, "scan": False, "receptance": False, "token_shift": False, "embedding_norm": False}
-MODELS = {"one layer": FEW_LEAVES, "stacked": {"num_layers": L}}
-
-
-def _model(fields):
-    return models.build("rwkv4", vocab_size=V, dim=D, matmul_precision="highest", **fields)
+MODEL = models.build("rwkv4", vocab_size=V, dim=D, matmul_precision="highest", **FEW_LEAVES)
 
 
 def _batches(steps=2):
@@ -57,9 +53,9 @@ class Run:
 
 
 @functools.cache
-def _run(layers, strategy, accumulation, replicas):
+def _run(strategy, accumulation, replicas):
     """One program for every test that looks at it. A large eps keeps Adam from turning rounding into +-lr."""
-    (model, params), tx, traces = drawn(_model(MODELS[layers])), optim.optimiser(eps=1e-3), []
+    (model, params), tx, traces = drawn(MODEL), optim.optimiser(eps=1e-3), []
     step = train.make_step(model, tx, accumulation=accumulation)
     zero = np.zeros((), np.int32)
 
@@ -83,11 +79,8 @@ def _run(layers, strategy, accumulation, replicas):
     return Run(born, states[1:], rows, len(traces), state, program)
 
 
-SINGLE, PMAP, FSDP = ("one layer", "single", 1, 1), ("one layer", "pmap", 4, 1), ("one layer", "fsdp", 1, 2)
 # Accumulation is the same code under every strategy, and so is everything else of one where it accumulates.
-RUNS = [PMAP, FSDP, *(
-    pytest.param(("stacked", *run), marks=pytest.mark.slow) for run in (("pmap", 4, 1), ("fsdp", 4, 1), ("fsdp", 1, 2))
-)]  # fmt: skip
+SINGLE, PMAP, FSDP = ("single", 1, 1), ("pmap", 4, 1), ("fsdp", 1, 2)
 
 
 def test_single_runs_on_the_default_device_and_commits_its_state_to_it():
@@ -98,9 +91,9 @@ def test_single_runs_on_the_default_device_and_commits_its_state_to_it():
         assert state["w"].devices() == {device} and state["w"].committed
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("run", [PMAP, FSDP], ids=str)
 def test_strategies_and_accumulation_agree_under_ragged_masks(run):
-    run, reference = _run(*run), _run(run[0], "single", 1, 1)
+    run, reference = _run(*run), _run(*SINGLE)
     for row, wanted in zip(run.rows[:2], reference.rows[:2], strict=True):
         assert row["loss_nats"] == pytest.approx(wanted["loss_nats"], rel=1e-6)
         assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
@@ -108,7 +101,7 @@ def test_strategies_and_accumulation_agree_under_ragged_masks(run):
     assert max(jax.tree.leaves(errors)) < 1e-5
 
 
-@pytest.mark.parametrize("run", [SINGLE, *RUNS], ids=str)
+@pytest.mark.parametrize("run", [SINGLE, PMAP, FSDP], ids=str)
 def test_step_is_traced_once_donates_the_state_and_changes_nothing_that_is_not_finite(run):
     run = _run(*run)
     assert run.traces == 1
@@ -122,7 +115,7 @@ def test_step_is_traced_once_donates_the_state_and_changes_nothing_that_is_not_f
 def test_loss_is_the_mean_over_all_masked_in_targets():
     """A mean of per-row means would give every row the same weight."""
     run, batch = _run(*SINGLE), _batches(1)[0]
-    logits_BTV = np.asarray(forward(*drawn(_model(FEW_LEAVES)), batch["tokens"][:, :-1])[0], np.float64)
+    logits_BTV = np.asarray(forward(*drawn(MODEL), batch["tokens"][:, :-1])[0], np.float64)
     chosen_BT = np.take_along_axis(logits_BTV, batch["tokens"][:, 1:, None], axis=2)[..., 0]
     nll_BT = np.log(np.exp(logits_BTV).sum(-1)) - chosen_BT
     assert run.rows[0]["loss_nats"] == pytest.approx(nll_BT[batch["mask"]].mean(), rel=1e-6)
@@ -158,9 +151,8 @@ def test_fsdp_splits_the_largest_axis_but_never_that_of_layers(replicas, first):
     assert of_a_device == leaves | {"emb": (first, 12), "blocks": (64, 12 * first // 64, 5)}
 
 
-@pytest.mark.parametrize("run", [FSDP, pytest.param(("stacked", "fsdp", 1, 2), marks=pytest.mark.slow)], ids=str)
-def test_fsdp_gathers_weights_and_leaves_the_batch_split(run):
-    run = _run(*run)
+def test_fsdp_gathers_weights_and_leaves_the_batch_split():
+    run = _run(*FSDP)
     text = run.program.as_text()
     assert re.findall(r" all-gather\(", text)
     assert not re.findall(rf"f32\[(?:{B},{T}|{B * T}),\d+\]\S* all-gather\(", text)  # activations of all rows
