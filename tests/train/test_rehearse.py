@@ -105,7 +105,8 @@ def test_table_of_the_committed_rows_is_in_the_page_on_scale():
         ("2xv5e:4x4", [], "replicas is 1, expected a multiple of the 2 slices"),
     ],
 )
-def test_rehearse_names_what_a_slice_cannot_share(target, flags, message):
+def test_rehearse_names_what_a_slice_cannot_share(target, flags, message, monkeypatch):
+    monkeypatch.setattr(rehearse, "_devices", None)  # it is not asked for the compiler
     config = run_config.read("configs/pile.py:169m", [f"--config.{flag}" for flag in flags])
     with pytest.raises(ValueError, match=message):
         rehearse.rehearse(config, target)
