@@ -62,7 +62,6 @@ def test_huggingface_folder_is_read_whatever_its_files(tmp_path, suffix, parts):
     [
         ({"model_type": "rwkv5"}, "model_type is 'rwkv5'; only 'rwkv'"),
         ({"attention_hidden_size": 16}, "attention_hidden_size is 16; RWKV-4 as released has 8"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True; RWKV-4 as released has False"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; RWKV-4 as released has 1e-05"),
     ],
 )
@@ -83,11 +82,11 @@ def test_huggingface_config_tells_the_sizes_and_rescales_float16_alone(tmp_path,
     assert (config["torch_dtype"], config["rescale_every"]) == (dtype, rescale_every)
 
 
-@pytest.mark.parametrize("name", ["../m/model.safetensors", "/etc/passwd", "", "a b", 7, None])
+@pytest.mark.parametrize("name", ["../m/model.safetensors", "m/../../model.safetensors", "/etc/passwd", 7])
 def test_huggingface_index_names_files_of_its_own_folder_only(tmp_path, name):
     (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with one_line(r"does not name files of the folder|is missing"):
+    with one_line(r"does not name files of the folder|7, one of its 1 parts, is missing"):
         rwkv_jax.load(tmp_path)
 
 
@@ -139,17 +138,14 @@ def test_huggingface_folder_is_replaced_whole_and_keeps_other_files(tmp_path, mo
     assert os.listdir(tmp_path) == ["m"]
 
 
-@pytest.mark.parametrize("found", ["file", "folder", "workdir", "link"])
-def test_huggingface_never_replaces_what_is_no_folder_of_a_model(tmp_path, found):
-    path = tmp_path / "m"
-    if found == "file":
-        path.write_text("precious")
-    elif found == "link":
-        path.symlink_to(tmp_path / "nowhere")
-    else:
-        path.mkdir()
-        (path / "config.json").write_text('{"model": {"name": "rwkv4"}}' if found == "workdir" else "precious")
-    before = [path.lstat().st_ino, *tmp_path.rglob("*")]
-    with one_line("exists and is no folder of an RWKV model", FileExistsError):
-        rwkv_jax.save(path, *tiny())
-    assert [path.lstat().st_ino, *tmp_path.rglob("*")] == before
+def test_huggingface_never_replaces_what_is_no_folder_of_a_model(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for folder, config in {"folder": "precious", "workdir": '{"model": {"name": "rwkv4"}}'}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(config)
+    before = {path: path.lstat().st_ino for path in tmp_path.rglob("*")}
+    for name in ("file", "link", "folder", "workdir"):
+        with one_line("exists and is no folder of an RWKV model", FileExistsError):
+            rwkv_jax.save(tmp_path / name, *tiny())
+    assert {path: path.lstat().st_ino for path in tmp_path.rglob("*")} == before

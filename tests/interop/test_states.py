@@ -63,22 +63,19 @@ def test_state_that_has_read_nothing_is_the_initial_one_of_both():
 
 
 def test_state_that_cannot_be_converted_is_named():
-    good = to_rwkv(some_state(1))
+    state = some_state(1)
+    good = to_rwkv(state)
+    infinite = [good[0], np.full_like(good[1], np.inf), *good[2:]]
+    for arrays, message in (
+        (good[:-1], rf"^the state has {5 * L - 1} vectors, expected 5 a layer$"),
+        ([], r"^the state has shapes none, expected "),
+        ([*good[:-1], good[-1][:-1]], r"^the state has shapes \(.*\), \(.*\), expected "),
+        (infinite, r"^array 1 of the state holds values that are not finite$"),
+    ):
+        with one_line(message):
+            from_rwkv(arrays)
     with one_line(r"^the state has 2 rows, and theirs holds one"):
         to_rwkv(some_state(2))
-    with one_line(rf"^the state has {5 * L - 1} vectors, expected 5 a layer$"):
-        from_rwkv(good[:-1])
-    with one_line(r"^the state has shapes \(.*\), expected "):
-        from_rwkv([x[..., None] for x in good])
-    with one_line(r"^the state has shapes none, expected "):
-        from_rwkv([])
-    with one_line(r"^the state has shapes \(.*\), \(.*\), expected "):
-        from_rwkv([*good[:-1], good[-1][:-1]])
-    damaged = [np.array(x) for x in good]
-    damaged[2].flat[0] = np.nan
-    with one_line(r"^array 2 of the state holds values that are not finite$"):
-        from_rwkv(damaged)
-    state = some_state(1)
     with one_line(r"^array 0 of the state holds values that are not finite$"):
         to_rwkv((state[0]._replace(att_last=state[0].att_last + np.inf), *state[1:]))
     hybrid = jax.eval_shape(lambda: make("hybrid").init_state(1, 8))
@@ -131,6 +128,7 @@ def test_state_carries_a_text_to_the_package_and_back(sizes, tmp_path):
 
     arrays = [theirs[f"half_{i}"] for i in range(5 * sizes[0])]
     whole_TV = theirs["whole"]
+    assert close(forward(model, params, text[None])[0][0], whole_TV)
     assert close(theirs["finished"], whole_TV[half:]) and close(theirs["started"], whole_TV)
     assert close(forward(model, params, text[None, half:], from_rwkv(arrays))[0][0], whole_TV[half:])
     for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(from_rwkv(arrays)), strict=True):
