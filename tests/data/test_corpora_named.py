@@ -1,5 +1,6 @@
 """Public corpora, downloaded from a server on this machine."""
 
+import gc
 import hashlib
 import http.server
 import io
@@ -69,15 +70,14 @@ def archive(members):
 TEXT = b"0123456789" * 200
 
 
-@pytest.mark.parametrize("name", ["enwik8", "text8"])
-def test_prepare_downloads_and_unpacks_once(serve, name):
-    requests = serve(name, {f"{name}.zip": archive({name: TEXT})})
-    corpus = prepare(name)
-    assert corpus.name == name
+def test_prepare_downloads_and_unpacks_once(serve):
+    requests = serve("enwik8", {"enwik8.zip": archive({"enwik8": TEXT})})
+    corpus = prepare("enwik8")
+    assert corpus.name == "enwik8"
     assert [parts(split) for split in splits_of(corpus)] == [[TEXT[:1800]], [TEXT[1800:1900]], [TEXT[1900:]]]
-    assert prepare(name).sha256 == corpus.sha256
-    assert len(prepare(name, "characters").train.tokens) == 1801
-    assert requests == [f"{name}.zip"]
+    assert prepare("enwik8").sha256 == corpus.sha256
+    assert len(prepare("enwik8", "characters").train.tokens) == 1801
+    assert requests == ["enwik8.zip"]
 
 
 def test_prepare_keeps_the_splits_of_wikitext(serve):
@@ -97,13 +97,13 @@ def test_prepare_splits_tinystories_by_story(serve):
 
 
 def test_damaged_download_is_replaced_with_a_warning(serve, cache, caplog):
-    requests = serve("enwik8", {"enwik8.zip": archive({"enwik8": TEXT})})
-    sha256 = prepare("enwik8").sha256
-    (cache / "downloads" / "enwik8" / "enwik8").write_bytes(TEXT[:-1] + b"?")
-    for path in cache.glob("enwik8-*/train.bin"):
+    requests = serve("text8", {"text8.zip": archive({"text8": TEXT})})
+    sha256 = prepare("text8").sha256
+    (cache / "downloads" / "text8" / "text8").write_bytes(TEXT[:-1] + b"?")
+    for path in cache.glob("text8-*/train.bin"):
         path.unlink()
-    assert prepare("enwik8").sha256 == sha256 and len(requests) == 2
-    assert f"{cache / 'downloads' / 'enwik8'} is damaged: rebuilding it" in caplog.messages
+    assert prepare("text8").sha256 == sha256 and len(requests) == 2
+    assert f"{cache / 'downloads' / 'text8'} is damaged: rebuilding it" in caplog.messages
 
 
 def test_download_with_a_wrong_checksum_is_refused(serve, cache, running):
@@ -115,26 +115,21 @@ def test_download_with_a_wrong_checksum_is_refused(serve, cache, running):
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # pooch leaves the connection of a failed transfer open
-@pytest.mark.parametrize("how", ["no connection", "no address", "no file", "cut"])
+@pytest.mark.parametrize("how", ["no connection", "no file", "cut"])
 def test_failed_download_is_one_line_and_leaves_nothing(serve, cache, running, monkeypatch, how):
     serve("enwik8", {"enwik8.zip": archive({"enwik8": TEXT})}, how="cut" if how == "cut" else "whole")
     [(url, sha256)] = named.NAMED["enwik8"].items()
     if how == "no file":
         running.files.clear()
-    elif how != "cut":
-        url = {"no connection": "http://127.0.0.1:1/a.zip", "no address": "http://nowhere.invalid/a.zip"}[how]
+    if how == "no connection":
+        url = "http://127.0.0.1:1/a.zip"
         monkeypatch.setitem(named.NAMED, "enwik8", {url: sha256})
     with pytest.raises(OSError) as raised:
         prepare("enwik8")
     line = str(raised.value)
+    del raised
+    gc.collect()  # the connection, while its warning is ignored
+    folder = cache / "downloads" / "enwik8"
     assert line.startswith(f"cannot download {url}: ") and "\n" not in line
-    assert line.endswith(
-        f"; for a machine without a network, copy the folder {cache / 'downloads' / 'enwik8'} from one that has it"
-    )
+    assert line.endswith(f"; for a machine without a network, copy the folder {folder} from one that has it")
     assert [path.name for path in (cache / "downloads").iterdir()] == ["lock"]
-
-
-def test_named_downloads_have_address_and_checksum():
-    for downloads in named.NAMED.values():
-        for url, sha256 in downloads.items():
-            assert url.startswith("https://") and len(bytes.fromhex(sha256)) == 32
