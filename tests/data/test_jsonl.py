@@ -62,6 +62,13 @@ def test_jsonl_prompt_is_masked(tmp_path):
     assert sum(split.num_bytes for split in splits_of(corpus)) == sum(len(text) for text in texts)
 
 
+def test_jsonl_hash_depends_on_what_is_prompt(tmp_path):
+    texts = [{"a": f"{i}ab", "b": "c", "A": f"{i}a", "B": "bc"} for i in range(60)]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    first, second = prepare(source, text="b", prompt="a"), prepare(source, text="B", prompt="A")
+    assert first.train.tokens.tobytes() == second.train.tokens.tobytes() and first.sha256 != second.sha256
+
+
 def test_jsonl_prompt_and_text_share_no_token(tmp_path):
     bpe = str(GOLDENS / "binidx_tokenizer.json")
     records = [{"a": "the sta", "b": "te of the text"} for _ in range(3)]

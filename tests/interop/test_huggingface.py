@@ -108,11 +108,6 @@ def test_huggingface_writes_large_models_in_parts(tmp_path, monkeypatch):
     assert_same_params(rwkv_jax.load(tmp_path / "m")[1], params)
 
 
-def test_huggingface_puts_a_tensor_above_the_limit_into_its_own_file():
-    tensors = {name: np.zeros(size, np.uint8) for name, size in zip("abcde", (4, 6, 12, 3, 8), strict=True)}
-    assert list(huggingface.split(tensors, 10)) == [["a", "b"], ["c"], ["d"], ["e"]]
-
-
 def test_huggingface_folder_is_replaced_whole_and_keeps_other_files(tmp_path, monkeypatch):
     once = official()
     twice = {name: x * 2 for name, x in once.items()}
