@@ -121,13 +121,13 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
 
 
 def _unreleased(model: nn.Module) -> str | None:
-    """The first thing by which a model is none that was released."""
+    """The first field in which a model differs from the released ones; None if there is none."""
     others = [f"{name!r} layers" for name, kind, _ in model.unit if not kind.released]
     switches = dict(model.variant) | ({} if model.embedding_norm else {"embedding_norm": False})
     return next(iter([*others, *(f"{name}={value!r}" for name, value in switches.items())]), None)
 
 
 def _fields(model: nn.Module) -> dict[str, Any]:
-    """What `build` takes to make the model again, apart from the layout of its parameters."""
+    """Arguments of `build` that rebuild the model, apart from the layout of its parameters."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name", "scan")]
     return {name: getattr(model, name) for name in names}

@@ -142,7 +142,7 @@ def layer_count(names: Iterable[str]) -> int:
 
 
 def check(tensors: Mapping[str, np.ndarray], model: nn.Module) -> None:
-    """Hold tensors by official name against the parameters that a model has.
+    """Compare the names, shapes and dtypes of tensors with the parameters of a model.
 
     Raises:
       ValueError: naming the first key that is missing, unknown, not of floats or of another shape.
@@ -211,12 +211,12 @@ def _matrix_shape(tensors, name) -> tuple[int, int]:
 
 
 def _kept_wide(path: str) -> bool:
-    """Whether a parameter is float32 at least, whatever the others are."""
+    """Return whether a parameter stays float32 or wider when the others are narrower."""
     return any(kind.kept_wide and re.search(kind.kept_wide, path) for kind in KINDS.values())
 
 
 def _official_names(path: tuple[str, ...], shape: tuple[int, ...], period: int, apart: int) -> list[str]:
-    """What a leaf of our tree is called in a state dict, layer by layer where it is stacked.
+    """Names of a leaf of our tree in a state dict, one a layer where it is stacked.
 
     Args:
         period: layers in the repeating unit, which a stacked hybrid keeps apart as block_0, block_1, ...

@@ -1,7 +1,7 @@
 """`.safetensors` files: the `safetensors` library reads the header, and a tensor is a view of the file.
 
-The library alone would not do: it returns copies of whole tensors, where a host may need a part of each; and it writes
-contiguous tensors, all at once, which for transposed views is a second copy of the model (see `write`).
+The library itself returns copies of whole tensors, where a host may need a part of each. It writes contiguous tensors,
+all at once, which for transposed views takes a second copy of the model (see `write`).
 """
 
 import json
