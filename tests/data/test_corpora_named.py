@@ -93,7 +93,8 @@ def test_prepare_keeps_the_splits_of_wikitext(serve):
     assert [parts(split) for split in splits_of(prepare("wikitext-103"))] == [[text] for text in texts.values()]
 
 
-def test_prepare_splits_tinystories_by_story(serve):
+def test_prepare_splits_tinystories_by_story(serve, monkeypatch):
+    monkeypatch.setattr("rwkv_jax.data.text._BLOCK_BYTES", 50)  # stories go on in the next block
     stories = [f"Story {i}.\n\nThe end.".encode() for i in range(200)]
     train, valid = (b"\n<|endoftext|>\n".join(part) for part in (stories[:190], stories[190:]))
     serve("tinystories", {"train.txt": train, "valid.txt": valid})

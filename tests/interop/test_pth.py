@@ -160,6 +160,16 @@ def test_pth_ignores_attributes_in_the_pickle(tmp_path):
     assert pth.read(rewritten(tmp_path, {"data.pkl": content})) == {}
 
 
+def test_pth_record_past_the_end_of_the_file_is_named(tmp_path):
+    path = rewritten(tmp_path)
+    content = bytearray(path.read_bytes())
+    size = content.rindex(b"PK\1\2") + 24  # of the last record, in the zip's table of contents
+    content[size : size + 4] = (2**30).to_bytes(4, "little")
+    path.write_bytes(content)
+    with one_line(r"truncated: record 'archive/version' ends past the end of the file"):
+        pth.read(path)
+
+
 def test_pth_refuses_compressed_records(tmp_path):
     with one_line(r"record 'archive/data.pkl' is compressed"):
         pth.read(rewritten(tmp_path, compression=zipfile.ZIP_DEFLATED))
