@@ -67,8 +67,9 @@ def test_prepare_reads_a_megatron_pair(tmp_path, name):
         assert split.num_bytes is not None and split.starts[0] == 0
     assert (corpus.valid.tokens[corpus.valid.starts] == SEPARATOR).all()
     megatron.write(tmp_path / "b", texts[::-1], "uint16")
-    megatron.write(tmp_path / "d", [np.concatenate(texts[:2]), *texts[2:]], "uint16")
-    for other in ("b", "d"):  # other tokens; the same, in fewer documents
+    first_two = np.concatenate(texts[:2])
+    megatron.write(tmp_path / "d", [first_two[:1], first_two[1:], *texts[2:]], "uint16")
+    for other in ("b", "d"):  # other tokens; the same tokens, other documents
         assert prepare(str(tmp_path / other)).sha256 != corpus.sha256
     for ending in (".bin", ".idx"):
         shutil.copy(tmp_path / f"a{ending}", tmp_path / f"c{ending}")
