@@ -1,7 +1,7 @@
 """The recurrent state after B texts, as a value: keep it, fork it, take rows of it, save it.
 
-For RWKV a context has one size, whatever the length of the texts. Attention keeps a cache with a slot for each token,
-which grows when a longer text is read: leaves that depend on `max_length` of `model.init_state` are such caches.
+The context of RWKV has one size, whatever the length of the texts. Attention keeps caches with a slot for each token,
+the leaves that depend on `max_length` of `model.init_state`; they grow when a longer text is read.
 """
 
 from collections.abc import Sequence
@@ -114,7 +114,7 @@ def cache_axes(model) -> list[tuple[int, ...]]:
 def with_room(model, context: Context, room: int, likely: int) -> Context:
     """Return the context with caches for at least `room` more tokens.
 
-    Where they must grow, they double, but to no more than `likely` tokens need: few shapes to compile, few copies.
+    Caches that must grow double, but to no more than `likely` tokens need: few shapes to compile, few copies.
     """
     slots = _slots(model, context, room, likely)
     return context if slots is None else _copied(model, context, slots)
