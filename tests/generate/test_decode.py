@@ -1,6 +1,7 @@
 """Reading prompts and drawing tokens."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ def expected_draws(logits_TV, seed, **settings):
 
 def joined(*lists):
     """Prompts and what follows them, row by row."""
-    return [sum(map(list, parts), []) for parts in zip(*lists, strict=True)]
+    return [list(itertools.chain(*parts)) for parts in zip(*lists, strict=True)]
 
 
 def logits_before(kind, prompts, tokens):
