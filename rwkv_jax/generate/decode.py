@@ -82,7 +82,7 @@ def logits(model, params, prompts, context: Context | None = None) -> tuple[list
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read_chunk(model, params, context, tokens_BT, valid_BT, is_last):
-    """The context after a chunk; its logits stay as they are before the last chunk, and where all is padding."""
+    """Return the context after a chunk; its logits stay before the last chunk, and where all is padding."""
     x_BTD, state = model.apply({"params": params}, tokens_BT, context.state, valid_BT=valid_BT, method="hidden")
     head = lambda: model.apply({"params": params}, x_BTD[:, -1], method="logits")
     logits_BV = lax.cond(is_last, head, lambda: context.logits_BV)
@@ -155,7 +155,7 @@ def checked_draws(
 
 @partial(jax.jit, static_argnums=1)
 def _keys(seed_B, shared):
-    """A key for each row, of its seed; of one `shared` seed the first row's is the seed's own."""
+    """Return a key for each row, from its seed; of one `shared` seed the first row's is the seed's own."""
     key_B = jax.vmap(jax.random.key)(seed_B)
     if not shared:
         return key_B
