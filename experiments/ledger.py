@@ -23,7 +23,7 @@ FILES = (HERE.parent / "README.md", HERE / "README.md")
 # In the order of the paper, after what all else rests on. A folder that is not named here comes last.
 ORDER = (
     "trajectory", "perplexity", "scaling", "context", "inference", "lra", "small_init", "decays", "trace", "zero_shot",
-    "recall", "order", "reach", "ablations", "bf16", "audio",
+    "recall", "order", "reach", "ablations", "bf16",
 )  # fmt: skip
 
 HEADLINES = (
