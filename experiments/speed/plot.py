@@ -1,4 +1,4 @@
-"""The figures of `results.json`, one for each suite in it: train.png, decode.png, ops.png and startup.png.
+"""The figures of `results.json`: ops.png and startup.png, as far as their suites are in it.
 
 python -m experiments.speed.plot [results.json [folder]]
 """
@@ -12,44 +12,6 @@ from matplotlib.ticker import PercentFormatter
 from experiments.figures import plt, saved
 
 MARKERS = "osD^vP*X"
-
-
-def draw_train(results, path) -> None:
-    """Stacked bars of where the time of a step goes."""
-    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
-    for y, row in enumerate(results["models"].values()):
-        left = 0.0
-        for i, (part, seconds) in enumerate(row["parts"].items()):
-            label = {"WKV": "WKV or attention"}.get(part, part) if y == 0 else None
-            bar = axis.barh(y, 1e3 * seconds, left=left, color=f"C{i}", label=label)
-            axis.bar_label(bar, [f"{seconds / row['step_seconds']:.0%}"], label_type="center")
-            left += 1e3 * seconds
-        text = f"  {row['tokens_per_second']:,.0f} tokens/s\n  {row['share_of_peak']:.0%} of peak"
-        axis.text(left, y, text, va="center", fontsize=8)
-    axis.set_yticks(range(len(results["models"])), results["models"])
-    axis.invert_yaxis()
-    axis.margins(x=0.22)
-    axis.set(xlabel="milliseconds a step", xlim=(0, None))
-    axis.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    _finish(figure, results, "{num_layers} x {dim}, V {vocab_size:,}, batch {batch}, T {seq_len:,}", path)
-
-
-def draw_decode(results, path) -> None:
-    """Time a token and state bytes against context, log-log; an empty context is drawn at 1 token."""
-    rows = results["sweep"]["rows"]
-    figure, (time, size) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for model, marker in zip(dict.fromkeys(row["model"] for row in rows), MARKERS, strict=False):
-        its = [row for row in rows if row["model"] == model]
-        contexts = [max(row["context"], 1) for row in its]
-        time.plot(contexts, [1e3 * row["seconds"] for row in its], marker=marker, label=model)
-        sizes = [row["state_bytes"] / 1e6 for row in its if "state_bytes" in row]  # none without a cache
-        size.plot(contexts[: len(sizes)], sizes, marker=marker)
-    for axis, label in ((time, "ms a token"), (size, "state, MB")):
-        axis.set(xlabel="context, tokens (none is drawn at 1)", ylabel=label, xscale="log", yscale="log")
-        axis.grid(alpha=0.3)
-    time.legend(frameon=False, fontsize=8)
-    shape = results["sweep"]["shape"]
-    _finish(figure, results | {"shape": shape}, "decoding, {num_layers} x {dim}, V {vocab_size:,}, {dtype}", path)
 
 
 def draw_ops(results, path) -> None:
@@ -110,12 +72,11 @@ def draw_startup(results, path) -> None:
 def _finish(figure, results, title, path):
     stamp = results["stamp"]
     device = f"{stamp['cores']} CPU cores" if stamp["devices"] == ["cpu"] else ", ".join(stamp["devices"])
-    title = title.format(**results.get("shape", {}))
     figure.suptitle(f"{title}; {device}, {stamp['date']}", fontsize=10)
     saved(figure, path)
 
 
-DRAW = {"train": draw_train, "decode": draw_decode, "ops": draw_ops, "startup": draw_startup}
+DRAW = {"ops": draw_ops, "startup": draw_startup}
 
 if __name__ == "__main__":
     source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
