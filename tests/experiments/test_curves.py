@@ -12,30 +12,28 @@ from rwkv_jax.train import metrics
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run that nothing disturbed, and one that died after step 5 and went on from the checkpoint of step 4."""
+def whole(tmp_path_factory):
+    """The workdir of a run of six steps, evaluated twice."""
     folder = tmp_path_factory.mktemp("runs")
-    sizes = {"seq_len": 8, "batch_size": 2, "eval_tokens": 64, "diagnostics_every": 3}
-    config = training.config(training.write_text(folder / "text"), **sizes, model={"dim": 8})
+    config = training.config(
+        training.write_text(folder / "text"), seq_len=8, batch_size=2, eval_tokens=64, diagnostics_every=3
+    )
+    config.model.dim = 8
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RWKV_JAX_CACHE", str(folder / "cache"))
         training.install_toy(patch)
         train.run(config, folder / "whole")
-        with pytest.MonkeyPatch.context() as dying, pytest.raises(training.DiedError):
-            training.die_before(dying, lambda row: row["step"] == 6)
-            train.run(config, folder / "restarted")
-        train.run(config, folder / "restarted")
-    return folder
+    return folder / "whole"
 
 
 @pytest.fixture
-def written(runs, tmp_path):
+def written(whole, tmp_path):
     """`written(name, rows, changes)`: a workdir with these rows, whose config is the runs' with changes at the top."""
 
     def write(name, rows=(), changes=(), absent=()):
         workdir = tmp_path / name
         workdir.mkdir(parents=True)
-        record = json.loads((runs / "whole" / "config.json").read_text())
+        record = json.loads((whole / "config.json").read_text())
         record["config"] |= dict(changes)
         for field in absent:
             del record["config"][field]
@@ -51,20 +49,15 @@ def losses(*values):
     return [{"step": 10 * (i + 1), "loss_nats": value} for i, value in enumerate(values)]
 
 
-def test_curve_of_a_restarted_run_is_that_of_an_undisturbed_one(runs):
-    whole, restarted = plot.read([runs / "whole", runs / "restarted"])
-    assert len([row for row in metrics.logged(runs / "restarted" / "metrics.jsonl") if "began" in row]) == 2
-    for metric in ("loss_nats", "valid_loss_nats", "k_max/0", "parameter_norm/emb"):
-        for a, b in zip(plot.points(whole, metric, "step"), plot.points(restarted, metric, "step"), strict=True):
-            assert np.array_equal(a, b) and len(a)
-    assert plot.points(restarted, "loss_nats", "step")[0].tolist() == [1, 2, 3, 4, 5, 6]
-    tokens, _ = plot.points(restarted, "valid_loss_nats", "tokens")
-    assert tokens.tolist() == [3 * 16, 6 * 16]
-    seconds, _ = plot.points(restarted, "loss_nats", "seconds")
-    assert np.all(np.diff(seconds) >= 0) and seconds[-1] == restarted.curves["train_seconds"][6]
-    assert plot.points(restarted, "valid_loss_nats", "seconds")[0].tolist() == seconds[[2, 5]].tolist()
+def test_points_of_a_run_are_against_steps_tokens_seconds_or_flops(whole):
+    (run,) = plot.read([whole])
+    x_N, y_N = plot.points(run, "valid_loss_nats", "tokens")
+    assert x_N.tolist() == [3 * 16, 6 * 16] and len(y_N) == 2
+    seconds_N, y_N = plot.points(run, "loss_nats", "seconds")
+    assert len(y_N) == 6 and seconds_N.tolist() == [run.curves["train_seconds"][step] for step in range(1, 7)]
+    assert plot.points(run, "valid_loss_nats", "seconds")[0].tolist() == seconds_N[[2, 5]].tolist()
     flops = hardware.flops_per_token(models.build("rwkv4", vocab_size=256, num_layers=2, dim=8), 8)
-    assert plot.points(restarted, "loss_nats", "flops")[0] == pytest.approx(flops * 16 * np.arange(1, 7))
+    assert plot.points(run, "loss_nats", "flops")[0] == pytest.approx(flops * 16 * np.arange(1, 7))
 
 
 def test_curve_takes_the_later_row_of_a_step(written):
@@ -87,10 +80,10 @@ def test_table_lists_the_fields_that_differ(written, capsys, tmp_path):
     assert (tmp_path / "x.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_figure_has_a_panel_for_each_nested_metric(runs, tmp_path, monkeypatch):
+def test_figure_has_a_panel_for_each_nested_metric(whole, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plot.plt, "close", drawn.append)
-    command = [str(runs / "whole"), "--y=parameter_norm,loss_nats", "--x=step", f"--output={tmp_path / 'x.png'}"]
+    command = [str(whole), "--y=parameter_norm,loss_nats", "--x=step", f"--output={tmp_path / 'x.png'}"]
     assert plot.main(command) == 0
     panels = drawn[0].axes
     assert [panel.get_ylabel() for panel in panels] == ["parameter norm/emb", "parameter norm/time mix", "loss nats"]
