@@ -12,6 +12,7 @@ over, which a change of the code asks for and a change of the preset does by its
 """
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -84,7 +85,7 @@ def main(
         results["wall_seconds"] = sum(cell["wall_seconds"] for cell in values.values())
         path = args["out"] / ("results.json" if label in ("smoke", "cpu") else f"{label}.json")
         write_json(path, results | {"stamp": stamp.stamp()})
-        draw(name, path)
+        draw(importlib.import_module(f"experiments.{name}.plot").draw, path)
         if args["out"].resolve() == ledger.HERE / name:
             ledger.refresh()
         for row in results.get("ledger", ()):
@@ -94,18 +95,22 @@ def main(
     return computed(argv)
 
 
-def draw(name: str, path: Path) -> Path:
-    """The figure of a results file, beside it: figure.png of results.json, gpu.png of gpu.json.
+def draw(figure: Callable, path: Path) -> None:
+    """Draw the figure of a results file beside it: figure.png of results.json, gpu.png of gpu.json."""
+    name = "figure.png" if path.name == "results.json" else f"{path.stem}.png"
+    figure(json.loads(path.read_text()), path.with_name(name))
 
-    By `experiments.NAME.plot`, or that of every study where an experiment has none.
-    """
-    from importlib import import_module  # matplotlib, which no child process needs
 
-    has_own = name and (ledger.HERE / name / "plot.py").exists()
-    module = import_module(f"experiments.{name}.plot" if has_own else "experiments.figures")
-    figure = path.with_name("figure.png" if path.name == "results.json" else f"{path.stem}.png")
-    module.draw(json.loads(path.read_text()), figure)
-    return figure
+def claim(artefact: str, paper: str, ours: str, verdict: str, **short: str) -> dict:
+    """Return a row of the ledger; `short` is what the README says in place of a long `ours`."""
+    return {"artefact": artefact, "paper": paper, "ours": ours, "verdict": verdict, **short}
+
+
+def not_run(
+    artefact: str, command: str, hours: float, hardware: str = "one H100 or H200", why: str = "no GPU for so long"
+) -> dict:
+    """Return a row of the table of what was not run."""
+    return {"artefact": artefact, "command": command, "hardware": hardware, "hours": hours, "why": why}
 
 
 def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:

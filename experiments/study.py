@@ -89,6 +89,7 @@ class Study:
         also: numbers beside the runs, by name, each of a function (config of the base, folder) -> numbers.
         options: flags of the command with their help: the base's fields of that name, or else arguments of `also`.
         conclude: (study, values by name) -> JSON object with "ledger", and "not_run", as in `experiments.command`.
+        figure: (results, path) -> None, draws figure.png; by default `figures.draw`.
         presets: changes of these fields by name. Arms there may be names of some.
     """
 
@@ -106,6 +107,7 @@ class Study:
     also: Callable = dict
     options: dict = field(default_factory=dict)
     conclude: Callable | None = None
+    figure: Callable | None = None
     presets: dict = field(default_factory=dict)
 
 
@@ -230,6 +232,11 @@ def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
 # --------------------------------------------------------------------------------------- what it says
 
 
+def runs_of(study: Study, values: dict, arm: str, budget: int | None = None) -> list[dict]:
+    """Return the numbers of an arm's runs, one a seed."""
+    return [values[name_of(arm, seed, budget)] for seed in seeds_of(study, arm)]
+
+
 def compared(study: Study, values: dict, number: str | None = None, budget=None, against: str | None = None) -> dict:
     """By arm: the mean over seeds of a number, and its paired difference from the arm `against`.
 
@@ -288,17 +295,17 @@ def fields_of(study: Study) -> dict:
 # ------------------------------------------------------------------------------------------- the command
 
 
-def main(*, argv: Sequence[str] | None = None, **fields) -> None:
+def main(**fields) -> None:
     """The command of the script that calls it, whose docstring describes the study. Takes the fields of `Study`."""
     caller = inspect.currentframe().f_back.f_globals
     script, doc = Path(caller["__file__"]).resolve(), inspect.cleandoc(caller["__doc__"] or "A study.")
-    run = reported(command.STOPPED)(lambda argv: _main(script, doc, Study(**fields), argv))
-    if code := run(argv):
+    run = reported(command.STOPPED)(lambda _: _main(script, doc, Study(**fields)))
+    if code := run():
         sys.exit(code)
 
 
-def _main(script: Path, doc: str, study: Study, argv) -> None:
-    args = vars(_parser(doc, study).parse_args(argv))
+def _main(script: Path, doc: str, study: Study) -> None:
+    args = vars(_parser(doc, study).parse_args())
     is_smoke, label = args["smoke"], "smoke" if args["smoke"] else args["preset"]
     study = chosen(study, label, args["arm"], args["seed"], args["steps"], args["text"])
     options = {name: args[name] for name in study.options if name not in study.base}
@@ -325,7 +332,7 @@ def _main(script: Path, doc: str, study: Study, argv) -> None:
         results = concluded(study, label, values) | ({} if args["publish"] else {"draft": True})
         path = path_of(out / script.name, label, args["publish"])
         command.write_json(path, results | {"stamp": stamp.stamp()})
-        command.draw(script.parent.name if script.parents[1] == ledger.HERE else "", path)
+        command.draw(study.figure or _default_figure, path)
     if study.measure:
         print(table(study, results["table"]))
     for row in results.get("ledger", ()):
@@ -333,6 +340,12 @@ def _main(script: Path, doc: str, study: Study, argv) -> None:
     if args["publish"] and out.resolve().parent == ledger.HERE:
         ledger.refresh()
     print(f"written: {path}" if path.exists() else "it runs; nothing was written")
+
+
+def _default_figure(results: dict, path: Path) -> None:
+    from experiments import figures  # matplotlib, which no other part of a study needs
+
+    figures.draw(results, path)
 
 
 def _parser(doc: str, study: Study) -> argparse.ArgumentParser:
