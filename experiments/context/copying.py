@@ -52,6 +52,9 @@ class Task(NamedTuple):
     lr: float | None = None  # None: the best of sweep.json
 
 
+TASK = Task()
+
+
 def stage_batches(task: Task, stages, seed: int):
     """Batches by step: as many tokens in each, in windows of the stage that the step is in."""
     ends = np.cumsum([steps for _, steps in stages])
@@ -105,4 +108,4 @@ def sweep(task: Task, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sweep(Task(), SWEEP)
+    sweep(TASK, SWEEP)
