@@ -50,7 +50,7 @@ def batches(examples: Examples, buckets: Sequence[int], batch_size: int, rng=Non
     if lengths.max() > buckets[-1]:
         raise ValueError(f"an example has {lengths.max()} tokens, expected at most {buckets[-1]}")
     made = []
-    for T, which in zip(buckets, range(len(buckets)), strict=True):
+    for which, T in enumerate(buckets):
         index = np.flatnonzero(np.searchsorted(buckets, lengths) == which)
         if rng is not None:
             index = rng.permutation(index)[: len(index) // batch_size * batch_size]

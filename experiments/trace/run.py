@@ -72,15 +72,12 @@ PRESETS = {
 
 
 def rows_of(prompts: facts.Prompt) -> dict:
-    """Prompts and answers as training reads them: padding at the end, only the answer counts."""
-    length_P = prompts.valid_T.sum(1)
-    T = prompts.tokens_T.shape[1]
-    at = (np.arange(T + 1) + T - length_P[:, None]) % (T + 1)
-    with_answer = np.concatenate([prompts.tokens_T, prompts.answer[:, None]], axis=1)
-    tokens = np.take_along_axis(with_answer, at, axis=1)
+    """Prompts and answers as training reads them: nothing is remembered of the padding, only the answer counts."""
+    P, T = prompts.tokens_T.shape
     return {
-        "tokens": np.where(np.arange(T + 1) <= length_P[:, None], tokens, 0),
-        "mask": np.arange(T) == length_P[:, None] - 1,
+        "tokens": np.concatenate([prompts.tokens_T, prompts.answer[:, None]], axis=1),
+        "mask": np.tile(np.arange(T) == T - 1, (P, 1)),
+        "reset": prompts.valid_T.cumsum(axis=1) == 1,
     }
 
 
