@@ -84,13 +84,9 @@ def test_difference_is_paired_by_document_and_weighted_by_targets():
 def test_longest_lag_solved_ends_at_the_first_that_is_not():
     assert run.longest_solved({"4": 1.0, "8": 0.99, "16": 0.5, "32": 1.0}) == 8
     assert run.longest_solved({"4": 0.9}) == 0
-    verdicts = [run.farther(16, extended, 32) for extended in (64, 32, 16)]
-    assert verdicts == ["same sign", "not resolved", "contradicted"]
-    assert [run.safe(*x) for x in ((0, 0.004), (0, 0.006), (0.006, 1))] == [
-        "same sign",
-        "not resolved",
-        "contradicted",
-    ]
+    verdicts = ["same sign", "not resolved", "contradicted"]
+    assert [run.farther(16, extended, 32) for extended in (64, 32, 16)] == verdicts
+    assert [run.safe(*interval) for interval in ((0, 0.004), (0, 0.006), (0.006, 1))] == verdicts
 
 
 def test_copy_task_is_answered_by_the_symbol_at_the_lag():

@@ -289,5 +289,8 @@ def test_decayed_branch_of_a_trunk_is_bit_equal_to_a_run_of_its_length(step, tmp
     again = runs.trained(runs.stages(config(20), (10, 20), 10), folder)
     assert again[2] == found[10][2] and branch.read_bytes() == before
     jax.tree.map(np.testing.assert_array_equal, again[1], found[10][1])
+    other = runs.stages(config(20), (10, 20), 10)
+    other[0].optim.warmup = 0.0
+    assert runs.trained(other, folder)[2][1] != again[2][1]  # a branch of another trunk is another run
     logged = runs.curve(found[20][2], 1000)
     assert logged["tokens"] == [16 * step for step in range(1, 21)]
