@@ -70,7 +70,8 @@ class Sweep(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """What `main` takes. Fields of configs are nested or dotted: {"model": {"dim": 64}} or {"model.dim": 64}.
+    """Fields of a study, as `main` takes them. Those of configs are nested or dotted: {"model": {"dim": 64}} or
+    {"model.dim": 64}.
 
     Args:
         base: changes of `run_config.default()`; "tokens" may stand in place of "steps".
@@ -115,7 +116,7 @@ class Study:
 
 
 def config_of(study: Study, changes: dict | None = None, seed: int = 0):
-    """The config of the base with the changes of an arm."""
+    """Return the config of the base with the changes of an arm."""
     fields = flat(study.base) | flat(changes or {})
     if study.run:
         return ConfigDict(unflatten_dict(fields | {"seed": seed}, sep="."))
@@ -154,7 +155,7 @@ def name_of(arm: str, seed: int, budget: int | None = None) -> str:
 
 
 def measured(study: Study, configs: Sequence, folder: Path) -> dict:
-    """What results keep of a run: the numbers of its measures, its curve and its size."""
+    """Train a run; return the numbers of its measures, its curve and its size, which results keep."""
     model, params, workdirs = trained(configs, folder)
     config, corpus, numbers = configs[-1], measures.held_out(configs[-1], study.held_out), {}
     for measure in measures_of(study).values():
@@ -177,7 +178,7 @@ def measures_of(study: Study) -> dict[str, Callable]:
 
 
 def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
-    """One run."""
+    """Return the cell of one run, its weights and vocabulary prepared."""
     for config in configs if study.prepare else ():
         study.prepare(config, folder)
     identity = {"config": [fixed(config) for config in configs], "code": CODE, "corpus": corpus_of(configs[-1])}
@@ -193,7 +194,7 @@ def corpus_of(config) -> str | None:
 
 
 def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> dict[str, Cell]:
-    """Every run by name, all arms with the first seed before any with the second, and what else the study computes."""
+    """Return every run by name, all arms of the first seed before those of the second, then the cells of `also`."""
     found, arms = {}, arms_of(study)
     rates = {arm: {study.sweep.field: swept_lr(study, arm, sweep, folder)} for arm in arms if study.swept}
     for seed in dict.fromkeys(seed for arm in arms for seed in seeds_of(study, arm)):
@@ -287,7 +288,7 @@ def table(study: Study, rows: dict) -> str:
 
 
 def fields_of(study: Study) -> dict:
-    """What results keep of a study; `Study(**fields)` is enough for its conclusions."""
+    """Return the fields that results keep of a study; `Study(**fields)` is enough for its conclusions."""
     kept = {name: getattr(study, name) for name in ("seeds", "budgets", "against", "held_out")}
     return {"base": flat(study.base), "arms": arms_of(study), "measure": list(measures_of(study)), **kept}
 
@@ -391,7 +392,7 @@ def chosen(study: Study, preset: str = "cpu", arms=None, seeds=None, steps=None,
 
 
 def concluded(study: Study, preset: str, values: dict) -> dict:
-    """Results from the numbers of all runs."""
+    """Return the results, from the numbers of all runs."""
     results = {"preset": preset, "study": fields_of(study)}
     if study.measure:
         results["table"] = compared(study, values)
@@ -404,7 +405,7 @@ def concluded(study: Study, preset: str, values: dict) -> dict:
 
 
 def path_of(script: Path, preset: str, publish: bool) -> Path:
-    """Where results are written: a draft stands beside published results and does not replace them."""
+    """Return the file to write results to: a draft never replaces published results."""
     size = [] if preset in ("cpu", "smoke") else [preset]
     stem = "-".join(size or ["results"] if script.stem == "run" else [script.stem, *size])
     path = script.with_name(f"{stem}.json")

@@ -42,7 +42,7 @@ def batch(lag_B, seq_len: int, rng) -> dict:
 
 
 class Task(NamedTuple):
-    """How models learn it: windows of one length, then stages (windows in that length, steps of as many symbols)."""
+    """Fields of the training: windows of one length, then stages (factor of that length, steps of as many symbols)."""
 
     seq_len: int = 64
     batch_size: int = 64

@@ -46,7 +46,7 @@ def initial(model, seed: int = 0):
 
 
 def flattened(params):
-    """The same parameters with one half-life everywhere, that of the mean time_decay."""
+    """Replace every time_decay by their mean: one half-life everywhere."""
     att = params["blocks"]["att"]
     flat_LD = jnp.full_like(att["time_decay"], att["time_decay"].mean())
     return params | {"blocks": params["blocks"] | {"att": att | {"time_decay": flat_LD}}}

@@ -70,7 +70,7 @@ def _pieces(text):
 
 
 def base_of(config, folder: Path) -> Path:
-    """Where the weights to start from are: those that were given, or a run on the embedded corpus."""
+    """Return the path of the weights to start from: those that were given, or a run on the embedded corpus."""
     if config.base:
         return Path(config.base)
     run = run_config.default()

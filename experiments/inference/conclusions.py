@@ -1,4 +1,4 @@
-"""What the cells of the inference experiment say: ratios against the law, batches at which claims hold, the ledger."""
+"""Conclusions from the cells: ratios against the law, batches at which claims hold, rows of the ledger."""
 
 import math
 

@@ -112,7 +112,7 @@ def interval(right: float, examples: int) -> tuple[float, float]:
 
 
 def verdict_of(right: dict, low: float, high: float, rule: float, is_public: bool) -> str:
-    """Of RWKV-4 on ListOps, whose interval is (low, high), beside the other arms and the rule of the root operator.
+    """Verdict on RWKV-4 on ListOps, whose interval is (low, high).
 
     Args:
         right: shares by arm.

@@ -98,7 +98,7 @@ def arm_of(name: str, base) -> dict:
 
 
 def verdict(differences: list[float], control: list[float]) -> str:
-    """Of the accuracies, question first minus last, one a seed."""
+    """Verdict on differences of accuracy, question first minus last, one a seed."""
     if min(differences) > SMALLEST and np.mean(differences) > np.mean(control):
         return "same sign"
     return "contradicted" if max(differences) < -SMALLEST else "not resolved"

@@ -83,7 +83,7 @@ def of_arm(runs: list[dict]) -> dict:
 
 
 def verdict(its) -> str:
-    """Of RWKV-4, in the words of the header."""
+    """Verdict on RWKV-4 by the rules of the header."""
     laws, intervals = its["laws"], its["intervals"]
     if laws is None or laws["points"][0] < 5 or laws["points"][1] < 3 or not intervals["samples"]:
         return "not comparable"

@@ -1,4 +1,4 @@
-"""Where a fact is stored, carried and read out: causal tracing (Fig. 11) over many facts, with controls.
+"""Causal tracing of where a model stores, carries and reads out a fact (Fig. 11), over many facts, with controls.
 
 The paper traces one prompt in RWKV-4 430M: noise on the embeddings of "The Eiffel Tower", and at one token and layer
 the clean state and activation restored. The answer comes back from layer 4 of 24 at the subject, and from layer 20 or
@@ -87,7 +87,7 @@ def prompts_of(preset: Preset) -> facts.Prompt:
 
 @partial(jax.jit, static_argnums=0)
 def found(model, params, prompts):
-    """Whether the likeliest token after each prompt is its answer, [P]."""
+    """True where the model's greedy token after a prompt is its answer, [P]."""
     x_PTD, _ = model.apply({"params": params}, prompts.tokens_T, valid_BT=prompts.valid_T, method="hidden")
     logits_P1V = model.apply({"params": params}, x_PTD[:, -1:], method="logits")
     return logits_P1V[:, 0].argmax(-1) == prompts.answer
@@ -147,8 +147,8 @@ def traced(model, params, prompts: facts.Prompt, preset: Preset) -> dict:
 
 
 def trace_one(model, params, prompt: facts.Prompt, sd: float, rng, preset: Preset):
-    """Of one fact: probabilities clean, with the subject noisy and with other tokens noisy; mean effect of all places
-    [kinds]; effect by role [kinds, roles, L]."""
+    """Trace one fact: probabilities of its answer clean, with the subject noisy and with other tokens noisy; mean
+    effect of all places [kinds]; effect by role [kinds, roles, L]."""
     shape = (preset.noises, len(prompt.tokens_T), model.dim)
     noise_NTD = sd * rng.standard_normal(shape, np.float32)
     noise_on = lambda chosen_T: noise_NTD * chosen_T[:, None]
