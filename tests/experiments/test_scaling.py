@@ -57,11 +57,10 @@ def test_chinchilla_law_without_noise_passes_for_a_line_by_r2():
     found = fit.judged(run.SYNTHETIC, fit.chinchilla(run.SYNTHETIC), 1.0001e19)
     line, curve = found["line"], found["saturating"]
     assert curve["floor"] == pytest.approx(1.69, rel=1e-4) and curve["exponent"] == pytest.approx(0.1535, abs=1e-4)
-    assert line["fit"]["r2_explained"] == pytest.approx(0.998, abs=5e-4)
-    assert 0.05 < line["beyond"]["max"] < 0.06
+    assert line["fit"]["r2_explained"] == pytest.approx(0.998, abs=5e-4) and 0.05 < line["beyond"]["max"] < 0.06
     # the two definitions of r^2 part where a law is off by the same sign everywhere
     assert line["beyond"]["r2_correlation"] > 0.99 and line["beyond"]["r2_explained"] < 0.3
-    # at the best split of 6 N D = C between parameters and data no other split is better
+    # no other split of 6 N D = C between parameters and data is better
     of = lambda n, d: 1.69 + 406.4 * n**-0.34 + 410.7 * d**-0.28
     splits = np.geomspace(1e6, 1e12, 2001)
     assert fit.chinchilla(1e19) == pytest.approx(of(splits, 1e19 / 6 / splits).min(), rel=1e-5)
