@@ -36,7 +36,7 @@ def main(
     """Parse `argv`, compute what is missing, write results and figure; returns the exit code.
 
     Args:
-        folder: of the experiment, whose `plot.py` has `draw(results, path)`.
+        folder: of the experiment, whose `plot.py` or `run.py` has `draw(results, path)`.
         doc: docstring of `run.py`; its first line describes the command.
         presets: frozen dataclasses by name: "smoke", "cpu", and others. A field `text` can be set by `--text`.
         cells: (preset, folder for training runs and the like, which stays) -> the preset's cells by name.
@@ -85,7 +85,7 @@ def main(
         results["wall_seconds"] = sum(cell["wall_seconds"] for cell in values.values())
         path = args["out"] / ("results.json" if label in ("smoke", "cpu") else f"{label}.json")
         write_json(path, results | {"stamp": stamp.stamp()})
-        draw(importlib.import_module(f"experiments.{name}.plot").draw, path)
+        draw(name, path)
         if args["out"].resolve() == ledger.HERE / name:
             ledger.refresh()
         for row in results.get("ledger", ()):
@@ -95,10 +95,17 @@ def main(
     return computed(argv)
 
 
-def draw(figure: Callable, path: Path) -> None:
-    """Draw the figure of a results file beside it: figure.png of results.json, gpu.png of gpu.json."""
-    name = "figure.png" if path.name == "results.json" else f"{path.stem}.png"
-    figure(json.loads(path.read_text()), path.with_name(name))
+def draw(name: str, path: Path) -> Path:
+    """Draw the figure of a results file beside it: figure.png of results.json, gpu.png of gpu.json.
+
+    By `draw` of the experiment's plot.py or run.py, or that of every study where it has neither.
+    """
+    files = [file for file in ("plot", "run") if name and (ledger.HERE / name / f"{file}.py").exists()]
+    modules = [f"experiments.{name}.{file}" for file in files] + ["experiments.figures"]  # matplotlib: only now
+    found = (getattr(importlib.import_module(module), "draw", None) for module in modules)
+    figure = path.with_name("figure.png" if path.name == "results.json" else f"{path.stem}.png")
+    next(filter(None, found))(json.loads(path.read_text()), figure)
+    return figure
 
 
 def claim(artefact: str, paper: str, ours: str, verdict: str, **short: str) -> dict:

@@ -1,4 +1,4 @@
-"""Figures without a display, and that of every study without a `plot.py` of its own."""
+"""Figures without a display, and that of every study without a `draw` of its own."""
 
 from pathlib import Path
 

@@ -90,7 +90,6 @@ class Study:
         also: numbers beside the runs, by name, each of a function (config of the base, folder) -> numbers.
         options: flags of the command with their help: the base's fields of that name, or else arguments of `also`.
         conclude: (study, values by name) -> JSON object with "ledger", and "not_run", as in `experiments.command`.
-        figure: (results, path) -> None, draws figure.png; by default `figures.draw`.
         presets: changes of these fields by name. Arms there may be names of some.
     """
 
@@ -108,7 +107,6 @@ class Study:
     also: Callable = dict
     options: dict = field(default_factory=dict)
     conclude: Callable | None = None
-    figure: Callable | None = None
     presets: dict = field(default_factory=dict)
 
 
@@ -333,7 +331,7 @@ def _main(script: Path, doc: str, study: Study) -> None:
         results = concluded(study, label, values) | ({} if args["publish"] else {"draft": True})
         path = path_of(out / script.name, label, args["publish"])
         command.write_json(path, results | {"stamp": stamp.stamp()})
-        command.draw(study.figure or _default_figure, path)
+        command.draw(script.parent.name if script.parents[1] == ledger.HERE else "", path)
     if study.measure:
         print(table(study, results["table"]))
     for row in results.get("ledger", ()):
@@ -341,12 +339,6 @@ def _main(script: Path, doc: str, study: Study) -> None:
     if args["publish"] and out.resolve().parent == ledger.HERE:
         ledger.refresh()
     print(f"written: {path}" if path.exists() else "it runs; nothing was written")
-
-
-def _default_figure(results: dict, path: Path) -> None:
-    from experiments import figures  # matplotlib, which no other part of a study needs
-
-    figures.draw(results, path)
 
 
 def _parser(doc: str, study: Study) -> argparse.ArgumentParser:

@@ -35,7 +35,7 @@ import numpy as np
 
 from experiments import study, sweeps
 from experiments.command import claim, not_run
-from experiments.context import copying, plot
+from experiments.context import copying
 from experiments.context.reading import bits_after_context, bootstrap, reach
 from experiments.statistics import t_interval, told, verdict, wider
 
@@ -189,7 +189,6 @@ STUDY = {
     "held_out": 2**40,  # all
     "also": also,
     "conclude": conclude,
-    "figure": plot.draw,
     "presets": {
         "smoke": {
             "base": TINY, "arms": arms_of(((2, 2),)), "seeds": 1,

@@ -192,7 +192,6 @@ STUDY = {
     "also": lambda model=None: {model: partial(of_model, model)} if model else {},
     "options": {"model": "weights to draw beside: a .pth, a folder, or whatever else rwkv_jax.load reads"},
     "conclude": conclude,
-    "figure": draw,
     "presets": {
         "smoke": {
             "base": {

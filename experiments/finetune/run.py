@@ -162,7 +162,6 @@ STUDY = {
     "run": adapted,
     "options": {"base": "whatever rwkv_jax.load reads, of bytes, instead of training one"},
     "conclude": conclude,
-    "figure": draw,
     "presets": {
         "smoke": {
             "base": {

@@ -36,7 +36,7 @@ import numpy as np
 import rwkv_jax
 from experiments import study, sweeps
 from experiments.command import claim, not_run
-from experiments.lra import classify, files, listops, plot
+from experiments.lra import classify, files, listops
 from rwkv_jax.train import optim
 
 SWEEP = Path(__file__).with_name("sweep.json")
@@ -214,7 +214,6 @@ STUDY = {
     "also": partial(also, ("rwkv4",)),
     "options": {name: f"folder of the public files of {task.title}" for name, task in files.TASKS.items()},
     "conclude": conclude,
-    "figure": plot.draw,
     "presets": {
         "smoke": {"base": TINY | {"buckets": (24,), "batch_size": 16, "judged": 20}},
         "gpu": {"base": LARGE, "arms": EVERY, "also": also},

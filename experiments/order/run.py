@@ -183,7 +183,6 @@ STUDY = {
     "against": None,
     "run": learn,
     "conclude": conclude,
-    "figure": draw,
     "presets": {
         "smoke": {
             "base": {

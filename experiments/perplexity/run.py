@@ -39,7 +39,6 @@ from experiments import measures, statistics, study, sweeps
 from experiments.command import claim, not_run
 from experiments.compare.run import counted_baselines
 from experiments.measures import level
-from experiments.perplexity import plot
 from rwkv_jax import data, train
 from rwkv_jax.data import batches
 from rwkv_jax.train import optim
@@ -168,7 +167,6 @@ STUDY = {
     "sweep": study.Sweep(changes={"steps": BUDGETS[0]}),
     "also": partial(also, tuple(study.MODELS), BUDGETS),
     "conclude": conclude,
-    "figure": plot.draw,
     "presets": {
         "smoke": {"arms": MAIN, "seeds": 1, "budgets": (10, 20), "also": partial(also, MAIN, (10, 20))},
         "gpu": preset((1144, 2289, 4578, 9155), **TABLE_5),

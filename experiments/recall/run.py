@@ -179,7 +179,6 @@ STUDY = {
     ),
     "run": learn,
     "conclude": conclude,
-    "figure": draw,
     "presets": {
         "smoke": {
             "base": {"model.vocab_size": 16, "batch_size": 8, "examples": 64, "every": 32, "tested": 16},

@@ -183,7 +183,6 @@ STUDY = {
     "held_out": 2**16,
     "sweep": LARGE["sweep"]._replace(changes={"steps": 40}),
     "conclude": conclude,
-    "figure": draw,
     "presets": {
         "smoke": {"arms": arms_of(((1, 8),), ARMS[:1]), "seeds": 1, "budgets": (8, 10, 12, 120)},
         "gpu": LARGE,

@@ -160,7 +160,6 @@ STUDY = {
     "sweep": study.Sweep(value=lambda run: run["curve"]["valid_loss_nats"][-1]),
     "prepare": prepare,
     "conclude": conclude,
-    "figure": draw,
     "presets": {
         "smoke": {"base": {"model": TINY, "steps": 8, "eval_every": 1, "eval_tokens": 2**8}},
         "gpu": {

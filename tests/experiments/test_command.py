@@ -24,7 +24,7 @@ class Experiment:
     def __init__(self, folder, monkeypatch):
         self.folder, self.ran, self.interrupted = folder / "reach", [], False
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(command, "draw", lambda figure, path: path)
+        monkeypatch.setattr(command, "draw", lambda name, path: path)
 
     def cells(self, preset, workdir, model=None):
         def cell(name):

@@ -61,7 +61,7 @@ def script(tmp_path, monkeypatch):
     """A study's script as a command: `(argv, its fields) -> exit code`, in a folder of its own."""
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(study.measures, "loss", loss, raising=False)
-    monkeypatch.setattr(command, "draw", lambda figure, path: path)
+    monkeypatch.setattr(command, "draw", lambda name, path: path)
     ran.clear()
 
     def call(*argv, name="run.py", seeds=2, swept=False, base=BASE, options=(), **arms):
