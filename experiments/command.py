@@ -12,6 +12,7 @@ over, which a change of the code asks for and a change of the preset does by its
 """
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -35,7 +36,7 @@ def main(
     """Parse `argv`, compute what is missing, write results and figure; returns the exit code.
 
     Args:
-        folder: of the experiment, whose `plot.py` has `draw(results, path)`.
+        folder: of the experiment, whose `plot.py` or `run.py` has `draw(results, path)`.
         doc: docstring of `run.py`; its first line describes the command.
         presets: frozen dataclasses by name: "smoke", "cpu", and others. A field `text` can be set by `--text`.
         cells: (preset, folder for training runs and the like, which stays) -> the preset's cells by name.
@@ -95,17 +96,28 @@ def main(
 
 
 def draw(name: str, path: Path) -> Path:
-    """The figure of a results file, beside it: figure.png of results.json, gpu.png of gpu.json.
+    """Draw the figure of a results file beside it: figure.png of results.json, gpu.png of gpu.json.
 
-    By `experiments.NAME.plot`, or that of every study where an experiment has none.
+    By `draw` of the experiment's plot.py or run.py, or that of every study where it has neither.
     """
-    from importlib import import_module  # matplotlib, which no child process needs
-
-    has_own = name and (ledger.HERE / name / "plot.py").exists()
-    module = import_module(f"experiments.{name}.plot" if has_own else "experiments.figures")
+    files = [file for file in ("plot", "run") if name and (ledger.HERE / name / f"{file}.py").exists()]
+    modules = [f"experiments.{name}.{file}" for file in files] + ["experiments.figures"]  # matplotlib: only now
+    found = (getattr(importlib.import_module(module), "draw", None) for module in modules)
     figure = path.with_name("figure.png" if path.name == "results.json" else f"{path.stem}.png")
-    module.draw(json.loads(path.read_text()), figure)
+    next(filter(None, found))(json.loads(path.read_text()), figure)
     return figure
+
+
+def claim(artefact: str, paper: str, ours: str, verdict: str, **short: str) -> dict:
+    """Return a row of the ledger; `short` is what the README says in place of a long `ours`."""
+    return {"artefact": artefact, "paper": paper, "ours": ours, "verdict": verdict, **short}
+
+
+def not_run(
+    artefact: str, command: str, hours: float, hardware: str = "one H100 or H200", why: str = "no GPU for so long"
+) -> dict:
+    """Return a row of the table of what was not run."""
+    return {"artefact": artefact, "command": command, "hardware": hardware, "hours": hours, "why": why}
 
 
 def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
