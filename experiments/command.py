@@ -4,6 +4,7 @@
     python -m experiments.NAME.run --preset=gpu       -> gpu.json beside it
     python -m experiments.NAME.run --sweep            learning rates -> sweep.json, where there is something to sweep
     python -m experiments.NAME.run --smoke --out=DIR  seconds, numbers without meaning
+    python -m experiments.NAME.plot                   the figure of results.json, drawn again
 
 A preset is cut into cells, each a function without arguments that returns a JSON object. A cell is kept in
 runs/NAME/PRESET.json as soon as it is computed, so the same command goes on after a kill, on another day or machine
@@ -36,7 +37,7 @@ def main(
     """Parse `argv`, compute what is missing, write results and figure; returns the exit code.
 
     Args:
-        folder: of the experiment, whose `plot.py` or `run.py` has `draw(results, path)`.
+        folder: of the experiment, whose `plot.py` has `draw(results, path)`.
         doc: docstring of `run.py`; its first line describes the command.
         presets: frozen dataclasses by name: "smoke", "cpu", and others. A field `text` can be set by `--text`.
         cells: (preset, folder for training runs and the like, which stays) -> the preset's cells by name.
@@ -98,14 +99,20 @@ def main(
 def draw(name: str, path: Path) -> Path:
     """Draw the figure of a results file beside it: figure.png of results.json, gpu.png of gpu.json.
 
-    By `draw` of the experiment's plot.py or run.py, or that of every study where it has neither.
+    By `draw` of the experiment's plot.py, or that of every study where there is none.
     """
-    files = [file for file in ("plot", "run") if name and (ledger.HERE / name / f"{file}.py").exists()]
-    modules = [f"experiments.{name}.{file}" for file in files] + ["experiments.figures"]  # matplotlib: only now
-    found = (getattr(importlib.import_module(module), "draw", None) for module in modules)
+    own = name and (ledger.HERE / name / "plot.py").exists()
+    module = importlib.import_module(f"experiments.{name}.plot" if own else "experiments.figures")
     figure = path.with_name("figure.png" if path.name == "results.json" else f"{path.stem}.png")
-    next(filter(None, found))(json.loads(path.read_text()), figure)
+    module.draw(json.loads(path.read_text()), figure)
     return figure
+
+
+def redraw(name: str) -> None:
+    """Draw the committed figures of an experiment again: `python -m experiments.NAME.plot`."""
+    for path in (ledger.HERE / name / file for file in ("results.json", "gpu.json")):
+        if path.exists():
+            print(f"written: {draw(name, path)}")
 
 
 def claim(artefact: str, paper: str, ours: str, verdict: str, **short: str) -> dict:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from experiments import command
 from experiments.figures import COLOURS, panels, saved, titled
 
 ARMS = COLOURS | {"extended": "#e67e22", "control": "#f1c40f"}
@@ -36,3 +37,7 @@ def draw(results, path) -> None:
     right.legend(frameon=False, fontsize=8)
     titled(figure, results)
     saved(figure, path)
+
+
+if __name__ == "__main__":
+    command.redraw("context")

@@ -1,5 +1,6 @@
 """The figure of `results.json`: a token's cost against context, ratios beside the law, training against T."""
 
+from experiments import command
 from experiments.figures import COLOURS, panels, saved
 
 LINES = ("-", "--", ":")
@@ -64,3 +65,7 @@ def _training(axis, cells):
     axis.set(xlabel="T, at equal B T", ylabel="tokens/s", ylim=(0, None))
     axis.set_title("training; thin, crosses: temporary memory")
     memory.set(ylabel="MiB", ylim=(0, None))
+
+
+if __name__ == "__main__":
+    command.redraw("inference")

@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.ticker import LogLocator
 
+from experiments import command
 from experiments.figures import COLOURS, panels, saved, titled
 
 AXES = {"tokens": (1e6, "training tokens, millions"), "flops": (1e12, "training TFLOP"), "seconds": (1, "seconds")}
@@ -40,3 +41,7 @@ def draw(results, path) -> None:
     base = results["study"]["base"]
     titled(figure, results, f"{base['model.num_layers']} x {base['model.dim']}, bytes")
     saved(figure, path)
+
+
+if __name__ == "__main__":
+    command.redraw("perplexity")

@@ -28,13 +28,12 @@ weight decay. `cpu` has T 32 instead of 64, 1 to 3 pairs instead of 4, vocabular
 
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
 
 import jax
 import numpy as np
 
 import rwkv_jax
-from experiments import figures, study, tasks
+from experiments import study, tasks
 from experiments.command import claim, not_run
 from experiments.recall.sequences import recall
 
@@ -140,24 +139,6 @@ def conclude(its, values) -> dict:
         larger = not_run("Recall at Zoology's size (Finch paper, Fig. 4)", command, hours=0.4, hardware="one H200")
         results["not_run"] = [larger]
     return results
-
-
-def draw(results: dict, path: Path) -> None:
-    """Draw the share of right answers against examples, a panel for each case."""
-    figure, [axes] = figures.panels(len(results["chance"]), width=4, height=3.6)
-    for axis, (case, chance) in zip(axes, results["chance"].items(), strict=True):
-        axis.axhline(chance, color="grey", linewidth=0.8, linestyle=":", label="one of the values in sight")
-        for name, cell in results["cells"].items():
-            arm, its = name.split(", ", 1)
-            if its.startswith(case):
-                examples, best = zip(
-                    *((examples / 1000, np.max(right)) for examples, right in cell["curve"]), strict=True
-                )
-                axis.plot(examples, best, color=figures.COLOURS[arm], label=arm, linewidth=1.2)
-        axis.set(title=case, xlabel="examples, thousands", ylim=(0, 1.03))
-    axes[0].set_ylabel("answers right")
-    axes[-1].legend(frameon=False, fontsize=8)
-    figures.saved(figure, path)
 
 
 STUDY = {

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from experiments import command
 from experiments.figures import panels, saved, titled
 
 COLORS = {"residual": "#2980b9", "state": "#c0392b", "both": "#2c3e50"}
@@ -39,3 +40,7 @@ def _curves(axis, cell, role):
             axis.fill_between(np.arange(len(mean_L)), low_L, high_L, color=color, alpha=0.2, linewidth=0)
     axis.axhline(cell["random_place"]["both"][0], color="grey", linestyle=":", label="both, random place")
     axis.set_title(role)
+
+
+if __name__ == "__main__":
+    command.redraw("trace")

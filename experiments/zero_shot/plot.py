@@ -1,5 +1,6 @@
 """The figure of `results.json`: the paper's numbers against model size, of all tasks and of LAMBADA."""
 
+from experiments import command
 from experiments.figures import plt, saved
 
 COLOURS = {"RWKV-4": "C3", "Pythia": "C0", "GPT-Neo": "C2", "GPT-J": "C4", "GPT-NeoX": "C5"}
@@ -18,3 +19,7 @@ def draw(results, path) -> None:
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle("arXiv:2305.13048v1, Tables 3 and 4, as published; not run here", fontsize=10)
     saved(figure, path)
+
+
+if __name__ == "__main__":
+    command.redraw("zero_shot")
