@@ -17,7 +17,7 @@ from rwkv_jax.data.tokenizers import get_tokenizer
 from rwkv_jax.models import stack, unstack
 from rwkv_jax.train import optim
 
-PROGRAMS = 90  # a whole run of training under each strategy, files and generation: the kind meets everything here
+PROGRAMS = 90  # whole runs of training, files and generation: the kind meets everything here
 B, T, D, L, V = 2, 6, 8, 4, 11
 LAYERS = {"alone": ("sum",), "hybrid": ("attention", "sum")}
 
