@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-_FORMAT = 3
+_FORMAT = 4
 _RECORD, _SUMS = "record.json", "SHA256SUMS"
 
 _log = logging.getLogger(__name__)

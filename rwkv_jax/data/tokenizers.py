@@ -11,12 +11,18 @@ A tokenizer is a frozen value with
 
 Files are known by their content: a `tokenizer.json` (`characters` makes one whose tokens are characters), the
 character list that the released training code writes, {"0": "\\n", ...} in UTF-16, or the World vocabulary.
+
+The ids of a text depend on nothing else: truncation, padding and BPE dropout that a `tokenizer.json` stores are not
+applied, which one line on stderr says, and its post-processor adds no tokens. The rest of such a file counts: its
+added tokens, special or not, are found in any text, and its normaliser may change the text.
 """
 
 import ast
 import json
 import re
+import string
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -54,11 +60,15 @@ class ByteTokenizer:
                 yield index, np.frombuffer(block, np.uint8)
 
 
-# Where a long text may be cut: before a space between words, or after a lone line break. No pre-tokenizer of the
-# GPT-2, NeoX and GPT-4 kind joins across either. One that puts a space before its input tells the pieces apart: then
-# texts stay whole.
-_CUT = re.compile(rb"(?<=[A-Za-z])(?= [A-Za-z])|(?<=[!-~]\n)(?=[!-~])")
-_CUT_SAMPLE = "some words of a text\nand another line\nas an example\n"
+# Where a long text may be cut: before a space between words, or after a lone line break, but for one before a slash,
+# which GPT-4o's pre-tokenizer joins. No other of the GPT-2, NeoX and GPT-4 kind joins across either. Texts stay whole
+# where a token can lie across a cut, or where pieces of the sample have other tokens than the whole: a tokenizer may
+# put a space before its input. The sample has all characters beside a cut.
+_CUT = re.compile(rb"(?<=[A-Za-z])(?= [A-Za-z])|(?<=[!-~]\n)(?=[!-.0-~])")
+_CUT_TOKEN = re.compile(rb"[A-Za-z] [A-Za-z\0]|[!-~\0]\n[!-.0-~]")  # \0 is where a token begins and ends
+_CUT_SAMPLE = "some words of a text\nand another line\nas an example\n" + "\n".join(
+    [" ".join(string.ascii_letters), *map(chr, range(ord("!"), ord("~") + 1)), ""]
+)
 _PIECE_BYTES = 1 << 16
 _PIECES_AT_ONCE = 16
 
@@ -70,7 +80,7 @@ class FileTokenizer:
     name: str
     vocab_size: int
     library: tokenizers.Tokenizer
-    cuttable: bool  # whether pieces cut at `_CUT` have the tokens of the whole
+    cuttable: bool  # whether pieces cut at `_CUT` have the tokens of the whole; of World too
 
     def encode(self, text: str) -> list[int]:
         return self._batch([text])[0]
@@ -98,6 +108,7 @@ class WorldTokenizer:
     name: str
     library: object
     token_bytes: tuple[bytes, ...]  # [vocab_size]
+    cuttable: bool
     vocab_size: int = 65_536  # of the released models; the last ids have no entry
 
     def encode(self, text: str) -> list[int]:
@@ -124,7 +135,7 @@ def pieces(tokenizer, blocks: Iterable[bytes], num_bytes: int = _PIECE_BYTES) ->
     if isinstance(tokenizer, ByteTokenizer):
         yield from blocks
         return
-    if isinstance(tokenizer, FileTokenizer) and not tokenizer.cuttable:  # no token of World reaches across a cut
+    if not tokenizer.cuttable:
         blocks, num_bytes = [b"".join(blocks)], sys.maxsize
     rest = b""
     for block in blocks:
@@ -166,6 +177,7 @@ def get_tokenizer(name: str) -> Tokenizer:
         max(vocabulary.values())
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{name} is not a file that the tokenizers library reads: {error}") from None
+    _switch_off_settings(str(name), library)
     return ByteTokenizer() if vocabulary == _BYTE_VOCABULARY else _tokenizer(str(name), library)
 
 
@@ -174,18 +186,66 @@ def _format(path: Path) -> str:
         beginning = file.read(64).removeprefix(b"\xff\xfe").replace(b"\0", b"")
     if re.match(rb"\d+ b?['\"]", beginning):
         return "world"
-    return "characters" if re.match(rb'\s*\{\s*"\d+"\s*:', beginning) else "library"
+    if not re.match(rb'\s*\{\s*"\d+"\s*:', beginning):
+        return "library"
+    try:
+        return "world" if any(isinstance(entry, list) for entry in _numbered(path).values()) else "characters"
+    except ValueError:  # which the reader of characters says again
+        return "characters"
+
+
+def _numbered(path: Path) -> dict:
+    """The entries of {"0": ..., "1": ...} in UTF-8 or UTF-16."""
+    data = path.read_bytes().removeprefix(b"\xff\xfe")
+    return files.parse_json(data.decode("utf-16le" if b"\0" in data[:64] else "utf-8"))
+
+
+def _switch_off_settings(name: str, library: tokenizers.Tokenizer) -> None:
+    """Switch off what makes ids depend on the length of a text or on chance."""
+    dropout = getattr(library.model, "dropout", None)
+    stored = {"truncation": library.truncation, "padding": library.padding, "dropout": dropout}
+    library.no_truncation()
+    library.no_padding()
+    if dropout is not None:
+        library.model.dropout = None
+    if any(stored.values()):
+        _say_once(f"{name}: its {' and '.join(filter(stored.get, stored))} will not be applied")
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _tokenizer(name: str, library: tokenizers.Tokenizer) -> FileTokenizer:
     vocab_size = 1 + max(library.get_vocab().values())  # not the count: ids may have gaps
     tokenizer = FileTokenizer(name, vocab_size, library, False)
+    if _lies_across_a_cut(_spellings(library)):
+        return tokenizer
     pieces = [piece.decode() for piece in _CUT.split(_CUT_SAMPLE.encode())]
     try:
         cuttable = [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(_CUT_SAMPLE)
     except ValueError:  # a vocabulary without these letters
         cuttable = False
     return FileTokenizer(name, vocab_size, library, cuttable)
+
+
+def _lies_across_a_cut(tokens: Iterable[bytes]) -> bool:
+    return _CUT_TOKEN.search(b"\0".join([b"", *tokens, b""])) is not None
+
+
+def _spellings(library: tokenizers.Tokenizer) -> Iterator[bytes]:
+    """UTF-8 of the texts that tokens stand for, as far as `_CUT_TOKEN` looks at them."""
+    normalise = library.normalizer.normalize_str if library.normalizer else str
+    texts = list(library.get_vocab())
+    for token in library.get_added_tokens_decoder().values():
+        for content in (token.content, normalise(token.content)):
+            texts.append("\n" * token.lstrip + content + " " * token.rstrip)  # they take the white space beside them
+    for text in texts:
+        yield text.translate(_SPACES).encode()
+
+
+_SPACES = str.maketrans("▁ĠĊ", "  \n")  # as SentencePiece and byte-level BPE write them
 
 
 UNKNOWN = "\ufffd"
@@ -206,9 +266,8 @@ def _of_characters(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
 
 
 def _released_characters(path: Path) -> tokenizers.Tokenizer:
-    data = path.read_bytes().removeprefix(b"\xff\xfe")
     try:
-        entries = files.parse_json(data.decode("utf-16le" if b"\0" in data[:64] else "utf-8"))
+        entries = _numbered(path)
         vocabulary = {character: int(i) for i, character in entries.items()}
         if not all(isinstance(c, str) and len(c) == 1 for c in vocabulary) or len(vocabulary) != len(entries):
             raise ValueError("its values are not distinct characters")
@@ -244,15 +303,46 @@ def _world(name: str, path: Path) -> WorldTokenizer:
     # The package decodes no bytes that are not UTF-8 and panics on ids without an entry: its file is read here too.
     token_bytes = [b""] * WorldTokenizer.vocab_size
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            i, token, num_bytes = re.fullmatch(r"(\d+) (.+) (\d+)", line).groups()
-            token = ast.literal_eval(token)
-            token_bytes[int(i)] = token.encode() if isinstance(token, str) else token
-            if len(token_bytes[int(i)]) != int(num_bytes):
-                raise ValueError(f"token {i} does not have {num_bytes} bytes")
-    except (ValueError, SyntaxError, IndexError, AttributeError) as error:
+        text = path.read_text(encoding="utf-8")
+        for i, token in _world_json(text) if text.lstrip().startswith("{") else _world_lines(text):
+            token_bytes[i] = token
+    except (ValueError, SyntaxError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not the World vocabulary: {error}") from None
-    return WorldTokenizer(name, _world_package().WorldTokenizer(str(path)), tuple(token_bytes))
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="") as lines:
+        lines.write(_world_text(token_bytes))
+        lines.flush()
+        library = _world_package().WorldTokenizer(lines.name)
+    return WorldTokenizer(name, library, tuple(token_bytes), not _lies_across_a_cut(token_bytes))
+
+
+def _world_lines(text: str) -> Iterator[tuple[int, bytes]]:
+    """Ids and tokens of lines such as "98 'a' 1"."""
+    for line in text.splitlines():
+        i, token, num_bytes = re.fullmatch(r"(\d+) (.+) (\d+)", line).groups()
+        token = ast.literal_eval(token)
+        token = token.encode() if isinstance(token, str) else token
+        if len(token) != int(num_bytes):
+            raise ValueError(f"token {i} does not have {num_bytes} bytes")
+        yield int(i), token
+
+
+def _world_json(text: str) -> Iterator[tuple[int, bytes]]:
+    """Ids and tokens of {"98": "a", "129": [128], ...}; tokens that are not UTF-8 are lists of bytes."""
+    for i, token in files.parse_json(text).items():
+        if not i.isdecimal() or not isinstance(token, str | list):
+            raise ValueError(f"entry {i!r}: expected a number, and its text or list of bytes")
+        yield int(i), token.encode() if isinstance(token, str) else bytes(token)
+
+
+def _world_text(token_bytes: Sequence[bytes]) -> str:
+    return "".join(f"{i} {_literal(token)} {len(token)}\n" for i, token in enumerate(token_bytes) if token)
+
+
+def _literal(token: bytes) -> str:
+    try:
+        return repr(token.decode())
+    except UnicodeDecodeError:
+        return repr(token)
 
 
 def save(tokenizer: Tokenizer, folder) -> str:
@@ -266,8 +356,7 @@ def save(tokenizer: Tokenizer, folder) -> str:
     for other in (TOKENIZER_FILE, _CONFIG_FILE) if is_world else (WORLD_FILE,):
         (folder / other).unlink(missing_ok=True)
     if is_world:
-        lines = (f"{i} {_literal(token)} {len(token)}\n" for i, token in enumerate(tokenizer.token_bytes) if token)
-        (folder / WORLD_FILE).write_text("".join(lines), encoding="utf-8", newline="")
+        (folder / WORLD_FILE).write_text(_world_text(tokenizer.token_bytes), encoding="utf-8", newline="")
         return WORLD_FILE
     library = _byte_library() if isinstance(tokenizer, ByteTokenizer) else tokenizer.library
     data = (library.to_str(pretty=True) + "\n").encode()
@@ -281,13 +370,6 @@ def save(tokenizer: Tokenizer, folder) -> str:
     config |= {role: token for role, token in roles.items() if token in special}
     (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
     return TOKENIZER_FILE
-
-
-def _literal(token: bytes) -> str:
-    try:
-        return repr(token.decode())
-    except UnicodeDecodeError:
-        return repr(token)
 
 
 _NEOX_SIZE = 50_277

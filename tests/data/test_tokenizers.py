@@ -1,13 +1,14 @@
 """Tokenizers: text to ids and back, long texts in pieces, streams of text, and files that are damaged."""
 
 import json
+import string
 
 import numpy as np
 import pytest
 import tokenizers
 from texts import byte_level
 
-from rwkv_jax.data.tokenizers import TextStream, characters, get_tokenizer, save
+from rwkv_jax.data.tokenizers import TextStream, characters, get_tokenizer, pieces, save
 
 TEXT = "Ein Käfer sang: 日本語, naïve 😀 family 👩‍👩‍👧, Ελληνικά.\n\n  indented   \t x\n\nreturn value\n"
 
@@ -86,6 +87,71 @@ def test_tokenizer_that_marks_beginnings_is_given_whole_texts(scheme, tmp_path):
     tokenizer = library_of(line, marks, 60, tmp_path / "tokenizer.json")
     [(_, ids)] = tokenizer.encode_documents([[(line * 20_000).encode()]])
     assert ids.tolist() == tokenizer.encode(line * 20_000)
+
+
+def added(content, normalizer=None, **flags):
+    def change(library):
+        library.normalizer = normalizer
+        library.add_tokens([tokenizers.AddedToken(content, **flags)])
+
+    return change
+
+
+SPLIT = tokenizers.pre_tokenizers.Split
+ACROSS_CUTS = {
+    "a space": (added("York is"), "New York is a city\n"),
+    "a line break": (added("\nNew"), "a city\nNew York\n"),
+    "a space at its end": (added("York "), "New York is a city\n"),
+    "a space once normalised": (added("York\u00a0is", tokenizers.normalizers.NFKC()), "New York is a city\n"),
+    "a space as SentencePiece writes it": (
+        added("York▁is", tokenizers.normalizers.Replace(" ", "▁")),
+        "New York is a city\n",
+    ),
+    "white space before it": (added("York", lstrip=True), "New\nYork\n"),
+    "white space after it": (added("York", rstrip=True), "New York is a city\n"),
+    "no pre-tokenizer": (lambda library: setattr(library, "pre_tokenizer", None), "New York is a city\n"),
+    "pieces of one length": (
+        lambda library: setattr(library, "pre_tokenizer", tokenizers.pre_tokenizers.FixedLength(7)),
+        "New York is a city\n",
+    ),
+    "the pre-tokenizer of GPT-4o": (
+        lambda library: setattr(
+            library, "pre_tokenizer", SPLIT(tokenizers.Regex(r"[^\s\w]+[\r\n/]*| ?\w+|\s+"), "isolated")
+        ),
+        "New. York.\n/is\n",
+    ),
+}
+
+
+def assert_cut_anywhere_as_whole(tokenizer, text):
+    cut = [piece.decode() for piece in pieces(tokenizer, [text.encode()], num_bytes=1)]
+    assert [i for piece in cut for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", ACROSS_CUTS)
+def test_tokenizer_cuts_no_text_where_a_token_lies(kind, tmp_path):
+    change, line = ACROSS_CUTS[kind]
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    change(library)
+    letters = [*string.ascii_letters, *"/.ĠĊ▁ \n"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=90, show_progress=False, initial_alphabet=letters)
+    library.train_from_iterator([line] * 50, trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert_cut_anywhere_as_whole(get_tokenizer(str(tmp_path / "tokenizer.json")), line * 20)
+
+
+def test_tokenizer_file_applies_no_stored_truncation_padding_or_dropout(bpe, tmp_path, capsys):
+    library = tokenizers.Tokenizer.from_str(bpe.library.to_str())
+    library.enable_truncation(4)
+    library.enable_padding(length=1000)
+    library.model.dropout = 0.5
+    ends = [("<|endoftext|>", 0)]
+    library.post_processor = tokenizers.processors.TemplateProcessing("$A <|endoftext|>", special_tokens=ends)
+    path = str(tmp_path / "stored.json")
+    library.save(path)
+    assert get_tokenizer(path).encode(TEXT) == get_tokenizer(path).encode(TEXT) == bpe.encode(TEXT)
+    assert capsys.readouterr().err == f"{path}: its truncation and padding and dropout will not be applied\n"
 
 
 def test_tokenizer_never_cuts_a_line_break_from_a_wide_space(tmp_path):
@@ -219,13 +285,35 @@ def test_world_ids_are_the_released_ones(world):
     assert world.decode([0xE6 + 1, 0, 0x97 + 1]) == "\ufffd" and world.decode([0x80 + 1, 98]) == "\ufffda"
 
 
+def test_world_is_read_from_json(world, tmp_path):
+    entries = {str(i): token for i, token in enumerate(world.token_bytes) if token}
+    for i, token in entries.items():
+        try:
+            entries[i] = token.decode()
+        except UnicodeDecodeError:
+            entries[i] = list(token)
+    (tmp_path / "world.json").write_text(json.dumps(entries))
+    found = get_tokenizer(str(tmp_path / "world.json"))
+    assert found.token_bytes == world.token_bytes and found.encode(TEXT) == world.encode(TEXT)
+
+
+def test_world_vocabulary_of_another_kind_is_not_cut_inside_its_tokens(tmp_path):
+    pytest.importorskip("pyrwkv_tokenizer", reason="the World tokenizer is an extra")
+    tokens = [*map(chr, range(128)), "York is"]
+    (tmp_path / "own.txt").write_text("".join(f"{i} {t!r} {len(t)}\n" for i, t in enumerate(tokens, 1)))
+    assert_cut_anywhere_as_whole(get_tokenizer(str(tmp_path / "own.txt")), "New York is a city\n" * 20)
+
+
 def test_world_without_its_package_names_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyrwkv_tokenizer", None)
     with pytest.raises(ValueError, match=r"pip install pyrwkv-tokenizer$"):
         get_tokenizer("world")
 
 
-@pytest.mark.parametrize("line", ["1 'a' 2\n", "70000 'a' 1\n", "1 'a\n", "1 'a' 1\nrubbish\n"])
+DAMAGED = ["1 'a' 2\n", "70000 'a' 1\n", "1 'a\n", "1 'a' 1\nrubbish\n", '{"1": [300]}', '{"1": [128], "-2": "a"}']
+
+
+@pytest.mark.parametrize("line", DAMAGED)
 def test_world_vocabulary_that_is_damaged_is_refused(line, tmp_path):
     (tmp_path / "vocab.txt").write_text(line)
     with pytest.raises(ValueError, match=r"vocab\.txt is not the World vocabulary: "):
