@@ -20,14 +20,15 @@ from pathlib import Path
 from rwkv_jax.data.corpus import Document, Source, splitter
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-_SPLIT_NAME = re.compile(r"(train)|(valid|validation|val|dev)|(test)")
+# A whole word: devices.jsonl and testimonials.jsonl are no splits.
+_SPLIT_NAME = re.compile(r"(?:(train)|(valid|validation|val|dev)|(test))(?![^\W\d_])", re.IGNORECASE)
 
 
 def source(path: Path, text: str, prompt: str) -> Source:
     """Source for a file or a folder of files.
 
-    Files whose names begin with train, valid (or validation, val, dev) and test are these splits. `splitter` takes
-    the splits that are missing from the rest.
+    Files whose names begin with the word train, valid (or validation, val, dev) or test are these splits, all others
+    train. `splitter` takes the splits that are missing from train.
     """
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if is_jsonl(file))
     stats = [file.stat() for file in files]
@@ -82,7 +83,7 @@ def documents(parts: Iterable[tuple[str, Iterable]], make: Callable) -> Iterator
     """Yield the documents of records.
 
     Args:
-        parts: pairs of the name of a split, or a file name that begins with it, and its records, each preceded by
+        parts: pairs of the name of a split, or a file name that begins with it as a word, and its records, each preceded by
             its place for error messages.
         make: returned by `maker`.
     """

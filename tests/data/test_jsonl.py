@@ -37,6 +37,17 @@ def test_jsonl_folder_is_split_by_file_names(tmp_path):
     assert {text[:1] for text in train} == {b"t", b"u"}
 
 
+def test_jsonl_split_names_are_whole_words(tmp_path):
+    trains = ["devices", "testimonials", "values", "validity", "développement", "my-test", "training"]
+    for split, names in enumerate(
+        (trains, ["dev", "val_0", "Validation-00000-of-00001"], ["test", "TEST.2", "test3"])
+    ):
+        for name in names:
+            write_jsonl(tmp_path / "set" / f"{name}.jsonl", [{"text": f"{split} {name}"}])
+    for split, found in enumerate(splits_of(prepare(str(tmp_path / "set")))):
+        assert {text[:1] for text in parts(found)} == {b"%d" % split}
+
+
 def test_jsonl_of_three_texts_fills_three_splits_and_of_two_is_refused(tmp_path):
     corpus = prepare(write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("a", "a", "b", "c")]))
     assert [parts(split) for split in splits_of(corpus)] == [[b"a", b"a"], [b"b"], [b"c"]]
