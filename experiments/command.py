@@ -87,7 +87,7 @@ def main(
         path = args["out"] / ("results.json" if label in ("smoke", "cpu") else f"{label}.json")
         write_json(path, results | {"stamp": stamp.stamp()})
         draw(name, path)
-        if args["out"].resolve() == ledger.HERE / name:
+        if args["out"].resolve() == (ledger.HERE / name).resolve():
             ledger.refresh()
         for row in results.get("ledger", ()):
             print("{artefact}: {ours} (paper: {paper}): {verdict}".format(**row))

@@ -297,7 +297,7 @@ def fields_of(study: Study) -> dict:
 def main(**fields) -> None:
     """The command of the script that calls it, whose docstring describes the study. Takes the fields of `Study`."""
     caller = inspect.currentframe().f_back.f_globals
-    script, doc = Path(caller["__file__"]).resolve(), inspect.cleandoc(caller["__doc__"] or "A study.")
+    script, doc = Path(caller["__file__"]).absolute(), inspect.cleandoc(caller["__doc__"] or "A study.")
     run = reported(command.STOPPED)(lambda _: _main(script, doc, Study(**fields)))
     if code := run():
         sys.exit(code)
@@ -336,7 +336,7 @@ def _main(script: Path, doc: str, study: Study) -> None:
         print(table(study, results["table"]))
     for row in results.get("ledger", ()):
         print("{artefact}: {ours} (paper: {paper}): {verdict}".format(**row))
-    if args["publish"] and out.resolve().parent == ledger.HERE:
+    if args["publish"] and out.resolve().parent == ledger.HERE.resolve():
         ledger.refresh()
     print(f"written: {path}" if path.exists() else "it runs; nothing was written")
 

@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 def read(workdirs) -> list[Run]:
     """The runs of some workdirs, each once. ValueError where one holds no run, or a damaged one."""
-    folders = list(dict.fromkeys(Path(workdir).resolve() for workdir in workdirs))
+    folders = list({Path(workdir).resolve(): Path(workdir).absolute() for workdir in workdirs}.values())
     depth = next(n for n in itertools.count(1) if len({f.parts[-n:] for f in folders}) == len(folders))
     return [_read(folder, "/".join(folder.parts[-depth:])) for folder in folders]
 

@@ -8,14 +8,16 @@
 import contextlib
 import hashlib
 import json
+import sys
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from rwkv_jax.data import cache, hub, jsonl, megatron, named, tokenfiles
+from rwkv_jax.data import cache, contents, hub, jsonl, megatron, named, tokenfiles
 from rwkv_jax.data import text as texts
-from rwkv_jax.data.corpus import SEPARATOR, SPLITS, Corpus, Source, Split
+from rwkv_jax.data.corpus import SEPARATOR, SPLITS, Corpus, Source, Split, left_out
 from rwkv_jax.data.encode import Piece, encode
 from rwkv_jax.data.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, save
 from rwkv_jax.files import user_path
@@ -29,7 +31,7 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
             "hf:NAME[:SPLIT]" (a dataset of the hub, or of a folder: see `data.hub`), or a path:
             a text file: cut by position, at 90 and 95 % of its bytes;
             a folder of text files: see `data.text`;
-            `.jsonl`, `.jsonl.gz` or a folder of such: see `data.jsonl`;
+            JSON lines, or a folder of such, whatever their names: see `data.jsonl`;
             `.npy`, or a Megatron pair by either file or its prefix: tokens, see `data.tokenfiles`.
         tokenizer: "bytes" (a file may then hold any bytes), "characters" (those of the training split; the result
             names the file that lists them), or another argument of `get_tokenizer`; for a token file, the tokenizer
@@ -37,30 +39,36 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
         text: for JSONL and `hf:`, the field or template of the text.
         prompt: for JSONL and `hf:`, the field or template of what precedes the text and is no target.
 
+    One line on stderr says how many files or objects are left out, and why.
+
     Raises:
         FileNotFoundError: no such source or tokenizer.
         OSError: a download failed.
-        ValueError: the source is damaged, holds no text, is too small for three splits, or is not UTF-8, which every
-            tokenizer but bytes needs.
+        ValueError: the source is damaged or compressed, holds no text, is too small for three splits, is not UTF-8,
+            which every tokenizer but bytes needs, or has no fields that `text` or `prompt` could name.
     """
     encoder = None if tokenizer == "characters" else get_tokenizer(tokenizer)
     is_named = encoder is None or encoder.name in NAMES
     encoder_id = tokenizer if is_named else hashlib.sha256(user_path(tokenizer).read_bytes()).hexdigest()
-    is_path = source not in ("stdlib", *named.NAMED) and not source.startswith(hub.PREFIX)
-    if is_path and (file := tokenfiles.find(user_path(source))):
+    path = _path(source)
+    if path and (file := tokenfiles.find(path)):
+        _expect_no_fields(source, text, prompt)
         if encoder is None:
             raise ValueError(f"{source} holds tokens, not text: name the tokenizer that made them")
         return tokenfiles.read(file, encoder, encoder_id)
     found = _find(source, tokenizer, text, prompt)
     folder = cache.folder(found.name, [found.identity, encoder_id])
+    at_first = Counter(found.tally)  # what reading the documents does not change
 
     def make(partial: Path) -> dict:
         if encoder is None:
             save(characters(b"".join(d.blocks).decode() for d in found.documents() if d.split == 0), partial)
-        return _write(partial, found, source, encoder or get_tokenizer(str(partial / TOKENIZER_FILE)), encoder_id)
+        record = _write(partial, found, source, encoder or get_tokenizer(str(partial / TOKENIZER_FILE)), encoder_id)
+        return record | {"tally": [[*key, n] for key, n in (found.tally - at_first).items()]}
 
     with _expect_utf8(source, tokenizer):
         record = cache.made(folder, make)
+    _say_left_out(source, at_first + Counter({(what, reason): n for what, reason, n in record["tally"]}))
     encoder = encoder or get_tokenizer(str(folder / TOKENIZER_FILE))
     splits = [_read(folder, split, record) for split in SPLITS]
     return Corpus(found.name, encoder.name, encoder.vocab_size, record["sha256"], *splits)
@@ -83,7 +91,32 @@ def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") ->
     )
     dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.int32
     with _expect_utf8(source, tokenizer):
-        return megatron.write(user_path(prefix), documents, dtype)
+        num_documents = megatron.write(user_path(prefix), documents, dtype)
+    _say_left_out(source, found.tally)
+    return num_documents
+
+
+def has_fields(source: str, text: str = "text", prompt: str = "") -> bool:
+    """True for JSON lines and `hf:`, to which `text` and `prompt` apply."""
+    if path := _path(source):
+        return not tokenfiles.find(path) and bool(jsonl.find(path, text, prompt, Counter()))
+    return source.startswith(hub.PREFIX)
+
+
+def _path(source: str) -> Path | None:
+    is_name = source in ("stdlib", *named.NAMED) or source.startswith(hub.PREFIX)
+    return None if is_name else contents.absolute(user_path(source))
+
+
+def _expect_no_fields(source: str, text: str, prompt: str) -> None:
+    if {"text": text, "prompt": prompt} != jsonl.PLAIN:
+        fields = f"text={text!r} and prompt={prompt!r}"
+        raise ValueError(f"{source} holds no JSON lines (one object a line), to which {fields} could apply")
+
+
+def _say_left_out(source: str, tally: Counter) -> None:
+    if line := left_out(tally, f"{source}: "):
+        print(line, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -97,12 +130,10 @@ def _expect_utf8(source: str, tokenizer: str):
 def _find(source: str, tokenizer: str, text: str, prompt: str) -> Source:
     if source.startswith(hub.PREFIX):
         return hub.source(source, text, prompt)
-    if source in named.NAMED:
-        return named.source(source, exact=tokenizer == "bytes")
-    path = user_path(source)
-    if source != "stdlib" and path.exists() and jsonl.is_jsonl(path):
-        return jsonl.source(path.resolve(), text, prompt)
-    return texts.source(source, exact=tokenizer == "bytes")
+    if (path := _path(source)) and (found := jsonl.source(path, text, prompt)):
+        return found
+    _expect_no_fields(source, text, prompt)
+    return (named if source in named.NAMED else texts).source(source, exact=tokenizer == "bytes")
 
 
 def _document_number(encoded: tuple[Piece, np.ndarray]) -> int:

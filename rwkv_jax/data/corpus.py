@@ -1,6 +1,7 @@
 """Types of a corpus: documents before tokenization, and splits of tokens after it."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -48,7 +49,23 @@ class Source(NamedTuple):
     identity: list  # JSON values that change when the documents do
     num_bytes: int | None  # approximate, for the progress bar
     documents: Callable[[], Iterator[Document]]
+    tally: Counter  # complete once all documents were read: {("files", "empty"): 3, ("files", READ): 7}
     has_prompts: bool = False
+
+
+READ = "read"
+
+
+def left_out(tally: Counter, before: str) -> str:
+    """`before`, and how many of what were left out, and why; empty where nothing was."""
+    parts = []
+    for what in dict.fromkeys(what for what, _ in tally):
+        counts = {reason: count for (its, reason), count in tally.items() if its == what and count}
+        total = sum(counts.values())
+        if missing := total - counts.pop(READ, 0):
+            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts.items())
+            parts.append(f"{missing:,} of {total:,} {what} ({reasons})")
+    return f"{before}left out: {'; '.join(parts)}" if parts else ""
 
 
 def splitter(absent=(1, 2)) -> Callable[[bytes], int]:

@@ -5,9 +5,10 @@ train, validation and test are the three splits; `splitter` takes those that are
 are fields or templates, as for JSONL. Name a revision where the dataset may change: the cache does not notice it.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
-from rwkv_jax.data import jsonl
+from rwkv_jax.data import contents, jsonl
 from rwkv_jax.data.corpus import Source
 from rwkv_jax.files import user_path
 
@@ -27,18 +28,19 @@ def source(spec: str, text: str, prompt: str) -> Source:
     make = jsonl.maker(text, prompt)
     identity = [spec, text, prompt]
     if (path := user_path(name)).is_dir():
-        name, title = str(path), path.resolve().name
+        name, title = str(path), contents.absolute(path).name
         files = sorted(file for file in path.rglob("*") if file.is_file())
         identity += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     else:
         title = name.replace("/", "-")
     config, split = [None, None, *rest][-2:]
+    tally = Counter()
 
     def documents():
         found = _load(spec, name, config, split, revision or None)
-        return jsonl.documents(((part, _records(spec, part, rows)) for part, rows in found.items()), make)
+        return jsonl.documents(((part, _records(spec, part, rows)) for part, rows in found.items()), make, tally)
 
-    return Source(title, identity, None, documents, bool(prompt))
+    return Source(title, identity, None, documents, tally, bool(prompt))
 
 
 def _load(spec: str, name: str, config: str | None, split: str | None, revision: str | None) -> dict:

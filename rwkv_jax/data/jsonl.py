@@ -6,47 +6,61 @@
     prompt="Question: {question}\\n\\nAnswer:", text=" {answer}"
 
 The prompt precedes the text and is no target. The two are tokenized separately, so no token spans both. Objects
-whose text is empty are left out.
+whose text is empty are left out. Files may be compressed by gzip, bzip2 or xz.
 """
 
-import gzip
-import json
 import re
 import string
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from rwkv_jax.data.corpus import Document, Source, splitter
+from rwkv_jax import files
+from rwkv_jax.data import contents
+from rwkv_jax.data.corpus import READ, Document, Source, splitter
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
+PLAIN = {"text": "text", "prompt": ""}  # the fields where the user names none
 # A whole word: devices.jsonl and testimonials.jsonl are no splits.
 _SPLIT_NAME = re.compile(r"(?:(train)|(valid|validation|val|dev)|(test))(?![^\W\d_])", re.IGNORECASE)
 
 
-def source(path: Path, text: str, prompt: str) -> Source:
-    """Source for a file or a folder of files.
+def source(path: Path, text: str, prompt: str) -> Source | None:
+    """Source for a file or a folder of files; None where it holds no JSON lines.
 
-    Files whose names begin with the word train, valid (or validation, val, dev) or test are these splits, all others
-    train. `splitter` takes the splits that are missing from train.
+    Files whose names, or else folders, begin with the word train, valid (or validation, val, dev) or test are these
+    splits, all others train. `splitter` takes the splits that are missing from train.
     """
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if is_jsonl(file))
-    stats = [file.stat() for file in files]
-    identity = [str(file) for file in files] + [[s.st_size, s.st_mtime_ns] for s in stats] + [text, prompt]
-    packed = any(file.suffix == ".gz" for file in files)
+    tally = Counter()
+    named = find(path, text, prompt, tally)
+    if not named:
+        return None
+    stats = [file.stat() for _, file in named]
+    identity = [str(file) for _, file in named] + [[s.st_size, s.st_mtime_ns] for s in stats] + [text, prompt]
+    packed = any(contents.packing(file) for _, file in named)
     num_bytes = None if packed else sum(s.st_size for s in stats)
     make = maker(text, prompt)
-    names = [file.name for file in files] if len(files) > 1 else ["train"]
-    parts = lambda: zip(names, map(_records, files), strict=True)
-    return Source(path.name, identity, num_bytes, lambda: documents(parts(), make), bool(prompt))
+    parts = lambda: ((name if len(named) > 1 else "train", _records(file)) for name, file in named)
+    return Source(path.name, identity, num_bytes, lambda: documents(parts(), make, tally), tally, bool(prompt))
 
 
-def is_jsonl(path: Path) -> bool:
-    """Tell whether this is such a file, or a folder whose visible entries all are."""
-    if path.is_dir():
-        files = [file for file in path.iterdir() if not file.name.startswith(".")]
-        return bool(files) and all(file.is_file() and is_jsonl(file) for file in files)
-    return path.name.endswith(SUFFIXES)
+def find(path: Path, text: str, prompt: str, tally: Counter) -> list[tuple[str, Path]]:
+    """Names and paths of the files of JSON lines, the others counted in `tally`.
+
+    Those of a folder are read alone where the user names fields, or where they are at least half of its bytes, what is
+    compressed otherwise aside: a README may lie beside them. Else they are texts like the others, and this is empty.
+    """
+    if not path.is_dir():
+        return [(path.name, path)] if path.is_file() and contents.is_json_lines(path) else []
+    named = contents.visible(path, tally)
+    found = [(name, file) for name, file in named if contents.is_json_lines(file)]
+    others = [file for name, file in named if (name, file) not in set(found)]
+    num_bytes = sum(file.stat().st_size for _, file in found)
+    are_named = {"text": text, "prompt": prompt} != PLAIN
+    if not are_named and num_bytes < sum(file.stat().st_size for file in others if not contents.packing(file)):
+        return []
+    tally["files", READ] += len(found)
+    tally["files", "not JSON lines"] += len(others)
+    return found
 
 
 def maker(text: str, prompt: str) -> Callable[[dict], tuple[bytes, bytes]]:
@@ -79,46 +93,47 @@ def _value(record: dict, field: str) -> str:
     return str(value)
 
 
-def documents(parts: Iterable[tuple[str, Iterable]], make: Callable) -> Iterator[Document]:
-    """Yield the documents of records.
+def documents(parts: Iterable[tuple[str, Iterable]], make: Callable, tally: Counter) -> Iterator[Document]:
+    """Yield the documents of records, whose number, and that of those without text, is in `tally` at the end.
 
     Args:
-        parts: pairs of the name of a split, or a file name that begins with it as a word, and its records, each preceded by
-            its place for error messages.
+        parts: pairs of the name of a split, or a path that says one, and its records, each preceded by its place for
+            error messages.
         make: returned by `maker`.
     """
     parts = [(_named_split(name), records) for name, records in parts]
     given = {split for split, _ in parts}
     split_of = splitter([split for split in (1, 2) if split not in given])
+    counts = Counter()
     for split, records in parts:
         for place, record in records:
             try:
-                if not isinstance(record, dict):
-                    raise ValueError(f"expected an object, found {type(record).__name__}")
                 prompt, text = make(record)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
+            counts["objects", READ if text else "without text"] += 1
             if text:
                 yield Document(split or split_of(prompt + text), [text], prompt)
+    tally |= counts  # which are the same where documents are read again
 
 
-def _named_split(name: str) -> int:
-    """Index in SPLITS for the name of a file or split; train unless it says otherwise."""
-    match = _SPLIT_NAME.match(name)
-    return match.lastindex - 1 if match else 0
+def _named_split(path: str) -> int:
+    """Index in SPLITS for the name of a file or split, or the first of its folders that says one; train if none."""
+    for name in reversed(path.split("/")):
+        if match := _SPLIT_NAME.match(name):
+            return match.lastindex - 1
+    return 0
 
 
-def _records(file: Path) -> Iterator[tuple[str, object]]:
+def _records(file: Path) -> Iterator[tuple[str, dict]]:
     """Yield place and content of each line that is not blank."""
     number = 0
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+    with contents.opened(file) as lines:
+        try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{file}:{number}", json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}:{number}: not UTF-8: {error.reason}") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file}: damaged after line {number}: {error}") from None
+                    yield f"{file}:{number}", files.parse_json(line.rstrip())
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: {error}") from None
+        except contents.DAMAGED as error:
+            raise ValueError(f"{file}: damaged after line {number}: {error}") from None

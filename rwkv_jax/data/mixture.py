@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rwkv_jax import data, files
+from rwkv_jax.data import build
 
 _PART = re.compile(r"(.+):(\d+(?:\.\d*)?|\.\d+)")
 
@@ -46,7 +47,7 @@ class Mixture(NamedTuple):
 
 def prepare(source: str, tokenizer: str = "bytes", **fields: str) -> Mixture:
     """The tokens of `source`: what `data.prepare` takes, or several of these as SOURCE:WEIGHT,SOURCE:WEIGHT.
-    `fields`, the text and prompt of JSONL, are those of all.
+    `fields`, text and prompt, are those of all parts that are JSONL.
 
     Raises:
         ValueError: a part without a weight above 0, or a tokenizer that each part would make its own of.
@@ -61,7 +62,9 @@ def prepare(source: str, tokenizer: str = "bytes", **fields: str) -> Mixture:
             raise ValueError(f"corpus part {part!r} has no weight above 0, expected SOURCE:WEIGHT,SOURCE:WEIGHT")
     if tokenizer == "characters":
         raise ValueError("tokenizer is 'characters', expected one that does not depend on the corpus of a mixture")
-    parts = tuple(data.prepare(match[1].strip(), tokenizer, **fields) for match in matches)
+    sources = [match[1].strip() for match in matches]
+    with_fields = [source for source in sources if build.has_fields(source, **fields)] or sources  # none: it is said
+    parts = tuple(data.prepare(s, tokenizer, **(fields if s in with_fields else {})) for s in sources)
     total = sum(Fraction(match[2]) for match in matches)
     weights = tuple(Fraction(match[2]) / total for match in matches)
     digest = hashlib.sha256(

@@ -11,6 +11,7 @@ first home is gone; the URL is a copy with the same digest. These URLs were not 
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def source(name: str, exact: bool) -> Source:
         exact: allows a cut inside a character.
     """
     identity = [name, list(NAMED[name].values())]
-    return Source(name, identity, None, lambda: _documents(name, exact))
+    return Source(name, identity, None, lambda: _documents(name, exact), Counter())
 
 
 def _documents(name: str, exact: bool) -> Iterator[Document]:

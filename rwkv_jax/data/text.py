@@ -1,8 +1,9 @@
 """Text of files: Python's standard library, a local file or a folder, and its splits.
 
 A file is cut by position, at 90 and 95 % of its bytes. The files of a folder are split by the hash of their
-relative path or, when fewer than 20, laid end to end and cut like one file. Left out of a folder are hidden files,
-files that are not UTF-8 text, and files more than half of whose lines occur in files before them, by order of path.
+relative path or, when fewer than 20, laid end to end and cut like one file. Left out of a folder, and counted, are
+hidden files and linked folders, files that are not UTF-8 text, and files more than half of whose lines occur in files
+before them, by order of path.
 """
 
 import codecs
@@ -12,7 +13,9 @@ import platform
 import sysconfig
 import zlib
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_jax.data.corpus import Document, Source
+from rwkv_jax.data import contents
+from rwkv_jax.data.corpus import READ, Document, Source, left_out
 from rwkv_jax.files import user_path
 
 _BLOCK_BYTES = 1 << 20
@@ -64,15 +68,19 @@ def source(name: str, exact: bool) -> Source:
         exact: allows a cut inside a character.
     """
     path = user_path(name)
-    title, identity, files = _stdlib() if name == "stdlib" else _local(path)
+    tally = Counter()
+    title, identity, files = _stdlib() if name == "stdlib" else _local(path, tally)
     is_folder = name == "stdlib" or path.is_dir()
+    splits = cache(lambda: _split(files, is_folder, name, exact, tally))
 
     def documents():
-        for split, parts in enumerate(_split(files, is_folder, name, exact)):
+        for split, parts in enumerate(splits()):
             for part in parts:
                 yield Document(split, blocks(part.path, part.begin, part.end), name=part.name)
 
-    return Source(title, identity, sum(file.end for file in files), documents)
+    is_ours = name == "stdlib"  # what it leaves out is no news
+    num_bytes = sum(file.end for file in files)
+    return Source(title, identity, num_bytes, documents, Counter() if is_ours else tally)
 
 
 def blocks(path: str | Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -92,36 +100,42 @@ def _stdlib() -> tuple[str, list, list[_File]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [root / f"{module}.py" for module in _STDLIB]
     paths += [path for module in _STDLIB for path in (root / module).rglob("*.py")]
-    files = _files(root, [path for path in paths if "/test" not in path.relative_to(root).as_posix()])
+    named = sorted((path.relative_to(root).as_posix(), path) for path in paths if path.is_file())
+    files = [file for file in _files(named) if file.end and "/test" not in file.name]
     if not files:
         raise ValueError(f"no source of the standard library in {root}: name a text file or folder instead")
     name = f"stdlib-{platform.python_version()}"
-    contents = [(file.name, hashlib.sha256(Path(file.path).read_bytes()).hexdigest()) for file in files]
-    return name, [name, contents], files
+    digests = [(file.name, hashlib.sha256(Path(file.path).read_bytes()).hexdigest()) for file in files]
+    return name, [name, digests], files
 
 
-def _local(path: Path) -> tuple[str, list, list[_File]]:
+def _local(path: Path, tally: Counter) -> tuple[str, list, list[_File]]:
     if not path.exists():
         raise FileNotFoundError(f"no corpus {path}: expected 'stdlib', a name such as enwik8, or a path")
-    path = path.resolve()
-    visible = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
-    files = _files(path, visible) if path.is_dir() else _files(path.parent, [path])
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a pipe or device, and a corpus is read twice: expected a file or a folder")
+    path = contents.absolute(path)
+    if path.is_dir():
+        files = _files(contents.visible(path, tally))
+    else:
+        contents.expect_plain(path)
+        files = _files([(path.name, path)] if path.stat().st_size else [])
     if not files:
-        raise ValueError(f"{path} is empty: expected a text file, or a folder of visible text files")
+        raise ValueError(
+            f"{path} is empty: expected a text file, or a folder of visible text files{left_out(tally, '; ')}"
+        )
     identity = [(file.name, file.end, os.stat(file.path).st_mtime_ns) for file in files]
     return path.name, [str(path), identity], files
 
 
-def _files(root: Path, paths: Iterable[Path]) -> list[_File]:
-    named = sorted((path.relative_to(root).as_posix(), path) for path in paths if path.is_file())
-    files = [_File(name, str(path), 0, path.stat().st_size) for name, path in named]
-    return [file for file in files if file.end]
+def _files(named: Iterable[tuple[str, Path]]) -> list[_File]:
+    return [_File(name, str(path), 0, path.stat().st_size) for name, path in named]
 
 
-def _split(files: list[_File], is_folder: bool, source: str, exact: bool) -> list[list[_File]]:
-    documents = list(_distinct(tqdm(files, desc="files", disable=None, leave=False))) if is_folder else files
+def _split(files: list[_File], is_folder: bool, source: str, exact: bool, tally: Counter) -> list[list[_File]]:
+    documents = list(_distinct(tqdm(files, desc="files", disable=None, leave=False), tally)) if is_folder else files
     if not documents:
-        raise ValueError(f"{source} holds no UTF-8 text")
+        raise ValueError(f"{source} holds no UTF-8 text{left_out(tally, '; ')}")
     splits = [[], [], []]
     for document in documents:
         percent = int.from_bytes(hashlib.sha256(os.fsencode(document.name)).digest()[:8]) % 100
@@ -162,18 +176,24 @@ def _cut_bytes(path: str, position: int) -> int:
     return len(decoder.getstate()[0])
 
 
-def _distinct(files: Iterable[_File]) -> Iterator[_File]:
-    """Yield the text files, but those of which more than half of the lines occur in files before them.
+def _distinct(files: Iterable[_File], tally: Counter) -> Iterator[_File]:
+    """Yield the text files, but those of which more than half of the lines occur in files before them; count the rest.
 
     The lines' 29-bit hashes are in a bit map of 64 MiB: at 1 GB of text, one new line in 50 seems repeated.
     """
     seen = np.zeros(1 << 26, np.uint8)
     for file in files:
-        if (hashes := _line_hashes(file.path)) is not None:
-            byte, bit = hashes >> 3, (1 << (hashes & 7)).astype(np.uint8)
-            if np.mean((seen[byte] & bit) != 0) <= 0.5:
-                np.bitwise_or.at(seen, byte, bit)
-                yield file
+        hashes = _line_hashes(file.path)
+        if hashes is None:
+            tally["files", contents.packing(file.path) or "not UTF-8 text"] += 1
+            continue
+        byte, bit = hashes >> 3, (1 << (hashes & 7)).astype(np.uint8)
+        if np.mean((seen[byte] & bit) != 0) > 0.5:
+            tally["files", "most lines in files before it"] += 1
+            continue
+        np.bitwise_or.at(seen, byte, bit)
+        tally["files", READ] += 1
+        yield file
 
 
 def _line_hashes(path: str) -> np.ndarray | None:

@@ -17,14 +17,24 @@ from rwkv_jax.data.corpus import SEPARATOR, Corpus, Split
 from rwkv_jax.data.tokenizers import Tokenizer
 
 _BLOCK_TOKENS = 1 << 22
+_NPY = b"\x93NUMPY"
 
 
 def find(path: Path) -> Path | None:
     """Return the file of the tokens that `path` names, or None if it names no token file."""
-    if path.suffix == ".npy":
+    if _is_npy(path):
         return path
     prefix = megatron.prefix_of(path)
     return prefix and megatron.with_ending(prefix, ".bin")
+
+
+def _is_npy(path: Path) -> bool:
+    if path.suffix == ".npy":
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_NPY)) == _NPY
 
 
 def read(path: Path, tokenizer: Tokenizer, tokenizer_id: str) -> Corpus:
@@ -34,8 +44,7 @@ def read(path: Path, tokenizer: Tokenizer, tokenizer_id: str) -> Corpus:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or holds no integers or tokens outside the tokenizer's vocabulary.
     """
-    path = path.resolve()
-    tokens, starts = _npy(path) if path.suffix == ".npy" else megatron.read(path.with_suffix(""))
+    tokens, starts = _npy(path) if _is_npy(path) else megatron.read(path.with_suffix(""))
     files = [path] if starts is None else [path, path.with_suffix(".idx")]
     identity = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     folder = cache.folder(path.stem, identity)

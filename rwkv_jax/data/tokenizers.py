@@ -306,7 +306,7 @@ def _world(name: str, path: Path) -> WorldTokenizer:
         text = path.read_text(encoding="utf-8")
         for i, token in _world_json(text) if text.lstrip().startswith("{") else _world_lines(text):
             token_bytes[i] = token
-    except (ValueError, SyntaxError, IndexError, AttributeError, TypeError) as error:
+    except (ValueError, SyntaxError, IndexError, AttributeError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path} is not the World vocabulary: {error}") from None
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="") as lines:
         lines.write(_world_text(token_bytes))

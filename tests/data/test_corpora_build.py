@@ -32,10 +32,11 @@ def test_prepare_with_a_trained_tokenizer_encodes_each_document(tmp_path, bpe):
             assert split.tokens[start + 1 : end].tolist() == tokenizer.encode(texts[name])
 
 
+BINARY = {"a.bin": b"\xff\xfe", "b.bin": bytes(10)}
 SOURCES = {
     "no corpus {}: expected 'stdlib', a name such as enwik8, or a path": lambda path: None,
     "{} is empty: expected a text file, or a folder of visible text files": lambda path: path.mkdir(),
-    "{} holds no UTF-8 text": lambda path: folder_of(path, {"a.bin": b"\xff\xfe", "b.bin": bytes(10)}),
+    "{} holds no UTF-8 text; left out: 2 of 2 files (not UTF-8 text: 2)": lambda path: folder_of(path, BINARY),
     "{} holds 9 bytes of text: too few for train, valid and test": lambda path: path.write_text("9 letters"),
 }
 

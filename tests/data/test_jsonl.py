@@ -94,12 +94,12 @@ def test_jsonl_prompt_and_text_share_no_token(tmp_path):
 @pytest.mark.parametrize(
     ("line", "fields", "message"),
     [
-        (b'{"text": "a"', {}, "not JSON: Expecting ',' delimiter at column 13"),
-        (b"[1]", {}, "expected an object, found list"),
+        (b'{"text": "a"', {}, "no JSON: Expecting ',' delimiter: line 1 column 13 (char 12)"),
+        (b"[1]", {}, "holds a JSON list, expected an object"),
         (b'{"body": "a", "id": 1}', {}, "no field 'text', only 'body', 'id'"),
         (b'{"text": true}', {}, "field 'text' is bool, expected text or a number"),
         (b'{"text": "a"}', {"prompt": "Q: {q}"}, "no field 'q', only 'text'"),
-        (b'{"text": "\xff"}', {}, "not UTF-8: invalid start byte"),
+        (b'{"text": "\xff"}', {}, "no JSON: 'utf-8' codec can't decode byte 0xff in position 10: invalid start byte"),
         (b'{"text": "\\ud800"}', {}, SURROGATE),
     ],
 )

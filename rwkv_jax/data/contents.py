@@ -1,0 +1,108 @@
+"""The files of a path, and what they hold: told from their content, because names promise little.
+
+The file of a hub's cache is called by its hash, and the name that tells its kind is that of the link to it: links are
+never resolved here.
+"""
+
+import bz2
+import codecs
+import gzip
+import lzma
+import os
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import BinaryIO
+
+from rwkv_jax import files
+
+_DECOMPRESS, _UNPACK = "decompress it first", "unpack it first"
+# First bytes -> kind, and what to do about a file that is not read.
+_PACKED = {
+    b"\x1f\x8b": ("gzip", _DECOMPRESS),
+    b"BZh": ("bzip2", _DECOMPRESS),
+    b"\xfd7zXZ\0": ("xz", _DECOMPRESS),
+    b"\x28\xb5\x2f\xfd": ("zstd", _DECOMPRESS),
+    b"\x04\x22\x4d\x18": ("lz4", _DECOMPRESS),
+    b"PK\x03\x04": ("zip", _UNPACK),
+    b"7z\xbc\xaf\x27\x1c": ("7z", _UNPACK),
+    b"Rar!\x1a\x07": ("rar", _UNPACK),
+    b"PAR1\x15": ("parquet", "hf:FOLDER reads the parquet files of a folder"),
+    b"ARROW1\0\0": ("arrow", "hf:FOLDER reads the arrow files of a folder"),
+}
+_OPENERS = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # what these raise
+_MAX_LINE_BYTES = 1 << 24
+
+
+def absolute(path: Path) -> Path:
+    """The absolute path by which a corpus is known; a link keeps its own name, only `..` gets that of its folder."""
+    return path.resolve() if path.name == ".." else path.absolute()
+
+
+def visible(folder: Path, tally: Counter) -> list[tuple[str, Path]]:
+    """Relative names and paths, sorted, of the files in a folder and its subfolders. Left out, and counted in `tally`,
+    are hidden files and folders, linked folders, empty files, and what is no file."""
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        tally["files", "hidden"] += sum(name.startswith(".") for name in (*folders, *names))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        tally["files", "linked folder"] += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            if not path.is_file():
+                tally["files", "neither file nor folder"] += 1
+            elif not path.stat().st_size:
+                tally["files", "empty"] += 1
+            else:
+                found.append((path.relative_to(folder).as_posix(), path))
+    return sorted(found)
+
+
+def _raise(error: OSError):
+    raise error
+
+
+def packing(path: Path) -> str | None:
+    """The format of a file that is compressed or an archive, None for others."""
+    found = _packed(path)
+    return found and found[0]
+
+
+def _packed(path: Path) -> tuple[str, str] | None:
+    with open(path, "rb") as file:
+        head = file.read(10)
+    if head.startswith(b"BZh") and head[4:] != b"1AY&SY":  # three letters may begin a text
+        return None
+    return next((found for magic, found in _PACKED.items() if head.startswith(magic)), None)
+
+
+def expect_plain(path: Path) -> None:
+    """Raise ValueError for a file that is compressed or an archive."""
+    if found := _packed(path):
+        raise ValueError(f"{path} is {found[0]}, not text: {found[1]}")
+
+
+def opened(path: Path) -> BinaryIO:
+    """A file of JSON lines, decompressed; ValueError for a compression that Python does not know."""
+    kind = packing(path)
+    if kind not in (None, *_OPENERS):
+        expect_plain(path)
+    return _OPENERS.get(kind, open)(path, "rb")
+
+
+def is_json_lines(path: Path) -> bool:
+    """True where the name says so, or the first lines, of what is decompressed, are objects, each in one line."""
+    if {".jsonl", ".ndjson"} & {suffix.lower() for suffix in path.suffixes}:
+        return True
+    if packing(path) not in (None, *_OPENERS):
+        return False
+    try:
+        with opened(path) as file:
+            lines = (line.removeprefix(codecs.BOM_UTF8) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b""))
+            first, second = (next((line for line in lines if line.strip()), b"").lstrip() for _ in range(2))
+        if first.startswith(b"{") and second.startswith(b"{"):
+            files.parse_json(first)
+            return True
+    except (ValueError, *DAMAGED):
+        pass
+    return False
