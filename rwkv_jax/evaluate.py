@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from rwkv_jax import command, data, files, interop, runs
-from rwkv_jax.data import tokenizers
+from rwkv_jax.data import contents, tokenizers
 
 POSITIONS = 128  # logits [B, POSITIONS, V] exist at one time
 SEGMENTS = (4, 32, 128, 512)  # lengths that `continuations` reads at one time: few, because each is compiled
@@ -283,6 +283,7 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> data.Split:
 
 
 def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
+    contents.expect_plain(files.user_path(data))
     folder = interop.locate(path)
     model, params = runs.load(folder)
     name = tokenizer or tokenizers.of_model(folder, model.vocab_size)

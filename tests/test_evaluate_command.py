@@ -1,5 +1,6 @@
 """`python -m rwkv_jax.evaluate`: its report, the bytes that it counts, and mistakes in one line."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def test_held_out_counts_bytes_of_the_file_where_the_tokenizer_normalises(tmp_pa
 def test_evaluate_command_reports_mistakes_in_one_line(workdir, case, text, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"K\xe4se")
+    (tmp_path / "packed.txt").write_bytes(gzip.compress(b"text"))
     for size in (10, 300):
         library = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(size)}, unk_token="0"))
         library.save(str(tmp_path / f"{size}.json"))
@@ -98,6 +100,7 @@ def test_evaluate_command_reports_mistakes_in_one_line(workdir, case, text, tmp_
         ({"model": tmp_path / "none.pth"}, "none.pth: no such file"),
         ({"data": tmp_path / "empty.txt"}, "empty.txt is empty"),
         ({"data": tmp_path / "latin.txt", "tokenizer": tmp_path / "10.json"}, "latin.txt is not UTF-8"),
+        ({"data": tmp_path / "packed.txt"}, "packed.txt is gzip, not text: decompress it first"),
         ({"tokenizer": tmp_path / "300.json"}, "has 300 tokens, the model only 256"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"seq_len": -1}, "seq_len is -1"),

@@ -30,6 +30,7 @@ _PACKED = {
     b"PAR1\x15": ("parquet", "hf:FOLDER reads the parquet files of a folder"),
     b"ARROW1\0\0": ("arrow", "hf:FOLDER reads the arrow files of a folder"),
 }
+_TAR, _TAR_AT = b"ustar", 257
 _OPENERS = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # what these raise
 _MAX_LINE_BYTES = 1 << 24
@@ -70,15 +71,17 @@ def packing(path: Path) -> str | None:
 
 def _packed(path: Path) -> tuple[str, str] | None:
     with open(path, "rb") as file:
-        head = file.read(10)
-    if head.startswith(b"BZh") and head[4:] != b"1AY&SY":  # three letters may begin a text
+        head = file.read(_TAR_AT + len(_TAR))
+    if head.endswith(_TAR):
+        return "tar", _UNPACK
+    if head.startswith(b"BZh") and head[4:10] != b"1AY&SY":  # three letters may begin a text
         return None
     return next((found for magic, found in _PACKED.items() if head.startswith(magic)), None)
 
 
 def expect_plain(path: Path) -> None:
-    """Raise ValueError for a file that is compressed or an archive."""
-    if found := _packed(path):
+    """Raise ValueError for a file that is compressed or an archive. A pipe, of which nothing is read here, is none."""
+    if path.is_file() and (found := _packed(path)):
         raise ValueError(f"{path} is {found[0]}, not text: {found[1]}")
 
 

@@ -234,15 +234,14 @@ def _lies_across_a_cut(tokens: Iterable[bytes]) -> bool:
     return _CUT_TOKEN.search(b"\0".join([b"", *tokens, b""])) is not None
 
 
-def _spellings(library: tokenizers.Tokenizer) -> Iterator[bytes]:
+def _spellings(library: tokenizers.Tokenizer) -> list[bytes]:
     """UTF-8 of the texts that tokens stand for, as far as `_CUT_TOKEN` looks at them."""
     normalise = library.normalizer.normalize_str if library.normalizer else str
     texts = list(library.get_vocab())
     for token in library.get_added_tokens_decoder().values():
         for content in (token.content, normalise(token.content)):
             texts.append("\n" * token.lstrip + content + " " * token.rstrip)  # they take the white space beside them
-    for text in texts:
-        yield text.translate(_SPACES).encode()
+    return "\0".join(texts).translate(_SPACES).encode().split(b"\0")
 
 
 _SPACES = str.maketrans("▁ĠĊ", "  \n")  # as SentencePiece and byte-level BPE write them

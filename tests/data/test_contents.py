@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -111,11 +112,21 @@ def zipped(data):
         return file.getvalue()
 
 
+def tarred(data):
+    with io.BytesIO() as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            about = tarfile.TarInfo("a.txt")
+            about.size = len(data)
+            archive.addfile(about, io.BytesIO(data))
+        return file.getvalue()
+
+
 PACKED = {
     "gzip": gzip.compress,
     "bzip2": bz2.compress,
     "xz": lzma.compress,
     "zip": zipped,
+    "tar": tarred,
     "zstd": lambda data: b"\x28\xb5\x2f\xfd" + data,
     "parquet": lambda data: b"PAR1\x15\x04" + data + b"PAR1",
 }
