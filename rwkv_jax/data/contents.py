@@ -33,7 +33,7 @@ _PACKED = {
 _TAR, _TAR_AT = b"ustar", 257
 _OPENERS = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # what these raise
-_MAX_LINE_BYTES = 1 << 24
+_HEAD_BYTES, _MAX_LINE_BYTES = 1 << 12, 1 << 24
 
 
 def absolute(path: Path) -> Path:
@@ -72,7 +72,7 @@ def packing(path: Path) -> str | None:
 def _packed(path: Path) -> tuple[str, str] | None:
     with open(path, "rb") as file:
         head = file.read(_TAR_AT + len(_TAR))
-    if head.endswith(_TAR):
+    if head[_TAR_AT:] == _TAR and b"\0" in head:
         return "tar", _UNPACK
     if head.startswith(b"BZh") and head[4:10] != b"1AY&SY":  # three letters may begin a text
         return None
@@ -97,15 +97,16 @@ def is_json_lines(path: Path) -> bool:
     """True where the name says so, or the first lines, of what is decompressed, are objects, each in one line."""
     if {".jsonl", ".ndjson"} & {suffix.lower() for suffix in path.suffixes}:
         return True
-    if packing(path) not in (None, *_OPENERS):
+    kind = packing(path)
+    if kind not in (None, *_OPENERS):
         return False
     try:
-        with opened(path) as file:
-            lines = (line.removeprefix(codecs.BOM_UTF8) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b""))
-            first, second = (next((line for line in lines if line.strip()), b"").lstrip() for _ in range(2))
-        if first.startswith(b"{") and second.startswith(b"{"):
-            files.parse_json(first)
-            return True
+        with _OPENERS.get(kind, open)(path, "rb") as file:
+            if not file.read(_HEAD_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+                return False
+            file.seek(0)
+            lines = (line for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b"") if line.strip())
+            files.parse_json(next(lines, b""))
+            return next(lines, b"").lstrip().startswith(b"{")
     except (ValueError, *DAMAGED):
-        pass
-    return False
+        return False

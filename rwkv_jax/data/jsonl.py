@@ -52,8 +52,9 @@ def find(path: Path, text: str, prompt: str, tally: Counter) -> list[tuple[str, 
     if not path.is_dir():
         return [(path.name, path)] if path.is_file() and contents.is_json_lines(path) else []
     named = contents.visible(path, tally)
-    found = [(name, file) for name, file in named if contents.is_json_lines(file)]
-    others = [file for name, file in named if (name, file) not in set(found)]
+    is_found = {name: contents.is_json_lines(file) for name, file in named}
+    found = [(name, file) for name, file in named if is_found[name]]
+    others = [file for name, file in named if not is_found[name]]
     num_bytes = sum(file.stat().st_size for _, file in found)
     are_named = {"text": text, "prompt": prompt} != PLAIN
     if not are_named and num_bytes < sum(file.stat().st_size for file in others if not contents.packing(file)):

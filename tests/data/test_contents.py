@@ -149,7 +149,7 @@ def test_json_lines_compressed_otherwise_are_refused(tmp_path):
         prepare(str(tmp_path / "a.jsonl.zst"), **FIELDS)
 
 
-@pytest.mark.parametrize("text", ["BZh is not bzip2. ", "PAR1 is not parquet. "])
+@pytest.mark.parametrize("text", ["BZh is not bzip2. ", "PAR1 is not parquet. ", "ustar"])
 def test_text_that_begins_like_an_archive_is_text(text, tmp_path):
     (tmp_path / "a.txt").write_text(text * 9)
     assert prepare(str(tmp_path / "a.txt")).train.tokens[1:4].tobytes() == text[:3].encode()
