@@ -167,7 +167,6 @@ class HarnessLM(TemplateLM):
             max_new_tokens=[settings[i][2] for _, i in batch] + [0] * spare,
             seed=[i for _, i in batch] + [0] * spare,
             stop=stop,
-            stop_tokens=(SEPARATOR,),
             **sampling,
         )
         return dict(zip([i for _, i in batch], result.texts, strict=False))

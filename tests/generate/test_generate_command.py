@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from generating import FIELDS, NEARLY_GREEDY, case, filled, unstacked
+from generating import FIELDS, NEARLY_GREEDY, case, cycling, filled, unstacked
 
-from rwkv_jax import checkpoint
+import rwkv_jax
+from rwkv_jax import RWKVForCausalLM, checkpoint
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.generate import load_context, save_context, stream
 from rwkv_jax.generate.__main__ import main
@@ -93,6 +94,15 @@ def test_command_hands_every_setting_to_stream(workdir, capsys, monkeypatch):
         (model, "a", "bytes", settings | {"stop": ["x", "yz"], "context": None}),
         (model, "", "bytes", defaults | {"stop": [], "context": None}),
     ]
+
+
+def test_command_and_chat_end_at_the_separator_as_the_object_does(tmp_path, capsys, monkeypatch):
+    rwkv_jax.save(tmp_path / "model.pth", *cycling(":ab\0"))
+    arguments = [f"--model={tmp_path / 'model.pth'}", "--tokenizer=bytes", "--temperature=1e-4"]
+    assert RWKVForCausalLM(*cycling(":ab\0"), BYTES).generate(":", **NEARLY_GREEDY) == "ab"
+    assert main([*arguments, "--prompt=:"]) == 0 and capsys.readouterr().out == "ab\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert main([*arguments, "--chat"]) == 0 and capsys.readouterr().out == "ab\n"
 
 
 def test_command_continues_a_saved_context(workdir, capsys, tmp_path):
