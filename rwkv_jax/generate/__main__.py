@@ -90,7 +90,12 @@ def _parser():
     add = parser.add_argument
     add("--model", required=True, help="a path or hub name that rwkv_jax.load reads")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="text to continue; -: standard input; empty: the beginning of a document")
+    source.add_argument(
+        "--prompt",
+        type=command.unescaped,
+        help=r"text to continue, \n, \t and \\ being one character each; -: standard input; empty: the beginning of a "
+        "document",
+    )
     source.add_argument("--prompt_file", help="a file with the text to continue")
     add("--chat", action="store_true", help="several turns on standard input, with one recurrent state")
     add("--template", choices=list(TEMPLATES), help="names of the speakers; default: by the size of the vocabulary")
@@ -98,7 +103,13 @@ def _parser():
     add("--context", help="a saved context that the prompt continues")
     add("--save_context", dest="save_context_to", help="file for the context after the continuation, with the text")
     add("--max_new_tokens", type=int, default=100, help="default: %(default)s")
-    add("--stop", action="append", default=[], help="text that ends the continuation; may be given several times")
+    add(
+        "--stop",
+        type=command.unescaped,
+        action="append",
+        default=[],
+        help=r"text that ends the continuation, \n, \t and \\ as in --prompt; may be given several times",
+    )
     add("--seed", type=int, default=0)
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     add("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this probability")

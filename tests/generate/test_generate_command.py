@@ -40,7 +40,7 @@ def test_command_prints_the_text_of_stream(workdir, capsys, tmp_path, monkeypatc
     settings = {"max_new_tokens": 40, "temperature": 2.0, "seed": 4}
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     expected = "".join(stream(*unstacked("rwkv4"), "日本\n", BYTES, **settings))
-    assert continued(capsys, workdir, "--prompt=日本\n", *arguments) == expected
+    assert continued(capsys, workdir, r"--prompt=日本\n", *arguments) == expected
     (tmp_path / "prompt.txt").write_text("日本\n")
     assert continued(capsys, workdir, f"--prompt_file={tmp_path / 'prompt.txt'}", *arguments) == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("日本\n".encode())))
@@ -87,11 +87,11 @@ def test_command_hands_every_setting_to_stream(workdir, capsys, monkeypatch):
 
     monkeypatch.setattr("rwkv_jax.generate.__main__.stream", fake)
     arguments = [f"--{name}={value}" for name, value in settings.items()]
-    assert continued(capsys, workdir, "--prompt=a", "--stop=x", "--stop=yz", *arguments) == "éb"
+    assert continued(capsys, workdir, "--prompt=a", "--stop=x", r"--stop=y\nz", *arguments) == "éb"
     assert continued(capsys, workdir, "--prompt=") == "éb"
     model = unstacked("rwkv4")[0]
     assert seen == [
-        (model, "a", "bytes", settings | {"stop": ["x", "yz"], "context": None}),
+        (model, "a", "bytes", settings | {"stop": ["x", "y\nz"], "context": None}),
         (model, "", "bytes", defaults | {"stop": [], "context": None}),
     ]
 
