@@ -43,8 +43,8 @@ def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, t
     if template is not None:
         raise ValueError("--template is for --chat")
     prompt = _text(prompt, prompt_file, context)
-    if save_context_to is not None and not files.user_path(save_context_to).parent.is_dir():
-        raise FileNotFoundError(f"{save_context_to}: no such folder to save a context in")
+    if save_context_to is not None:
+        files.check_output(files.user_path(save_context_to))
     model, params, tokenizer = _load(model, tokenizer)
     before = ""
     if context is not None:
