@@ -7,6 +7,7 @@ from rwkv_jax import command, files, interop, runs
 from rwkv_jax.data import tokenizers
 from rwkv_jax.generate import load_context, save_context, stream
 from rwkv_jax.generate.chat import TEMPLATES, Conversation, chat, default_template
+from rwkv_jax.generate.text import check_tokenizer
 
 
 @command.reported(out_of_memory="convert the model to bfloat16 with python -m rwkv_jax.interop")
@@ -35,7 +36,10 @@ def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop,
 def _load(name, tokenizer):
     path = interop.locate(name)
     model, params = runs.load(path, scan=False)
-    return model, params, tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
+    tokenizer = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
+    check_tokenizer(tokenizer, model)
+    tokenizers.warn_if_small(tokenizer, model.vocab_size)
+    return model, params, tokenizer
 
 
 def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, template, **settings) -> int:
