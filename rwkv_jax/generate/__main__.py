@@ -81,7 +81,7 @@ def _text(prompt, prompt_file, context) -> str:
     else:
         source, raw = prompt_file, files.user_path(prompt_file).read_bytes()
     try:
-        return raw.decode()
+        return raw.decode("utf-8-sig")  # editors put a byte order mark in front, which is no part of the text
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: expected UTF-8, {error}") from None
 

@@ -41,9 +41,9 @@ def test_command_prints_the_text_of_stream(workdir, capsys, tmp_path, monkeypatc
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     expected = "".join(stream(*unstacked("rwkv4"), "日本\n", BYTES, **settings))
     assert continued(capsys, workdir, r"--prompt=日本\n", *arguments) == expected
-    (tmp_path / "prompt.txt").write_text("日本\n")
+    (tmp_path / "prompt.txt").write_text("日本\n", encoding="utf-8-sig")  # with a byte order mark
     assert continued(capsys, workdir, f"--prompt_file={tmp_path / 'prompt.txt'}", *arguments) == expected
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("日本\n".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("日本\n".encode("utf-8-sig"))))
     stops = (expected[24:28], expected[12:15])
     cut = continued(capsys, workdir, "--prompt=-", *arguments, *(f"--stop={stop}" for stop in stops))
     assert cut == expected[: min(map(expected.find, stops))]
