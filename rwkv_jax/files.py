@@ -64,19 +64,21 @@ def check_output(path) -> None:
 
     Its folder does not exist or may not be written to, or the path is that of a folder or a device.
     """
-    beside = _beside_file(Path(path))
-    try:
-        beside.touch()
-    finally:
-        beside.unlink(missing_ok=True)
+    _check_writable(_beside_file(Path(path)))
 
 
 def check_output_folder(path) -> None:
-    """Raise OSError where no folder could be made, or the one that exists may not be written to; makes nothing."""
+    """Raise OSError where no folder could be made, or the one that exists may not be written to; leaves nothing."""
     path = Path(path).absolute()
     nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OSError(f"{path}: {nearest} is not a folder that can be written to")
+    _check_writable(nearest / f".{os.getpid()}.tmp")
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.touch()
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _beside_file(path: Path) -> Path:
