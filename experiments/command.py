@@ -23,6 +23,7 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 from experiments import ledger, stamp
+from rwkv_jax import files
 from rwkv_jax.command import reported
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
@@ -73,6 +74,7 @@ def main(
     def computed(argv) -> None:
         if label == "smoke" and args["out"] == folder:
             raise ValueError("a smoke would replace results that mean something: give it --out=FOLDER")
+        files.check_output_folder(args["out"])
         args["out"].mkdir(parents=True, exist_ok=True)
         if args.get("sweep"):
             sweep(preset, args["out"] / "sweep.json")

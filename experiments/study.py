@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 
 from experiments import command, ledger, measures, stamp, statistics, sweeps
 from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
-from rwkv_jax import data, hardware, train
+from rwkv_jax import data, files, hardware, train
 from rwkv_jax.command import reported
 from rwkv_jax.train import optim, run_config
 
@@ -321,6 +321,7 @@ def _main(script: Path, doc: str, study: Study) -> None:
     with tempfile.TemporaryDirectory() as elsewhere:
         folder = Path(elsewhere) if is_smoke else RUNS
         out = args["out"] or (folder if is_smoke else script.parent)
+        files.check_output_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         if args["sweep"]:
             for arm in arms_of(study):

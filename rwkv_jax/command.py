@@ -1,12 +1,19 @@
-"""End a command early: one line on stderr and an exit code for a mistake of the user, a traceback for one of ours."""
+"""Commands: escapes in the text of an option, and one line on stderr and an exit code for a mistake of the user."""
 
 import functools
 import os
+import re
 import select
 import sys
 from collections.abc import Callable
 
 STDOUT = 1  # its file descriptor
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    r"""Return the text that an option spells with \n, \t and \\, which a shell hands on as they are."""
+    return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], text)
 
 
 def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger machine") -> Callable:

@@ -26,10 +26,10 @@ def written(path) -> Iterator[BinaryIO]:
     """Yield a file to write, which replaces `path` at the end, synchronised; after an error `path` is as it was.
 
     Raises:
-      FileNotFoundError: the folder of `path` does not exist.
+      OSError: as from `check_output`.
     """
     path = Path(path)
-    beside = _beside(path)
+    beside = _beside_file(path)
     try:
         with beside.open("wb") as file:
             yield file
@@ -57,6 +57,34 @@ def written_folder(path) -> Iterator[Path]:
             old.rename(path)
         for leftover in (beside, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_output(path) -> None:
+    """Raise OSError where `written` could put no file, before the work whose result the file is.
+
+    Its folder does not exist or may not be written to, or the path is that of a folder or a device.
+    """
+    _check_writable(_beside_file(Path(path)))
+
+
+def check_output_folder(path) -> None:
+    """Raise OSError where no folder could be made, or the one that exists may not be written to; leaves nothing."""
+    path = Path(path).absolute()
+    nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    _check_writable(nearest / f".{os.getpid()}.tmp")
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.touch()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _beside_file(path: Path) -> Path:
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is a folder or a device, expected the path of a file to write")
+    return _beside(path)
 
 
 def _beside(path: Path) -> Path:

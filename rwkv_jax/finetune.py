@@ -74,6 +74,7 @@ def export(workdir, destination) -> None:
     Raises:
         ValueError: the run trained anything else.
     """
+    files.check_output(files.user_path(destination))
     run = runs.read_run(workdir)
     if run.method == "full":
         raise ValueError(f"{workdir} is no run by lora or state: rwkv_jax.load gives all that it has learned")
@@ -89,6 +90,7 @@ def export(workdir, destination) -> None:
 
 def merge(base, adapters, destination) -> None:
     """Merge adapters into the weights at `base`, and write the result to another file or folder."""
+    interop.destination(destination)
     model, params = runs.load(base)
     interop.save(destination, model, lora.merge(params, *load_adapters(adapters, model, params)))
 

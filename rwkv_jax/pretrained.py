@@ -68,6 +68,7 @@ class RWKVForCausalLM:
         model, params = runs.load(path, dtype=dtype, sharding=sharding, scan=False)
         try:
             found = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
+            tokenizers.warn_if_small(found, model.vocab_size)
         except (OSError, ValueError) as error:
             if tokenizer is not None:
                 raise
@@ -81,7 +82,7 @@ class RWKVForCausalLM:
         if self.tokenizer is not None:
             tokenizers.save(self.tokenizer, folder)
 
-    def generate(self, prompt="", *, stop_tokens=(SEPARATOR,), return_context: bool = False, **settings):
+    def generate(self, prompt="", *, return_context: bool = False, **settings):
         """Continue the prompt; return text for a text, ids for ids, a list for a list of either.
 
         Args:
@@ -96,7 +97,7 @@ class RWKVForCausalLM:
             return_context: whether to return (the result, the context after the prompt and exactly the result).
         """
         prompts, single, is_text = self._prompts(prompt)
-        args, settings = (self.model, self.params, prompts), settings | {"stop_tokens": stop_tokens}
+        args = self.model, self.params, prompts
         if is_text or "stop" in settings:
             texts, ids, context = generate.generate_texts(*args, self._tokenizer(), **settings)
             results = texts if is_text else ids
@@ -105,9 +106,9 @@ class RWKVForCausalLM:
         results = results[0] if single else results
         return (results, context) if return_context else results
 
-    def stream(self, prompt="", *, stop_tokens=(SEPARATOR,), **settings) -> Stream:
+    def stream(self, prompt="", **settings) -> Stream:
         """Return an iterator over the text of `generate` in pieces, see `generate.text.Stream`."""
-        return generate.stream(self.model, self.params, prompt, self._tokenizer(), stop_tokens=stop_tokens, **settings)
+        return generate.stream(self.model, self.params, prompt, self._tokenizer(), **settings)
 
     def read(self, text, context: Context | None = None) -> Context:
         """Return the context after a text, or after each of several. Its size does not grow with an RWKV's text."""

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import jax
 import pytest
 
 import rwkv_jax
-from rwkv_jax import command
+from rwkv_jax import command, data, generate
 
 PACKAGE = Path(rwkv_jax.__file__).parent
 COMMANDS = sorted(path for path in PACKAGE.rglob("*.py") if '__name__ == "__main__"' in path.read_text())
@@ -63,6 +64,23 @@ def test_reported_command_is_silent_where_nobody_reads_its_output(unbuffered):
     with subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+@pytest.mark.parametrize(
+    "name, functions, shared",
+    [("generate", (generate.decode.checked_draws, generate.sampler), 11), ("data", (data.prepare,), 3)],
+)
+def test_command_and_functions_have_the_same_defaults(name, functions, shared, monkeypatch):
+    def parse(parser, *args):
+        found.update({action.dest: action.default for action in parser._actions if action.option_strings})
+        raise OSError
+
+    found = {}
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    importlib.import_module(f"rwkv_jax.{name}.__main__").main([])
+    expected = {key: p.default for f in functions for key, p in inspect.signature(f).parameters.items()}
+    both = found.keys() & {key for key, default in expected.items() if default is not inspect.Parameter.empty}
+    assert len(both) == shared and {key: found[key] for key in both} == {key: expected[key] for key in both}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(PACKAGE).as_posix())

@@ -49,6 +49,17 @@ def test_written_file_appears_whole_or_not_at_all(tmp_path):
         pass
 
 
+def test_written_file_never_replaces_a_folder_or_a_device(tmp_path):
+    """Which `check_output` says without touching anything."""
+    for taken in (tmp_path, Path("/dev/null")):
+        for use in (files.check_output, lambda path: files.written(path).__enter__()):
+            with one_line(f"{taken} is a folder or a device", FileExistsError):
+                use(taken)
+    files.check_output(tmp_path / "x")
+    files.check_output_folder(tmp_path / "x/y/z")
+    assert not list(tmp_path.iterdir())
+
+
 def test_written_folder_replaces_the_old_one_whole_or_not_at_all(tmp_path, monkeypatch):
     folder = tmp_path / "x"
     for name in ("first", "second"):

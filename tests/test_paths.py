@@ -1,4 +1,6 @@
-"""Every public function that takes a path from a user takes it by `files.user_path`."""
+"""Public functions take the paths of users by `files.user_path`, and commands look at their outputs first."""
+
+import importlib
 
 import pytest
 from small import drawn, make
@@ -58,3 +60,36 @@ def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("rwkv_jax.train.__main__.run", lambda config, workdir, profile: workdirs.append(workdir))
     assert train(["--config=configs/tiny.py", "--workdir=~/run"]) == 0
     assert workdirs == [tmp_path / "run"]
+
+
+# Arguments of commands whose inputs do not exist either: the line must name the output, which is looked at first.
+FILE_OUTPUTS = {
+    "generate": ["--model=absent", "--prompt=a", "--save_context={}"],
+    "interop": ["absent", "{}"],
+    "finetune export": ["export", "absent", "{}"],
+    "finetune merge": ["merge", "absent", "absent", "{}"],
+    "data": ["absent", "--write={}"],
+}
+FOLDER_OUTPUTS = {
+    "train": ["--config=configs/tiny.py", "--config.corpus=absent", "--workdir={}"],
+    "interop": ["absent", "{}", "--format=huggingface"],
+    "harness": ["--model=absent", "--tasks=absent", "--output_path={}"],
+}
+
+
+@pytest.mark.parametrize("name, arguments", [*FILE_OUTPUTS.items(), *FOLDER_OUTPUTS.items()])
+def test_every_output_is_checked_before_the_work(name, arguments, tmp_path, capsys):
+    """Below a file; and for a file in a folder that is absent, and where a folder is."""
+    module = f"rwkv_jax.{name.split()[0]}"
+    is_module = importlib.util.find_spec(module).submodule_search_locations is None
+    main = importlib.import_module(module if is_module else f"{module}.__main__").main
+    (tmp_path / "file").touch()
+    for taken in ("taken.pth", "taken.pth.bin"):
+        (tmp_path / taken).mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for output in ("file/x.pth", *(("none/x.pth", "taken.pth") if arguments in FILE_OUTPUTS.values() else ())):
+        assert main([argument.format(tmp_path / output) for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        assert err.startswith("error: ") and str((tmp_path / output).parent) in err and "absent" not in err
+    assert sorted(tmp_path.rglob("*")) == before

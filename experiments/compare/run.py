@@ -33,7 +33,7 @@ from experiments.measures import bits_per_byte, capped, held_out, level
 from experiments.runs import trained
 from experiments.speed import decode
 from experiments.study import MODELS
-from rwkv_jax import data, evaluate, hardware, train
+from rwkv_jax import data, evaluate, files, hardware, train
 from rwkv_jax.command import reported
 from rwkv_jax.data import batches
 from rwkv_jax.train import metrics, optim, run_config
@@ -225,6 +225,7 @@ def main(argv=None) -> None:
         raise ValueError(f"duration is {args.duration:g}, expected minutes above 0")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"seed is {args.seed}, expected 0 to 2^32 - 1")
+    files.check_output_folder(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.sweep:
         sweep(args.out / "sweep.json")

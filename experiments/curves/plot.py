@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from matplotlib.ticker import EngFormatter
 
 from experiments.figures import plt
-from rwkv_jax import hardware, models
+from rwkv_jax import files, hardware, models
 from rwkv_jax.command import reported
 from rwkv_jax.train import metrics, run_config
 
@@ -153,6 +153,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if args.smooth < 0:
         raise ValueError(f"smooth is {args.smooth}, expected a number of steps, 0 or more")
+    files.check_output(args.output)
     runs = read(args.runs)
     drawn = chosen(runs, args.y.split(","))
     draw(runs, drawn, args.output, args.x, args.smooth)

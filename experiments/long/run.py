@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from experiments import stamp
 from experiments.command import draw, write_json
-from rwkv_jax import models, train
+from rwkv_jax import files, models, train
 from rwkv_jax.train import optim
 
 LENGTHS, SMOKE_LENGTHS = (1024, 4096, 16_384, 65_536), (256, 512)
@@ -84,6 +84,7 @@ def main(argv=None) -> int:
         seq_len, segments, stop_gradient = map(int, args.child.split(":"))
         print(json.dumps(_two_steps(seq_len, segments, bool(stop_gradient))))
         return 0
+    files.check_output_folder(args.out)
     lengths, segment = (SMOKE_LENGTHS, SMOKE_SEGMENT) if args.smoke else (LENGTHS, SEGMENT)
     rows = []
     for seq_len in tqdm(lengths, desc="lengths", disable=None):

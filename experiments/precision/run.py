@@ -41,6 +41,7 @@ from experiments.command import write_json
 from experiments.precision import peers, plot, table
 from experiments.precision.bounds import STEPS, bound
 from experiments.precision.judge import exact
+from rwkv_jax import files
 from rwkv_jax.ops import wkv4
 
 LENGTHS = (1, 17, 1024, 8192, 100_000)
@@ -175,6 +176,7 @@ def main(argv=None) -> int:
         "--out", type=Path, default=Path(__file__).parent, help="folder of results.json and figure.png"
     )
     args = parser.parse_args(argv)
+    files.check_output_folder(args.out)
     start = time.perf_counter()
     rows = measure(SMOKE_LENGTHS if args.smoke else LENGTHS)
     results = {

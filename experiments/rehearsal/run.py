@@ -20,6 +20,7 @@ import jax
 
 from experiments import stamp
 from experiments.command import write_json
+from rwkv_jax import files
 from rwkv_jax.train import run_config
 from rwkv_jax.train.rehearse import rehearse, table
 
@@ -40,6 +41,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
+    files.check_output_folder(args.out)
     path = args.out / "results.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     wanted = SMOKE if args.smoke else ROWS

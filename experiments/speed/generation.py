@@ -116,7 +116,7 @@ def beside_reading(model, params, shape: dict) -> dict:
 
 def decoder(model, params, shape: dict):
     """A function of a prompt, perhaps after a context, that returns the greedy tokens that continue it."""
-    settings = {"max_new_tokens": shape["tokens"], "temperature": 0}
+    settings = {"max_new_tokens": shape["tokens"], "temperature": 0, "stop_tokens": ()}
     return lambda prompt, context=None: generate.generate(model, params, prompt, context=context, **settings)
 
 

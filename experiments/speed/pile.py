@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments import stamp
 from experiments.command import write_json
-from rwkv_jax import hardware, train
+from rwkv_jax import files, hardware, train
 from rwkv_jax.train import optim, run_config
 
 #         size, batch, tokens a row, fields of the model
@@ -104,6 +104,7 @@ def main(argv=None) -> int:
     parser.add_argument("--seconds", type=float, default=180, help="no row is begun after these")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args(argv)
+    files.check_output_folder(args.out)
     wanted = [row for row in ROWS if not args.only or row[0] in args.only.split(",")]
     if args.smoke:
         wanted = [(size, 2, min(seq_len, 128), fields) for size, _, seq_len, fields in wanted[::4]]

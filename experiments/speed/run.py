@@ -38,6 +38,7 @@ from pathlib import Path
 from experiments import stamp
 from experiments.command import write_json
 from experiments.speed import decode, generation, ops, startup, train
+from rwkv_jax import files
 
 SUITES = {"train": train, "decode": decode, "ops": ops, "generation": generation, "startup": startup}
 BY_NAME_ONLY = ("startup",)
@@ -70,6 +71,7 @@ def main(argv=None) -> int:
         "ops": {"rwkv_lm": args.rwkv_lm},
         "startup": {"against": args.against},
     }
+    files.check_output_folder(args.out)
     path = args.out / "results.json"
     for suite in [args.suite] if args.suite else [name for name in SUITES if name not in BY_NAME_ONLY]:
         results = SUITES[suite].run(args.smoke, **options.get(suite, {}))

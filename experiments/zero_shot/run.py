@@ -99,7 +99,8 @@ def against_one_pass(preset: Preset) -> dict:
     model, params = random_weights(preset)
     pairs = questions(preset)
     contexts = [context for context, _ in pairs[::2]]  # every other choice becomes greedy: flags of both kinds
-    greedy = rwkv_jax.generate.generate(model, params, contexts, max_new_tokens=3, temperature=0)
+    settings = {"max_new_tokens": 3, "temperature": 0, "stop_tokens": ()}
+    greedy = rwkv_jax.generate.generate(model, params, contexts, **settings)
     pairs[::2] = zip(contexts, greedy, strict=True)
     judged, length = jax.jit(evaluate.judged, static_argnums=0), max(len(a) + len(b) for a, b in pairs)
 

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import sys
+from functools import partial
 
 import numpy as np
 
@@ -18,12 +19,14 @@ def main(argv=None) -> None:
         prog="python -m rwkv_jax.data",
         description="Tokenize a corpus, unless the cache holds it, and report for each split the tokens, documents, "
         "bytes per token, and copies of earlier documents, in the order train, valid, test.",
+        epilog=r"\n, \t and \\ in --text and --prompt are a line break, a tab and a backslash.",
         allow_abbrev=False,
     )
     parser.add_argument("source", help="stdlib, a public corpus such as enwik8, or the path of text or tokens")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, characters, world or a file (%(default)s)")
-    parser.add_argument("--text", default="text", help="for JSONL: field or template of the text (%(default)s)")
-    parser.add_argument("--prompt", default="", help="for JSONL: field or template of the prompt, which is no target")
+    template = partial(parser.add_argument, type=command.unescaped)
+    template("--text", default="text", help="for JSONL: field or template of the text (%(default)s)")
+    template("--prompt", default="", help="for JSONL: field or template of the prompt, which is no target")
     parser.add_argument("--write", metavar="PREFIX", help="write the documents to PREFIX.bin and PREFIX.idx instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object in one line")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from rwkv_jax.data import text as texts
 from rwkv_jax.data.corpus import SEPARATOR, SPLITS, Corpus, Source, Split, left_out
 from rwkv_jax.data.encode import Piece, encode
 from rwkv_jax.data.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, save
-from rwkv_jax.files import user_path
+from rwkv_jax.files import check_output, user_path
 
 
 def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text", prompt: str = "") -> Corpus:
@@ -83,6 +83,8 @@ def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") ->
     Args:
         source: text or JSONL, as for `prepare`.
     """
+    for ending in (".bin", ".idx"):
+        check_output(megatron.with_ending(user_path(prefix), ending))
     encoder = get_tokenizer(tokenizer)
     found = _find(source, tokenizer, text, "")
     documents = (

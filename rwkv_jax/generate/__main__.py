@@ -7,6 +7,7 @@ from rwkv_jax import command, files, interop, runs
 from rwkv_jax.data import tokenizers
 from rwkv_jax.generate import load_context, save_context, stream
 from rwkv_jax.generate.chat import TEMPLATES, Conversation, chat, default_template
+from rwkv_jax.generate.text import check_tokenizer
 
 
 @command.reported(out_of_memory="convert the model to bfloat16 with python -m rwkv_jax.interop")
@@ -35,7 +36,10 @@ def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop,
 def _load(name, tokenizer):
     path = interop.locate(name)
     model, params = runs.load(path, scan=False)
-    return model, params, tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
+    tokenizer = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
+    check_tokenizer(tokenizer, model)
+    tokenizers.warn_if_small(tokenizer, model.vocab_size)
+    return model, params, tokenizer
 
 
 def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, template, **settings) -> int:
@@ -43,8 +47,8 @@ def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, t
     if template is not None:
         raise ValueError("--template is for --chat")
     prompt = _text(prompt, prompt_file, context)
-    if save_context_to is not None and not files.user_path(save_context_to).parent.is_dir():
-        raise FileNotFoundError(f"{save_context_to}: no such folder to save a context in")
+    if save_context_to is not None:
+        files.check_output(files.user_path(save_context_to))
     model, params, tokenizer = _load(model, tokenizer)
     before = ""
     if context is not None:
@@ -77,7 +81,7 @@ def _text(prompt, prompt_file, context) -> str:
     else:
         source, raw = prompt_file, files.user_path(prompt_file).read_bytes()
     try:
-        return raw.decode()
+        return raw.decode("utf-8-sig")  # editors put a byte order mark in front, which is no part of the text
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: expected UTF-8, {error}") from None
 
@@ -90,7 +94,12 @@ def _parser():
     add = parser.add_argument
     add("--model", required=True, help="a path or hub name that rwkv_jax.load reads")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="text to continue; -: standard input; empty: the beginning of a document")
+    source.add_argument(
+        "--prompt",
+        type=command.unescaped,
+        help=r"text to continue, \n, \t and \\ being one character each; -: standard input; empty: the beginning of a "
+        "document",
+    )
     source.add_argument("--prompt_file", help="a file with the text to continue")
     add("--chat", action="store_true", help="several turns on standard input, with one recurrent state")
     add("--template", choices=list(TEMPLATES), help="names of the speakers; default: by the size of the vocabulary")
@@ -98,7 +107,13 @@ def _parser():
     add("--context", help="a saved context that the prompt continues")
     add("--save_context", dest="save_context_to", help="file for the context after the continuation, with the text")
     add("--max_new_tokens", type=int, default=100, help="default: %(default)s")
-    add("--stop", action="append", default=[], help="text that ends the continuation; may be given several times")
+    add(
+        "--stop",
+        type=command.unescaped,
+        action="append",
+        default=[],
+        help=r"text that ends the continuation, \n, \t and \\ as in --prompt; may be given several times",
+    )
     add("--seed", type=int, default=0)
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     add("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this probability")

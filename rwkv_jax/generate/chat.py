@@ -6,6 +6,7 @@ A conversation is a text of paragraphs that begin with the name of their speaker
 models were tuned. A reply ends with its paragraph.
 """
 
+import io
 import re
 import sys
 from typing import NamedTuple
@@ -63,15 +64,22 @@ def say(model, params, tokenizer, conversation: Conversation, text: str, seed: i
 
 
 def chat(model, params, tokenizer, template: Template, conversation: Conversation, seed: int, **settings) -> None:
-    """Talk on standard input and output until `/quit` or the end of the input."""
+    """Talk on standard input and output until `/quit` or the end of the input.
+
+    Raises:
+        ValueError: wrong settings, before anybody has said anything. Later mistakes are a line each.
+    """
+    stream(model, params, "", tokenizer, seed=seed, **settings)
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a byte that is not UTF-8 costs its line alone
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     past = []  # the conversation before each turn since the last load or reset, and the turn's message
     num_replies = 0
     if interactive:
         print(HELP, flush=True)
     while True:
         try:
-            line = input("> " if interactive else "")
+            line = input("> " if interactive else "").removeprefix("\ufeff")  # of a file: its byte order mark
         except (EOFError, KeyboardInterrupt):
             return
         command, _, argument = line.strip().partition(" ")
@@ -95,13 +103,24 @@ def chat(model, params, tokenizer, template: Template, conversation: Conversatio
                     past, conversation = [], Conversation(text or "", context)
                     print(conversation.text, flush=True)
             except (ValueError, OSError) as error:
-                print(f"error: {' '.join(str(error).split())}", flush=True)
+                _report(error)
         elif command.startswith("/") and command != "/retry":
             print(HELP, flush=True)
+        elif re.search("[\ud800-\udfff]", line):  # what is left of bytes that are not UTF-8
+            print("error: the message is not UTF-8, and was not read", flush=True)
         elif command:
             if command == "/retry":
                 conversation, line = past.pop()
+            try:
+                text = prompt(template, line, conversation)
+                after = say(model, params, tokenizer, conversation, text, seed + num_replies, **settings)
+            except ValueError as error:  # what the tokenizer cannot encode
+                _report(error)
+                continue
             past.append((conversation, line))
-            text = prompt(template, line, conversation)
-            conversation = say(model, params, tokenizer, conversation, text, seed + num_replies, **settings)
+            conversation = after
             num_replies += 1
+
+
+def _report(error: Exception) -> None:
+    print(f"error: {' '.join(str(error).split())}", flush=True)

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 
+from rwkv_jax.data import SEPARATOR
 from rwkv_jax.generate import sampling
 from rwkv_jax.generate.context import Context, begin, with_room
 from rwkv_jax.models import per_layer
@@ -129,7 +130,7 @@ def checked_draws(
     sampler: Callable | None = None,
     seed: int | Sequence[int] = 0,
     start: int | Sequence[int] = 0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] = (SEPARATOR,),
     penalty_decay: float = 1.0,
     **settings,
 ) -> Draws:
@@ -229,7 +230,8 @@ def generate(model, params, prompt_ids, **settings) -> list[int] | list[list[int
             one number for several rows the first row's seed is the number itself, and the others have their own.
         start: index of the first new token among the draws of its seed. Ten tokens, and then ten from the context
             after them with start=10, are the twenty of one call, but for penalties: their counts restart in each call.
-        stop_tokens: ids that end a row. They are not part of the result.
+        stop_tokens: ids that end a row. They are not part of the result. By default the separator, 0, after which
+            another document begins.
         penalty_decay: factor on the counts of the penalties at every token, see `sampling.History`.
     """
     return generate_with_context(model, params, prompt_ids, **settings)[0]

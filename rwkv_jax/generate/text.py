@@ -2,9 +2,10 @@
 
 A stop string may begin and end anywhere, within tokens and across them. Text that may begin one is held back. When a
 string is complete its tokens have already been read, so the context is read again from the end of the prompts. Where
-the string begins within a token, the token's first characters stay: they are encoded anew.
+the string begins within a token, the token's first characters stay: they are encoded anew, as what follows a text.
 """
 
+import contextlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from rwkv_jax.data import tokenizers
 from rwkv_jax.generate.context import Context, begin, check
 from rwkv_jax.generate.decode import DISPATCH, advance, as_prompts, checked_draws, prefill
 from rwkv_jax.models import per_layer
+
+ANCHORS = ("\n", ".", "|", "~")  # what a tokenizer hardly joins with the text behind it
 
 
 class StoppedText:
@@ -75,8 +78,27 @@ class StoppedText:
         whole = bisect_right(self._ends, place)
         end = self._ends[whole - 1] if whole else 0
         num_kept = bisect_left(self._ends, end) + 1 if end else 0
-        rest = "".join(self._pieces)[end:place]
-        self.tokens = self.tokens[:num_kept] + (self._tokenizer.encode(rest) if rest else [])
+        cut = self.tokens[num_kept : whole + 1] if end < place else []
+        self.tokens = self.tokens[:num_kept]
+        if cut:
+            self.tokens += self._beginning(cut, "".join(self._pieces)[end : self._ends[whole]], place - end)
+
+    def _beginning(self, cut: list[int], piece: str, length: int) -> list[int]:
+        """Return tokens of the first characters of the `piece` that `cut` made.
+
+        They are judged as what follows other tokens, here `cut` itself: a tokenizer may put a space before a text that
+        it encodes, and take one from the beginning of a text that it decodes.
+        """
+        encode, decode = self._tokenizer.encode, self._tokenizer.decode
+        before = decode(cut)
+        following = decode(cut + cut)[len(before) :]
+        text = following.removesuffix(piece) + piece[:length] if following.endswith(piece) else piece[:length]
+        for anchor in ("", *ANCHORS):
+            with contextlib.suppress(ValueError):  # the tokenizer may lack an anchor
+                tokens = encode(anchor + text)[len(encode(anchor)) :]
+                if decode(cut + tokens) == before + text:
+                    return tokens
+        return encode(piece[:length])
 
 
 class Texts:

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from rwkv_jax import command
+from rwkv_jax import command, files
 
 
 @command.reported(out_of_memory="lower --batch_size or --max_length")
@@ -12,7 +12,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.harness",
         description="Run tasks of lm-evaluation-harness. All that is not below goes to `lm_eval run` as it is: "
-        "--tasks, --num_fewshot, --limit, --output_path, --include_path, --use_cache, ...",
+        "--tasks, --num_fewshot, --limit, --include_path, --use_cache, ...",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -28,9 +28,14 @@ def main(argv=None) -> None:
         help="token 0 before every context, as the RWKV releases were evaluated",
     )
     add("--prefix_token_id", type=int, help="another token in its place, 187 for a line break of GPT-NeoX's")
+    add("--output_path", "-o", help="folder or .json of lm_eval's results")
     args, rest = parser.parse_known_args(argv)
     args = vars(args)
-    batch_size = args.pop("batch_size")
+    batch_size, output = args.pop("batch_size"), args.pop("output_path")
+    if output is not None:  # lm_eval would find out after all tasks, and end with exit code 0
+        output = files.user_path(output)
+        files.check_output_folder(output.parent if output.suffix == ".json" else output)
+        rest.append(f"--output_path={output}")
     model = {"pretrained": args.pop("model")} | {name: value for name, value in args.items() if value is not None}
     try:
         from lm_eval.__main__ import cli_evaluate

@@ -18,11 +18,14 @@ The two differ in:
     length              "hf" cuts contexts to the config's `context_length`, 1,024 for RWKV-4, and long documents into
                         windows. Here the state is carried over any length, and `max_length=1024` gives the harness's
                         numbers. Models with attention get the length of their run
+    beams               "hf" searches with `num_beams` of them. Here there is one, and a warning where a task asks for
+                        more
     batched generation  "hf" pads on the left with tokens that transformers' RWKV reads, as it ignores the attention
                         mask: right at batch size 1 only. Here a row does not depend on its batch
 """
 
 import json
+import logging
 
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
@@ -164,7 +167,6 @@ class HarnessLM(TemplateLM):
             max_new_tokens=[settings[i][2] for _, i in batch] + [0] * spare,
             seed=[i for _, i in batch] + [0] * spare,
             stop=stop,
-            stop_tokens=(SEPARATOR,),
             **sampling,
         )
         return dict(zip([i for _, i in batch], result.texts, strict=False))
@@ -172,11 +174,15 @@ class HarnessLM(TemplateLM):
 
 def _settings(asked: dict) -> tuple[dict, list[str], int]:
     """Return (settings of the sampler, stop strings, most new tokens) from a task's generation_kwargs."""
-    asked = dict(normalize_gen_kwargs(asked, default_max_gen_toks=256))
+    asked = {"temperature": 1.0, "num_beams": 1} | normalize_gen_kwargs(asked, default_max_gen_toks=256)
     stop, count = [string for string in asked.pop("until") if string], asked.pop("max_gen_toks")
-    temperature = asked.pop("temperature", 1.0) if asked.pop("do_sample", False) else 0.0
-    sampling = {"temperature": temperature} | {name: asked.pop(name) for name in SAMPLING if name in asked}
+    num_beams, do_sample, temperature = asked.pop("num_beams"), asked.pop("do_sample"), asked.pop("temperature")
+    if num_beams != 1:
+        what = f"num_beams is {num_beams}, read as 1: the numbers are not those of a beam search"
+        utils.warning_once(logging.getLogger(__name__), what)
+    sampling = {"temperature": temperature if do_sample else 0.0}
+    sampling |= {name: asked.pop(name) for name in SAMPLING if name in asked}
     if asked:
-        known = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", *SAMPLING))
+        known = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", "num_beams", *SAMPLING))
         raise ValueError(f"generation_kwargs hold {next(iter(asked))}, expected some of {known}")
     return sampling, stop, count

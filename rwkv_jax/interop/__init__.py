@@ -17,7 +17,7 @@ from rwkv_jax.interop.fingerprint import fingerprint
 from rwkv_jax.interop.official import check, from_official, model_of, to_official
 
 __all__ = [
-    "describe", "fingerprint", "from_official", "load", "locate", "save", "states", "to_official",
+    "describe", "destination", "fingerprint", "from_official", "load", "locate", "save", "states", "to_official",
 ]  # fmt: skip
 
 FORMATS = ("pth", "safetensors", "huggingface", "rwkv.cpp")
@@ -90,6 +90,22 @@ def locate(path) -> Path:
     raise FileNotFoundError(f"{path}: no such file or folder; expected weights, a training workdir or a hub name")
 
 
+def destination(path, format: str | None = None) -> tuple[Path, str]:
+    """The path and the format in which `save` with these arguments writes a model; its errors, before the work."""
+    path = files.user_path(path)
+    format = format or {"": "huggingface"}.get(path.suffix, path.suffix.removeprefix("."))
+    if format not in FORMATS:
+        raise ValueError(
+            f"{path}: cannot write format {format!r}; expected .pth, .safetensors, no suffix for a folder, or format="
+            f"{' | '.join(FORMATS)}"
+        )
+    if format == "huggingface":
+        huggingface.check_folder(path)
+    else:
+        files.check_output(path)
+    return path, format
+
+
 def save(path, model: nn.Module, params: Any, format: str | None = None) -> None:
     """Write model and parameters to `path`, whole or not at all.
 
@@ -102,13 +118,7 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
       ValueError: the format is not supported, cannot hold this model, or `params` are not this model's.
       OSError: `path` cannot be written, or is a folder of something else.
     """
-    path = files.user_path(path)
-    format = format or {"": "huggingface"}.get(path.suffix, path.suffix.removeprefix("."))
-    if format not in FORMATS:
-        raise ValueError(
-            f"{path}: cannot write format {format!r}; expected .pth, .safetensors, no suffix for a folder, or format="
-            f"{' | '.join(FORMATS)}"
-        )
+    path, format = destination(path, format)
     if format != "safetensors" and (differs := _unreleased(model)):
         raise ValueError(f"{path}: {format} holds released models only, and this one has {differs}; use .safetensors")
     tensors = to_official(params)

@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from rwkv_jax import command, files, runs
+from rwkv_jax import command, runs
 from rwkv_jax.data import tokenizers
-from rwkv_jax.interop import FORMATS, locate, save
+from rwkv_jax.interop import FORMATS, destination, locate, save
 
 
 @command.reported(out_of_memory="--dtype=bfloat16 needs half of float32")
@@ -16,11 +16,12 @@ def main(argv=None) -> None:
     parser.add_argument("--dtype", help="of the parameters, e.g. bfloat16; by default that of the source")
     parser.add_argument("--format", choices=FORMATS, help="if not what the suffix says; rwkv.cpp must be named")
     args = parser.parse_args(argv)
-    source, destination = locate(args.source), files.user_path(args.destination)
+    path, format = destination(args.destination, args.format)
+    source = locate(args.source)
     model, params = runs.load(source, dtype=args.dtype)
-    save(destination, model, params, format=args.format)
-    if destination.is_dir():
-        _carry_tokenizer(source, destination, model.vocab_size)
+    save(path, model, params, format)
+    if path.is_dir():
+        _carry_tokenizer(source, path, model.vocab_size)
 
 
 def _carry_tokenizer(source, folder, vocab_size):

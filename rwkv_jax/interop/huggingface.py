@@ -112,7 +112,7 @@ def write(folder, tensors: Mapping[str, np.ndarray]) -> None:
       FileNotFoundError: the folder in which it goes does not exist.
     """
     folder = Path(folder)
-    _refuse_foreign(folder)
+    check_folder(folder)
     with files.written_folder(folder) as new:
         if folder.is_dir():
             weights = shutil.ignore_patterns("config.json", *_WEIGHTS, *_PARTS)
@@ -135,7 +135,11 @@ def write(folder, tensors: Mapping[str, np.ndarray]) -> None:
             (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _refuse_foreign(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raise OSError unless `write` can make this folder, or write to it: it is empty or of an RWKV model."""
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"{folder.parent}: no such folder; cannot write {folder.name} there")
+    files.check_output_folder(folder.parent)
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:

@@ -97,6 +97,8 @@ def completed(config):
         config.tokenizer = own or tokenizers.of_model(path, base.vocab_size)
     elif own and (config.tokenizer == "characters" or _vocabulary(config.tokenizer) != _vocabulary(own)):
         raise ValueError(f"tokenizer is {config.tokenizer!r}, and {path} comes with another: {own!r}")
+    elif config.tokenizer != "characters":
+        tokenizers.warn_if_small(tokenizers.get_tokenizer(config.tokenizer), base.vocab_size)
     config.finetune.model = str(path.absolute())
     return config
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rwkv_jax import checkpoint, data, evaluate, hardware
+from rwkv_jax import checkpoint, data, evaluate, files, hardware
 from rwkv_jax.data import batches
 from rwkv_jax.train import divergence, hosts, metrics, parallel, progress, run_config
 from rwkv_jax.train.assemble import Run, assembled
@@ -28,6 +28,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
     workdir, began = Path(workdir), time.time()
     hosts.check_joined()
     with hosts.together():
+        files.check_output_folder(workdir)
         _use_compilation_cache(config.compilation_cache)
         this = assembled(config, workdir)
     config = this.config

@@ -7,7 +7,7 @@ import re
 import runpy
 import typing
 
-from rwkv_jax import models
+from rwkv_jax import command, models
 from rwkv_jax.data import orders
 from rwkv_jax.models.block import switches
 from rwkv_jax.train import parallel
@@ -34,6 +34,7 @@ def default():
             "corpus": "stdlib",
             "data": {
                 # Of JSONL and hf: a field, or a template such as "Question: {question}"; the prompt is not predicted.
+                # On the command line \n, \t and \\ are one character each.
                 "text": "text",
                 "prompt": "",
                 "order": "shuffled",  # shuffled, released, packed, documents: see `rwkv_jax.data.orders`
@@ -192,7 +193,7 @@ def _check_segments(config, model):
 
 
 def read(source: str, overrides=()):
-    """The config of `FILE.py[:ARG]` with overrides "--config.a.b=VALUE"."""
+    """The config of `FILE.py[:ARG]` with overrides "--config.a.b=VALUE"; those of `data` may hold escapes."""
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 
@@ -220,4 +221,7 @@ def read(source: str, overrides=()):
         raise ValueError(" ".join(str(error).split())) from None
     if left:
         raise ValueError(f"unexpected argument {left[0]!r}")
+    for name in config.data:
+        if f"config.data.{name}" in values:
+            config.data[name] = command.unescaped(config.data[name])
     return values.config

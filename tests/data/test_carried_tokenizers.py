@@ -8,11 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small import drawn, make
 from texts import byte_level
 from weights import one_line
 
-from rwkv_jax import data
-from rwkv_jax.data.tokenizers import WORLD_FILE, ByteTokenizer, characters, get_tokenizer, of_model, save
+import rwkv_jax
+from rwkv_jax import RWKVForCausalLM, data
+from rwkv_jax.data.tokenizers import (
+    WORLD_FILE,
+    ByteTokenizer,
+    characters,
+    get_tokenizer,
+    of_model,
+    save,
+    warn_if_small,
+)
+from rwkv_jax.generate.__main__ import main as generate
 from rwkv_jax.train import assemble, run_config, workdir
 
 TEXT = "Ein Käfer sang: 日本語, naïve 😀\n\n  indented   \t x\n\nreturn value\n"
@@ -164,6 +175,22 @@ def test_tokenizer_of_characters_knows_those_of_the_training_split(text, tmp_pat
     assert (again.sha256, again.tokenizer) == (corpus.sha256, corpus.tokenizer)
     os.remove(corpus.tokenizer)  # a damaged cache is made anew
     assert data.prepare(text, "characters").sha256 == corpus.sha256
+
+
+def test_tokenizer_far_smaller_than_the_vocabulary_is_told_in_one_line(tmp_path, capsys):
+    """Wherever it meets a model; the padding of a vocabulary is no reason to."""
+    tokenizer = get_tokenizer(byte_level(tmp_path / "small.json", TEXT))
+    for padded in (300, 333):
+        warn_if_small(tokenizer, padded)
+    assert tokenizer.vocab_size == 300 and capsys.readouterr().err == ""
+    rwkv_jax.save(tmp_path / "model.pth", *drawn(make("rwkv4", vocab_size=400)))
+    arguments = [f"--model={tmp_path / 'model.pth'}", f"--tokenizer={tmp_path / 'small.json'}"]
+    assert generate([*arguments, "--prompt=a", "--max_new_tokens=0"]) == 0
+    RWKVForCausalLM.from_pretrained(tmp_path / "model.pth", tokenizer=str(tmp_path / "small.json"))
+    assert generate([*arguments[:1], "--tokenizer=bytes", "--prompt=a"]) == 2  # which could decode nothing: no warning
+    *lines, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: tokenizer bytes has 256 tokens, the model 400")
+    assert len(lines) == 2 and all("small.json has 300 tokens, the model 400" in line for line in lines)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "characters"])

@@ -1,5 +1,6 @@
 """The command of the experiments: resumed cells, separate presets; statistics and sweeps by hand."""
 
+import importlib
 import json
 from dataclasses import dataclass
 
@@ -160,3 +161,13 @@ def test_swept_rates_are_found_or_interpolated_between_widths(tmp_path):
 def test_stamp_leaves_out_the_output_folder(monkeypatch):
     monkeypatch.setattr("sys.argv", ["run.py", "--smoke", "--out=/a", "--seed=1", "--out", "/b", "--text=x"])
     assert stamp.stamp()["command"].endswith(" --smoke --seed=1 --text=x")
+
+
+@pytest.mark.parametrize(
+    "module, arguments", [("compare.run", ["--duration=1e6", "--out"]), ("curves.plot", ["absent", "--output"])]
+)
+def test_command_refuses_an_output_before_it_computes(module, arguments, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert importlib.import_module(f"experiments.{module}").main([*arguments, f"{tmp_path}/file/x.png"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and f"{tmp_path}/file" in err and "absent" not in err

@@ -21,7 +21,8 @@ def talk(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def talk(*lines, **settings):
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        typed = b"".join(line if isinstance(line, bytes) else line.encode() + b"\n" for line in lines)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
         settings = {"max_new_tokens": 12, "temperature": 1.0, "logit_bias": LETTERS_ONLY} | settings
         chat(*unstacked("rwkv4"), TOKENIZER, RAVEN, Conversation(), seed=0, **settings)
         return capsys.readouterr().out
@@ -65,6 +66,18 @@ def test_chat_continues_a_loaded_conversation_and_reset_forgets_it(talk):
 def test_chat_prints_one_line_for_a_mistake_and_continues(talk, line):
     out = talk("hello", line, "hello")
     assert out.count("error: ") == 1 and len(out.splitlines()) == 3
+
+
+def test_chat_survives_a_message_that_is_no_text_and_reads_no_byte_order_mark(talk):
+    out = talk(b"\xef\xbb\xbfhello\n", b"caf\xe9\n", "/save one", "/undo", "/undo")
+    assert out.count("error: the message is not UTF-8") == 1 and len(out.splitlines()) == 4
+    assert "taken back: hello" in out and out.endswith("no message to take back\n")
+    assert saved("one")[1].startswith("Bob: hello\n\nAlice:")
+
+
+def test_chat_refuses_wrong_settings_before_anybody_speaks(talk):
+    with pytest.raises(ValueError, match="top_p is 2"):
+        talk(top_p=2)
 
 
 def test_chat_says_nothing_unless_spoken_to(talk):

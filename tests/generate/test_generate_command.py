@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from generating import FIELDS, NEARLY_GREEDY, case, filled, unstacked
+from generating import FIELDS, NEARLY_GREEDY, case, cycling, filled, unstacked
 
-from rwkv_jax import checkpoint
+import rwkv_jax
+from rwkv_jax import RWKVForCausalLM, checkpoint
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.generate import load_context, save_context, stream
 from rwkv_jax.generate.__main__ import main
@@ -39,10 +40,10 @@ def test_command_prints_the_text_of_stream(workdir, capsys, tmp_path, monkeypatc
     settings = {"max_new_tokens": 40, "temperature": 2.0, "seed": 4}
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     expected = "".join(stream(*unstacked("rwkv4"), "日本\n", BYTES, **settings))
-    assert continued(capsys, workdir, "--prompt=日本\n", *arguments) == expected
-    (tmp_path / "prompt.txt").write_text("日本\n")
+    assert continued(capsys, workdir, r"--prompt=日本\n", *arguments) == expected
+    (tmp_path / "prompt.txt").write_text("日本\n", encoding="utf-8-sig")  # with a byte order mark
     assert continued(capsys, workdir, f"--prompt_file={tmp_path / 'prompt.txt'}", *arguments) == expected
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("日本\n".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("日本\n".encode("utf-8-sig"))))
     stops = (expected[24:28], expected[12:15])
     cut = continued(capsys, workdir, "--prompt=-", *arguments, *(f"--stop={stop}" for stop in stops))
     assert cut == expected[: min(map(expected.find, stops))]
@@ -86,13 +87,22 @@ def test_command_hands_every_setting_to_stream(workdir, capsys, monkeypatch):
 
     monkeypatch.setattr("rwkv_jax.generate.__main__.stream", fake)
     arguments = [f"--{name}={value}" for name, value in settings.items()]
-    assert continued(capsys, workdir, "--prompt=a", "--stop=x", "--stop=yz", *arguments) == "éb"
+    assert continued(capsys, workdir, "--prompt=a", "--stop=x", r"--stop=y\nz", *arguments) == "éb"
     assert continued(capsys, workdir, "--prompt=") == "éb"
     model = unstacked("rwkv4")[0]
     assert seen == [
-        (model, "a", "bytes", settings | {"stop": ["x", "yz"], "context": None}),
+        (model, "a", "bytes", settings | {"stop": ["x", "y\nz"], "context": None}),
         (model, "", "bytes", defaults | {"stop": [], "context": None}),
     ]
+
+
+def test_command_and_chat_end_at_the_separator_as_the_object_does(tmp_path, capsys, monkeypatch):
+    rwkv_jax.save(tmp_path / "model.pth", *cycling(":ab\0"))
+    arguments = [f"--model={tmp_path / 'model.pth'}", "--tokenizer=bytes", "--temperature=1e-4"]
+    assert RWKVForCausalLM(*cycling(":ab\0"), BYTES).generate(":", **NEARLY_GREEDY) == "ab"
+    assert main([*arguments, "--prompt=:"]) == 0 and capsys.readouterr().out == "ab\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert main([*arguments, "--chat"]) == 0 and capsys.readouterr().out == "ab\n"
 
 
 def test_command_continues_a_saved_context(workdir, capsys, tmp_path):

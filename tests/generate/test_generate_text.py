@@ -4,17 +4,19 @@ import functools
 import itertools
 
 import pytest
+import tokenizers
 from generating import KINDS, NEARLY_GREEDY, B, assert_read, cycling, unstacked
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_jax.data.tokenizers import ByteTokenizer
+from rwkv_jax.data.tokenizers import ByteTokenizer, get_tokenizer
 from rwkv_jax.generate import DISPATCH, generate, generate_texts, read, stream
 from rwkv_jax.generate import text as text_module
 from rwkv_jax.generate.text import StoppedText
 
 BYTES = ByteTokenizer()
 PROMPT = "日本"
+SONG = "the other brother sang another song, and the sister rather gathered the others' leather. " * 2
 decoded = lambda tokens: bytes(tokens).decode(errors="replace")
 encoded = lambda text: list(text.encode())
 
@@ -147,6 +149,41 @@ def test_stopped_text_ends_where_the_first_stop_string_begins(tokens, stop):
         whole = [n for n in range(count) if shown.startswith(Words().decode(tokens[:n]))]
         assert row.tokens[: whole[-1]] == tokens[: whole[-1]]
     assert Words().decode(row.tokens) == shown
+
+
+def sentencepiece(path, prepends):
+    """A tokenizer as Llama's: ▁ for spaces, one before every text that is encoded and none before one decoded."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
+    if prepends:
+        parts = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+        library.normalizer = tokenizers.normalizers.Sequence(parts)
+    else:
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    library.train_from_iterator(SONG.split(), trainer)
+    decoders = tokenizers.decoders
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    library.decoder = decoders.Sequence(parts)
+    library.save(str(path))
+    return get_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("prepends", [True, False])
+def test_stopped_text_within_tokens_that_know_of_spaces_is_the_text_that_was_drawn(prepends, tmp_path):
+    """By itself and after a prompt, wherever it began and stopped."""
+    tokenizer = sentencepiece(tmp_path / "tokenizer.json", prepends)
+    decode, prompt, song, within = tokenizer.decode, tokenizer.encode("so"), tokenizer.encode(SONG), 0
+    after = lambda tokens: decode(prompt + tokens)[len(decode(prompt)) :]
+    for first, place in itertools.product(range(30), range(12)):
+        drawn = song[first : first + 20]
+        stop = decode(drawn)[place : place + 4]
+        row = StoppedText(tokenizer, [stop])
+        shown = row.extend(drawn, is_end=True)
+        assert row.stopped and shown == decode(row.tokens) == decode(drawn)[: decode(drawn).find(stop)]
+        assert after(drawn).startswith(after(row.tokens)) and after(row.tokens).lstrip() == shown.lstrip()
+        within += row.tokens != drawn[: len(row.tokens)]
+    assert within > 50
 
 
 @pytest.mark.slow

@@ -160,8 +160,42 @@ def test_harness_generation_follows_the_settings_of_a_task(folder):
     (greedy,) = generated({"max_gen_toks": 9}, "def")
     assert greedy == lm.lm.generate("def", max_new_tokens=9, temperature=0) != texts[0]
     assert generated({"max_gen_toks": 9, "until": greedy[3]}, "def") == [greedy[: greedy.index(greedy[3])]]
-    with pytest.raises(ValueError, match="generation_kwargs hold num_beams, expected some of until, max_gen_toks"):
-        generated({"num_beams": 4}, "def")
+    same = {"max_gen_toks": 9, "do_sample": False, "temperature": 0.0, "num_beams": 1}
+    assert generated(same, "def") == generated(same | {"temperature": 1}, "def") == [greedy]
+    with pytest.raises(ValueError, match="hold length_penalty, expected some of until, max_gen_toks"):
+        generated({"length_penalty": 4}, "def")
+
+
+def shipped_settings():
+    """Yield the generation_kwargs of every task file of the installed lm_eval, as a task hands them to a model."""
+    import lm_eval.tasks
+    import yaml
+    from lm_eval.config.task import TaskConfig
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)  # !function utils.process_docs
+    for path in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*yaml*")):
+        content = path.read_bytes() if path.is_file() and path.suffix != ".pyc" else b""
+        if b"\ngeneration_kwargs:" in content:
+            yield TaskConfig(generation_kwargs=yaml.load(content, Loader)["generation_kwargs"]).generation_kwargs
+    yield TaskConfig().generation_kwargs  # of tasks that ask for nothing
+
+
+def test_harness_takes_the_settings_of_every_task_that_lm_eval_ships(caplog):
+    from rwkv_jax.harness.adapter import _settings
+
+    shipped = [(asked, *_settings(asked)) for asked in shipped_settings()]
+    assert len(shipped) > 300
+    for asked, sampling, stop, count in shipped:
+        drawn = asked.get("do_sample", asked.get("temperature", 0) > 0)
+        expected = {"temperature": asked.get("temperature", 1.0) if drawn else 0.0}
+        assert sampling == expected | {name: asked[name] for name in ("top_p", "top_k") if name in asked}
+        assert [text for text in asked["until"] if text] == stop
+        assert count == asked.get("max_gen_toks", asked.get("max_new_tokens", 256))
+    beams = {asked["num_beams"] for asked, *_ in shipped if asked.get("num_beams", 1) != 1}
+    assert all(f"num_beams is {count}, read as 1" in caplog.text for count in beams)
 
 
 def test_harness_refuses_impossible_settings(folder):
