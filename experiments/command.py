@@ -24,6 +24,7 @@ from pathlib import Path
 
 from experiments import ledger, stamp
 from rwkv_jax.command import reported
+from rwkv_jax.files import user_path
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
 STAMPED = ("commit", "date", "jax", "processor", "cores", "xla_flags", "devices")  # of each cell
@@ -58,7 +59,7 @@ def main(
     parser.add_argument("--preset", choices=[p for p in presets if p != "smoke"], default="cpu")
     parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
     parser.add_argument("--again", action="store_true", help="compute every cell again")
-    parser.add_argument("--out", type=Path, default=folder, help="folder of what is written")
+    parser.add_argument("--out", type=user_path, default=folder, help="folder of what is written")
     if hasattr(presets["cpu"], "text"):
         parser.add_argument("--text", help="a text file or folder instead of the embedded corpus")
     for option, about in (options or {}).items():

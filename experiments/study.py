@@ -38,6 +38,7 @@ from experiments import command, ledger, measures, stamp, statistics, sweeps
 from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
 from rwkv_jax import data, hardware, train
 from rwkv_jax.command import reported
+from rwkv_jax.files import user_path
 from rwkv_jax.train import optim, run_config
 
 RUNS = Path(__file__).parents[1] / "runs" / "studies"
@@ -355,7 +356,7 @@ def _parser(doc: str, study: Study) -> argparse.ArgumentParser:
     parser.add_argument("--seed", action="append", type=int, help="only this seed; may be repeated")
     parser.add_argument("--steps", type=int, help="steps of every run")
     parser.add_argument("--text", help="another corpus, such as enwik8, a text file or a folder")
-    parser.add_argument("--out", type=Path, help="folder of what is written")
+    parser.add_argument("--out", type=user_path, help="folder of what is written")
     for option, about in study.options.items():
         parser.add_argument(f"--{option}", help=about)
     return parser

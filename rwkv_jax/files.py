@@ -13,12 +13,15 @@ def user_path(path) -> Path:
     """Return the path that a user gave, as text or `os.PathLike`; ~ is the home folder.
 
     Raises:
-      ValueError: it is empty or holds a NUL byte.
+      ValueError: it is empty, holds a NUL byte, or needs a home folder that nobody has.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
         raise ValueError(f"{text!r} is no path, expected at least one character and no NUL byte")
-    return Path(os.path.expanduser(text))  # which, unlike Path.expanduser, keeps the ~ of a file such as ~x.pth
+    expanded = os.path.expanduser(text)  # which, unlike Path.expanduser, keeps the ~ of a file such as ~x.pth
+    if f"{expanded}/".startswith("~/"):
+        raise ValueError(f"{text} begins with the home folder, and there is none: set HOME, or name the whole path")
+    return Path(expanded)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from rwkv_jax.files import user_path
+
 
 def render(results) -> str:
     """One column an arm, then the levels that counting reaches and what the numbers are."""
@@ -77,5 +79,5 @@ def _bytes(n):
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
+    path = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
     print(render(json.loads(path.read_text())))

@@ -20,6 +20,7 @@ import jax
 
 from experiments import stamp
 from experiments.command import write_json
+from rwkv_jax.files import user_path
 from rwkv_jax.train import run_config
 from rwkv_jax.train.rehearse import rehearse, table
 
@@ -37,7 +38,7 @@ SMOKE = [("v5e:2x2", ["configs/tiny.py", "--config.strategy=fsdp"])]
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a small model, to see that it runs")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json")
+    parser.add_argument("--out", type=user_path, default=HERE, help="folder of results.json")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
     path = args.out / "results.json"

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from rwkv_jax.files import user_path
+
 HEADS = (
     "model",
     "slice, chips",
@@ -57,7 +59,7 @@ def _footer(rows):
 
 
 def main():
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("results.json")
+    path = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
     print(render(json.loads(path.read_text())))
 
 

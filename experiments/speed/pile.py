@@ -25,6 +25,7 @@ import numpy as np
 from experiments import stamp
 from experiments.command import write_json
 from rwkv_jax import hardware, train
+from rwkv_jax.files import user_path
 from rwkv_jax.train import optim, run_config
 
 #         size, batch, tokens a row, fields of the model
@@ -102,7 +103,7 @@ def main(argv=None) -> int:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", default="", help="sizes, such as 169m,3b")
     parser.add_argument("--seconds", type=float, default=180, help="no row is begun after these")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=user_path, default=Path(__file__).parent)
     args = parser.parse_args(argv)
     wanted = [row for row in ROWS if not args.only or row[0] in args.only.split(",")]
     if args.smoke:

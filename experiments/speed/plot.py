@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.ticker import PercentFormatter
 
 from experiments.figures import plt, saved
+from rwkv_jax.files import user_path
 
 MARKERS = "osD^vP*X"
 
@@ -79,8 +80,8 @@ def _finish(figure, results, title, path):
 DRAW = {"ops": draw_ops, "startup": draw_startup}
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    folder = Path(sys.argv[2]) if len(sys.argv) > 2 else source.parent
+    source = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
+    folder = user_path(sys.argv[2] if len(sys.argv) > 2 else source.parent)
     measured = json.loads(source.read_text())
     for suite, draw in DRAW.items():
         if suite in measured:

@@ -38,6 +38,7 @@ from pathlib import Path
 from experiments import stamp
 from experiments.command import write_json
 from experiments.speed import decode, generation, ops, startup, train
+from rwkv_jax.files import user_path
 
 SUITES = {"train": train, "decode": decode, "ops": ops, "generation": generation, "startup": startup}
 BY_NAME_ONLY = ("startup",)
@@ -54,12 +55,12 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.speed.run", description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=SUITES, help="one of them; default: all but startup in turn")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes, numbers without meaning")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of results.json")
+    parser.add_argument("--out", type=user_path, default=Path(__file__).parent, help="folder of results.json")
     parser.add_argument(
-        "--rwkv-lm", type=Path, help="clone of BlinkDL/RWKV-LM, whose CUDA kernel is compiled and timed"
+        "--rwkv-lm", type=user_path, help="clone of BlinkDL/RWKV-LM, whose CUDA kernel is compiled and timed"
     )
     parser.add_argument(
-        "--against", type=Path, help="a checkout of an earlier commit, whose start is timed beside ours"
+        "--against", type=user_path, help="a checkout of an earlier commit, whose start is timed beside ours"
     )
     args = parser.parse_args(argv)
     if args.against and not (args.suite == "startup" and (args.against / "rwkv_jax").is_dir()):

@@ -3,14 +3,13 @@
 import contextlib
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from rwkv_jax import checkpoint, data, evaluate, hardware
+from rwkv_jax import checkpoint, data, evaluate, files, hardware
 from rwkv_jax.data import batches
 from rwkv_jax.train import divergence, hosts, metrics, parallel, progress, run_config
 from rwkv_jax.train.assemble import Run, assembled
@@ -23,9 +22,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
 
     A trace of the steps in `profile`, numbered as in the log, goes to `workdir/profile`.
     """
-    if not str(workdir):
-        raise ValueError("workdir is empty, expected a folder for the run")
-    workdir, began = Path(workdir), time.time()
+    workdir, began = files.user_path(workdir), time.time()
     hosts.check_joined()
     with hosts.together():
         _use_compilation_cache(config.compilation_cache)
