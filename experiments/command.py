@@ -24,7 +24,7 @@ from pathlib import Path
 
 from experiments import ledger, stamp
 from rwkv_jax.command import reported
-from rwkv_jax.files import user_path
+from rwkv_jax.files import read_json, user_path
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
 STAMPED = ("commit", "date", "jax", "processor", "cores", "xla_flags", "devices")  # of each cell
@@ -105,7 +105,7 @@ def draw(name: str, path: Path) -> Path:
     own = name and (ledger.HERE / name / "plot.py").exists()
     module = importlib.import_module(f"experiments.{name}.plot" if own else "experiments.figures")
     figure = path.with_name("figure.png" if path.name == "results.json" else f"{path.stem}.png")
-    module.draw(json.loads(path.read_text()), figure)
+    module.draw(read_json(path), figure)
     return figure
 
 
@@ -130,7 +130,7 @@ def not_run(
 
 def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
     """Values of all cells, those in the file `kept` taken from it, each with seconds, commit, date and hardware."""
-    found = json.loads(kept.read_text()) if kept.exists() and not again else {}
+    found = read_json(kept) if kept.exists() and not again else {}
     if found.get("fields") != fields(preset):
         found = {"fields": fields(preset), "cells": {}}
     done = dict(found["cells"])  # those that only options ask for stay too

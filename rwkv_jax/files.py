@@ -1,12 +1,15 @@
 """Paths that a user gives, files and folders that appear whole or not at all, and the one reader of JSON files."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+MAX_DEPTH = 100  # of JSON; nothing that is read here needs 10
 
 
 def user_path(path) -> Path:
@@ -68,27 +71,38 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def read_json(path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path, expected: type = dict) -> Any:
+    """The object in a JSON file, or the list where `expected` says so.
 
     Raises:
       OSError: the file cannot be read.
       ValueError: it holds anything else.
     """
     try:
-        return parse_json(Path(path).read_bytes())
+        return parse_json(Path(path).read_bytes(), expected)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def parse_json(data: str | bytes) -> dict[str, Any]:
-    """The JSON object that `data` holds; ValueError for anything else, which does not name where `data` is from."""
+def parse_json(data: str | bytes, expected: type = dict) -> Any:
+    """The JSON object or list that `data` holds; ValueError for anything else, without where `data` is from.
+
+    All JSON that others may have written is read here. What is nested more than `MAX_DEPTH` deep is refused, so that
+    no function that walks through the value meets Python's limit of recursion.
+    """
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"holds a JSON {type(value).__name__}, expected an object")
+    if not isinstance(value, expected):
+        wanted = {dict: "an object", list: "a list"}[expected]
+        raise ValueError(f"holds a JSON {type(value).__name__}, expected {wanted}")
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"JSON nested more than {MAX_DEPTH} deep")
+        inside = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
+        level, depth = list(itertools.chain.from_iterable(inside)), depth + 1
     return value
 
 

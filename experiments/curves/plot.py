@@ -22,7 +22,7 @@ from matplotlib.ticker import EngFormatter
 from experiments.figures import plt
 from rwkv_jax import hardware, models
 from rwkv_jax.command import reported
-from rwkv_jax.files import user_path
+from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import metrics, run_config
 
 AXES = {"tokens": "training tokens", "step": "steps", "seconds": "training time, seconds", "flops": "training FLOPs"}
@@ -48,7 +48,7 @@ def _read(folder, name):
     if not config.is_file():
         raise ValueError(f"{folder} is no training run: it has no config.json")
     try:
-        record = json.loads(config.read_text())
+        record = read_json(config)
         default = json.loads(json.dumps(run_config.default().to_dict()))
         fields = flatten_dict(default, sep=".") | flatten_dict(record["config"], sep=".")
         fields |= flatten_dict({key: record.get(key, {}) for key in ("corpus", "versions")}, sep=".")

@@ -3,11 +3,10 @@
 python -m experiments.precision.table [results.json]
 """
 
-import json
 import sys
 from pathlib import Path
 
-from rwkv_jax.files import user_path
+from rwkv_jax.files import read_json, user_path
 
 HEADS = {"y": "y", "w": "grad w", "u": "grad u", "k": "grad k", "v": "grad v"}
 
@@ -50,4 +49,4 @@ def _line(row, suffix):
 
 if __name__ == "__main__":
     path = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
-    print(render(json.loads(path.read_text())))
+    print(render(read_json(path)))

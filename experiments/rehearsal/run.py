@@ -13,14 +13,13 @@ Cost: 1 to 12 minutes a row on 2 cores, 4 GB of memory; no TPU, but its compiler
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
 
 from experiments import stamp
 from experiments.command import write_json
-from rwkv_jax.files import user_path
+from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import run_config
 from rwkv_jax.train.rehearse import rehearse, table
 
@@ -42,7 +41,7 @@ def main():
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
     path = args.out / "results.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = read_json(path)["rows"] if path.exists() else []
     wanted = SMOKE if args.smoke else ROWS
     for target, (config, *flags) in wanted:
         command = " ".join(["python -m rwkv_jax.train", f"--config={config}", *flags, f"--rehearse={target}"])

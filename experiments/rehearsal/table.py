@@ -3,11 +3,10 @@
 python -m experiments.rehearsal.table [results.json]
 """
 
-import json
 import sys
 from pathlib import Path
 
-from rwkv_jax.files import user_path
+from rwkv_jax.files import read_json, user_path
 
 HEADS = (
     "model",
@@ -60,7 +59,7 @@ def _footer(rows):
 
 def main():
     path = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
-    print(render(json.loads(path.read_text())))
+    print(render(read_json(path)))
 
 
 if __name__ == "__main__":

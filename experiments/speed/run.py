@@ -30,7 +30,6 @@ Needs requirements-live.txt. Cost: about 30 minutes on 2 cores, startup 10, whic
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -38,7 +37,7 @@ from pathlib import Path
 from experiments import stamp
 from experiments.command import write_json
 from experiments.speed import decode, generation, ops, startup, train
-from rwkv_jax.files import user_path
+from rwkv_jax.files import read_json, user_path
 
 SUITES = {"train": train, "decode": decode, "ops": ops, "generation": generation, "startup": startup}
 BY_NAME_ONLY = ("startup",)
@@ -76,7 +75,7 @@ def main(argv=None) -> int:
         results = SUITES[suite].run(args.smoke, **options.get(suite, {}))
         beside = [line(row) for row in results["rows"]] if suite in ("train", "generation") else []
         print("\n".join(beside + SUITES[suite].report(results)), flush=True)
-        whole = json.loads(path.read_text()) if path.exists() else {}
+        whole = read_json(path) if path.exists() else {}
         write_json(path, whole | {suite: results | {"stamp": stamp.stamp()}})
     return 0
 

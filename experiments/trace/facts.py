@@ -1,13 +1,12 @@
 """Facts to trace, of a generated world or of a file, as prompts of one length that a model completes."""
 
-import json
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from rwkv_jax.data import SEPARATOR
-from rwkv_jax.files import user_path
+from rwkv_jax.files import read_json, user_path
 
 
 class Prompt(NamedTuple):
@@ -89,7 +88,7 @@ def from_file(path: str, tokenizer) -> Prompt:
         OSError, ValueError: no such file, or a fact in it is not one, named by its number.
     """
     try:
-        entries = json.loads(user_path(path).read_text())
+        entries = read_json(user_path(path), list)
         texts = [tuple(entry[key] for key in ("prompt", "subject", "attribute")) for entry in entries]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: expected a JSON list of subject, prompt and attribute ({error!r})") from None

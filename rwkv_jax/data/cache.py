@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from rwkv_jax.files import user_path
+from rwkv_jax.files import read_json, user_path
 
 _FORMAT = 3
 _RECORD, _SUMS = "record.json", "SHA256SUMS"
@@ -73,7 +73,7 @@ def made(folder: Path, make: Callable[[Path], dict]) -> dict:
 def _verified(folder: Path) -> dict | None:
     try:
         if (folder / _SUMS).read_bytes() == _sums(folder):
-            return json.loads((folder / _RECORD).read_bytes())
+            return read_json(folder / _RECORD)
     except FileNotFoundError:
         pass
     return None

@@ -10,7 +10,6 @@ whose text is empty are left out.
 """
 
 import gzip
-import json
 import re
 import string
 import zlib
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rwkv_jax.data.corpus import Document, Source, splitter
+from rwkv_jax.files import parse_json
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 _SPLIT_NAME = re.compile(r"(train)|(valid|validation|val|dev)|(test)")
@@ -92,8 +92,6 @@ def documents(parts: Iterable[tuple[str, Iterable]], make: Callable) -> Iterator
     for split, records in parts:
         for place, record in records:
             try:
-                if not isinstance(record, dict):
-                    raise ValueError(f"expected an object, found {type(record).__name__}")
                 prompt, text = make(record)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
@@ -107,17 +105,15 @@ def _named_split(name: str) -> int:
     return match.lastindex - 1 if match else 0
 
 
-def _records(file: Path) -> Iterator[tuple[str, object]]:
+def _records(file: Path) -> Iterator[tuple[str, dict]]:
     """Yield place and content of each line that is not blank."""
     number = 0
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{file}:{number}", json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}:{number}: not UTF-8: {error.reason}") from None
+                    yield f"{file}:{number}", parse_json(line.rstrip())
+    except ValueError as error:
+        raise ValueError(f"{file}:{number}: {error}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file}: damaged after line {number}: {error}") from None

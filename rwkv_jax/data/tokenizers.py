@@ -250,7 +250,7 @@ def _world(name: str, path: Path) -> WorldTokenizer:
             token_bytes[int(i)] = token.encode() if isinstance(token, str) else token
             if len(token_bytes[int(i)]) != int(num_bytes):
                 raise ValueError(f"token {i} does not have {num_bytes} bytes")
-    except (ValueError, SyntaxError, IndexError, AttributeError) as error:
+    except (ValueError, SyntaxError, IndexError, AttributeError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path} is not the World vocabulary: {error}") from None
     return WorldTokenizer(name, _world_package().WorldTokenizer(str(path)), tuple(token_bytes))
 

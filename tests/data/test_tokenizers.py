@@ -225,7 +225,16 @@ def test_world_without_its_package_names_what_to_install(monkeypatch):
         get_tokenizer("world")
 
 
-@pytest.mark.parametrize("line", ["1 'a' 2\n", "70000 'a' 1\n", "1 'a\n", "1 'a' 1\nrubbish\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1 'a' 2\n",
+        "70000 'a' 1\n",
+        "1 'a\n",
+        "1 'a' 1\nrubbish\n",
+        pytest.param("1 'a' 1\n2 " + "-" * 5000 + "1 1\n", id="nested too deep"),
+    ],
+)
 def test_world_vocabulary_that_is_damaged_is_refused(line, tmp_path):
     (tmp_path / "vocab.txt").write_text(line)
     with pytest.raises(ValueError, match=r"vocab\.txt is not the World vocabulary: "):
