@@ -92,6 +92,8 @@ def from_file(path: str, tokenizer) -> Prompt:
         texts = [tuple(entry[key] for key in ("prompt", "subject", "attribute")) for entry in entries]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: expected a JSON list of subject, prompt and attribute ({error!r})") from None
+    if not texts:
+        raise ValueError(f"{path}: no facts")
     parts = []
     for number, (text, subject, attribute) in enumerate(texts):
         before, found, _ = text.partition(subject)

@@ -103,6 +103,8 @@ def _stdlib() -> tuple[str, list, list[_File]]:
 def _local(path: Path) -> tuple[str, list, list[_File]]:
     if not path.exists():
         raise FileNotFoundError(f"no corpus {path}: expected 'stdlib', a name such as enwik8, or a path")
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a pipe or device, and a corpus is read twice: expected a file or a folder")
     path = path.resolve()
     visible = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
     files = _files(path, visible) if path.is_dir() else _files(path.parent, [path])

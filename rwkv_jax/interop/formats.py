@@ -25,8 +25,10 @@ def format_of(path) -> str:
     """ "pth", "safetensors" or "rwkv.cpp", by the first bytes of the file.
 
     Raises:
-      ValueError: they are those of another format, or the file is empty.
+      ValueError: they are those of another format, or the file is empty, or a pipe.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: a pipe or device, and weights are mapped into memory; expected a file")
     with Path(path).open("rb") as file:
         head = file.read(64)
     if head.startswith(PTH):

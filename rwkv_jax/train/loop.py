@@ -170,10 +170,10 @@ class Log:
             raise divergence.DivergedError(f"{problem}; {newest}; docs/faults.md tells how to replay a batch")
 
     def _write_step(self, step: int, values: dict):
-        speed = self.timed * self.tokens_per_step / self.seconds if self.timed else None
+        speed = self.timed * self.tokens_per_step / self.seconds if self.seconds > 0 else None
         row = {"step": step, "tokens": step * self.tokens_per_step, **values}
         row |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed and speed / self.devices}
-        if self.peak and self.timed:
+        if self.peak and speed:
             row["mfu"] = self.flops_per_token * speed / (self.peak * self.devices)
         # of the rows of all hosts, the same on any number of them; only the host that logs it reads them
         hashed = batches.batch_hash(self.this.batches[step - 1]) if jax.process_index() == 0 else None
