@@ -24,7 +24,7 @@ from pathlib import Path
 
 from experiments import ledger, stamp
 from rwkv_jax.command import reported
-from rwkv_jax.files import read_json, user_path
+from rwkv_jax.files import read_json, to_json, user_path
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
 STAMPED = ("commit", "date", "jax", "processor", "cores", "xla_flags", "devices")  # of each cell
@@ -161,5 +161,5 @@ def fields(preset) -> dict:
 def write_json(path: Path, value) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    beside.write_text(to_json(value, indent=1) + "\n")
     beside.replace(path)

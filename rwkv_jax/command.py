@@ -1,6 +1,7 @@
 """End a command early: one line on stderr and an exit code for a mistake of the user, a traceback for one of ours."""
 
 import functools
+import io
 import os
 import select
 import sys
@@ -23,6 +24,8 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
     def decorate(main):
         @functools.wraps(main)
         def run(argv=None) -> int:
+            if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is no UTF-8 is printed as it is
+                sys.stdout.reconfigure(errors="surrogateescape")
             try:
                 code = main(argv)
                 print(end="", flush=True)  # while a failure can still be reported

@@ -14,7 +14,6 @@ can be compared token by token. Entry 0 is NaN because nothing precedes it; no o
 
 import argparse
 import heapq
-import json
 import sys
 
 import jax
@@ -340,7 +339,7 @@ def main(argv=None) -> None:
     args = vars(parser.parse_args(argv))
     as_json = args.pop("json")
     report = _report(**args)
-    print(json.dumps(report) if as_json else _readable(report))
+    print(files.to_json(report) if as_json else _readable(report))
 
 
 def _readable(report) -> str:

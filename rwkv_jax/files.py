@@ -1,8 +1,9 @@
-"""Paths that a user gives, files and folders that appear whole or not at all, and the one reader of JSON files."""
+"""Paths that a user gives, files and folders that appear whole or not at all, and JSON, read and written."""
 
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -104,6 +105,24 @@ def parse_json(data: str | bytes, expected: type = dict) -> Any:
         inside = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
         level, depth = list(itertools.chain.from_iterable(inside)), depth + 1
     return value
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """The JSON of a value, whose arrays may be NumPy's and JAX's. A number that is not finite becomes null.
+
+    All is ASCII, so that what is written can be read whatever a file in it is called.
+    """
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """The JSON value of an array, a number or a tree of them."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, dict):
+        return {name: plain(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def one_line(error: Exception) -> str:

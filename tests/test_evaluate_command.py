@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -99,6 +100,26 @@ def test_evaluate_command_counts_the_bytes_that_it_read_of_a_pipe(workdir, tmp_p
     report = json.loads(capsys.readouterr().out)
     assert (report["tokens"], report["bytes"]) == (30, 40)
     assert report["windows"]["bits_per_byte"] == pytest.approx(np.log2(report["windows"]["perplexity"]) * 30 / 40)
+
+
+def test_evaluate_command_prints_numbers_of_a_file_whose_name_is_no_utf8(case, workdir, tmp_path, capsysbinary):
+    path = os.fsencode(tmp_path) + b"/K\xe4se.txt"
+    with open(path, "wb") as file:
+        file.write(b"some text")
+    argv = [f"--model={workdir}", f"--data={os.fsdecode(path)}"]
+    assert evaluate.main(argv) == 0
+    assert capsysbinary.readouterr().out.startswith(path + b": 9 tokens, 9 bytes\nwindows ")
+    assert evaluate.main([*argv, "--json"]) == 0
+    assert os.fsencode(json.loads(capsysbinary.readouterr().out)["data"]) == path
+
+
+def test_evaluate_command_writes_json_of_a_model_that_is_not_finite(case, workdir, text, capsys, monkeypatch):
+    model, params = case
+    broken = model, jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), params)
+    monkeypatch.setattr(evaluate.runs, "load", lambda path: broken)
+    assert evaluate.main([f"--model={workdir}", f"--data={text}", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert report["windows"] == report["best_practice"] == {"bits_per_byte": None, "perplexity": None}
 
 
 def test_held_out_refuses_tokens_without_text(tmp_path):

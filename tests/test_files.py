@@ -1,8 +1,10 @@
 """Paths of a user, files and folders that appear whole or not at all, and the guarded reader of JSON."""
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from weights import one_line
 
@@ -41,6 +43,13 @@ def test_read_json_takes_what_is_nested_as_deep_as_allowed(tmp_path):
     assert files.read_json(tmp_path / "x.json", list)
     with one_line("holds a JSON list, expected an object"):
         files.read_json(tmp_path / "x.json")
+
+
+def test_json_is_ascii_and_holds_null_for_a_number_that_is_not_finite():
+    value = {"a": np.float32("nan"), "b": [np.inf, (1, -np.inf)], "c": np.arange(2), "d": "é\udce4", "e": True}
+    text = files.to_json(value)
+    assert text == r'{"a": null, "b": [null, [1, null]], "c": [0, 1], "d": "\u00e9\udce4", "e": true}'
+    assert json.loads(text)["d"] == "é\udce4"
 
 
 def test_sources_read_json_by_the_guarded_reader_alone():

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from experiments import stamp
 from experiments.command import draw, write_json
 from rwkv_jax import models, train
-from rwkv_jax.files import user_path
+from rwkv_jax.files import to_json, user_path
 from rwkv_jax.train import optim
 
 LENGTHS, SMOKE_LENGTHS = (1024, 4096, 16_384, 65_536), (256, 512)
@@ -83,7 +83,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.child:
         seq_len, segments, stop_gradient = map(int, args.child.split(":"))
-        print(json.dumps(_two_steps(seq_len, segments, bool(stop_gradient))))
+        print(to_json(_two_steps(seq_len, segments, bool(stop_gradient))))
         return 0
     lengths, segment = (SMOKE_LENGTHS, SMOKE_SEGMENT) if args.smoke else (LENGTHS, SEGMENT)
     rows = []
