@@ -25,6 +25,7 @@ from pathlib import Path
 from experiments import ledger, stamp
 from rwkv_jax import files
 from rwkv_jax.command import reported
+from rwkv_jax.files import read_json, to_json, user_path
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
 STAMPED = ("commit", "date", "jax", "processor", "cores", "xla_flags", "devices")  # of each cell
@@ -59,7 +60,7 @@ def main(
     parser.add_argument("--preset", choices=[p for p in presets if p != "smoke"], default="cpu")
     parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
     parser.add_argument("--again", action="store_true", help="compute every cell again")
-    parser.add_argument("--out", type=Path, default=folder, help="folder of what is written")
+    parser.add_argument("--out", type=user_path, default=folder, help="folder of what is written")
     if hasattr(presets["cpu"], "text"):
         parser.add_argument("--text", help="a text file or folder instead of the embedded corpus")
     for option, about in (options or {}).items():
@@ -106,7 +107,7 @@ def draw(name: str, path: Path) -> Path:
     own = name and (ledger.HERE / name / "plot.py").exists()
     module = importlib.import_module(f"experiments.{name}.plot" if own else "experiments.figures")
     figure = path.with_name("figure.png" if path.name == "results.json" else f"{path.stem}.png")
-    module.draw(json.loads(path.read_text()), figure)
+    module.draw(read_json(path), figure)
     return figure
 
 
@@ -131,7 +132,7 @@ def not_run(
 
 def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
     """Values of all cells, those in the file `kept` taken from it, each with seconds, commit, date and hardware."""
-    found = json.loads(kept.read_text()) if kept.exists() and not again else {}
+    found = read_json(kept) if kept.exists() and not again else {}
     if found.get("fields") != fields(preset):
         found = {"fields": fields(preset), "cells": {}}
     done = dict(found["cells"])  # those that only options ask for stay too
@@ -162,5 +163,5 @@ def fields(preset) -> dict:
 def write_json(path: Path, value) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    beside.write_text(to_json(value, indent=1) + "\n")
     beside.replace(path)

@@ -1,17 +1,17 @@
 """What the README files say of experiments that are not the paper's: speed, precision, memory, fine-tuning."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.compare import table as compare_table
+from rwkv_jax.files import read_json
 
 HERE = Path(__file__).parent
 CLAIMED = [4, 1024, 512, "float32"]  # B, T, D and dtype of WKV beside others
 
 
 def read(name: str) -> dict:
-    return json.loads((HERE / name).read_text())
+    return read_json(HERE / name)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

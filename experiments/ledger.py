@@ -7,7 +7,6 @@ A block of a file stands between `<!-- NAME -->` and `<!-- end -->`; the rest is
 """
 
 import argparse
-import json
 import re
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from experiments import engineering
 from experiments.engineering import hardware, table
+from rwkv_jax.files import read_json
 
 HERE = Path(__file__).parent
 FILES = (HERE.parent / "README.md", HERE / "README.md")
@@ -55,13 +55,13 @@ def results() -> list[tuple[str, dict]]:
     found = []
     for folder in reproductions():
         files = sorted(filter(_is_published, folder.glob("*.json")), key=lambda f: (f.name != "results.json", f.name))
-        found += [(folder.name, json.loads(file.read_text())) for file in files]
+        found += [(folder.name, read_json(file)) for file in files]
     return found
 
 
 def _is_published(file: Path) -> bool:
     """Whether a file has rows of the ledger and is no draft; others are sweeps and expectations."""
-    its = json.loads(file.read_text())
+    its = read_json(file)
     return "ledger" in its and not its.get("draft")
 
 

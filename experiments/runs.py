@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 import rwkv_jax
 from experiments import command, stamp
 from rwkv_jax import checkpoint, data, train
+from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import metrics
 from rwkv_jax.train.workdir import FREE_FIELDS
 
@@ -41,7 +42,7 @@ def hash_of(identity) -> str:
 def fixed(config) -> dict:
     """The fields of a config that numbers depend on; weights that it starts from by their content."""
     fields = flat(config.to_dict())
-    weights = Path(fields.get("finetune.model") or ".")
+    weights = user_path(fields.get("finetune.model") or ".")
     if weights.is_file():
         fields["finetune.model"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     return json.loads(json.dumps({name: value for name, value in fields.items() if name not in FREE}))
@@ -59,7 +60,7 @@ def kept(name: str, cell: Cell, folder: Path) -> dict:
     """The numbers of a cell: those in `folder`, or computed, and kept there with where and when that was."""
     path = folder / f"{hash_of(cell.identity)}.json"
     if path.exists():
-        numbers = json.loads(path.read_text())["numbers"]
+        numbers = read_json(path)["numbers"]
         print(f"{name}: kept from {numbers['date']}", file=sys.stderr, flush=True)
         return numbers
     print(name, file=sys.stderr, flush=True)

@@ -7,10 +7,10 @@ from scipy import stats
 
 
 def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean of paired differences, one a seed, and its Student t interval; of one seed, the interval is NaN."""
+    """Mean of paired differences, one a seed, and its Student t interval; NaN for what too few seeds do not tell."""
     x = np.asarray(differences, float)
     if len(x) < 2:
-        return float(x.mean()), np.nan, np.nan
+        return float(x[0]) if len(x) else np.nan, np.nan, np.nan
     half = stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 

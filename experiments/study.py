@@ -18,7 +18,6 @@ So the same command resumes after a kill, and another arm or seed costs its own 
 
 import argparse
 import inspect
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +37,7 @@ from experiments import command, ledger, measures, stamp, statistics, sweeps
 from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
 from rwkv_jax import data, files, hardware, train
 from rwkv_jax.command import reported
+from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import optim, run_config
 
 RUNS = Path(__file__).parents[1] / "runs" / "studies"
@@ -356,7 +356,7 @@ def _parser(doc: str, study: Study) -> argparse.ArgumentParser:
     parser.add_argument("--seed", action="append", type=int, help="only this seed; may be repeated")
     parser.add_argument("--steps", type=int, help="steps of every run")
     parser.add_argument("--text", help="another corpus, such as enwik8, a text file or a folder")
-    parser.add_argument("--out", type=Path, help="folder of what is written")
+    parser.add_argument("--out", type=user_path, help="folder of what is written")
     for option, about in study.options.items():
         parser.add_argument(f"--{option}", help=about)
     return parser
@@ -402,5 +402,5 @@ def path_of(script: Path, preset: str, publish: bool) -> Path:
     size = [] if preset in ("cpu", "smoke") else [preset]
     stem = "-".join(size or ["results"] if script.stem == "run" else [script.stem, *size])
     path = script.with_name(f"{stem}.json")
-    is_published = path.exists() and not json.loads(path.read_text()).get("draft")
+    is_published = path.exists() and not read_json(path).get("draft")
     return path.with_name(f"{stem}-draft.json") if is_published and not publish else path

@@ -1,6 +1,5 @@
 """Learning rates of arms and sizes: grids a factor of 2 apart, extended until the best is not at an end."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from experiments import stamp
 from experiments.command import write_json
+from rwkv_jax.files import read_json
 
 COMPARE = Path(__file__).parent / "compare" / "sweep.json"
 RELEASED = (768, 6e-4)  # width and rate of the smallest released model
@@ -15,7 +15,7 @@ RELEASED = (768, 6e-4)  # width and rate of the smallest released model
 
 def swept(path: Path) -> dict:
     """{"ARM LxD": {rate: loss}} of a sweep; nothing where there was none."""
-    return json.loads(path.read_text())["runs"] if path.exists() else {}
+    return read_json(path)["runs"] if path.exists() else {}
 
 
 def bracket(

@@ -1,6 +1,7 @@
 """Commands: escapes in the text of an option, and one line on stderr and an exit code for a mistake of the user."""
 
 import functools
+import io
 import os
 import re
 import select
@@ -30,6 +31,8 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
     def decorate(main):
         @functools.wraps(main)
         def run(argv=None) -> int:
+            if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is no UTF-8 is printed as it is
+                sys.stdout.reconfigure(errors="surrogateescape")
             try:
                 code = main(argv)
                 print(end="", flush=True)  # while a failure can still be reported

@@ -14,9 +14,7 @@ can be compared token by token. Entry 0 is NaN because nothing precedes it; no o
 
 import argparse
 import heapq
-import json
 import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -219,13 +217,17 @@ def _at(starts, lengths, positions):
 
 
 def perplexity(nats) -> float:
-    """exp(mean of `nats`), per token."""
+    """exp(mean of `nats`), per token; ValueError where there are none."""
+    if np.size(nats) == 0:
+        raise ValueError("no tokens to take a perplexity of")
     return float(np.exp(np.mean(nats, dtype=np.float64)))
 
 
 def bits_per_byte(nats, num_bytes) -> float:
-    """Sum of `nats` / ln 2 / sum of `num_bytes`; entries may be tokens or documents."""
-    return float(np.sum(nats, dtype=np.float64) / np.log(2) / np.sum(num_bytes))
+    """Sum of `nats` / ln 2 / sum of `num_bytes`; entries may be tokens or documents. ValueError for 0 bytes."""
+    if not (total := np.sum(num_bytes)):
+        raise ValueError("0 bytes of text to divide by, expected at least one")
+    return float(np.sum(nats, dtype=np.float64) / np.log(2) / total)
 
 
 def per_document(nats_N, split: data.Split) -> tuple[np.ndarray, np.ndarray]:
@@ -235,6 +237,8 @@ def per_document(nats_N, split: data.Split) -> tuple[np.ndarray, np.ndarray]:
     """
     if len(nats_N) != len(split.tokens):
         raise ValueError(f"{len(nats_N)} nats for a split of {len(split.tokens)} tokens")
+    if not split.num_bytes:
+        raise ValueError(f"the split has {split.num_bytes} bytes of text, expected their number, 1 or more")
     text_N = np.array(nats_N, np.float64)
     text_N[split.starts] = 0
     num_tokens = np.diff(split.starts, append=len(text_N)) - 1
@@ -249,7 +253,8 @@ def paired_difference(a_N, b_N, split: data.Split, seed: int = 0, samples: int =
     `scipy.stats.bootstrap` draws the same, but takes seconds to import, and every training run imports this module.
     """
     (a_D, bytes_D), (b_D, _) = per_document(a_N, split), per_document(b_N, split)
-    nats_D = a_D - b_D
+    has_text = bytes_D > 0
+    nats_D, bytes_D = (a_D - b_D)[has_text], bytes_D[has_text]
     difference = bits_per_byte(nats_D, bytes_D)
     if len(nats_D) < 2:
         return difference, np.nan, np.nan
@@ -260,11 +265,18 @@ def paired_difference(a_N, b_N, split: data.Split, seed: int = 0, samples: int =
 
 
 def _held_out(path: str, tokenizer, max_tokens: int | None) -> data.Split:
-    """Read the file as one document, cut after `max_tokens` tokens of text."""
-    path, pieces, missing = files.user_path(path), [], max_tokens or sys.maxsize
+    """Read the file, which may be a pipe, as one document, cut after `max_tokens` tokens of text."""
+    path, pieces, missing, num_read = files.user_path(path), [], max_tokens or sys.maxsize, 0
+
+    def blocks(file):
+        nonlocal num_read
+        while block := file.read(1 << 20):
+            num_read += len(block)
+            yield block
+
     try:
         with path.open("rb") as file:
-            for _, piece in tokenizer.encode_documents([iter(partial(file.read, 1 << 20), b"")]):
+            for _, piece in tokenizer.encode_documents([blocks(file)]):
                 pieces.append(piece[:missing])
                 missing -= len(pieces[-1])
                 if not missing:
@@ -277,7 +289,9 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> data.Split:
     if tokenizer.name == "bytes":
         num_bytes = len(text)
     else:  # a tokenizer may normalise: the file's own bytes count if all of it was read
-        num_bytes = path.stat().st_size if missing else len(tokenizer.decode(text).encode())
+        num_bytes = num_read if missing else len(tokenizer.decode(text).encode())
+    if not num_bytes:
+        raise ValueError(f"the first {len(text)} tokens of {path} have no text, expected a larger max_tokens")
     tokens = np.concatenate([[data.SEPARATOR], text]).astype(text.dtype)
     return data.Split(tokens, np.zeros(1, np.int64), (str(path),), num_bytes)
 
@@ -327,7 +341,7 @@ def main(argv=None) -> None:
     args = vars(parser.parse_args(argv))
     as_json = args.pop("json")
     report = _report(**args)
-    print(json.dumps(report) if as_json else _readable(report))
+    print(files.to_json(report) if as_json else _readable(report))
 
 
 def _readable(report) -> str:

@@ -1,24 +1,31 @@
-"""Paths that a user gives, files and folders that appear whole or not at all, and the one reader of JSON files."""
+"""Paths that a user gives, files and folders that appear whole or not at all, and JSON, read and written."""
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+MAX_DEPTH = 100  # of JSON; nothing that is read here needs 10
+
 
 def user_path(path) -> Path:
     """Return the path that a user gave, as text or `os.PathLike`; ~ is the home folder.
 
     Raises:
-      ValueError: it is empty or holds a NUL byte.
+      ValueError: it is empty, holds a NUL byte, or needs a home folder that nobody has.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
         raise ValueError(f"{text!r} is no path, expected at least one character and no NUL byte")
-    return Path(os.path.expanduser(text))  # which, unlike Path.expanduser, keeps the ~ of a file such as ~x.pth
+    expanded = os.path.expanduser(text)  # which, unlike Path.expanduser, keeps the ~ of a file such as ~x.pth
+    if f"{expanded}/".startswith("~/"):
+        raise ValueError(f"{text} begins with the home folder, and there is none: set HOME, or name the whole path")
+    return Path(expanded)
 
 
 @contextlib.contextmanager
@@ -93,28 +100,57 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def read_json(path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path, expected: type = dict) -> Any:
+    """The object in a JSON file, or the list where `expected` says so.
 
     Raises:
       OSError: the file cannot be read.
       ValueError: it holds anything else.
     """
     try:
-        return parse_json(Path(path).read_bytes())
+        return parse_json(Path(path).read_bytes(), expected)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def parse_json(data: str | bytes) -> dict[str, Any]:
-    """The JSON object that `data` holds; ValueError for anything else, which does not name where `data` is from."""
+def parse_json(data: str | bytes, expected: type = dict) -> Any:
+    """The JSON object or list that `data` holds; ValueError for anything else, without where `data` is from.
+
+    All JSON that others may have written is read here. What is nested more than `MAX_DEPTH` deep is refused, so that
+    no function that walks through the value meets Python's limit of recursion.
+    """
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"holds a JSON {type(value).__name__}, expected an object")
+    if not isinstance(value, expected):
+        wanted = {dict: "an object", list: "a list"}[expected]
+        raise ValueError(f"holds a JSON {type(value).__name__}, expected {wanted}")
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"JSON nested more than {MAX_DEPTH} deep")
+        inside = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
+        level, depth = list(itertools.chain.from_iterable(inside)), depth + 1
     return value
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """The JSON of a value, whose arrays may be NumPy's and JAX's. A number that is not finite becomes null.
+
+    All is ASCII, so that what is written can be read whatever a file in it is called.
+    """
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """The JSON value of an array, a number or a tree of them."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, dict):
+        return {name: plain(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from rwkv_jax import files, interop
+from rwkv_jax.interop import formats
 from rwkv_jax.interop.official import activation_dtype, float_dtype, place, sharding_tree
 from rwkv_jax.models import build, lora, parameter_shapes, stack, unstack
 
@@ -104,10 +105,16 @@ def _load_run(run: Run, dtype, sharding, scan) -> tuple[nn.Module, Any]:
         model = model.clone(dtype=activation_dtype(dtype), param_dtype=dtype)
     shapes = parameter_shapes(model)
 
-    def put(x, leaf, sharding):
-        return place(lambda index: np.asarray(x)[index].astype(leaf.dtype), leaf.shape, sharding)
+    def put(path, x, leaf, sharding):
+        name = f"{run.path}: {jax.tree_util.keystr(path, simple=True, separator='/')}"
 
-    return model, jax.tree.map(put, params, shapes, sharding_tree(sharding, shapes))
+        def read(index):
+            part = np.asarray(x)[index]
+            return formats.copied(name, part, np.empty(part.shape, leaf.dtype))
+
+        return place(read, leaf.shape, sharding)
+
+    return model, jax.tree.map_with_path(put, params, shapes, sharding_tree(sharding, shapes))
 
 
 def _trained(run: Run) -> Any:

@@ -127,3 +127,21 @@ def test_paired_difference_is_a_bootstrap_over_documents():
     assert evaluate.paired_difference(hard + 1, hard, uneven) == pytest.approx([1 / np.log(2)] * 3)
     one = split._replace(starts=starts[:1], num_bytes=documents * length - 1)
     assert np.isnan(evaluate.paired_difference(a, b, one)[1:]).all()
+
+
+def test_reductions_of_nothing_are_refused():
+    for call in (
+        lambda: evaluate.bits_per_byte(np.zeros(3), 0),
+        lambda: evaluate.bits_per_byte([], []),
+        lambda: evaluate.perplexity([]),
+        lambda: evaluate.per_document(np.zeros(2), Split(np.zeros(2, np.uint8), np.arange(2), (), 0)),
+        lambda: evaluate.per_document(np.zeros(2), Split(np.arange(2), np.zeros(1, int), (), None)),
+    ):
+        with pytest.raises(ValueError, match=r"^(0 bytes|no tokens|the split has (0|None) bytes)"):
+            call()
+
+
+def test_paired_difference_leaves_out_documents_without_text():
+    split = Split(np.array([0, 1, 2, 0, 0, 3, 4]), np.array([0, 3, 4]), (), 4)
+    difference, low, high = evaluate.paired_difference(np.full(7, 2.0), np.ones(7), split)
+    assert difference == pytest.approx(1 / np.log(2)) == low == high

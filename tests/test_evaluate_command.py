@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -84,6 +86,50 @@ def test_held_out_counts_bytes_of_the_file_where_the_tokenizer_normalises(tmp_pa
     (tmp_path / "text.txt").write_text("\uff41\uff42" * 10)  # full-width a and b, 3 bytes each
     split = evaluate._held_out(str(tmp_path / "text.txt"), get_tokenizer(str(tmp_path / "nfkc.json")), None)
     assert split.num_bytes == 60 and len(split.tokens) == 21
+
+
+def test_evaluate_command_counts_the_bytes_that_it_read_of_a_pipe(workdir, tmp_path, capsys):
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    library.save(str(tmp_path / "ab.json"))
+    reader, writer = os.pipe()
+    os.write(writer, "abé".encode() * 10)
+    os.close(writer)
+    argv = [f"--model={workdir}", f"--data=/dev/fd/{reader}", f"--tokenizer={tmp_path / 'ab.json'}", "--json"]
+    assert evaluate.main(argv) == 0
+    os.close(reader)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["tokens"], report["bytes"]) == (30, 40)
+    assert report["windows"]["bits_per_byte"] == pytest.approx(np.log2(report["windows"]["perplexity"]) * 30 / 40)
+
+
+def test_evaluate_command_prints_numbers_of_a_file_whose_name_is_no_utf8(case, workdir, tmp_path, capsysbinary):
+    path = os.fsencode(tmp_path) + b"/K\xe4se.txt"
+    with open(path, "wb") as file:
+        file.write(b"some text")
+    argv = [f"--model={workdir}", f"--data={os.fsdecode(path)}"]
+    assert evaluate.main(argv) == 0
+    assert capsysbinary.readouterr().out.startswith(path + b": 9 tokens, 9 bytes\nwindows ")
+    assert evaluate.main([*argv, "--json"]) == 0
+    assert os.fsencode(json.loads(capsysbinary.readouterr().out)["data"]) == path
+
+
+def test_evaluate_command_writes_json_of_a_model_that_is_not_finite(case, workdir, text, capsys, monkeypatch):
+    model, params = case
+    broken = model, jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), params)
+    monkeypatch.setattr(evaluate.runs, "load", lambda path: broken)
+    assert evaluate.main([f"--model={workdir}", f"--data={text}", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert report["windows"] == report["best_practice"] == {"bits_per_byte": None, "perplexity": None}
+
+
+def test_held_out_refuses_tokens_without_text(tmp_path):
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    library.decoder = tokenizers.decoders.Replace("b", "")
+    library.save(str(tmp_path / "ab.json"))
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(ValueError, match=r"the first 1 tokens of .*b\.txt have no text, expected a larger max_tokens"):
+        evaluate._held_out(str(tmp_path / "b.txt"), get_tokenizer(str(tmp_path / "ab.json")), 1)
 
 
 def test_evaluate_command_reports_mistakes_in_one_line(workdir, case, text, tmp_path, capsys, monkeypatch):

@@ -1,11 +1,16 @@
 """Paths of a user, files and folders that appear whole or not at all, and the guarded reader of JSON."""
 
+import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from weights import one_line
 
 from rwkv_jax import files
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_user_path_takes_text_and_path_objects_and_expands_the_home_folder(tmp_path, monkeypatch):
@@ -21,6 +26,7 @@ def test_user_path_takes_text_and_path_objects_and_expands_the_home_folder(tmp_p
         (b'{"a": ', "x.json: no JSON: Expecting value"),
         (b"\x80abc", "x.json: no JSON: .*codec can't decode"),
         (b"[" * 100_000, "x.json: no JSON: "),
+        (b'{"a": ' + b"[" * 100 + b"1" + b"]" * 100 + b"}", "x.json: JSON nested more than 100 deep"),
         (b"[1, 2]", "x.json: holds a JSON list, expected an object"),
     ],
 )
@@ -30,6 +36,27 @@ def test_read_json_names_the_file_that_holds_no_object(tmp_path, content, messag
         files.read_json(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"a": [1, null]}')
     assert files.read_json(tmp_path / "x.json") == {"a": [1, None]}
+
+
+def test_read_json_takes_what_is_nested_as_deep_as_allowed(tmp_path):
+    (tmp_path / "x.json").write_text("[" * 100 + "1" + "]" * 100)
+    assert files.read_json(tmp_path / "x.json", list)
+    with one_line("holds a JSON list, expected an object"):
+        files.read_json(tmp_path / "x.json")
+
+
+def test_json_is_ascii_and_holds_null_for_a_number_that_is_not_finite():
+    value = {"a": np.float32("nan"), "b": [np.inf, (1, -np.inf)], "c": np.arange(2), "d": "é\udce4", "e": True}
+    text = files.to_json(value)
+    assert text == r'{"a": null, "b": [null, [1, null]], "c": [0, 1], "d": "\u00e9\udce4", "e": true}'
+    assert json.loads(text)["d"] == "é\udce4"
+
+
+def test_sources_read_json_by_the_guarded_reader_alone():
+    """`json.loads(json.dumps(...))` reads nothing, and neither does what a process of our own has printed."""
+    pattern = re.compile(r"json\.loads?\((?!json\.dumps|\w+\.(stdout\.)?splitlines)")
+    sources = [path for folder in ("rwkv_jax", "configs", "experiments") for path in (ROOT / folder).rglob("*.py")]
+    assert {path.name for path in sources if pattern.search(path.read_text())} == {"files.py"}
 
 
 def test_written_file_appears_whole_or_not_at_all(tmp_path):

@@ -1,6 +1,8 @@
 """Public functions take the paths of users by `files.user_path`, and commands look at their outputs first."""
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 from small import drawn, make
@@ -10,8 +12,10 @@ import rwkv_jax
 from rwkv_jax import RWKVForCausalLM, data, evaluate, finetune, interop, runs
 from rwkv_jax.data import mixture, tokenizers
 from rwkv_jax.interop.__main__ import main as convert
+from rwkv_jax.train import loop, run_config
 from rwkv_jax.train.__main__ import main as train
 
+ROOT = Path(__file__).parents[1]
 BYTES = tokenizers.ByteTokenizer()
 LM = RWKVForCausalLM(None, None, BYTES)
 CALLS = {
@@ -36,6 +40,8 @@ CALLS = {
     "write_corpus": lambda path: data.to_megatron("stdlib", "bytes", path),
     "mixture": mixture.prepare,
     "held_out": lambda path: evaluate._held_out(path, BYTES, None),
+    "config": run_config.read,
+    "workdir": lambda path: loop.run(None, path),
 }
 
 
@@ -48,6 +54,33 @@ def test_public_function_refuses_what_can_be_no_path(call, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_public_function_says_that_there_is_no_home_folder(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # nor an entry in /etc/passwd
+    with one_line("~/x begins with the home folder, and there is none: set HOME"):
+        call("~/x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_cache_needs_a_home_folder_only_where_nothing_names_it(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "RWKV_JAX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with one_line("~/.cache begins with the home folder, and there is none: set HOME"):
+        data.cache_dir()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(data.cache_dir()) == "/somewhere/rwkv_jax"
+
+
+def test_sources_take_paths_by_user_path_alone():
+    pattern = re.compile(r"type=Path\b|expanduser|Path\.home|Path\(sys\.argv")
+    sources = [path for folder in ("rwkv_jax", "configs", "experiments") for path in (ROOT / folder).rglob("*.py")]
+    found = {path.name for path in sources if pattern.search(path.read_text())}
+    assert found == {"files.py"}
+
+
 def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     model, params = drawn(make("rwkv4", vocab_size=256))
@@ -57,8 +90,14 @@ def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     assert_same_params(rwkv_jax.load("~/folder")[1], params)
     assert tokenizers.get_tokenizer("~/folder/tokenizer.json") == BYTES
     workdirs = []
-    monkeypatch.setattr("rwkv_jax.train.__main__.run", lambda config, workdir, profile: workdirs.append(workdir))
-    assert train(["--config=configs/tiny.py", "--workdir=~/run"]) == 0
+
+    def assembled(config, workdir):
+        workdirs.append(workdir)
+        raise ValueError
+
+    monkeypatch.setattr(loop, "assembled", assembled)
+    (tmp_path / "config.py").write_bytes(Path(ROOT, "configs/tiny.py").read_bytes())
+    assert train(["--config=~/config.py", "--workdir=~/run"]) == 2
     assert workdirs == [tmp_path / "run"]
 
 

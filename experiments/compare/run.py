@@ -36,6 +36,7 @@ from experiments.study import MODELS
 from rwkv_jax import data, evaluate, files, hardware, train
 from rwkv_jax.command import reported
 from rwkv_jax.data import batches
+from rwkv_jax.files import user_path
 from rwkv_jax.train import metrics, optim, run_config
 
 HERE = Path(__file__).parent
@@ -217,7 +218,7 @@ def main(argv=None) -> None:
     parser.add_argument("--duration", type=float, default=6.0, help="minutes in all, about (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", default="stdlib", help="a text file or folder instead of the embedded corpus")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json and figure.png")
+    parser.add_argument("--out", type=user_path, default=HERE, help="folder of results.json and figure.png")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes, numbers without meaning")
     parser.add_argument("--sweep", action="store_true", help="sweep learning rates instead")
     args = parser.parse_args(argv)

@@ -3,9 +3,10 @@
 python -m experiments.compare.table [results.json]
 """
 
-import json
 import sys
 from pathlib import Path
+
+from rwkv_jax.files import read_json, user_path
 
 
 def render(results) -> str:
@@ -77,5 +78,5 @@ def _bytes(n):
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    print(render(json.loads(path.read_text())))
+    path = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
+    print(render(read_json(path)))

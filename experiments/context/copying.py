@@ -5,7 +5,6 @@ x x x STORE a x x x x x ASK a        x, a: any of the same symbols; lag 6, from 
     python -m experiments.context.copying             learning rates -> sweep.json
 """
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 import rwkv_jax
 from experiments import stamp, tasks
 from experiments.command import write_json
+from rwkv_jax.files import read_json
 
 SWEEP = Path(__file__).with_name("sweep.json")
 
@@ -92,7 +92,7 @@ def learn(task: Task, more, config, folder) -> dict:
 def rate(task: Task) -> float:
     if task.lr:
         return task.lr
-    share = json.loads(SWEEP.read_text())["share"]
+    share = read_json(SWEEP)["share"]
     return float(max(share, key=share.get))
 
 

@@ -22,6 +22,7 @@ from matplotlib.ticker import EngFormatter
 from experiments.figures import plt
 from rwkv_jax import files, hardware, models
 from rwkv_jax.command import reported
+from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import metrics, run_config
 
 AXES = {"tokens": "training tokens", "step": "steps", "seconds": "training time, seconds", "flops": "training FLOPs"}
@@ -37,7 +38,7 @@ class Run(NamedTuple):
 
 def read(workdirs) -> list[Run]:
     """The runs of some workdirs, each once. ValueError where one holds no run, or a damaged one."""
-    folders = list({Path(workdir).resolve(): Path(workdir).absolute() for workdir in workdirs}.values())
+    folders = list({user_path(w).resolve(): user_path(w).absolute() for w in workdirs}.values())
     depth = next(n for n in itertools.count(1) if len({f.parts[-n:] for f in folders}) == len(folders))
     return [_read(folder, "/".join(folder.parts[-depth:])) for folder in folders]
 
@@ -47,7 +48,7 @@ def _read(folder, name):
     if not config.is_file():
         raise ValueError(f"{folder} is no training run: it has no config.json")
     try:
-        record = json.loads(config.read_text())
+        record = read_json(config)
         default = json.loads(json.dumps(run_config.default().to_dict()))
         fields = flatten_dict(default, sep=".") | flatten_dict(record["config"], sep=".")
         fields |= flatten_dict({key: record.get(key, {}) for key in ("corpus", "versions")}, sep=".")
@@ -149,7 +150,9 @@ def main(argv=None) -> None:
     parser.add_argument("--x", choices=AXES, default="tokens", help="(%(default)s)")
     parser.add_argument("--y", metavar="METRIC[,METRIC ...]", default="loss_nats", help="of the log (%(default)s)")
     parser.add_argument("--smooth", type=int, default=0, metavar="STEPS", help="mean over so many (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), metavar="FILE.png", help="(%(default)s)")
+    parser.add_argument(
+        "--output", type=user_path, default=Path("curves.png"), metavar="FILE.png", help="(%(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.smooth < 0:
         raise ValueError(f"smooth is {args.smooth}, expected a number of steps, 0 or more")

@@ -28,6 +28,7 @@ from experiments import measures, study
 from experiments.measures import capped, level
 from experiments.runs import flat, trained
 from rwkv_jax import data, evaluate
+from rwkv_jax.files import user_path
 from rwkv_jax.train import optim, run_config
 from rwkv_jax.train.methods import tuned_state
 
@@ -72,7 +73,7 @@ def _pieces(text):
 def base_of(config, folder: Path) -> Path:
     """Return the path of the weights to start from: those that were given, or a run on the embedded corpus."""
     if config.base:
-        return Path(config.base)
+        return user_path(config.base)
     run = run_config.default()
     run.model.update(config.model)
     return trained([shaped(run, config, config.base_steps)], folder)[-1][-1]

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from experiments import stamp
 from experiments.command import draw, write_json
 from rwkv_jax import files, models, train
+from rwkv_jax.files import to_json, user_path
 from rwkv_jax.train import optim
 
 LENGTHS, SMOKE_LENGTHS = (1024, 4096, 16_384, 65_536), (256, 512)
@@ -77,12 +78,12 @@ def _two_steps(seq_len, segments, stop_gradient):
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=user_path, default=Path(__file__).parent)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
         seq_len, segments, stop_gradient = map(int, args.child.split(":"))
-        print(json.dumps(_two_steps(seq_len, segments, bool(stop_gradient))))
+        print(to_json(_two_steps(seq_len, segments, bool(stop_gradient))))
         return 0
     files.check_output_folder(args.out)
     lengths, segment = (SMOKE_LENGTHS, SMOKE_SEGMENT) if args.smoke else (LENGTHS, SEGMENT)

@@ -33,7 +33,7 @@ class Classifier(nn.Module):
     def __call__(self, tokens_BT, valid_BT=None):
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         x_BTD, _ = self.lm.hidden(tokens_BT, valid_BT=valid_BT)
-        mean_BD = jnp.where(valid_BT[..., None], x_BTD, 0).sum(axis=1) / valid_BT.sum(axis=1)[:, None]
+        mean_BD = jnp.where(valid_BT[..., None], x_BTD, 0).sum(axis=1) / jnp.maximum(valid_BT.sum(axis=1), 1)[:, None]
         if self.num_documents == 2:
             one, other = mean_BD[::2], mean_BD[1::2]
             mean_BD = jnp.concatenate([one, other, one * other, one - other], axis=-1)

@@ -37,6 +37,7 @@ import rwkv_jax
 from experiments import study, sweeps
 from experiments.command import claim, not_run
 from experiments.lra import classify, files, listops
+from rwkv_jax.files import user_path
 from rwkv_jax.train import optim
 
 SWEEP = Path(__file__).with_name("sweep.json")
@@ -91,7 +92,7 @@ def learn_files(name: str, path: str, arm: str, config, folder) -> dict:
     task = files.TASKS[name]
     config.update_from_flattened_dict(arm_of(arm, config))
     config.buckets = tuple(task.longest * n // 4 for n in (1, 2, 3, 4))
-    return learn(config, folder, task, files.load(name, Path(path)))
+    return learn(config, folder, task, files.load(name, user_path(path)))
 
 
 def also(arms=ARMS, **folders) -> dict:

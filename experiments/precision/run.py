@@ -42,6 +42,7 @@ from experiments.precision import peers, plot, table
 from experiments.precision.bounds import STEPS, bound
 from experiments.precision.judge import exact
 from rwkv_jax import files
+from rwkv_jax.files import user_path
 from rwkv_jax.ops import wkv4
 
 LENGTHS = (1, 17, 1024, 8192, 100_000)
@@ -173,7 +174,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.precision.run", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="short sequences: seconds instead of minutes")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent, help="folder of results.json and figure.png"
+        "--out", type=user_path, default=Path(__file__).parent, help="folder of results.json and figure.png"
     )
     args = parser.parse_args(argv)
     files.check_output_folder(args.out)

@@ -13,7 +13,6 @@ Cost: 1 to 12 minutes a row on 2 cores, 4 GB of memory; no TPU, but its compiler
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
@@ -21,6 +20,7 @@ import jax
 from experiments import stamp
 from experiments.command import write_json
 from rwkv_jax import files
+from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import run_config
 from rwkv_jax.train.rehearse import rehearse, table
 
@@ -38,12 +38,12 @@ SMOKE = [("v5e:2x2", ["configs/tiny.py", "--config.strategy=fsdp"])]
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a small model, to see that it runs")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json")
+    parser.add_argument("--out", type=user_path, default=HERE, help="folder of results.json")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
     files.check_output_folder(args.out)
     path = args.out / "results.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = read_json(path)["rows"] if path.exists() else []
     wanted = SMOKE if args.smoke else ROWS
     for target, (config, *flags) in wanted:
         command = " ".join(["python -m rwkv_jax.train", f"--config={config}", *flags, f"--rehearse={target}"])

@@ -11,9 +11,10 @@ call, so that everything but the kernel can be tested without a GPU.
 
 import importlib.util
 from functools import cache, partial
-from pathlib import Path
 
 import jax
+
+from rwkv_jax.files import user_path
 
 CUDA, TRITON, ATTENTION = "released CUDA kernel", "fla Triton kernel", "fused attention, cuDNN"
 HEAD = 64
@@ -55,7 +56,7 @@ def _has_fla():
 
 def sources(rwkv_lm) -> list[str]:
     """The files of the released kernel in a clone of RWKV-LM."""
-    paths = [Path(rwkv_lm) / "RWKV-v4neo" / "cuda" / name for name in ("wkv_op_bf16.cpp", "wkv_cuda_bf16.cu")]
+    paths = [user_path(rwkv_lm) / "RWKV-v4neo" / "cuda" / name for name in ("wkv_op_bf16.cpp", "wkv_cuda_bf16.cu")]
     for path in paths:
         if not path.exists():
             raise ValueError(f"--rwkv-lm={rwkv_lm}: there is no {path}, expected a clone of BlinkDL/RWKV-LM")

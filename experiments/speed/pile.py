@@ -11,7 +11,6 @@ Writes DIR/pile.json. Cost: 4 minutes on an H100. `--smoke` is for CPUs: tiny mo
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ import numpy as np
 from experiments import stamp
 from experiments.command import write_json
 from rwkv_jax import files, hardware, train
+from rwkv_jax.files import to_json, user_path
 from rwkv_jax.train import optim, run_config
 
 #         size, batch, tokens a row, fields of the model
@@ -102,7 +102,7 @@ def main(argv=None) -> int:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", default="", help="sizes, such as 169m,3b")
     parser.add_argument("--seconds", type=float, default=180, help="no row is begun after these")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=user_path, default=Path(__file__).parent)
     args = parser.parse_args(argv)
     files.check_output_folder(args.out)
     wanted = [row for row in ROWS if not args.only or row[0] in args.only.split(",")]
@@ -124,7 +124,7 @@ def main(argv=None) -> int:
         del program  # and with it the memory of its step
         gc.collect()
         rows.append(found)
-        print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}), flush=True)
+        print(to_json({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}), flush=True)
         write_json(args.out / "pile.json", {"rows": rows, "stamp": stamp.stamp()})
     return 0
 

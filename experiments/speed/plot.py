@@ -3,13 +3,13 @@
 python -m experiments.speed.plot [results.json [folder]]
 """
 
-import json
 import sys
 from pathlib import Path
 
 from matplotlib.ticker import PercentFormatter
 
 from experiments.figures import plt, saved
+from rwkv_jax.files import read_json, user_path
 
 MARKERS = "osD^vP*X"
 
@@ -79,9 +79,9 @@ def _finish(figure, results, title, path):
 DRAW = {"ops": draw_ops, "startup": draw_startup}
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
-    folder = Path(sys.argv[2]) if len(sys.argv) > 2 else source.parent
-    measured = json.loads(source.read_text())
+    source = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
+    folder = user_path(sys.argv[2] if len(sys.argv) > 2 else source.parent)
+    measured = read_json(source)
     for suite, draw in DRAW.items():
         if suite in measured:
             draw(measured[suite], folder / f"{suite}.png")

@@ -30,7 +30,6 @@ Needs requirements-live.txt. Cost: about 30 minutes on 2 cores, startup 10, whic
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -39,6 +38,7 @@ from experiments import stamp
 from experiments.command import write_json
 from experiments.speed import decode, generation, ops, startup, train
 from rwkv_jax import files
+from rwkv_jax.files import read_json, user_path
 
 SUITES = {"train": train, "decode": decode, "ops": ops, "generation": generation, "startup": startup}
 BY_NAME_ONLY = ("startup",)
@@ -55,12 +55,12 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.speed.run", description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=SUITES, help="one of them; default: all but startup in turn")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes, numbers without meaning")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of results.json")
+    parser.add_argument("--out", type=user_path, default=Path(__file__).parent, help="folder of results.json")
     parser.add_argument(
-        "--rwkv-lm", type=Path, help="clone of BlinkDL/RWKV-LM, whose CUDA kernel is compiled and timed"
+        "--rwkv-lm", type=user_path, help="clone of BlinkDL/RWKV-LM, whose CUDA kernel is compiled and timed"
     )
     parser.add_argument(
-        "--against", type=Path, help="a checkout of an earlier commit, whose start is timed beside ours"
+        "--against", type=user_path, help="a checkout of an earlier commit, whose start is timed beside ours"
     )
     args = parser.parse_args(argv)
     if args.against and not (args.suite == "startup" and (args.against / "rwkv_jax").is_dir()):
@@ -77,7 +77,7 @@ def main(argv=None) -> int:
         results = SUITES[suite].run(args.smoke, **options.get(suite, {}))
         beside = [line(row) for row in results["rows"]] if suite in ("train", "generation") else []
         print("\n".join(beside + SUITES[suite].report(results)), flush=True)
-        whole = json.loads(path.read_text()) if path.exists() else {}
+        whole = read_json(path) if path.exists() else {}
         write_json(path, whole | {suite: results | {"stamp": stamp.stamp()}})
     return 0
 

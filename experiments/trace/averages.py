@@ -59,6 +59,8 @@ def deeper(effect_FKRL, seed: int, samples: int = 2000) -> list[float]:
         return depth(after_L) - depth(subject_L)
 
     rng, F = np.random.default_rng(seed), len(pair_F2L)
+    if F == 0:
+        raise ValueError("no fact has words between its subject and its last token")
     drawn = [difference(pair_F2L[rng.integers(F, size=F)]) for _ in range(samples)]
     return _rounded([difference(pair_F2L), *np.nanquantile(drawn, (0.025, 0.975))])
 

@@ -1,13 +1,12 @@
 """Facts to trace, of a generated world or of a file, as prompts of one length that a model completes."""
 
-import json
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from rwkv_jax.data import SEPARATOR
+from rwkv_jax.files import read_json, user_path
 
 
 class Prompt(NamedTuple):
@@ -89,10 +88,12 @@ def from_file(path: str, tokenizer) -> Prompt:
         OSError, ValueError: no such file, or a fact in it is not one, named by its number.
     """
     try:
-        entries = json.loads(Path(path).read_text())
+        entries = read_json(user_path(path), list)
         texts = [tuple(entry[key] for key in ("prompt", "subject", "attribute")) for entry in entries]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: expected a JSON list of subject, prompt and attribute ({error!r})") from None
+    if not texts:
+        raise ValueError(f"{path}: no facts")
     parts = []
     for number, (text, subject, attribute) in enumerate(texts):
         before, found, _ = text.partition(subject)

@@ -27,7 +27,6 @@ Deviations: a model of a few layers that knows nothing but the answers to its fa
 each weighted by its effect where that is above zero.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +43,7 @@ from experiments.statistics import told, verdict
 from experiments.trace import averages, facts, tracing
 from rwkv_jax import interop
 from rwkv_jax.data import tokenizers
+from rwkv_jax.files import read_json
 
 HERE = Path(__file__).parent
 RECALL = 0.99
@@ -221,7 +221,7 @@ def claims_of(name: str, value: dict) -> list[dict]:
 def lr_of(preset: Preset) -> float:
     if preset.lr:
         return preset.lr
-    runs = json.loads((HERE / "sweep.json").read_text())["steps"]
+    runs = read_json(HERE / "sweep.json")["steps"]
     return float(min(runs, key=runs.get))
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from rwkv_jax.files import user_path
+
 FILE = Path("RWKV-v4neo") / "src" / "model.py"
 KNOWN = "524481d"  # of RWKV-LM, August 2026: where this was tried
 EMPTY = -1e38  # exponent of a sum of nothing, as in the kernel
@@ -23,7 +25,7 @@ EMPTY = -1e38  # exponent of a sum of nothing, as in the kernel
 
 def source(clone) -> Path:
     """The released model in a clone."""
-    path = Path(clone) / FILE
+    path = user_path(clone) / FILE
     if not path.is_file():
         raise ValueError(f"--rwkv-lm={clone}: there is no {path}, expected a clone of BlinkDL/RWKV-LM")
     if importlib.util.find_spec("torch") is None:

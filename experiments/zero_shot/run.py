@@ -25,7 +25,6 @@ without.
 
 import importlib.metadata
 import importlib.util
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +38,9 @@ import rwkv_jax
 from experiments import command
 from rwkv_jax import evaluate, harness
 from rwkv_jax.data import SEPARATOR, tokenizers
+from rwkv_jax.files import read_json
 
-EXPECTED = json.loads(Path(__file__).with_name("expected.json").read_text())
+EXPECTED = read_json(Path(__file__).with_name("expected.json"))
 NEEDED = ("lm_eval", "torch", "transformers", "accelerate")  # for the row against the harness
 NATS = 1e-4
 LONG = 900  # tokens of the one long text

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import json
 import sys
 from functools import partial
 
@@ -11,6 +10,7 @@ import numpy as np
 from rwkv_jax import command
 from rwkv_jax.data import Corpus, Split, prepare, to_megatron
 from rwkv_jax.data.corpus import SEPARATOR, SPLITS
+from rwkv_jax.files import to_json
 
 
 @command.reported()
@@ -37,7 +37,7 @@ def main(argv=None) -> None:
         print(f"{num_documents:,} documents written to {args.write}.bin and {args.write}.idx")
         return
     found = report(prepare(args.source, args.tokenizer, args.text, args.prompt))
-    print(json.dumps(found) if args.json else _table(found))
+    print(to_json(found) if args.json else _table(found))
 
 
 def report(corpus: Corpus) -> dict:

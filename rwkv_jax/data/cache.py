@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from rwkv_jax.files import read_json, user_path
+
 _FORMAT = 4
 _RECORD, _SUMS = "record.json", "SHA256SUMS"
 
@@ -22,8 +24,8 @@ _log = logging.getLogger(__name__)
 def cache_dir() -> Path:
     """$RWKV_JAX_CACHE, or rwkv_jax in $XDG_CACHE_HOME, or ~/.cache/rwkv_jax."""
     if folder := os.environ.get("RWKV_JAX_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv_jax"
+        return user_path(folder)
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rwkv_jax"
 
 
 def folder(name: str, identity: list) -> Path:
@@ -71,7 +73,7 @@ def made(folder: Path, make: Callable[[Path], dict]) -> dict:
 def _verified(folder: Path) -> dict | None:
     try:
         if (folder / _SUMS).read_bytes() == _sums(folder):
-            return json.loads((folder / _RECORD).read_bytes())
+            return read_json(folder / _RECORD)
     except FileNotFoundError:
         pass
     return None

@@ -172,7 +172,7 @@ def get_tokenizer(name: str) -> Tokenizer:
         case "characters":
             return _tokenizer(str(name), _released_characters(path))
     try:
-        library = tokenizers.Tokenizer.from_file(str(path))
+        library = tokenizers.Tokenizer.from_buffer(path.read_bytes())  # a path need not be UTF-8
         vocabulary = library.get_vocab()
         max(vocabulary.values())
     except Exception as error:  # the library raises nothing narrower

@@ -9,7 +9,7 @@ import numpy as np
 
 from rwkv_jax import files
 from rwkv_jax.generate.context import CACHE_STEP, Context, cache_axes, check
-from rwkv_jax.interop import fingerprint, safetensors_file
+from rwkv_jax.interop import fingerprint, formats, safetensors_file
 
 FORMAT = "rwkv_jax context 1"
 
@@ -54,7 +54,9 @@ def _context(path, model, arrays) -> Context:
     for name, shape in shapes.items():
         if jnp.issubdtype(arrays[name].dtype, jnp.floating) != jnp.issubdtype(shape.dtype, jnp.floating):
             raise ValueError(f"{path} is damaged: {name} is {arrays[name].dtype}, expected {shape.dtype}")
-    leaves = [jnp.array(arrays[name], shape.dtype) for name, shape in shapes.items()]
+    with formats.naming(path):
+        copies = {name: formats.copied(name, x, np.empty(x.shape, shapes[name].dtype)) for name, x in arrays.items()}
+    leaves = [jnp.array(copies[name]) for name in shapes]
     context = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
     try:
         check(model, context, B)

@@ -43,12 +43,19 @@ def main(argv=None) -> None:
         from rwkv_jax.harness.adapter import NAME
     except ImportError as error:
         raise ValueError(f'{error}; pip install "rwkv_jax[harness]"') from error
+    rest = [_with_home(argument) for argument in rest]
     ours = [f"--model={NAME}", "--model_args", json.dumps(model), f"--batch_size={batch_size}"]
     before, sys.argv = sys.argv, ["lm_eval", "run", *ours, *rest]
     try:
         cli_evaluate()
     finally:
         sys.argv = before
+
+
+def _with_home(argument: str) -> str:
+    """`--output_path=~/results` as a shell would have expanded `--output_path ~/results`."""
+    name, equals, value = argument.partition("=")
+    return f"{name}={files.user_path(value)}" if equals and value.startswith("~") else argument
 
 
 if __name__ == "__main__":

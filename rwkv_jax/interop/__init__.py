@@ -45,7 +45,10 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
     path = locate(path)
     tensors, fields = _read(path)
     with formats.naming(path):
-        return from_official(tensors, dtype, sharding, scan, fields)
+        loaded = from_official(tensors, dtype, sharding, scan, fields)
+    if path.is_dir():
+        huggingface.report_rescaling(path, tensors)
+    return loaded
 
 
 def describe(path) -> nn.Module:

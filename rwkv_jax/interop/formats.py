@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 PTH, SAFETENSORS, RWKV_CPP = b"PK\x03\x04", b"{", b"fmgg"
@@ -24,8 +25,10 @@ def format_of(path) -> str:
     """ "pth", "safetensors" or "rwkv.cpp", by the first bytes of the file.
 
     Raises:
-      ValueError: they are those of another format, or the file is empty.
+      ValueError: they are those of another format, or the file is empty, or a pipe.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: a pipe or device, and weights are mapped into memory; expected a file")
     with Path(path).open("rb") as file:
         head = file.read(64)
     if head.startswith(PTH):
@@ -60,6 +63,23 @@ def view(path) -> mmap.mmap:
 def content(array: Any) -> np.ndarray:
     """Bytes of a NumPy or JAX array in C order, uint8 [n]; a copy only where the array has another layout."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def copied(name: str, x: np.ndarray, to: np.ndarray) -> np.ndarray:
+    """Copy a tensor to an array of its shape and of any dtype, which is returned. What is too small there becomes 0.
+
+    Raises:
+      ValueError: a number is too large there and has become infinite.
+    """
+    with np.errstate(over="ignore"):
+        np.copyto(to, x, casting="unsafe")
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    if floating and jnp.finfo(to.dtype).max < jnp.finfo(x.dtype).max and not np.isfinite(to).all():
+        lost = x[np.isfinite(x) & ~np.isfinite(to)]
+        if lost.size:
+            largest = float(jnp.finfo(to.dtype).max)
+            raise ValueError(f"{name} holds {float(lost[0]):g}, and the largest {to.dtype.name} is {largest:g}")
+    return to
 
 
 def can_be_a_shape(sizes: Sequence[int]) -> bool:

@@ -3,14 +3,15 @@
 A folder is `config.json` beside `model.safetensors` or `pytorch_model.bin`, each perhaps in parts that an index
 names. Beware: transformers' `save_pretrained`, called after a forward pass in evaluation with its default
 `rescale_every` of 6, stores weights from layer 6 on divided by 2, 4, ... and says so nowhere, so that neither
-transformers nor this module reads back the model that was saved. Folders written here ask for no rescaling, unless
-the weights are float16, whose range needs it.
+transformers nor this module reads back the model that was saved. Loading says so where the sizes of the weights tell.
+Folders written here ask for no rescaling, unless the weights are float16, whose range needs it.
 """
 
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -89,6 +90,44 @@ def _check_config(path: Path) -> None:
     for key, carried in {**_CARRIED, "attention_hidden_size": width}.items():
         if config.get(key) not in (None, carried):
             raise ValueError(f"{path}: {key} is {config[key]!r:.99}; RWKV-4 as released has {carried!r:.99}")
+
+
+def report_rescaling(folder, tensors: Mapping[str, np.ndarray]) -> None:
+    """Say on stderr where weights look as if transformers had divided them by powers of 2: see the module's docstring.
+
+    They do where, every `rescale_every` layers, both matrices that it divides become half as large, next to how much
+    they change from layer to layer around.
+
+    Args:
+        tensors: those of `read`.
+    """
+    every = files.read_json(Path(folder) / "config.json").get("rescale_every", 6)  # transformers' default
+    first = range(every, layer_count(tensors), every) if isinstance(every, int) and every > 2 else ()
+    if not first:
+        return
+    sizes = {name: _log2_sizes(tensors, name) for name in ("att.output", "ffn.value")}
+    if all(_halves(size_L, layer) for size_L in sizes.values() for layer in first):
+        print(
+            f"{folder}: {' and '.join(sizes)} look divided by 2 from layer {every} on, 4 from {2 * every} on, ..., "
+            "as transformers saves them after a forward pass: save before one, or with rescale_every = 0",
+            file=sys.stderr,
+        )
+
+
+def _log2_sizes(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Binary logarithm of the root mean square of some rows of a matrix in each layer, [L]."""
+    matrices = (tensors[f"blocks.{i}.{name}.weight"] for i in range(layer_count(tensors)))
+    rows = (x[:: max(1, len(x) // 64)].astype(np.float64) for x in matrices)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log2([np.sqrt(np.mean(x * x)) for x in rows])
+
+
+def _halves(size_L: np.ndarray, layer: int) -> bool:
+    """True where log2 of a size falls by about 1 at a layer, relative to the layers before and after."""
+    with np.errstate(invalid="ignore"):
+        change = np.diff(size_L)  # [i]: from layer i to i + 1
+        around = np.delete(change[layer - 2 : layer + 1], 1)
+        return bool(abs(change[layer - 1] - around.mean() + 1) < 0.5)
 
 
 def _parts(index: Path) -> list[Path]:

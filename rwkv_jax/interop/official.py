@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from rwkv_jax import files
+from rwkv_jax.interop import formats
 from rwkv_jax.models import KINDS, build, parameter_shapes
 
 # Parts of names that tell a later version, in this order: 6 and 7 have ln_x too.
@@ -45,7 +46,7 @@ def from_official(
 
     Raises:
       ValueError: weights of another version; a key is missing, unknown, not of floats or of another shape; `fields`
-        are not those of a model.
+        are not those of a model; a number is beyond the range of `dtype`.
     """
     tensors = without_prefix(tensors)
     model = model_of(tensors, dtype, scan, fields)
@@ -99,7 +100,7 @@ def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | No
         kept = functools.reduce(jnp.promote_types, [x.dtype for x in layers])
         keeps = dtype is None and not _kept_wide("/".join(path))
         wanted = float_dtype(kept) if keeps else shapes[path].dtype
-        read = functools.partial(_part, layers, path[0] == "blocks", wanted)
+        read = functools.partial(_part, names, layers, path[0] == "blocks", wanted)
         params[path] = place(read, shapes[path].shape, shardings[path])
     return unflatten_dict(params)
 
@@ -237,8 +238,11 @@ def _oriented(path, x: np.ndarray) -> np.ndarray:
     return x.reshape(-1) if path[-1].startswith("time_mix") else x
 
 
-def _part(layers: list[np.ndarray], stacked: bool, dtype, index: tuple[slice, ...]) -> np.ndarray:
+def _part(names: list[str], layers: list[np.ndarray], stacked: bool, dtype, index: tuple[slice, ...]) -> np.ndarray:
     """A copy of layers[index] for stacked layers, of layers[0][index] for a leaf of one."""
-    if not stacked:
-        return np.array(layers[0][index], dtype, order="C")
-    return np.stack([x[index[1:]] for x in layers[index[0]]], dtype=dtype, casting="unsafe")
+    first, rest = (index[0], index[1:]) if stacked else (slice(None), index)
+    parts = [x[rest] for x in layers[first]]
+    copy = np.empty((len(parts), *parts[0].shape), dtype)
+    for name, x, to in zip(names[first], parts, copy, strict=True):
+        formats.copied(name, x, to)
+    return copy if stacked else copy[0]

@@ -106,6 +106,7 @@ def write(path, tensors: Mapping[str, np.ndarray]) -> None:
 
     Raises:
       FileNotFoundError: the folder of `path` does not exist.
+      ValueError: a number is beyond the range of its dtype there.
     """
     half = tensors["head.weight"].dtype == np.float16
     with files.written(path) as file:
@@ -117,7 +118,11 @@ def write(path, tensors: Mapping[str, np.ndarray]) -> None:
             if name.endswith(".time_decay"):
                 x = -np.exp(x.astype(np.float64))
             dtype = int(half and x.ndim > 1)
+            with formats.naming(path):
+                stored = formats.copied(name, x, np.empty(x.shape, _DTYPES[dtype]))
+                if name.endswith(".time_decay") and not (stored < 0).all():
+                    raise ValueError(f"{name} is too slow: -exp(time_decay), as rwkv.cpp stores it, becomes 0")
             file.write(struct.pack("<3i", x.ndim, len(name.encode()), dtype))
             file.write(struct.pack(f"<{x.ndim}i", *x.shape[::-1]))
             file.write(name.encode())
-            file.write(formats.content(x.astype(_DTYPES[dtype])))
+            file.write(formats.content(stored))

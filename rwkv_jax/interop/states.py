@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from rwkv_jax.interop import formats
 from rwkv_jax.models.rwkv4 import LayerState
 from rwkv_jax.ops.wkv4 import EMPTY, WKV4State
 
@@ -46,7 +47,7 @@ def _stacked(arrays, expected: str, ndim: int) -> np.ndarray:
     shapes = sorted({x.shape for x in arrays})
     if len(shapes) != 1 or len(shapes[0]) != ndim or 0 in shapes[0]:
         raise ValueError(f"the state has shapes {', '.join(map(str, shapes)) or 'none'}, expected {expected}")
-    values = np.stack(arrays).astype(np.float32)
+    values = formats.copied("the state", np.stack(arrays), np.empty((len(arrays), *arrays[0].shape), np.float32))
     if not np.isfinite(values).all():
         bad = next(i for i, x in enumerate(values) if not np.isfinite(x).all())
         raise ValueError(f"array {bad} of the state holds values that are not finite")

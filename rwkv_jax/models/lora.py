@@ -45,13 +45,20 @@ def join(params, adapters, alpha: float):
 
 def merge(params, adapters, alpha: float):
     """Parameters of the plain model that computes the same: W + (alpha / rank) A B, in float32 at least, rounded once
-    to the dtype of W and placed as W is."""
+    to the dtype of W and placed as W is.
+
+    Raises:
+        ValueError: a sum is beyond the range of that dtype.
+    """
     flat, pairs = flatten_dict(params), flatten_dict(adapters)
     for path, b in pairs.items():
         if path[-1] == "lora_b":
             w, a = flat[*path[:-1], "kernel"], pairs[*path[:-1], "lora_a"]
-            add = jax.jit(_added, out_shardings=w.sharding)
-            flat[*path[:-1], "kernel"] = add(w, a, b, _scale(b, alpha))
+            add = jax.jit(_added, out_shardings=(w.sharding, None))
+            flat[*path[:-1], "kernel"], lost = add(w, a, b, _scale(b, alpha))
+            if lost:
+                name, dtype = "/".join(path[:-1]), w.dtype.name
+                raise ValueError(f"{name} with its adapters holds {lost:g}, beyond the range of {dtype}")
     return unflatten_dict(flat)
 
 
@@ -62,4 +69,6 @@ def _scale(b, alpha):
 def _added(w, a, b, scale):
     wide = jnp.promote_types(w.dtype, jnp.float32)
     product = jnp.matmul(a.astype(wide), b.astype(wide), precision="highest")
-    return (w.astype(wide) + scale * product).astype(w.dtype)
+    exact = w.astype(wide) + scale * product
+    merged = exact.astype(w.dtype)
+    return merged, jnp.where(jnp.isfinite(exact) & ~jnp.isfinite(merged), jnp.abs(exact), 0).max()

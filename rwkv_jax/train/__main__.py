@@ -6,7 +6,7 @@ import sys
 
 import jax
 
-from rwkv_jax import command, files
+from rwkv_jax import command
 from rwkv_jax.train import hosts, run_config
 from rwkv_jax.train.divergence import DivergedError
 from rwkv_jax.train.loop import run
@@ -56,8 +56,8 @@ def _train(args, overrides) -> int:
     try:
         hosts.join(args.distributed, args.coordinator, args.num_hosts, args.host)
         with hosts.together():
-            config, workdir = run_config.read(args.config, overrides), files.user_path(args.workdir)
-        run(config, workdir, profile)
+            config = run_config.read(args.config, overrides)
+        run(config, args.workdir, profile)
     except (hosts.SharedError, DivergedError) as error:  # of all hosts at the same step: they end together
         speaker = error.host if isinstance(error, hosts.SharedError) else 0
         speaks = jax.process_index() == speaker

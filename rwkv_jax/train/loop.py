@@ -3,7 +3,6 @@
 import contextlib
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,9 +22,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
 
     A trace of the steps in `profile`, numbered as in the log, goes to `workdir/profile`.
     """
-    if not str(workdir):
-        raise ValueError("workdir is empty, expected a folder for the run")
-    workdir, began = Path(workdir), time.time()
+    workdir, began = files.user_path(workdir), time.time()
     hosts.check_joined()
     with hosts.together():
         files.check_output_folder(workdir)
@@ -174,10 +171,10 @@ class Log:
             raise divergence.DivergedError(f"{problem}; {newest}; docs/faults.md tells how to replay a batch")
 
     def _write_step(self, step: int, values: dict):
-        speed = self.timed * self.tokens_per_step / self.seconds if self.timed else None
+        speed = self.timed * self.tokens_per_step / self.seconds if self.seconds > 0 else None
         row = {"step": step, "tokens": step * self.tokens_per_step, **values}
         row |= {"tokens_per_second": speed, "tokens_per_second_per_device": speed and speed / self.devices}
-        if self.peak and self.timed:
+        if self.peak and speed:
             row["mfu"] = self.flops_per_token * speed / (self.peak * self.devices)
         # of the rows of all hosts, the same on any number of them; only the host that logs it reads them
         hashed = batches.batch_hash(self.this.batches[step - 1]) if jax.process_index() == 0 else None

@@ -5,8 +5,6 @@ A row has its `step`, and numbers by name; a dictionary or list of numbers under
 
 import contextlib
 import importlib.util
-import json
-import math
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +75,7 @@ def _wandb_id(workdir):
 def scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a row but for its step, those inside others named by a path: "lost_seconds/save", "k_max/3"."""
     for name, value in row.items():
-        value = _plain(value)
+        value = files.plain(value)
         if isinstance(value, dict | list):
             inner = value if isinstance(value, dict) else dict(enumerate(value))
             yield from ((f"{name}/{key}", x) for key, x in scalars(inner))
@@ -90,7 +88,7 @@ def append(path, row: dict[str, Any]) -> None:
 
     Values are JSON's own, or NumPy and JAX arrays. A number that is not finite becomes null.
     """
-    line = json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False)
+    line = files.to_json(row)
     with Path(path).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -132,12 +130,3 @@ def _rows(path):
                         f"{path}: line {number}: {name} is {row[name]!r}, expected {getattr(kind, '__name__', kind)}"
                     )
             yield row, line
-
-
-def _plain(value: Any) -> Any:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, dict):
-        return {name: _plain(x) for name, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import os
 import re
 import runpy
 import typing
 
-from rwkv_jax import command, models
+from rwkv_jax import command, files, models
 from rwkv_jax.data import orders
 from rwkv_jax.models.block import switches
 from rwkv_jax.train import parallel
@@ -198,10 +197,11 @@ def read(source: str, overrides=()):
     from ml_collections import ConfigDict, config_flags
 
     path, _, arg = source.partition(":")
-    if not os.path.isfile(path):
-        raise ValueError(f"no config file {path!r}, expected a Python file with get_config(arg)")
+    path = files.user_path(path)
+    if not path.is_file():
+        raise ValueError(f"no config file {str(path)!r}, expected a Python file with get_config(arg)")
     try:
-        config = runpy.run_path(path)["get_config"](arg)
+        config = runpy.run_path(str(path))["get_config"](arg)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # a user's own program may fail in any way

@@ -94,7 +94,7 @@ def hold_to_base(workdir, model, params):
 
 def _write_json(path, record):
     with files.written(path) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+        file.write((files.to_json(record, indent=1) + "\n").encode())
 
 
 def _read_config(path):

@@ -1,5 +1,7 @@
 """`prepare`: tokens of each tokenizer, and sources that it refuses."""
 
+import os
+
 import numpy as np
 import pytest
 from texts import folder_of, prose, splits_of
@@ -35,6 +37,7 @@ def test_prepare_with_a_trained_tokenizer_encodes_each_document(tmp_path, bpe):
 BINARY = {"a.bin": b"\xff\xfe", "b.bin": bytes(10)}
 SOURCES = {
     "no corpus {}: expected 'stdlib', a name such as enwik8, or a path": lambda path: None,
+    "{} is a pipe or device, and a corpus is read twice: expected a file or a folder": os.mkfifo,
     "{} is empty: expected a text file, or a folder of visible text files": lambda path: path.mkdir(),
     "{} holds no UTF-8 text; left out: 2 of 2 files (not UTF-8 text: 2)": lambda path: folder_of(path, BINARY),
     "{} holds 9 bytes of text: too few for train, valid and test": lambda path: path.write_text("9 letters"),

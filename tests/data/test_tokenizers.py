@@ -1,6 +1,7 @@
 """Tokenizers: text to ids and back, long texts in pieces, streams of text, and files that are damaged."""
 
 import json
+import os
 import string
 
 import numpy as np
@@ -310,7 +311,15 @@ def test_world_without_its_package_names_what_to_install(monkeypatch):
         get_tokenizer("world")
 
 
-DAMAGED = ["1 'a' 2\n", "70000 'a' 1\n", "1 'a\n", "1 'a' 1\nrubbish\n", '{"1": [300]}', '{"1": [128], "-2": "a"}']
+DAMAGED = [
+    "1 'a' 2\n",
+    "70000 'a' 1\n",
+    "1 'a\n",
+    "1 'a' 1\nrubbish\n",
+    '{"1": [300]}',
+    '{"1": [128], "-2": "a"}',
+    pytest.param("1 'a' 1\n2 " + "-" * 5000 + "1 1\n", id="nested too deep"),
+]
 
 
 @pytest.mark.parametrize("line", DAMAGED)
@@ -318,3 +327,10 @@ def test_world_vocabulary_that_is_damaged_is_refused(line, tmp_path):
     (tmp_path / "vocab.txt").write_text(line)
     with pytest.raises(ValueError, match=r"vocab\.txt is not the World vocabulary: "):
         get_tokenizer(str(tmp_path / "vocab.txt"))
+
+
+def test_tokenizer_file_may_have_a_name_that_is_no_utf8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/K\xe4se.json")
+    characters(["ab"]).library.save(str(tmp_path / "ab.json"))
+    (tmp_path / "ab.json").rename(path)
+    assert get_tokenizer(path).encode("ba") == [3, 2]

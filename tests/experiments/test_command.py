@@ -105,7 +105,9 @@ def test_intervals_agree_with_the_table_of_student_and_a_hand_calculation():
     nats_SD = np.log(2) * np.array([[10.0, 100.0]])  # 1 and 0.5 bits a byte
     assert statistics.over_documents(nats_SD, [10, 200]) == pytest.approx((0.5, 1.0))
     nothing = statistics.over_documents(nats_SD[:, :1], [10])
-    assert np.isnan([*nothing, *statistics.t_interval([1.0])[1:], *statistics.wider(nothing, nothing)]).all()
+    assert np.isnan(
+        [*nothing, *statistics.t_interval([1.0])[1:], *statistics.t_interval([]), *statistics.wider(nothing, nothing)]
+    ).all()
     assert statistics.wider((0, 1), (-1, 1)) == (-1, 1) and statistics.wider((0, 1), nothing) == (0, 1)
     assert statistics.told(0.5, -1, 2, 1) == "+0.5 [-1.0, +2.0]" and statistics.told(-0.5, *nothing) == "-0.500"
 

@@ -8,6 +8,7 @@ import safetensors.numpy
 from generating import assert_equal, case, filled, row, unstacked
 
 from rwkv_jax.generate import load_context, save_context
+from rwkv_jax.interop import safetensors_file
 
 BOTH = pytest.mark.parametrize("kind", ["rwkv4", "hybrid"])
 
@@ -44,6 +45,16 @@ def test_saved_context_is_cast_to_the_dtype_of_the_model(kind, tmp_path):
         np.testing.assert_array_equal(x, y.astype(x.dtype))
     save_context(tmp_path / "b", found, *half)
     assert_equal(load_context(tmp_path / "b", *half)[0], found)
+
+
+def test_saved_context_beyond_the_range_of_the_model_is_refused(tmp_path):
+    model, params = unstacked("rwkv4")
+    save_context(tmp_path / "a", filled("rwkv4", 1), model, params)
+    arrays, metadata = safetensors_file.read(tmp_path / "a")
+    arrays["logits_BV"] = np.full(arrays["logits_BV"].shape, 1e39)
+    safetensors_file.write(tmp_path / "a", arrays, metadata)
+    with pytest.raises(ValueError, match=r"a: logits_BV holds 1e\+39, and the largest float32 is 3\.4"):
+        load_context(tmp_path / "a", model, params)
 
 
 def test_saved_context_of_another_model_is_refused(tmp_path):

@@ -222,15 +222,16 @@ def test_harness_command_reports_a_mistake_in_one_line(tmp_path, monkeypatch, ca
     from rwkv_jax.harness.__main__ import main
 
     def cli_evaluate():
-        *command, settings, batch_size, tasks = sys.argv
+        *command, settings, batch_size, tasks, output = sys.argv
         assert command == ["lm_eval", "run", "--model=rwkv_jax", "--model_args"]
-        assert (batch_size, tasks) == ("--batch_size=3", "--tasks=piqa")
+        assert (batch_size, tasks, output) == ("--batch_size=3", "--tasks=piqa", f"--output_path={tmp_path}/results")
         assert json.loads(settings) == {"pretrained": f"{tmp_path}/absent", "add_bos_token": True}
         HarnessLM(**json.loads(settings))
 
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", cli_evaluate)
-    before = list(sys.argv)
-    assert main([f"--model={tmp_path}/absent", "--batch_size=3", "--add_bos_token", "--tasks=piqa"]) == 2
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before, rest = list(sys.argv), ["--tasks=piqa", "--output_path=~/results"]
+    assert main([f"--model={tmp_path}/absent", "--batch_size=3", "--add_bos_token", *rest]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path}/absent: no such file") and error.count("\n") == 1
     assert sys.argv == before

@@ -1,6 +1,7 @@
 """Damaged and hostile files of every format: an error of one line, never a crash, a hang or a large allocation."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -86,6 +87,12 @@ def test_damaged_bytes_are_an_error_or_harmless(place):
             path.write_bytes(damaged)
             found += error_of(root) is not None
     assert found > 30
+
+
+def test_pipe_in_place_of_weights_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "m.pth")
+    with one_line(r"m.pth: a pipe or device, and weights are mapped into memory; expected a file"):
+        rwkv_jax.load(tmp_path / "m.pth")
 
 
 def safetensors(header, numbers=b""):

@@ -98,3 +98,20 @@ def test_transformers_receives_half_precision_bit_for_bit(tmp_path, dtype):
     for (path, x), y in zip(jax.tree.leaves_with_path(again), jax.tree.leaves(params), strict=True):
         if path[-1].key not in ("time_decay", "time_first"):  # which transformers may round to its own dtype
             np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_folder_saved_after_a_forward_pass_is_reported(tmp_path, capsys):
+    import torch
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "hidden_size": 32, "num_hidden_layers": 13, "intermediate_size": 64}
+    theirs = RwkvForCausalLM(RwkvConfig(**sizes)).eval()
+    theirs.save_pretrained(tmp_path / "before")
+    their_logits(theirs, tokens(16))
+    theirs.save_pretrained(tmp_path / "after")
+    capsys.readouterr()
+    for name, lines in (("before", 0), ("after", 1)):
+        rwkv_jax.load(tmp_path / name)
+        assert capsys.readouterr().err.count("look divided by 2 from layer 6 on, 4 from 12 on, ...") == lines

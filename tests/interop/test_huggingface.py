@@ -77,6 +77,27 @@ def test_huggingface_folder_has_transformers_names_sizes_and_rescaling(tmp_path,
     assert {"rwkv.embeddings.weight", "head.weight", *(f"rwkv.blocks.0.{name}" for name in layer)} <= set(tensors)
 
 
+@pytest.mark.parametrize("layers, every", [(14, 6), (7, 6), (9, 3)])
+def test_huggingface_folder_that_was_saved_after_a_forward_pass_is_reported(tmp_path, capsys, layers, every):
+    tensors, folder = official(num_layers=layers), tmp_path / "m"
+
+    def printed(divide, **config):
+        """Of loading the folder; its matrices grow from layer to layer by themselves, too."""
+        size = lambda i: 1.2**i / 2 ** (i // every * divide)
+        divided = {f"blocks.{i}.{name}.weight": size(i) for i in range(layers) for name in ("att.output", "ffn.value")}
+        huggingface.write(folder, {name: x * np.float32(divided.get(name, 1)) for name, x in tensors.items()})
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        rwkv_jax.load(folder)
+        return capsys.readouterr().err
+
+    line = printed(True, rescale_every=every)
+    assert line.startswith(f"{folder}: att.output and ffn.value look divided by 2 from layer {every} on")
+    assert line.count("\n") == 1
+    assert printed(False, rescale_every=every) == ""
+    assert printed(True, rescale_every=0) == printed(True, rescale_every=layers) == ""
+
+
 @pytest.mark.parametrize("name", ["../m/model.safetensors", "m/../../model.safetensors", "/etc/passwd", 7])
 def test_huggingface_index_names_files_of_its_own_folder_only(tmp_path, name):
     (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')

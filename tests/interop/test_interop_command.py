@@ -1,8 +1,9 @@
 """`python -m rwkv_jax.interop`."""
 
 import jax.numpy as jnp
+import numpy as np
 from small import drawn, make
-from weights import NAMES, assert_same_params, tiny, write_workdir
+from weights import NAMES, D, V, assert_same_params, official, tiny, write_workdir
 
 import rwkv_jax
 from rwkv_jax.interop import pth
@@ -32,6 +33,25 @@ def test_interop_command_converts_a_workdir_and_names_a_damaged_file(tmp_path, c
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "other.pth").exists()
+
+
+def test_interop_command_refuses_a_cast_to_infinity(tmp_path, capsys):
+    tensors = official()
+    tensors["blocks.1.att.key.weight"][2, 3] = -1e5
+    pth.write(tmp_path / "model.pth", tensors)
+    model, params = tiny()
+    write_workdir(tmp_path / "run", model, params | {"head": {"kernel": np.full((D, V), 7e4, np.float32)}}, 1)
+    for source, message in (
+        ("model.pth", "model.pth: blocks.1.att.key.weight holds -100000"),
+        ("run", "run: head/kernel holds 70000"),
+    ):
+        target = tmp_path / f"{source}-half.pth"
+        assert main([str(tmp_path / source), str(target), "--dtype=float16"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: {tmp_path}/{message}, and the largest float16 is 65504"
+        )
+        assert not target.exists()
+        assert main([str(tmp_path / source), str(target), "--dtype=bfloat16"]) == 0
 
 
 def test_interop_command_gives_a_folder_the_tokenizer_of_the_source(tmp_path, capsys):

@@ -3,7 +3,8 @@
 import struct
 
 import numpy as np
-from weights import assert_same_tensors
+import pytest
+from weights import assert_same_tensors, official, one_line
 
 from rwkv_jax.interop import rwkv_cpp
 
@@ -29,3 +30,26 @@ def test_rwkv_cpp_file_has_the_documented_layout(tmp_path):
         for version in (100, 101):
             (tmp_path / "m").write_bytes(expected[:4] + struct.pack("<i", version) + expected[8:])
             assert_same_tensors(rwkv_cpp.read(tmp_path / "m"), stored)
+
+
+@pytest.mark.parametrize(
+    "name, number, message",
+    [
+        ("blocks.0.att.key.weight", 1e5, "m: blocks.0.att.key.weight holds 100000, and the largest float16 is 65504"),
+        (
+            "blocks.0.att.time_decay",
+            100,
+            r"m: blocks.0.att.time_decay holds -2.68\d*e\+43",
+        ),
+        ("blocks.0.att.time_decay", -110, "m: blocks.0.att.time_decay is too slow: .* becomes 0"),
+    ],
+)
+def test_rwkv_cpp_refuses_numbers_that_its_dtypes_cannot_hold(tmp_path, name, number, message):
+    tensors = official()
+    tensors["head.weight"] = tensors["head.weight"].astype(np.float16)  # and so is every matrix in the file
+    rwkv_cpp.write(tmp_path / "m", tensors)
+    before = (tmp_path / "m").read_bytes()
+    tensors[name] = np.full_like(tensors[name], number)
+    with one_line(message):
+        rwkv_cpp.write(tmp_path / "m", tensors)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]

@@ -61,6 +61,7 @@ def test_state_that_cannot_be_converted_is_named():
         (good[:-1], rf"^the state has {5 * L - 1} vectors, expected 5 a layer$"),
         ([], r"^the state has shapes none, expected "),
         ([*good[:-1], good[-1][:-1]], r"^the state has shapes \(.*\), \(.*\), expected "),
+        ([x * 1e300 for x in map(np.float64, good)], r"^the state holds -?\d\S*e\+\d+, and the largest float32 is "),
         (infinite, r"^array 1 of the state holds values that are not finite$"),
     ):
         with one_line(message):

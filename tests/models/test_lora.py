@@ -52,3 +52,11 @@ def test_adapters_change_nothing_at_first_and_merge_into_the_weights(kind):
     )
     np.testing.assert_allclose(joined_BTV, small.forward(model, merged, tokens_BT)[0], rtol=1e-5, atol=1e-5)
     assert np.abs(joined_BTV - plain_BTV).max() > 0.1
+
+
+def test_merge_refuses_a_sum_beyond_the_range_of_the_weights():
+    params = {"att": {"key": {"kernel": jax.numpy.full((4, 3), 6e4, "float16")}}}
+    adapters = {"att": {"key": {"lora_a": np.ones((4, 1), np.float32), "lora_b": np.full((1, 3), 3e3, np.float32)}}}
+    assert np.isfinite(lora.merge(params, adapters, 1.0)["att"]["key"]["kernel"]).all()
+    with pytest.raises(ValueError, match=r"^att/key with its adapters holds 66000, beyond the range of float16$"):
+        lora.merge(params, adapters, 2.0)
