@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import os
 import re
 import runpy
 import typing
 
-from rwkv_jax import models
+from rwkv_jax import files, models
 from rwkv_jax.data import orders
 from rwkv_jax.models.block import switches
 from rwkv_jax.train import parallel
@@ -196,11 +195,13 @@ def read(source: str, overrides=()):
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 
-    path, _, arg = source.partition(":")
-    if not os.path.isfile(path):
-        raise ValueError(f"no config file {path!r}, expected a Python file with get_config(arg)")
+    ends = [found.start() for found in re.finditer(r":|\Z", source)]  # of the path, which may hold colons too
+    end = max((end for end in ends if files.user_path(source[:end]).is_file()), default=None)
+    if end is None:
+        raise ValueError(f"no config file {source!r}, expected a Python file with get_config(arg)")
+    path, arg = files.user_path(source[:end]), source[end + 1 :]
     try:
-        config = runpy.run_path(path)["get_config"](arg)
+        config = runpy.run_path(str(path))["get_config"](arg)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # a user's own program may fail in any way
