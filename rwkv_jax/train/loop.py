@@ -154,7 +154,7 @@ class Log:
         if self.waiting is None:
             return
         (step, lr, values, logged), self.waiting = self.waiting, None
-        values = jax.device_get(values)
+        values = jax.device_get(jax.block_until_ready(values))  # see `workdir.restore`
         if step == self.start + 1:
             self.clock.lap("compile")
             # not before a step has worked: until there is a row, the workdir takes another config
