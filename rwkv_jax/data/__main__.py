@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import sys
 
 import numpy as np
 
@@ -72,4 +71,4 @@ def _table(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.end(main())
