@@ -1,6 +1,7 @@
 """RWKV in JAX and Flax: table of contents.
 
-Importing this module imports nothing else, not even jax; a name is loaded when it is first used.
+Importing this module imports nothing else, not even jax; a name is loaded when it is first used. Only as the start of
+a command, `python -m rwkv_jax.NAME`, it sees to it that an interrupt of the imports ends with one line.
 
 Dimension key, used in every array name of the project (`x_BTD` is [batch, time, width]):
 
@@ -9,6 +10,8 @@ Dimension key, used in every array name of the project (`x_BTD` is [batch, time,
 """
 
 import importlib
+import signal
+import sys
 
 _CONTENTS = {
     "build": "models",  # a model by name: build("rwkv4", vocab_size=256, num_layers=6, dim=512)
@@ -38,3 +41,10 @@ def __getattr__(name):
 
 def __dir__():
     return sorted([*_CONTENTS, *_MODULES])
+
+
+# "-m" is Python's mark of a module that it is about to run; its name is the argument before those of the command.
+# Elsewhere the signal may be ignored, as after nohup.
+_starts_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].startswith("rwkv_jax.")
+if _starts_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, importlib.import_module("rwkv_jax.command").end_while_importing)

@@ -2,7 +2,8 @@
 
 `<folder>/<step>/` holds what Orbax wrote and `manifest.json`, the size and hash of every file, written last.
 Orbax restores most flipped bytes without an error. A checkpoint is therefore read only after its files match the
-manifest, and a folder without a manifest is not a checkpoint.
+manifest, and a folder without a manifest is not a checkpoint. The manifest is written once Orbax has found every array
+of the tree in what it wrote.
 """
 
 import contextlib
@@ -13,7 +14,9 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,9 +72,13 @@ def save_async(folder, step: int, tree: Any, keep: int = 2) -> Future:
         unsaved = Future()
         unsaved.set_exception(OSError(f"{folder / str(step)}: not saved: {problem}"))
         return unsaved
-    orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-    orbax.save(folder / f"{step}.partial", args=ocp.args.PyTreeSave(tree))
-    return _writer.submit(_complete, orbax, folder, step, keep)
+    with contextlib.ExitStack() as stack:
+        partial = stack.enter_context(_as_orbax_takes_it(folder)) / f"{step}.partial"
+        orbax = stack.enter_context(ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()))
+        orbax.save(partial, args=ocp.args.PyTreeSave(tree))
+        saved = jax.tree.map(lambda x: x if hasattr(x, "dtype") else np.asarray(x), tree)
+        saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
+        return _writer.submit(_complete, stack.pop_all(), orbax, partial, saved, folder, step, keep)
 
 
 def wait() -> None:
@@ -94,12 +101,26 @@ def _prepare(folder: Path, tree: Any) -> str:
     return f"it takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free" if free < needed else ""
 
 
-def _complete(orbax, folder: Path, step: int, keep: int) -> None:
+@contextlib.contextmanager
+def _as_orbax_takes_it(folder: Path) -> Iterator[Path]:
+    """Yield a path to `folder` of plain characters: Orbax globs its paths, and TensorStore takes only UTF-8."""
+    if re.fullmatch(r"[\w/.,=+@ -]+", str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rwkv_jax-") as elsewhere:
+        link = Path(elsewhere, "checkpoints")
+        link.symlink_to(folder)
+        yield link
+
+
+def _complete(held, orbax, written: Path, saved: Any, folder: Path, step: int, keep: int) -> None:
     """Wait until Orbax has committed on every host; the first host then adds the manifest and renames the folder."""
     complete, partial = folder / str(step), folder / f"{step}.partial"
     try:
-        with orbax:
+        with held:
             orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                _check(partial, _stored(orbax, written, partial), saved)
         if jax.process_index() == 0:
             _write_manifest(partial)
             if complete.exists():
@@ -176,13 +197,13 @@ def restore(
     path = folder / str(step)
     abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
     item = jax.tree.map(abstract, like if key is None else {key: like})
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        stored = {k: v for k, v in dict(orbax.metadata(path).item_metadata.tree).items() if k not in drop}
+    with _as_orbax_takes_it(folder) as plain, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        stored = {k: v for k, v in dict(_stored(orbax, plain / str(step), path)).items() if k not in drop}
         _check(path, stored if key is None else {key: stored[key]} if key in stored else {}, item)
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         # partial, since `_check` has seen everything: a None may also be missing on disk
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        tree = orbax.restore(path, args=args)
+        tree = orbax.restore(plain / str(step), args=args)
     return step, tree if key is None else tree[key]
 
 
@@ -201,6 +222,14 @@ def _newest_valid(folder: Path) -> int:
     if newest < 0:
         raise ValueError(f"{folder}: no valid checkpoint (complete ones: {steps(folder)})")
     return newest
+
+
+def _stored(orbax, path: Path, name: Path) -> Any:
+    """Return the tree of shapes and dtypes in the checkpoint at `path`, called `name`."""
+    metadata = orbax.metadata(path).item_metadata
+    if metadata is None:
+        raise ValueError(f"{name}: damaged checkpoint: Orbax finds no arrays in it")
+    return metadata.tree
 
 
 def _check(path: Path, stored: Any, like: Any) -> None:

@@ -1,14 +1,24 @@
-"""Commands: escapes in the text of an option, and one line on stderr and an exit code for a mistake of the user."""
+"""Commands: escapes in the text of an option, and one line on stderr and an exit code for a mistake of the user.
 
+@command.reported()
+def main(argv=None): ...
+
+command.end(main())  # where the module is run
+"""
+
+import contextlib
+import errno
 import functools
 import io
 import os
 import re
 import select
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-STDOUT = 1  # its file descriptor
+STDOUT, STDERR = 1, 2  # file descriptors
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
@@ -21,8 +31,9 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
     """Decorate a command's `main`: it then returns an exit code, 0 for None, also where it would raise
 
         KeyboardInterrupt       130, after the line `interrupted`
+        no memory left          2, after "error: out of memory; ", the advice `out_of_memory` and what was asked for
         ValueError, OSError     2, after "error: " and the message: the user's mistakes
-        no memory left          2, after "error: out of memory; " and the advice `out_of_memory`
+        OverflowError           the same: a number that no array can have
         BrokenPipeError         0, without a line, where nobody reads stdout any more: `... | head`
 
     Other exceptions pass.
@@ -33,6 +44,8 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
         def run(argv=None) -> int:
             if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is no UTF-8 is printed as it is
                 sys.stdout.reconfigure(errors="surrogateescape")
+            if signal.getsignal(signal.SIGINT) is end_while_importing:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 code = main(argv)
                 print(end="", flush=True)  # while a failure can still be reported
@@ -40,15 +53,16 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
             except KeyboardInterrupt:
                 print(interrupted, file=sys.stderr)
                 return 130
-            except (ValueError, OSError) as error:
+            except (MemoryError, RuntimeError, ValueError, OSError, OverflowError) as error:
                 if isinstance(error, BrokenPipeError) and _stdout_lost_its_reader():
                     os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # for what is left to flush
                     return 0
-                message = " ".join(str(error).split())
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                if is_out_of_memory(error):
+                    message = ": ".join([f"out of memory; {out_of_memory}", *str(error).splitlines()[:1]])
+                elif isinstance(error, RuntimeError):
                     raise
-                message = ": ".join([f"out of memory; {out_of_memory}", *str(error).splitlines()[:1]])
+                else:
+                    message = " ".join(str(error).split())
             print(f"error: {message}", file=sys.stderr)
             return 2
 
@@ -57,9 +71,30 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
     return decorate
 
 
+def end(code: int) -> NoReturn:
+    """End the process of a command that returned `code`.
+
+    After an interrupt or an error XLA may still compile or compute on threads of its own. An orderly end would free
+    what they use, and they would die of SIGSEGV in place of `code`; and of several hosts it would wait for the others.
+    """
+    if not code:
+        sys.exit()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def end_while_importing(signum, frame) -> NoReturn:
+    """Handle SIGINT until a `reported` main begins: imports take seconds, and nothing has been touched."""
+    os.write(STDERR, b"stopped\n")
+    os._exit(130)
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """True for the error of Python and NumPy, and for that of XLA on any device."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    """True for the error of Python, NumPy and the system, and for that of XLA on any device."""
+    told = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY"))
+    return told or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def _stdout_lost_its_reader() -> bool:

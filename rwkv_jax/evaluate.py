@@ -353,4 +353,4 @@ def _readable(report) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.end(main())

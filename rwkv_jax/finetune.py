@@ -15,7 +15,6 @@ What the last two learn can leave the workdir as one small file that belongs to 
 """
 
 import argparse
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -116,4 +115,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.end(main())

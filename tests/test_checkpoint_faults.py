@@ -4,8 +4,10 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from trees import abstract, bits, files_of, one_line, train_state
 
@@ -36,6 +38,32 @@ def test_leftovers_of_a_killed_save_are_cleared_and_nothing_else(tmp_path):
     checkpoint.save(tmp_path, 6, train_state(6))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "9", "notes.txt"]
     assert checkpoint.steps(tmp_path) == [6]
+
+
+def test_folder_of_any_name_keeps_checkpoints(tmp_path):
+    names = ["lr=1e-3,wd=[0.1]", "**", "a\\b", "gs:", "a\nb", "caf\udce9"]
+    for name in names:
+        checkpoint.save(tmp_path / name, 1, train_state(1))
+        step, state = checkpoint.restore(tmp_path / name, abstract(train_state()))
+        assert (step, bits(state)) == (1, bits(train_state(1)))
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+
+
+@pytest.mark.parametrize("lost", ["all", "one"])
+def test_save_counts_only_once_its_arrays_are_found(lost, tmp_path, monkeypatch):
+    metadata = ocp.AsyncCheckpointer.metadata
+
+    def forgetful(self, path):
+        found = metadata(self, path)
+        found.item_metadata.tree.pop("params")
+        return SimpleNamespace(item_metadata=None) if lost == "all" else found
+
+    checkpoint.save(tmp_path, 1, train_state(1))
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "metadata", forgetful)
+    with pytest.raises(OSError, match=r"/2: not saved: .*(Orbax finds no arrays|params.* is absent)") as error:
+        checkpoint.save(tmp_path, 2, train_state(2))
+    one_line(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_failed_save_tells_why_though_its_threads_write_on(tmp_path, monkeypatch):

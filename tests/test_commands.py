@@ -4,6 +4,7 @@ import argparse
 import importlib
 import inspect
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,9 @@ def ended(error, capsys, **lines):
         (BrokenPipeError(32, "Broken pipe"), 2, "error: [Errno 32] Broken pipe"),  # of a socket: stdout is open
         (MemoryError("Unable to allocate 8 GiB"), 2, "error: out of memory; lower b: Unable to allocate 8 GiB"),
         (jax.errors.JaxRuntimeError(f"{ON_A_DEVICE}\nmore"), 2, f"error: out of memory; lower b: {ON_A_DEVICE}"),
+        (ValueError(ON_A_DEVICE), 2, f"error: out of memory; lower b: {ON_A_DEVICE}"),  # as libraries wrap it
+        (OSError(12, "Cannot allocate"), 2, "error: out of memory; lower b: [Errno 12] Cannot allocate"),
+        (OverflowError("int too large"), 2, "error: int too large"),
     ],
 )
 def test_reported_command_ends_with_one_line_and_an_exit_code(error, code, line, capsys):
@@ -83,6 +87,46 @@ def test_command_and_functions_have_the_same_defaults(name, functions, shared, m
     assert len(both) == shared and {key: found[key] for key in both} == {key: expected[key] for key in both}
 
 
+COMPILE_FOR_SECONDS = """
+import os, signal, threading
+import jax, jax.numpy as jnp
+from rwkv_jax import command
+
+def deep(x):
+    for i in range(150):
+        x = jax.lax.scan(lambda c, _: (jnp.tanh(c * 1.1 + i), None), x, None, length=3)[0] @ x
+    return x
+
+@command.reported()
+def main(argv):
+    lowered = jax.jit(deep).lower(jnp.ones((8, 8)))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    lowered.compile()
+
+command.end(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(3))
+def test_interrupt_while_xla_compiles_ends_in_one_line(attempt):
+    process = subprocess.run([sys.executable, "-c", COMPILE_FOR_SECONDS], capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "stopped\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["interop", "train"])
+def test_interrupt_of_a_commands_imports_ends_in_one_line(name):
+    program = [sys.executable, "-X", "importtime", "-m", f"rwkv_jax.{name}"]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.rstrip().endswith("rwkv_jax"):  # imported: the rest takes seconds
+                process.send_signal(signal.SIGINT)
+                break
+        rest = [line for line in process.stderr if not line.startswith("import time:")]
+    assert (process.returncode, rest) == (130, ["stopped\n"])
+
+
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_every_command_ends_as_reported(path, monkeypatch, capsys):
     name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
@@ -94,3 +138,4 @@ def test_every_command_ends_as_reported(path, monkeypatch, capsys):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
     assert main([]) == 2
     assert capsys.readouterr() == ("", "error: a b\n")
+    assert path.read_text().endswith("    command.end(main())\n")

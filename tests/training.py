@@ -103,7 +103,7 @@ def toy_step(model, tx, **options):
         m = 0.5 * moments["m"] + mean
         w = 0.9 * state.params["w"] + lr * m
         carry = jax.tree.map(lambda x: 0.5 * x + batch["tokens"][:, :2], state.carry)
-        values = {"loss_nats": w[0] + mean, "grad_norm": mean, "skipped": state.skipped}
+        values = {"loss_nats": w[0] + mean, "grad_norm": mean, "skipped": state.skipped, "targets": 1}
         state = state.replace(step=state.step + 1, params={"w": w}, opt_state=({"m": m},), carry=carry)
         return state, values
 

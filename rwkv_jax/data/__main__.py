@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import sys
 from functools import partial
 
 import numpy as np
@@ -75,4 +74,4 @@ def _table(found: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.end(main())

@@ -35,14 +35,31 @@ class Mixture(NamedTuple):
 
     def held_out(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """The first tokens of the validation splits, and which of them count: from each part its share of
-        `num_tokens` (fewer if it has no more), one after the other, so that their loss is that of the mixture."""
-        pieces = []
-        for part, weight in zip(self.parts, self.weights, strict=True):
-            tokens, mask = part.valid.tokens[: round(num_tokens * weight)], part.valid.mask
-            pieces.append((tokens, np.ones(len(tokens), bool) if mask is None else mask[: len(tokens)] != 0))
-        if len(pieces) == 1:
-            return pieces[0]
-        return tuple(np.concatenate(piece) for piece in zip(*pieces, strict=True))
+        `num_tokens` (fewer if it has no more), one after the other, so that their loss is that of the mixture.
+        Where none of these counts, as in a long prompt, the tokens around the first that does.
+
+        Raises:
+            ValueError: no token of the validation splits counts.
+        """
+        shares = zip(self.parts, self.weights, strict=True)
+        pieces = [_held_out(part.valid, round(num_tokens * weight)) for part, weight in shares]
+        tokens, counts = pieces[0] if len(pieces) == 1 else map(np.concatenate, zip(*pieces, strict=True))
+        if not counts[1:].any():
+            raise ValueError(
+                f"validation text of {self.name} has no target, expected some; eval_tokens=0 trains without"
+            )
+        return tokens, counts
+
+
+def _held_out(valid: data.Split, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    if valid.mask is None:
+        tokens = valid.tokens[:num_tokens]
+        return tokens, np.ones(len(tokens), bool)
+    counts = valid.mask != 0
+    first = 1 + int(np.argmax(counts[1:]))  # the first token of all is not predicted
+    begin = 0 if first < num_tokens else first - num_tokens // 2
+    piece = slice(begin, begin + num_tokens)
+    return valid.tokens[piece], counts[piece]
 
 
 def prepare(source: str, tokenizer: str = "bytes", **fields: str) -> Mixture:

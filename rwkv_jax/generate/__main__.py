@@ -132,4 +132,4 @@ def _refuse(message):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.end(main())

@@ -59,4 +59,4 @@ def _with_home(argument: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.end(main())

@@ -35,4 +35,4 @@ def _carry_tokenizer(source, folder, vocab_size):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.end(main())

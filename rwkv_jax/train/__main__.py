@@ -1,7 +1,6 @@
 """python -m rwkv_jax.train --config=configs/tiny.py --workdir=runs/tiny [--config.optim.lr=6e-4 ...]"""
 
 import argparse
-import os
 import sys
 
 import jax
@@ -13,18 +12,11 @@ from rwkv_jax.train.loop import run
 from rwkv_jax.train.rehearse import rehearse, table
 
 
-def main(argv=None) -> int:
-    code = _main(argv)
-    if code and jax.distributed.is_initialized():
-        os._exit(code)  # the other hosts run on, and an orderly end would wait for them
-    return code
-
-
 @command.reported(
     interrupted="stopped; what was saved before stays",
-    out_of_memory="raise --config.accumulation, or lower --config.batch_size or --config.seq_len",
+    out_of_memory="raise --config.accumulation, or lower --config.batch_size, --config.seq_len or --config.model.dim",
 )
-def _main(argv) -> int:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_jax.train",
         description="Train a model; the same command resumes.",
@@ -84,4 +76,4 @@ def _steps(text) -> range | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.end(main())

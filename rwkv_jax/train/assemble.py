@@ -53,6 +53,8 @@ def assembled(config, workdir: Path) -> Run:
             f"model.vocab_size is {model.vocab_size}, expected at least {corpus.vocab_size}, "
             f"the vocabulary of tokenizer {config.tokenizer!r}"
         )
+    if config.eval_tokens:
+        corpus.held_out(config.eval_tokens)  # refused before training where it has no target
     shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
     dataset = functools.partial(batches.dataset, corpus.train, **shape, seed=config.seed, order=config.data.order)
     of_all, mine = dataset(), dataset(rows=parallel.own_rows(config.strategy, config.batch_size, config.replicas))

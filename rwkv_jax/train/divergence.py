@@ -24,10 +24,15 @@ class Watch:
         self.skipped, self.in_a_row = skipped, 0
         self.recent = collections.deque(maxlen=WINDOW)
 
-    def problem(self, step: int, loss: float, skipped: int) -> str:
-        """Return why the run should end after `step`, or "". `skipped` counts all skipped steps so far."""
-        self.in_a_row = self.in_a_row + 1 if skipped > self.skipped else 0
-        self.skipped = skipped
+    def problem(self, step: int, loss: float, skipped: int, targets: int) -> str:
+        """Return why the run should end after `step`, or "".
+
+        `skipped` counts all skipped steps so far, `targets` those of this step; one without is no sign of divergence.
+        """
+        before, self.skipped = self.skipped, skipped
+        if not targets:
+            return ""
+        self.in_a_row = self.in_a_row + 1 if skipped > before else 0
         if self.in_a_row > self.max_skipped:
             first = step - self.in_a_row + 1
             return f"steps {first} to {step} are not finite in loss or gradient, max_skipped is {self.max_skipped}"

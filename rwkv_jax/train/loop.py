@@ -141,6 +141,7 @@ class Log:
         self.devices = 1 if config.strategy == "single" else jax.device_count()
         self.peak = hardware.peak_flops(jax.devices()[0])
         self.flops_per_token = hardware.flops_per_token(this.model, config.seq_len)
+        self.told = False  # that a batch has no target
         self.waiting = None  # the step dispatched last, whose metrics the host has not seen
         self.seconds, self.timed = 0.0, 0  # of steps since the last row, without compiling, evaluating and saving
 
@@ -152,7 +153,7 @@ class Log:
         if self.waiting is None:
             return
         (step, lr, values, logged), self.waiting = self.waiting, None
-        values = jax.device_get(values)
+        values = jax.device_get(jax.block_until_ready(values))  # see `workdir.restore`
         if step == self.start + 1:
             self.clock.lap("compile")
             # not before a step has worked: until there is a row, the workdir takes another config
@@ -161,7 +162,11 @@ class Log:
         else:
             self.seconds, self.timed = self.seconds + self.clock.lap("train"), self.timed + 1
         losses = _losses(values.pop("loss_nats"), self.this.config)
-        problem = self.watch.problem(step, losses["loss_nats"], int(values["skipped"]))
+        problem = self.watch.problem(step, losses["loss_nats"], int(values["skipped"]), values["targets"])
+        if not values["targets"] and not self.told and jax.process_index() == 0:
+            what = f"step {step}: no token of the batch is a target, such steps change nothing and count as skipped"
+            tqdm.write(f"{what}; raise --config.batch_size or --config.seq_len", file=sys.stderr)
+            self.told = True
         skipped = f", {self.watch.skipped} skipped" if self.watch.skipped else ""
         self.show(step, f"loss {losses['loss_nats']:.3f}{skipped}")
         if logged or problem:

@@ -196,10 +196,11 @@ def read(source: str, overrides=()):
     from absl import flags
     from ml_collections import ConfigDict, config_flags
 
-    path, _, arg = source.partition(":")
-    path = files.user_path(path)
-    if not path.is_file():
-        raise ValueError(f"no config file {str(path)!r}, expected a Python file with get_config(arg)")
+    ends = [found.start() for found in re.finditer(r":|\Z", source)]  # of the path, which may hold colons too
+    end = max((end for end in ends if files.user_path(source[:end]).is_file()), default=None)
+    if end is None:
+        raise ValueError(f"no config file {source!r}, expected a Python file with get_config(arg)")
+    path, arg = files.user_path(source[:end]), source[end + 1 :]
     try:
         config = runpy.run_path(str(path))["get_config"](arg)
     except ValueError as error:

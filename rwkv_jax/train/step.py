@@ -18,7 +18,7 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array  # steps taken, counting the skipped
     params: dict
     opt_state: tuple
-    skipped: jax.Array  # steps whose loss or gradient was not finite: they changed nothing
+    skipped: jax.Array  # steps whose loss or gradient was not finite, or without a target: they changed nothing
     frozen: Any = None  # parameters that the run only starts from, beside those that it trains
     carry: tuple | None = None  # recurrent state of the batch's rows, where it is handed from step to step
 
@@ -73,6 +73,8 @@ def make_step(model, tx, **options):
     def step(state, batch, lr, axis_name=None):
         grads, loss, carry = mean_gradient(model, objective, state, batch, axis_name)
         new, values = apply_gradient(tx, state, grads, loss, lr)
+        targets = batch["mask"].sum()
+        values["targets"] = targets if axis_name is None else jax.lax.psum(targets, axis_name)
         taken = new.skipped == state.skipped
         return new.replace(carry=jax.tree.map(lambda x, old: jnp.where(taken, x, old), carry, state.carry)), values
 

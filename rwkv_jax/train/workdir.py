@@ -118,7 +118,8 @@ def _flatten(tree, prefix=""):
 
 def restore(workdir, config, model, method, init):
     """(state, steps taken): the newest valid checkpoint, else the trunk that the run branches from, else step 0."""
-    state = init(jax.random.key(config.seed))
+    # waited for, because reading a number of a state that found no memory would wait for ever on a CPU
+    state = jax.block_until_ready(init(jax.random.key(config.seed)))
     folder, step = workdir / "checkpoints", None
     saved = bool(multihost_utils.broadcast_one_to_all(np.array(bool(checkpoint.steps(folder)))))
     if config.finetune.model and not ((saved or config.branch_from) and state.frozen is None):

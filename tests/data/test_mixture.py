@@ -55,6 +55,21 @@ def test_mixture_held_out_tokens_are_shared_by_weight(texts):
     np.testing.assert_array_equal(mixed.held_out(40)[0], [*a[:30], *b[:10]])
 
 
+def test_mixture_held_out_text_has_targets():
+    def held_out(mask):
+        tokens = np.arange(100, dtype=np.uint8)
+        split = data.Split(tokens, np.zeros(1, np.int64), (), 100, np.isin(tokens, mask).astype(np.uint8))
+        corpus = data.Corpus("a", "bytes", 256, "", split, split, split)
+        return mixture.Mixture("a", "bytes", 256, "", (corpus,), (Fraction(1),)).held_out(10)
+
+    for mask, begin in (([0, 9], 0), ([0, 10], 5), ([0, 99], 94)):
+        tokens, counts = held_out(mask)
+        np.testing.assert_array_equal(tokens, np.arange(begin, min(begin + 10, 100)))
+        np.testing.assert_array_equal(tokens[counts], [x for x in mask if x in tokens])
+    with pytest.raises(ValueError, match="validation text of a has no target"):
+        held_out([0])
+
+
 @pytest.mark.parametrize(
     ("source", "tokenizer", "line"),
     [

@@ -10,9 +10,10 @@ NAN = float("nan")
 def test_watch_bears_max_skipped_steps_in_a_row():
     watch = divergence.Watch(max_skipped=2, max_loss_rise=1.0, skipped=5)
     skipped = [6, 7, 7, 8, 8]
-    assert not any(watch.problem(i, NAN if i in (1, 2, 4) else 3.0, skipped[i - 1]) for i in range(1, 6))
-    assert not watch.problem(6, NAN, 9) and not watch.problem(7, NAN, 10)
-    assert watch.problem(8, NAN, 11).startswith("steps 6 to 8 are not finite")
+    assert not any(watch.problem(i, NAN if i in (1, 2, 4) else 3.0, skipped[i - 1], 1) for i in range(1, 6))
+    assert not watch.problem(6, NAN, 9, 1) and not watch.problem(7, NAN, 10, 1)
+    assert not any(watch.problem(8, NAN, skipped, 0) for skipped in (11, 12, 13))  # without a target: not divergence
+    assert watch.problem(8, NAN, 14, 1).startswith("steps 6 to 8 are not finite")
 
 
 @pytest.mark.parametrize("limit, step", [(1.0, 43), (0.0, None), (0.4, 21)])
@@ -20,6 +21,6 @@ def test_watch_compares_a_loss_with_the_mean_of_the_20_finite_steps_before(limit
     """Losses leap by 0.5 in step 21 and by 1.1 over the mean in step 43; before step 21 nothing is a leap."""
     watch = divergence.Watch(max_skipped=2, max_loss_rise=limit, skipped=0)
     losses = [9.0, *[2.0] * 19, 2.35 + 0.5, NAN, *[3.0] * 20, 4.1]
-    found = {i: watch.problem(i, loss, int(i >= 22)) for i, loss in enumerate(losses, 1)}
+    found = {i: watch.problem(i, loss, int(i >= 22), 1) for i, loss in enumerate(losses, 1)}
     first = next((i for i, problem in found.items() if problem), None)
     assert first == step

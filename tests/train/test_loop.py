@@ -41,7 +41,7 @@ def events(monkeypatch):
             note("step")
             time.sleep(0.01)
             taken = np.int32(int(state.step) + 1)
-            return state.replace(step=taken), {"loss_nats": np.float32(taken), "skipped": state.skipped}
+            return state.replace(step=taken), {"loss_nats": np.float32(taken), "skipped": state.skipped, "targets": 1}
 
         zero, params = jax.device_put((np.int32(0), {"w": np.zeros(2, np.float32)}))
         return lambda key: TrainState(zero, params, (), zero), step, put, None

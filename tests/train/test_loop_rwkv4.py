@@ -75,6 +75,19 @@ def test_run_ends_after_too_many_steps_that_are_not_finite(finished, text, tmp_p
     ]  # fmt: skip
 
 
+def test_batches_without_a_target_are_counted_and_do_not_end_a_run(finished, tmp_path, capsys):
+    rows = [{"prompt": "x" * 2000, "text": f"answer {i}"} for i in range(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = {"data.prompt": "prompt", "max_skipped": 1}
+    assert main(training.arguments(tmp_path / "text.jsonl", tmp_path / "run", **fields)) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "--config.batch_size or --config.seq_len" in line]
+    assert len(told) == 1 and "no token of the batch is a target" in told[0]
+    rows = [r for r in metrics.logged(tmp_path / "run" / "metrics.jsonl") if "targets" in r]
+    assert sum(r["targets"] == 0 for r in rows) == rows[-1]["skipped"] > 2
+    assert all((r["targets"] == 0) == (r["loss_nats"] is None) for r in rows)
+    assert all(np.isfinite(loss) for loss in losses(tmp_path / "run", "valid_loss_nats").values())
+
+
 def test_leap_of_the_loss_ends_the_run_and_its_batch_is_replayed_as_documented(
     finished, text, tmp_path, capsys, monkeypatch
 ):
@@ -112,3 +125,10 @@ def test_run_in_segments_resumes_with_what_its_rows_remember(text, tmp_path):
     again = train.run(config(), cut)
     assert checkpoint.steps(cut / "checkpoints")[-1] == STEPS
     assert same(whole, again)
+
+
+def test_model_that_finds_no_memory_is_one_line(text, tmp_path, capsys):
+    assert main(training.arguments(text, tmp_path / "run", **{"model.dim": 10**7})) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: out of memory; raise --config.accumulation, or lower")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -3,6 +3,7 @@
 import pytest
 import training
 
+from rwkv_jax.train import run_config
 from rwkv_jax.train.__main__ import main
 
 
@@ -42,3 +43,13 @@ def test_config_file_that_has_no_config_is_one_line(program, expected, tmp_path,
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "config.py: " in err and expected in err
     assert not (tmp_path / "run").exists()
+
+
+def test_config_path_may_hold_colons(tmp_path):
+    program = (
+        "def get_config(arg):\n    config = run_config.default()\n    config.corpus = arg or 'none'\n    return config"
+    )
+    for name in ("a.py", "a:b.py", "a.py:b"):
+        (tmp_path / name).write_text(f"from rwkv_jax.train import run_config\n{program}")
+        assert run_config.read(str(tmp_path / name)).corpus == "none"
+        assert run_config.read(f"{tmp_path / name}:c:d").corpus == "c:d"
