@@ -23,7 +23,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rwkv_jax.models.layers import LayerNorm, Linear
+from rwkv_jax.models.layers import LayerNorm, Linear, matmul
 
 
 class Switches(dict):
@@ -46,6 +46,8 @@ class BlockConfig:
     num_layers: int
     hidden_dim: int | None = None  # None: the kind's own share of `dim`
     head_size: int = 64
+    head_norm_epsilon: float = 64e-5
+    low_ranks: tuple[int, ...] | None = None  # None: the kind's own rule
     dtype: str = "float32"
     param_dtype: str = "float32"
     matmul_precision: str | None = None
@@ -62,6 +64,10 @@ class BlockConfig:
         """x W, without bias."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return Linear(features, precision=self.matmul_precision, **dtypes, **kw)
+
+    def product(self, x, matrix):
+        """x @ matrix, for a parameter that is no `Linear`."""
+        return matmul(x.astype(self.dtype), matrix.astype(self.dtype), None, self.matmul_precision)
 
     def norm(self, **kw) -> nn.LayerNorm:
         return LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, **kw)

@@ -71,6 +71,11 @@ def orthogonal(scale: float = 1.0):
     return init
 
 
+def small_orthogonal(key, shape, dtype=jnp.float32):
+    """Orthogonal with gain 0.1: the outer matrix of a low-rank map (RWKV-LM, RWKV-v7)."""
+    return _orthogonal(0.1, key, shape, dtype)
+
+
 # Jitted, and so traced once for a shape: linen evaluates the shape of every parameter's initialiser in every `apply`.
 @partial(jax.jit, static_argnums=(0, 2, 3))
 def _orthogonal(gain, key, shape, dtype):
@@ -159,13 +164,14 @@ def mix_ramp(dim: int, power, offset=0.0):
     return lambda: (jnp.arange(dim) / dim) ** power + offset
 
 
-def vector(module: nn.Module, name: str, value: Callable, dim: int, dtype):
-    """A parameter [dim] whose initial value is a formula, `value()`, traced where parameters are made."""
+def vector(module: nn.Module, name: str, value: Callable, shape: int | tuple[int, ...], dtype):
+    """A parameter whose initial value is a formula, `value()`, traced where parameters are made."""
+    shape = (shape,) if isinstance(shape, int) else shape
     if module.has_variable("params", name):
-        found_D = module.get_variable("params", name)
-        if found_D.shape != (dim,):
-            raise ValueError(f"{'/'.join((*module.path, name))} is {found_D.shape}, expected {(dim,)}")
-        return found_D
+        found = module.get_variable("params", name)
+        if found.shape != shape:
+            raise ValueError(f"{'/'.join((*module.path, name))} is {found.shape}, expected {shape}")
+        return found
     return module.param(name, lambda _: value().astype(dtype))
 
 

@@ -135,7 +135,9 @@ class LM(nn.Module):
     head_init: str = "orthogonal"  # released; "normal": standard deviation 0.02 (GPT-2)
     variant: Mapping[str, Any] = Switches()  # switches of the kinds of layers: see their `Variant`
     wkv_impl: str | None = None  # form of the kinds' operator, `impl` of `ops.wkv4` for instance
-    head_size: int = 64  # attention: K; a narrower model has one head
+    head_size: int = 64  # K, channels of a head, where there are heads; a narrower model has one
+    head_norm_epsilon: float = 64e-5  # of RWKV-5, 6 and 7; files of rwkv.cpp have 1e-5 for RWKV-5
+    low_ranks: tuple[int, ...] | None = None  # widths of the low-rank maps of RWKV-6 and 7; None: their own rules
     remat: str = "none"  # what the backward pass computes again, see `REMAT`
     scan: bool = True  # parameters stacked [L, ...], compile time independent of depth; False: one set a layer
 
