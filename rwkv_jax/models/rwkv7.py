@@ -5,6 +5,7 @@ there (`ops.wkv7`). Where paper and code disagree, code wins: the gate of the va
 value, not the own one.
 """
 
+import math
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -29,7 +30,7 @@ from rwkv_jax.models.layers import (
 from rwkv_jax.ops.wkv7 import FORMS, wkv7
 
 zeros = nn.initializers.zeros
-STRONGEST = jnp.exp(-0.5)  # of all log decays: a channel keeps more than exp(-STRONGEST) = 0.545 of itself in a step
+STRONGEST = math.exp(-0.5)  # of all log decays: a channel keeps more than exp(-STRONGEST) = 0.545 of itself in a step
 
 
 @dataclass(frozen=True)
