@@ -4,6 +4,7 @@
     python -m experiments.NAME.run --preset=gpu       -> gpu.json beside it
     python -m experiments.NAME.run --sweep            learning rates -> sweep.json, where there is something to sweep
     python -m experiments.NAME.run --smoke --out=DIR  seconds, numbers without meaning
+    python -m experiments.NAME.plot                   the figure of results.json, drawn again
 
 A preset is cut into cells, each a function without arguments that returns a JSON object. A cell is kept in
 runs/NAME/PRESET.json as soon as it is computed, so the same command goes on after a kill, on another day or machine
@@ -12,6 +13,7 @@ over, which a change of the code asks for and a change of the preset does by its
 """
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -95,17 +97,34 @@ def main(
 
 
 def draw(name: str, path: Path) -> Path:
-    """The figure of a results file, beside it: figure.png of results.json, gpu.png of gpu.json.
+    """Draw the figure of a results file beside it: figure.png of results.json, gpu.png of gpu.json.
 
-    By `experiments.NAME.plot`, or that of every study where an experiment has none.
+    By `draw` of the experiment's plot.py, or that of every study where there is none.
     """
-    from importlib import import_module  # matplotlib, which no child process needs
-
-    has_own = name and (ledger.HERE / name / "plot.py").exists()
-    module = import_module(f"experiments.{name}.plot" if has_own else "experiments.figures")
+    own = name and (ledger.HERE / name / "plot.py").exists()
+    module = importlib.import_module(f"experiments.{name}.plot" if own else "experiments.figures")
     figure = path.with_name("figure.png" if path.name == "results.json" else f"{path.stem}.png")
     module.draw(json.loads(path.read_text()), figure)
     return figure
+
+
+def redraw(name: str) -> None:
+    """Draw the committed figures of an experiment again: `python -m experiments.NAME.plot`."""
+    for path in (ledger.HERE / name / file for file in ("results.json", "gpu.json")):
+        if path.exists():
+            print(f"written: {draw(name, path)}")
+
+
+def claim(artefact: str, paper: str, ours: str, verdict: str, **short: str) -> dict:
+    """Return a row of the ledger; `short` is what the README says in place of a long `ours`."""
+    return {"artefact": artefact, "paper": paper, "ours": ours, "verdict": verdict, **short}
+
+
+def not_run(
+    artefact: str, command: str, hours: float, hardware: str = "one H100 or H200", why: str = "no GPU for so long"
+) -> dict:
+    """Return a row of the table of what was not run."""
+    return {"artefact": artefact, "command": command, "hardware": hardware, "hours": hours, "why": why}
 
 
 def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:

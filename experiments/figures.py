@@ -1,4 +1,4 @@
-"""Figures without a display, and that of every study without a `plot.py` of its own."""
+"""Figures without a display, and that of every study without a `draw` of its own."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
-__all__ = ["COLOURS", "draw", "plt", "saved"]
+__all__ = ["COLOURS", "draw", "panels", "plt", "saved", "titled"]
 
 # One colour an arm, in every figure.
 COLOURS = {
@@ -20,6 +20,21 @@ COLOURS = {
     "lstm": "#27ae60",
     "hybrid": "#8e44ad",
 }
+
+
+def panels(columns: int, rows: int = 1, width: float = 4.4, height: float = 3.8, **shared):
+    """Return a figure and its axes [rows, columns], each panel of a size in inches."""
+    size = (width * columns, height * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **shared)
+
+
+def titled(figure, results: dict, text: str = "") -> None:
+    """Title a figure: `text`, by default the size and steps of the study's base, then the hardware and the date."""
+    if not text:
+        base = results["study"]["base"]
+        text = f"{base['model.num_layers']} x {base['model.dim']}, {base['steps']} steps"
+    stamp = results["stamp"]
+    figure.suptitle(f"{text}; {', '.join(stamp['devices'])}, {stamp['date']}", fontsize=10)
 
 
 def saved(figure, path: Path, dpi: int = 110) -> None:

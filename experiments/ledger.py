@@ -7,7 +7,6 @@ A block of a file stands between `<!-- NAME -->` and `<!-- end -->`; the rest is
 """
 
 import argparse
-import ast
 import json
 import re
 import signal
@@ -23,7 +22,7 @@ FILES = (HERE.parent / "README.md", HERE / "README.md")
 # In the order of the paper, after what all else rests on. A folder that is not named here comes last.
 ORDER = (
     "trajectory", "perplexity", "scaling", "context", "inference", "lra", "small_init", "decays", "trace", "zero_shot",
-    "recall", "order", "reach", "ablations", "bf16", "audio",
+    "recall", "order", "reach", "ablations", "bf16",
 )  # fmt: skip
 
 HEADLINES = (
@@ -77,7 +76,7 @@ def ledger() -> str:
 
 
 def headlines() -> str:
-    """What a first reader should see of it, in the short words of the rows that have them."""
+    """The rows of `HEADLINES`, in their short words where they have them."""
     said = lambda row: (row["paper"], row.get("short", row["ours"]), row["verdict"])
     rows = [
         [f"[{row['artefact']}](experiments/{name})", where(its)[0], *said(row)]
@@ -90,18 +89,12 @@ def headlines() -> str:
 
 
 def not_run() -> str:
-    """What was not run, and why: as results tell it, and folders without results."""
+    """Rows of what was not run, and why, as results give them."""
     rows = [
         [f"[{row['artefact']}]({name})", f"`{row['command']}`", row["hardware"], str(row["hours"]), row["why"]]
         for name, its in results()
         for row in its.get("not_run", [])
     ]
-    run = {name for name, _ in results()}
-    for folder in reproductions():
-        if folder.name not in run:
-            first = ast.get_docstring(ast.parse((folder / "run.py").read_text())).split("\n")[0].rstrip(".")
-            command = f"`python -m experiments.{folder.name}.run`"
-            rows.append([f"[{first}]({folder.name})", command, "2 CPU cores", "see the header", "not yet"])
     once = dict.fromkeys(map(tuple, rows))  # results of two presets may lack the same
     return table(("artefact", "command", "hardware", "hours", "why"), once)
 

@@ -12,7 +12,7 @@ from rwkv_jax import data, evaluate
 
 
 class HeldOut(NamedTuple):
-    """What a model is measured on: text that it was not trained on, and the shape that it was trained in."""
+    """Held-out text to measure a model on, and the shape of its training batches."""
 
     valid: data.Split
     test: data.Split
@@ -81,10 +81,3 @@ def nats_per_token(model, params, corpus: HeldOut) -> dict:
         return round(float(np.delete(nats_N, split.starts).mean(dtype=np.float64)), 5)
 
     return {"nats_per_token": nats(corpus.test), "valid_nats_per_token": nats(corpus.valid)}
-
-
-def loss_by_position(model, params, corpus: HeldOut) -> dict:
-    """Mean loss, and that of each position of a window: entry t is about predictions from t + 1 tokens."""
-    nats_N = evaluate.windows(model, params, corpus.test.tokens, corpus.seq_len, corpus.batch_size)
-    by_position = evaluate.loss_by_position(nats_N, corpus.seq_len)
-    return {"loss_by_position": round(float(by_position.mean()), 5), "nats_by_position": by_position.round(4).tolist()}

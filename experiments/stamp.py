@@ -1,4 +1,4 @@
-"""What every result carries: without its command, commit, versions, hardware and date a number is not a result."""
+"""The stamp of every result: its command, commit, versions, hardware and date."""
 
 import importlib.metadata
 import itertools
@@ -30,13 +30,13 @@ def stamp() -> dict:
 
 
 def commit(folder: Path) -> str:
-    """Of the checkout that a folder is in, with "+" where the tree has changes."""
+    """Return the commit of the checkout that a folder is in, with "+" where the tree has changes."""
     git = lambda *args: subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True).stdout.strip()
     return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
 def _arguments() -> list[str]:
-    """Of the command, without `--out`: where results went says nothing about them."""
+    """Return the arguments of the command without `--out`, on which no number depends."""
     before = ["", *sys.argv[1:]]
     return [x for last, x in itertools.pairwise(before) if last != "--out" and x.partition("=")[0] != "--out"]
 

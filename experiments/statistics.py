@@ -63,6 +63,12 @@ def wider(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     return tuple(max(known, key=lambda x: x[1] - x[0])) if known else (np.nan, np.nan)
 
 
+def told(mean: float, low: float | None, high: float | None, digits: int = 3) -> str:
+    """Format a difference and its interval: "+0.041 [+0.030, +0.052]"; without an interval that is None or NaN."""
+    interval = "" if low is None or np.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{mean:+.{digits}f}{interval}"
+
+
 def verdict(low: float | None, high: float | None, sign: int, paper: float | None = None) -> str:
     """Verdict on a difference whose interval is (low, high), None or NaN being none.
 

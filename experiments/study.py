@@ -70,7 +70,8 @@ class Sweep(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """What `main` takes. Fields of configs are nested or dotted: {"model": {"dim": 64}} or {"model.dim": 64}.
+    """Fields of a study, as `main` takes them. Those of configs are nested or dotted: {"model": {"dim": 64}} or
+    {"model.dim": 64}.
 
     Args:
         base: changes of `run_config.default()`; "tokens" may stand in place of "steps".
@@ -113,7 +114,7 @@ class Study:
 
 
 def config_of(study: Study, changes: dict | None = None, seed: int = 0):
-    """The config of the base with the changes of an arm."""
+    """Return the config of the base with the changes of an arm."""
     fields = flat(study.base) | flat(changes or {})
     if study.run:
         return ConfigDict(unflatten_dict(fields | {"seed": seed}, sep="."))
@@ -152,7 +153,7 @@ def name_of(arm: str, seed: int, budget: int | None = None) -> str:
 
 
 def measured(study: Study, configs: Sequence, folder: Path) -> dict:
-    """What results keep of a run: the numbers of its measures, its curve and its size."""
+    """Train a run; return the numbers of its measures, its curve and its size, which results keep."""
     model, params, workdirs = trained(configs, folder)
     config, corpus, numbers = configs[-1], measures.held_out(configs[-1], study.held_out), {}
     for measure in measures_of(study).values():
@@ -175,7 +176,7 @@ def measures_of(study: Study) -> dict[str, Callable]:
 
 
 def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
-    """One run."""
+    """Return the cell of one run, its weights and vocabulary prepared."""
     for config in configs if study.prepare else ():
         study.prepare(config, folder)
     identity = {"config": [fixed(config) for config in configs], "code": CODE, "corpus": corpus_of(configs[-1])}
@@ -191,7 +192,7 @@ def corpus_of(config) -> str | None:
 
 
 def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> dict[str, Cell]:
-    """Every run by name, all arms with the first seed before any with the second, and what else the study computes."""
+    """Return every run by name, all arms of the first seed before those of the second, then the cells of `also`."""
     found, arms = {}, arms_of(study)
     rates = {arm: {study.sweep.field: swept_lr(study, arm, sweep, folder)} for arm in arms if study.swept}
     for seed in dict.fromkeys(seed for arm in arms for seed in seeds_of(study, arm)):
@@ -228,6 +229,11 @@ def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
 
 
 # --------------------------------------------------------------------------------------- what it says
+
+
+def runs_of(study: Study, values: dict, arm: str, budget: int | None = None) -> list[dict]:
+    """Return the numbers of an arm's runs, one a seed."""
+    return [values[name_of(arm, seed, budget)] for seed in seeds_of(study, arm)]
 
 
 def compared(study: Study, values: dict, number: str | None = None, budget=None, against: str | None = None) -> dict:
@@ -280,7 +286,7 @@ def table(study: Study, rows: dict) -> str:
 
 
 def fields_of(study: Study) -> dict:
-    """What results keep of a study; `Study(**fields)` is enough for its conclusions."""
+    """Return the fields that results keep of a study; `Study(**fields)` is enough for its conclusions."""
     kept = {name: getattr(study, name) for name in ("seeds", "budgets", "against", "held_out")}
     return {"base": flat(study.base), "arms": arms_of(study), "measure": list(measures_of(study)), **kept}
 
@@ -288,17 +294,17 @@ def fields_of(study: Study) -> dict:
 # ------------------------------------------------------------------------------------------- the command
 
 
-def main(*, argv: Sequence[str] | None = None, **fields) -> None:
+def main(**fields) -> None:
     """The command of the script that calls it, whose docstring describes the study. Takes the fields of `Study`."""
     caller = inspect.currentframe().f_back.f_globals
     script, doc = Path(caller["__file__"]).resolve(), inspect.cleandoc(caller["__doc__"] or "A study.")
-    run = reported(command.STOPPED)(lambda argv: _main(script, doc, Study(**fields), argv))
-    if code := run(argv):
+    run = reported(command.STOPPED)(lambda _: _main(script, doc, Study(**fields)))
+    if code := run():
         sys.exit(code)
 
 
-def _main(script: Path, doc: str, study: Study, argv) -> None:
-    args = vars(_parser(doc, study).parse_args(argv))
+def _main(script: Path, doc: str, study: Study) -> None:
+    args = vars(_parser(doc, study).parse_args())
     is_smoke, label = args["smoke"], "smoke" if args["smoke"] else args["preset"]
     study = chosen(study, label, args["arm"], args["seed"], args["steps"], args["text"])
     options = {name: args[name] for name in study.options if name not in study.base}
@@ -378,7 +384,7 @@ def chosen(study: Study, preset: str = "cpu", arms=None, seeds=None, steps=None,
 
 
 def concluded(study: Study, preset: str, values: dict) -> dict:
-    """Results from the numbers of all runs."""
+    """Return the results, from the numbers of all runs."""
     results = {"preset": preset, "study": fields_of(study)}
     if study.measure:
         results["table"] = compared(study, values)
@@ -391,7 +397,7 @@ def concluded(study: Study, preset: str, values: dict) -> dict:
 
 
 def path_of(script: Path, preset: str, publish: bool) -> Path:
-    """Where results are written: a draft stands beside published results and does not replace them."""
+    """Return the file to write results to: a draft never replaces published results."""
     size = [] if preset in ("cpu", "smoke") else [preset]
     stem = "-".join(size or ["results"] if script.stem == "run" else [script.stem, *size])
     path = script.with_name(f"{stem}.json")

@@ -60,7 +60,7 @@ def _programs(model, several: bool):
 
 @partial(jax.jit, static_argnums=0)
 def share_right(model, params, batch: dict):
-    """Of the tokens of a batch that count, the share that the model finds the likeliest."""
+    """Return the share of a batch's masked-in targets that the model predicts greedily."""
     logits_BTV, _ = model.apply({"params": params}, batch["tokens"][:, :-1])
     right_BT = logits_BTV.argmax(axis=-1) == batch["tokens"][:, 1:]
     return (right_BT & batch["mask"]).sum() / batch["mask"].sum()

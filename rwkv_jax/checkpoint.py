@@ -1,8 +1,8 @@
 """Checkpoints: Orbax for the arrays, a SHA-256 manifest for the truth.
 
 `<folder>/<step>/` holds what Orbax wrote and `manifest.json`, the size and hash of every file, written last.
-Orbax restores most flipped bytes without a word, so a checkpoint is read only after its files match the
-manifest, and a folder without one is not a checkpoint.
+Orbax restores most flipped bytes without an error. A checkpoint is therefore read only after its files match the
+manifest, and a folder without a manifest is not a checkpoint.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from rwkv_jax import files
 
 MANIFEST = "manifest.json"
 
-# Orbax narrates every save through absl's one logger. Its warnings stay, and so does what others log there; the
-# tracebacks of its threads go, as the caller is told of the same error.
+# Orbax logs every save through absl's one logger. This drops its information, and the tracebacks of its threads,
+# whose errors reach the caller. Its warnings stay, and so does what others log there.
 logging.getLogger("absl").addFilter(
     lambda r: "/orbax/" not in r.pathname or (r.levelno >= logging.WARNING and not r.exc_info)
 )
@@ -42,10 +42,10 @@ def save(folder, step: int, tree: Any, keep: int = 2) -> None:
 
 
 def save_async(folder, step: int, tree: Any, keep: int = 2) -> Future:
-    """Write `tree` as the checkpoint of `step`; returns once the arrays are copied to the host.
+    """Write `tree` as the checkpoint of `step`; return once the arrays are copied to the host.
 
-    The rest goes on behind the caller, who may donate the arrays meanwhile; the next save waits for it. (On a CPU the
-    host's copy is the device's buffer itself, which JAX then does not donate but copies.) The step's folder appears
+    A thread does the rest, and the caller may donate the arrays meanwhile; the next save waits for it. (On a CPU the
+    host's copy is the device's buffer itself, which JAX then copies instead of donating it.) The step's folder appears
     whole, by a rename, once everything in it is synchronised. Only then are others removed: all but the newest `keep`
     up to `step`, and any beyond it, which a run that went back has abandoned. A save that fails or is killed leaves
     the checkpoints before it untouched; what it wrote is removed at once, or by the next save.
@@ -57,8 +57,8 @@ def save_async(folder, step: int, tree: Any, keep: int = 2) -> Future:
       keep: >= 1.
 
     Returns:
-      a future, done when the checkpoint is complete on disk; its `result()` raises OSError, naming the checkpoint,
-      where that could not be written, for instance on a full disk.
+      a future, done when the checkpoint is complete on disk. Its `result()` raises OSError where the checkpoint could
+      not be written, for instance on a full disk.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, expected at least 1 checkpoint to keep")
@@ -75,14 +75,14 @@ def save_async(folder, step: int, tree: Any, keep: int = 2) -> Future:
 
 
 def wait() -> None:
-    """Returns once the saves that this process has begun are done, well or not."""
+    """Wait until the saves that this process has begun have succeeded or failed."""
     _writer.submit(int).result()
 
 
 def _prepare(folder: Path, tree: Any) -> str:
-    """Clear away what killed saves left; what is wrong with the folder, or nothing.
+    """Remove what killed saves left, and return what is wrong with the folder, or "".
 
-    Orbax would fill the last byte of a disk before it failed, and what else is written there would fail with it.
+    Without the check Orbax would fill the disk to its last byte, and every other writer would fail too.
     """
     needed = sum(getattr(x, "nbytes", 8) for x in jax.tree.leaves(tree))
     try:
@@ -95,7 +95,7 @@ def _prepare(folder: Path, tree: Any) -> str:
 
 
 def _complete(orbax, folder: Path, step: int, keep: int) -> None:
-    """Wait until Orbax has committed on every host; the first then makes a checkpoint of it."""
+    """Wait until Orbax has committed on every host; the first host then adds the manifest and renames the folder."""
     complete, partial = folder / str(step), folder / f"{step}.partial"
     try:
         with orbax:
@@ -125,7 +125,7 @@ def steps(folder) -> list[int]:
 
 
 def verify(folder, step: int) -> None:
-    """Compare every file of a checkpoint with the manifest, first its size, then its SHA-256.
+    """Compare every file of a checkpoint with the SHA-256 in its manifest.
 
     Raises:
       ValueError: naming the first file that is missing or differs.
@@ -138,16 +138,12 @@ def verify(folder, step: int) -> None:
         recorded = files.parse_json(written)
         if _encode(recorded) != written:
             raise ValueError("not as it was written")
-        sizes = {name: entry["bytes"] for name, entry in recorded.items()}
         digests = {name: entry["sha256"] for name, entry in recorded.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged checkpoint: {MANIFEST}: {error}") from error
-    for name, size in sizes.items():
+    for name in digests:
         if not (path / name).is_file():
             raise ValueError(f"{path}: damaged checkpoint: file {name} is missing")
-        if (path / name).stat().st_size != size:
-            found = (path / name).stat().st_size
-            raise ValueError(f"{path}: damaged checkpoint: file {name} has {found} bytes, expected {size}")
     with ThreadPoolExecutor() as pool:
         found = dict(zip(digests, pool.map(lambda name: _sha256(path / name), digests), strict=True))
     for name, digest in digests.items():
@@ -260,7 +256,7 @@ def _synchronise(path: Path) -> None:
 
 
 def _remove_partial(folder: Path) -> None:
-    """Delete what saves have left unfinished. Threads of Orbax may write for a moment after their save has failed."""
+    """Delete unfinished saves. Threads of Orbax may write for a moment after their save has failed."""
     for attempt in reversed(range(10)):
         try:
             for path in folder.iterdir():
@@ -274,7 +270,7 @@ def _remove_partial(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint such that being cut short leaves none, rather than a damaged one."""
+    """Delete a checkpoint. A kill in between leaves no checkpoint rather than a damaged one."""
     doomed = path.with_name(f"{path.name}.partial.removed")
     os.replace(path, doomed)
     shutil.rmtree(doomed)

@@ -1,4 +1,4 @@
-"""How a command ends early: one line on stderr and an exit code, or the traceback of a mistake in this project."""
+"""End a command early: one line on stderr and an exit code for a mistake of the user, a traceback for one of ours."""
 
 import functools
 import os

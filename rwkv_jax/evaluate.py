@@ -241,27 +241,22 @@ def per_document(nats_N, split: data.Split) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(text_N, split.starts), split.num_bytes * num_tokens / num_tokens.sum()
 
 
-def paired_difference(a_N, b_N, split: data.Split, seed: int = 0, samples: int = 2000):
-    """(difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and `interval_over_documents`.
+def paired_difference(a_N, b_N, split: data.Split, seed: int = 0, samples: int = 2000) -> tuple[float, float, float]:
+    """(difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and its 95 % interval.
 
-    The difference is paired because text that is hard for one model is hard for the other.
+    The difference is paired because text that is hard for one model is hard for the other. The interval is a
+    percentile bootstrap over documents, because tokens of a document are not independent; NaN of one document.
+    `scipy.stats.bootstrap` draws the same, but takes seconds to import, and every training run imports this module.
     """
     (a_D, bytes_D), (b_D, _) = per_document(a_N, split), per_document(b_N, split)
-    return bits_per_byte(a_D - b_D, bytes_D), *interval_over_documents(a_D - b_D, bytes_D, seed, samples)
-
-
-def interval_over_documents(nats_D, bytes_D, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
-    """(low, high), the 95 % percentile bootstrap interval of bits per byte; NaN of one document.
-
-    Documents are drawn and not tokens, because tokens of a document are not independent. `scipy.stats.bootstrap` draws
-    the same, but takes seconds to import, and every training run imports this module.
-    """
+    nats_D = a_D - b_D
+    difference = bits_per_byte(nats_D, bytes_D)
     if len(nats_D) < 2:
-        return np.nan, np.nan
+        return difference, np.nan, np.nan
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(len(nats_D), size=len(nats_D)) for _ in range(samples))
     low, high = np.quantile([bits_per_byte(nats_D[i], bytes_D[i]) for i in drawn], (0.025, 0.975))
-    return float(low), float(high)
+    return difference, float(low), float(high)
 
 
 def _held_out(path: str, tokenizer, max_tokens: int | None) -> data.Split:

@@ -23,7 +23,7 @@ def user_path(path) -> Path:
 
 @contextlib.contextmanager
 def written(path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` at the end, synchronised; after an error `path` is as it was.
+    """Yield a file to write, which replaces `path` at the end, synchronised; after an error `path` is as it was.
 
     Raises:
       FileNotFoundError: the folder of `path` does not exist.
@@ -42,7 +42,7 @@ def written(path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def written_folder(path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` at the end, in place of what is there; after an error that is as it was."""
+    """Yield a folder to fill, which replaces `path` at the end; after an error `path` is as it was."""
     path = Path(path)
     beside = _beside(path)
     old = beside.with_suffix(".old")

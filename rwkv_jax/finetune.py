@@ -31,16 +31,16 @@ FORMAT = "rwkv_jax adapters 1"
 
 
 def tuned_context(model, params, tuned) -> generate.Context:
-    """The beginning of a document after a tuned state, for `generate(context=...)`: the separator has been read."""
+    """Return the context after a tuned state and the separator, with which every document begins."""
     wide = jnp.promote_types(model.dtype, jnp.float32)
     before = generate.Context(tuned_state(model, tuned, 1), jnp.zeros((1, model.vocab_size), wide))
     return generate.read(model, params, [[SEPARATOR]], before)
 
 
 def save_adapters(path, model, params, adapters, alpha: float) -> None:
-    """Adapters of this model as one .safetensors file, whole or not at all; leaves by their path, "blocks/att/...".
+    """Write adapters as one .safetensors file, whole or not at all; leaves are named by path, "blocks/att/...".
 
-    The factor alpha / rank is not part of B; `params` are those of the model beneath, which the file will know.
+    The factor alpha / rank is not part of B. The file has the fingerprint of `params`, the weights beneath.
     """
     path = files.user_path(path)
     metadata = {"format": FORMAT, "alpha": repr(float(alpha)), "fingerprint": interop.fingerprint(model, params)}
@@ -48,7 +48,7 @@ def save_adapters(path, model, params, adapters, alpha: float) -> None:
 
 
 def load_adapters(path, model, params) -> tuple[dict, float]:
-    """(adapters, alpha) that `save_adapters` wrote. `lora.join` uses them as they are, `lora.merge` dissolves them.
+    """Read (adapters, alpha) that `save_adapters` wrote.
 
     Raises:
         FileNotFoundError: no such file.
@@ -68,8 +68,8 @@ def load_adapters(path, model, params) -> tuple[dict, float]:
     return adapters, float(metadata["alpha"])
 
 
-def learned(workdir) -> tuple:
-    """(model beneath, its parameters, method, what was learned) of a run by "lora" or "state".
+def export(workdir, destination) -> None:
+    """Write what a run by "lora" or "state" has learned as one file: adapters, or a context for `generate`.
 
     Raises:
         ValueError: the run trained anything else.
@@ -77,17 +77,10 @@ def learned(workdir) -> tuple:
     run = runs.read_run(workdir)
     if run.method == "full":
         raise ValueError(f"{workdir} is no run by lora or state: rwkv_jax.load gives all that it has learned")
-    model, params = run.model, run.base()
-    f = run.finetune
+    model, params, f = run.model, run.base(), run.finetune
     method = Method(f["method"], f["rank"], f["alpha"], f["targets"])
     shapes = jax.eval_shape(lambda params: method.split(model, params, jax.random.key(0))[0], params)
     _, trained = checkpoint.restore(run.path / "checkpoints", shapes, key="params")
-    return model, params, method, trained
-
-
-def export(workdir, destination) -> None:
-    """What a run has learned as one file: adapters, or a context for `generate`."""
-    model, params, method, trained = learned(workdir)
     if method.name == "lora":
         save_adapters(destination, model, params, trained, method.alpha)
     else:
@@ -95,7 +88,7 @@ def export(workdir, destination) -> None:
 
 
 def merge(base, adapters, destination) -> None:
-    """The weights at `base` with adapters merged into them, as another file or folder."""
+    """Merge adapters into the weights at `base`, and write the result to another file or folder."""
     model, params = runs.load(base)
     interop.save(destination, model, lora.merge(params, *load_adapters(adapters, model, params)))
 

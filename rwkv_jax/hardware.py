@@ -1,4 +1,4 @@
-"""FLOP counts and peak rates: what the hardware could do, against which speed is judged."""
+"""FLOP counts, data sheets of chips, and measured peak rates."""
 
 import time
 from typing import NamedTuple
@@ -8,16 +8,14 @@ import jax.numpy as jnp
 
 
 class Chip(NamedTuple):
-    """What a vendor promises of one chip. Rates are those of its data sheet, reached by nothing real."""
+    """The data sheet of one chip. Its rates are upper bounds that no program reaches."""
 
     kind: str  # what jax's device_kind begins with
     flops: float  # dense bf16 FLOP/s
     memory: float  # bytes of HBM
     memory_rate: float  # bytes/s
     link_rate: float  # bytes/s into the chip from the others of its slice or node, over all links together
-    network_rate: (
-        float | None
-    )  # bytes/s into the chip from other slices or nodes, None where that is up to the cluster
+    network_rate: float | None  # bytes/s into the chip from other slices or nodes; None: as the cluster has it
     source: str
 
 
@@ -34,16 +32,10 @@ CHIPS = {
 }
 
 
-def chip_of(device) -> Chip | None:
-    """The data sheet of a device, None where there is none."""
-    fitting = [chip for chip in CHIPS.values() if device.device_kind.startswith(chip.kind)]
-    return max(fitting, key=lambda chip: len(chip.kind), default=None)
-
-
 def peak_flops(device) -> float | None:
     """Peak bf16 FLOP/s of a device, None where no data sheet says (CPUs: see `matmul_peak`)."""
-    chip = chip_of(device)
-    return chip and chip.flops
+    fitting = [chip for chip in CHIPS.values() if device.device_kind.startswith(chip.kind)]
+    return max(fitting, key=lambda chip: len(chip.kind)).flops if fitting else None
 
 
 def matmul_peak(size: int = 2048, seconds: float = 1.0) -> float:

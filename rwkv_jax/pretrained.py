@@ -2,7 +2,6 @@
 
     lm = rwkv_jax.RWKVForCausalLM.from_pretrained("RWKV/rwkv-4-169m-pile")
     lm.generate("In a shocking finding,", max_new_tokens=40, temperature=0.8, top_p=0.9)
-    for text in lm.stream("In a shocking finding,"): print(text, end="", flush=True)
 
 The object is stateless. A `Context` holds the recurrent state: `read` returns one, every method takes one, and to use
 one twice is to fork it. The calls of Production-RWKV's RWKV_RNN_Model and those here:
@@ -60,8 +59,8 @@ class RWKVForCausalLM:
         """Load what `rwkv_jax.load` reads: a released .pth, a folder, a training run, or a name on Hugging Face's hub.
 
         Args:
-            tokenizer: "bytes", "world", or a file; None: the one that the model carries, else the one guessed from the
-                size of its vocabulary. A line on stderr names the guess, or says that there is no tokenizer.
+            tokenizer: "bytes", "world", or a file; None: the model's own, else a guess from the size of its
+                vocabulary. A line on stderr names the guess, or says that there is no tokenizer.
             dtype: "float32", "bfloat16" or "float16"; None: the file's.
             sharding: of the parameters, see `rwkv_jax.load`.
         """
@@ -83,15 +82,14 @@ class RWKVForCausalLM:
             tokenizers.save(self.tokenizer, folder)
 
     def generate(self, prompt="", *, stop_tokens=(SEPARATOR,), return_context: bool = False, **settings):
-        """Continue the prompt: returns text for a text, ids for ids, a list for a list of either.
+        """Continue the prompt; return text for a text, ids for ids, a list for a list of either.
 
         Args:
             prompt: empty: what comes after the context, or else the beginning of a document.
             context: a `Context` that the prompt continues; it is not changed.
             max_new_tokens: 100; one number, or one for each prompt.
-            temperature: 1; 0 is greedy. Further samplers' settings: top_p, top_k, min_p, typical_p,
-                repetition_penalty, presence_penalty, frequency_penalty, penalty_decay, logit_bias, bad_words_ids,
-                temperature_last; or `sampler`, a function of your own, see `generate.sampling`.
+            temperature: 1; 0 is greedy. Further settings: those of `generate.sampling.sampler`, and penalty_decay; or
+                `sampler`, a function of your own.
             seed: 0; one number, or one for each prompt.
             stop: strings that end the text; they are not part of it.
             stop_tokens: ids that do the same. By default the separator, 0, after which another document begins.

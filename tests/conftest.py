@@ -92,6 +92,22 @@ def compiled():
     return count
 
 
+@pytest.fixture(scope="module")
+def module_patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def text(module_patch, tmp_path_factory):
+    """The path of a text, and a cache of tokens beside it."""
+    import training  # which imports the package
+
+    folder = tmp_path_factory.mktemp("text")
+    module_patch.setenv("RWKV_JAX_CACHE", str(folder / "cache"))
+    return training.write_text(folder / "corpus.txt")
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

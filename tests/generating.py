@@ -16,13 +16,9 @@ import rwkv_jax
 from rwkv_jax.generate import Context
 from rwkv_jax.generate.context import begin
 
-LAYERS = {"rwkv4": ("rwkv4",), "transformer": ("attention",), "hybrid": ("rwkv4", "attention")}
-SLOW = pytest.mark.slow
-# Caches of attention have fast tests of their own. The hybrid has all that the transformer has.
-KINDS = pytest.mark.parametrize("kind", ["rwkv4", pytest.param("hybrid", marks=SLOW)])
-ALL_KINDS = pytest.mark.parametrize(
-    "kind", ["rwkv4", *(pytest.param(k, marks=SLOW) for k in ("hybrid", "transformer"))]
-)
+LAYERS = {"rwkv4": ("rwkv4",), "hybrid": ("rwkv4", "attention")}
+# Caches of attention have fast tests of their own.
+KINDS = pytest.mark.parametrize("kind", ["rwkv4", pytest.param("hybrid", marks=pytest.mark.slow)])
 FIELDS = {"vocab_size": 256, "dim": 16, "hidden_dim": 64}  # equal to what is loaded from a .pth
 B, LENGTH, SLOTS = 3, 544, 768  # of the pass over whole texts
 NEARLY_GREEDY = {"temperature": 1e-4}  # with the program that draws: temperature 0 is another one
@@ -49,9 +45,7 @@ def filled(kind, batch, room=1, seed=0) -> Context:
     context = begin(unstacked(kind)[0], None, batch, room)
 
     def fill(x):
-        if np.issubdtype(x.dtype, np.integer):
-            return np.zeros_like(x) if x.ndim == 1 else np.asarray(x)
-        return rng.standard_normal(x.shape).astype(x.dtype)
+        return np.array(x) if np.issubdtype(x.dtype, np.integer) else rng.standard_normal(x.shape).astype(x.dtype)
 
     return jax.tree.map(fill, context)
 

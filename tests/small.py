@@ -62,5 +62,14 @@ def forward(model, params, tokens_BT, state=None, reset_BT=None, valid_BT=None):
     return model.apply({"params": params}, tokens_BT, state, reset_BT=reset_BT, valid_BT=valid_BT)
 
 
+def one_by_one(model, params, tokens_BT, state):
+    """(logits [B, T, V], state after the last token) of tokens that are read one at a time."""
+    logits = []
+    for t in range(tokens_BT.shape[1]):
+        logits_B1V, state = forward(model, params, tokens_BT[:, t : t + 1], state)
+        logits.append(logits_B1V)
+    return np.concatenate(logits, axis=1), state
+
+
 def tokens(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, V, shape, dtype=np.int32)

@@ -3,10 +3,6 @@
 import errno
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +10,6 @@ import pytest
 from trees import abstract, bits, files_of, one_line, train_state
 
 from rwkv_jax import checkpoint
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_folder_without_checkpoints_is_one_line(tmp_path):
@@ -44,10 +38,9 @@ def test_leftovers_of_a_killed_save_are_cleared_and_nothing_else(tmp_path):
     assert checkpoint.steps(tmp_path) == [6]
 
 
-@pytest.mark.parametrize("writes_on", [3, 1000])
-def test_failed_save_tells_why_though_its_threads_write_on(writes_on, tmp_path, monkeypatch):
-    """A thread that has made a file anew, in a folder that is being deleted, is not what went wrong."""
-    left, remove = [writes_on], shutil.rmtree
+def test_failed_save_tells_why_though_its_threads_write_on(tmp_path, monkeypatch):
+    """A file that appears in a folder while it is being deleted is not the cause of the failure."""
+    left, remove = [3], shutil.rmtree
 
     def interrupted(path):
         left[0] -= 1
@@ -59,15 +52,11 @@ def test_failed_save_tells_why_though_its_threads_write_on(writes_on, tmp_path, 
         raise OSError(errno.ENOSPC, "no space")
 
     checkpoint.save(tmp_path, 1, train_state(1))
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_manifest", full)
-        patch.setattr(shutil, "rmtree", interrupted)
-        patch.setattr(time, "sleep", lambda seconds: None)
-        with pytest.raises(OSError, match=r"/2: not saved: .*no space"):
-            checkpoint.save(tmp_path, 2, train_state(2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == (["1"] if writes_on == 3 else ["1", "2.partial"])
-    checkpoint.save(tmp_path, 3, train_state(3))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(OSError, match=r"/2: not saved: .*no space"):
+        checkpoint.save(tmp_path, 2, train_state(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_verify_notices_every_flipped_byte(tmp_path):
@@ -75,7 +64,7 @@ def test_verify_notices_every_flipped_byte(tmp_path):
     rng = np.random.default_rng(0)
     files = files_of(tmp_path, 1)
     assert len(files) > 5
-    for file in files + [files[i] for i in rng.integers(len(files), size=60)]:
+    for file in files * 4:
         whole = file.read_bytes()
         damaged = bytearray(whole)
         damaged[rng.integers(len(whole))] ^= rng.integers(1, 256)
@@ -86,7 +75,7 @@ def test_verify_notices_every_flipped_byte(tmp_path):
         file.write_bytes(whole)
         checkpoint.verify(tmp_path, 1)
     manifest = tmp_path / "1" / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b"\n", b" ", 1))
+    manifest.write_bytes(manifest.read_bytes().replace(b"\n", b" ", 1))  # the same JSON
     with pytest.raises(ValueError, match=r"damaged checkpoint: manifest.json"):
         checkpoint.verify(tmp_path, 1)
 
@@ -133,48 +122,35 @@ class KilledError(BaseException):
     """Ends the thread that saves where it is, with nothing cleaned up, as a kill would."""
 
 
-def _killed_at(patch, name, doomed=lambda path: True, module=checkpoint):
-    """From now on saving ends where it calls `module.name(path)` on a path that `doomed` holds for."""
-    call = getattr(module, name)
+def _killed_at(patch, module, function, name):
+    """From now on saving ends where it calls `module.function` on a path of this name."""
+    call = getattr(module, function)
 
     def killed(path, *args, **kwargs):
-        if doomed(Path(path)):
+        if Path(path).name == name:
             raise KilledError
         return call(path, *args, **kwargs)
 
-    patch.setattr(module, name, killed)
+    patch.setattr(module, function, killed)
 
 
-REMOVED = lambda path: path.name.endswith(".partial.removed")
-# where a save of a step is killed, the step, and the newest one that there is afterwards
+# moment: (module, function and path of the call where a save is killed, its step, the newest checkpoint afterwards)
 KILLS = {
-    "before the manifest": (lambda patch, folder: _killed_at(patch, "_write_manifest"), 3, 2),
-    "while the manifest is written": (
-        lambda patch, folder: _killed_at(patch, "_synchronise", lambda path: path.name == "manifest.json.partial"),
-        3,
-        2,
-    ),
-    "before the rename": (lambda patch, folder: _killed_at(patch, "replace", _renamed(folder), os), 3, 2),
-    "after the rename": (
-        lambda patch, folder: _killed_at(patch, "_synchronise", lambda path: path == folder),
-        3,
-        3,
-    ),
-    "while stale ones are removed": (lambda patch, folder: _killed_at(patch, "rmtree", REMOVED, shutil), 3, 3),
-    "while it replaces itself": (lambda patch, folder: _killed_at(patch, "rmtree", REMOVED, shutil), 2, 1),
-}
-
-
-def _renamed(folder):
-    return lambda path: path.parent == folder and path.name == "3.partial"
+    "before the manifest": (checkpoint, "_write_manifest", "3.partial", 3, 2),
+    "while the manifest is written": (checkpoint, "_synchronise", "manifest.json.partial", 3, 2),
+    "before the rename": (os, "replace", "3.partial", 3, 2),
+    "after the rename": (checkpoint, "_synchronise", "checkpoints", 3, 3),
+    "while stale ones are removed": (shutil, "rmtree", "1.partial.removed", 3, 3),
+    "while it replaces itself": (shutil, "rmtree", "2.partial.removed", 2, 1),
+}  # by SIGKILL, at random: train/test_loop_faults.py
 
 
 @pytest.mark.parametrize("moment", KILLS)
 def test_save_killed_at_any_moment_leaves_the_newest_complete_one(moment, two, tmp_path, capfd):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
-    kill, step, newest = KILLS[moment]
+    *call, step, newest = KILLS[moment]
     with pytest.MonkeyPatch.context() as patch:
-        kill(patch, folder)
+        _killed_at(patch, *call)
         with pytest.raises(KilledError):
             checkpoint.save(folder, step, train_state(step))
     found, restored = checkpoint.restore(folder, abstract(train_state()))
@@ -182,42 +158,3 @@ def test_save_killed_at_any_moment_leaves_the_newest_complete_one(moment, two, t
     assert capfd.readouterr().err == ""
     checkpoint.save(folder, newest + 1, train_state(newest + 1))
     assert sorted(path.name for path in folder.iterdir()) == [str(newest), str(newest + 1)]
-
-
-SAVING = """
-import sys
-import numpy as np
-from rwkv_jax import checkpoint
-
-for step in range(1, 1000):
-    print(step, flush=True)
-    checkpoint.save(sys.argv[1], step, {"w": np.full(2_000_000, step, np.float32), "step": np.int32(step)})
-"""
-
-
-def killed_while_saving(folder, step, seconds):
-    """Kill a process `seconds` after it began to save `step`."""
-    process = subprocess.Popen([sys.executable, "-c", SAVING, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if int(line) == step:
-            break
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert process.returncode == -signal.SIGKILL
-
-
-@pytest.mark.slow
-def test_process_killed_while_saving_leaves_the_checkpoint_before(tmp_path, capfd):
-    within = 0
-    for attempt in range(12):
-        folder = tmp_path / str(attempt)
-        killed_while_saving(folder, 3, attempt * 0.01)
-        within += any(".partial" in path.name for path in folder.iterdir())
-        step, tree = checkpoint.restore(folder, {"w": np.zeros(2_000_000, np.float32), "step": np.int32(0)})
-        assert step >= 2 and tree["step"] == step and (tree["w"] == step).all()
-        assert capfd.readouterr().err == ""
-        checkpoint.save(folder, step + 1, tree)
-        assert sorted(int(path.name) for path in folder.iterdir()) == [step, step + 1]
-    assert within > 0, "no kill fell into a save"

@@ -1,7 +1,6 @@
 """Likelihoods and protocols of real models against a softmax in float64, and reductions by hand."""
 
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +50,6 @@ def check_stream(nats, expected):
     assert alike(nats[1:], expected)
 
 
-@pytest.fixture
-def compilations(caplog):
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        yield lambda: sum("XLA compilation of jit(log_likelihoods)" in record.message for record in caplog.records)
-
-
 # Real models
 
 
@@ -89,40 +82,14 @@ def test_log_likelihoods_of_bfloat16_are_float32_and_sum_to_one():
     assert np.exp(np.asarray(loglik_BT[:, -1], np.float64)).sum() == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rwkv4", "transformer"])
-def test_log_likelihoods_continue_from_a_state(kind):
-    model, params = case(kind)
-    first, state = log_likelihoods(model, params, TOKENS[None, :76], model.init_state(1, 151))
-    second, _ = log_likelihoods(model, params, TOKENS[None, 75:], state)
-    assert alike(-np.concatenate([first[0], second[0]]), reader(kind)(TOKENS))
-
-
 @KINDS
-def test_windows_of_a_model_are_windows_alone(kind, compilations):
+def test_protocols_of_a_model_score_windows_and_documents_alone(kind):
     check_stream(evaluate.windows(*case(kind), TOKENS, SEQ_LEN, 4), windows_alone(reader(kind), SEQ_LEN))
-    assert compilations() == 1
-
-
-@pytest.mark.slow
-def test_sliding_of_a_transformer_is_windows_and_documents_alone(compilations):
-    nats = evaluate.sliding(*case("transformer"), TOKENS, STARTS, SEQ_LEN, 4)
-    check_stream(nats, sliding_alone(reader("transformer"), SEQ_LEN))
-    assert compilations() == 1
-
-
-def test_carried_of_rwkv_is_documents_alone(compilations):
-    nats = evaluate.carried(*case("rwkv4"), TOKENS, STARTS, SEQ_LEN, 3)
-    check_stream(nats, carried_alone(reader("rwkv4")))
-    assert compilations() == 1
+    best = evaluate.best_practice(*case(kind), TOKENS, STARTS, SEQ_LEN, 3)
+    check_stream(best, carried_alone(reader(kind)) if kind == "rwkv4" else sliding_alone(reader(kind), SEQ_LEN))
 
 
 # Reductions
-
-
-def test_reductions_by_hand():
-    assert evaluate.perplexity(np.log([2.0, 8.0])) == pytest.approx(4)
-    assert evaluate.bits_per_byte(np.log([2.0, 8.0]), 2) == pytest.approx(2)
 
 
 def test_per_document_excludes_separators():
@@ -130,6 +97,7 @@ def test_per_document_excludes_separators():
     nats, num_bytes = evaluate.per_document(np.array([np.nan, 1, 2, 3, 100, 200, 4, 5, 6]), split)
     np.testing.assert_array_equal(nats, [6, 0, 15])
     np.testing.assert_array_equal(num_bytes, [3, 0, 3])
+    assert evaluate.bits_per_byte(nats, num_bytes) == pytest.approx(21 / np.log(2) / 6)
     with pytest.raises(ValueError, match="8 nats for a split of 9"):
         evaluate.per_document(np.zeros(8), split)
 

@@ -15,34 +15,21 @@ def test_user_path_takes_text_and_path_objects_and_expands_the_home_folder(tmp_p
     assert {given: files.user_path(Path(given)) for given in expected} == expected
 
 
-@pytest.mark.parametrize("given", ["", "a\0b"])
-def test_user_path_refuses_what_can_be_no_path(given):
-    with one_line(f"{given!r} is no path".replace("\\", r"\\")):
-        files.user_path(given)
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "x.json: no JSON: Expecting value"),
         (b'{"a": ', "x.json: no JSON: Expecting value"),
         (b"\x80abc", "x.json: no JSON: .*codec can't decode"),
         (b"[" * 100_000, "x.json: no JSON: "),
         (b"[1, 2]", "x.json: holds a JSON list, expected an object"),
-        (b"null", "x.json: holds a JSON NoneType, expected an object"),
     ],
 )
 def test_read_json_names_the_file_that_holds_no_object(tmp_path, content, message):
     (tmp_path / "x.json").write_bytes(content)
     with one_line(message):
         files.read_json(tmp_path / "x.json")
-
-
-def test_read_json_returns_the_object(tmp_path):
     (tmp_path / "x.json").write_text('{"a": [1, null]}')
     assert files.read_json(tmp_path / "x.json") == {"a": [1, None]}
-    with one_line("x.json", FileNotFoundError):
-        files.read_json(tmp_path / "folder" / "x.json")
 
 
 def test_written_file_appears_whole_or_not_at_all(tmp_path):
@@ -62,13 +49,21 @@ def test_written_file_appears_whole_or_not_at_all(tmp_path):
         pass
 
 
-def test_written_folder_replaces_the_old_one_whole_or_not_at_all(tmp_path):
+def test_written_folder_replaces_the_old_one_whole_or_not_at_all(tmp_path, monkeypatch):
     folder = tmp_path / "x"
     for name in ("first", "second"):
         with files.written_folder(folder) as new:
             (new / name).touch()
         assert [path.name for path in folder.iterdir()] == [name]
+
+    rename = Path.rename
+
+    def fails_at_the_new_one(path, target):
+        if path.suffix == ".tmp":
+            raise RuntimeError
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_at_the_new_one)
     with pytest.raises(RuntimeError), files.written_folder(folder) as new:
         (new / "third").touch()
-        raise RuntimeError
     assert [path.name for path in folder.iterdir()] == ["second"] and list(tmp_path.iterdir()) == [folder]

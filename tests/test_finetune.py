@@ -33,13 +33,6 @@ def _adapters(model, params):
     return _drawn(jax.eval_shape(lambda params: LORA.split(model, params, jax.random.key(0))[0], params))
 
 
-def test_lora_trains_a_and_b_of_its_targets(base):
-    adapters = _adapters(*base)
-    paths = {"/".join(str(k.key) for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(adapters)}
-    kernels = ("blocks/att/key", "blocks/att/output", "head")
-    assert paths == {f"{kernel}/lora_{x}" for kernel in kernels for x in "ab"}
-
-
 def test_tuned_state_has_a_gradient_where_the_empty_one_has_none():
     """Row 0 of the batch begins with the tuned state, row 1 with the empty one."""
     model, params = small.drawn(small.make("rwkv4", num_layers=1, scan=False, receptance=False), scale=0.2)
@@ -96,7 +89,6 @@ def test_saved_adapters_round_trip_and_belong_to_their_model(base, tmp_path):
     [
         ("hybrid", Method("state"), "finetune.method is 'state', and the state of 'attention' layers cannot be tuned"),
         ("rwkv4", Method("lora", 2, 4.0, "attention"), "LoRA targets 'attention' match no kernel, expected some of"),
-        ("rwkv4", Method("lora", 2, 4.0, "head", (("atr", 0.0),)), "optim.groups: 'atr' matches none of head/lora_a"),
         ("rwkv4", Method(groups=(("atr", 0.0),)), "optim.groups: 'atr' matches none of blocks/att/key/kernel"),
     ],
 )
@@ -108,11 +100,7 @@ def test_check_names_what_a_method_cannot_train(kind, method, expected):
 def test_finetune_command_reports_mistakes_in_one_line(tmp_path, base, capsys):
     weights, there = tmp_path / "base.pth", tmp_path / "x"
     rwkv_jax.save(weights, *base)
-    for arguments in (
-        ["merge", weights, weights, there],
-        ["merge", weights, tmp_path / "none", there],
-        ["export", tmp_path, there],
-    ):
+    for arguments in (["merge", weights, weights, there], ["export", tmp_path, there]):
         assert finetune.main([str(x) for x in arguments]) == 2
         assert capsys.readouterr().err.startswith("error: ")
     assert list(tmp_path.iterdir()) == [weights]

@@ -62,15 +62,6 @@ def test_flops_per_token_equal_those_of_table_2_in_the_paper():
     assert hardware.flops_per_token(model, 1024) == pytest.approx(3 * products, rel=0.005)
 
 
-@pytest.mark.parametrize(
-    "kind, peak",
-    [
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v5p", 459e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("cpu", None),
-    ],
-)
-def test_peak_flops_are_those_of_the_longest_kind_that_fits(kind, peak):
-    assert hardware.peak_flops(SimpleNamespace(device_kind=kind)) == peak
+def test_peak_flops_are_those_of_the_longest_kind_that_fits():
+    peak = lambda kind: hardware.peak_flops(SimpleNamespace(device_kind=kind))
+    assert [peak(kind) for kind in ("TPU v5 lite", "TPU v5p", "cpu")] == [197e12, 459e12, None]

@@ -38,10 +38,6 @@ def said(notebook) -> str:
     return "\n".join(texts)
 
 
-def test_notebooks_are_three():
-    assert [path.stem[0] for path in NOTEBOOKS] == ["1", "2", "3"]
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_notebook_is_committed_as_it_ran(path):
     assert path.stat().st_size < 600_000
@@ -77,8 +73,7 @@ def test_notebook_uses_public_names_only(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_notebook_runs_in_an_empty_folder(path, tmp_path, monkeypatch):
-    """In an empty folder, where it finds nothing that an earlier run left, and with JAX as users have it: the
-    other tests compile without optimisations, which suits programs that run for milliseconds and not training."""
+    """With JAX as users have it: the other tests compile without optimisations."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
         monkeypatch.delenv(name, raising=False)

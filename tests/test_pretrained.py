@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from generating import KINDS, NEARLY_GREEDY, B, assert_equal, assert_near, unstacked, whole
+from generating import KINDS, NEARLY_GREEDY, B, assert_equal, assert_near, ids, unstacked, whole
 from judge import error_ratio
+from scipy import special
 from small import made
 
 import rwkv_jax
@@ -13,8 +14,7 @@ from rwkv_jax.data import tokenizers
 from rwkv_jax.generate import decode, sampling
 
 TEXT = "One morning, when Gregor Samsa woke from troubled dreams.\n" * 2
-SLOW = pytest.mark.slow
-PROGRAMS = 45  # half of them only place weights that were loaded, one for each shape
+PROGRAMS = 50  # half of them only place weights that were loaded, one for each shape
 encoded = lambda text: list(text.encode())
 decoded = lambda tokens: bytes(tokens).decode(errors="replace")
 
@@ -32,33 +32,19 @@ def short_segments(monkeypatch):
     assert len(TEXT) > 3 * 32
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.pth"
-    rwkv_jax.save(path, *unstacked("rwkv4"))
-    return path
-
-
-def test_generate_returns_text_for_text_ids_for_ids_and_a_list_for_a_list(path):
-    loaded = rwkv_jax.RWKVForCausalLM.from_pretrained(path, tokenizer="bytes")
-    assert loaded.model == unstacked("rwkv4")[0]
-    assert_equal(loaded.params, unstacked("rwkv4")[1])
-    settings = {"max_new_tokens": 8} | NEARLY_GREEDY
+def test_generate_returns_text_for_text_ids_for_ids_and_a_list_for_a_list():
+    loaded, settings = lm(), {"max_new_tokens": 8} | NEARLY_GREEDY
     ids = loaded.generate([72, 105], **settings)
     assert len(ids) == 8 and all(isinstance(token, int) for token in ids)
     text = loaded.generate("Hi", **settings)
-    assert text == decoded(ids)
+    assert text == decoded(ids) == "".join(loaded.stream("Hi", **settings))
     assert loaded.generate(["Hi"] * B, **settings) == [text] * B
     assert loaded.generate([[72, 105]] * B, **settings) == [ids] * B
     assert loaded.generate(np.array([[72, 105]]), **settings) == [ids]
-    assert "".join(loaded.stream("Hi", **settings)) == text
     assert loaded.generate(["Hi"], max_new_tokens=[3], **NEARLY_GREEDY) == [decoded(ids[:3])]
-
-
-def test_generate_takes_a_seed_or_a_sampler():
-    assert len({lm().generate("Hi", seed=seed, max_new_tokens=20) for seed in (0, 1)}) == 2
-    sampler = sampling.sampler(**NEARLY_GREEDY)
-    assert lm().generate("Hi", sampler=sampler) == lm().generate("Hi", **NEARLY_GREEDY)
+    assert loaded.generate([72, 105], stop=text[3:5], **settings) == encoded(text[: text.index(text[3:5])])
+    assert loaded.generate("Hi", max_new_tokens=8, sampler=sampling.sampler(**NEARLY_GREEDY)) == text
+    assert len({loaded.generate("Hi", seed=seed, max_new_tokens=20) for seed in (0, 1)}) == 2
 
 
 def test_generate_ends_at_the_separator_unless_told_otherwise():
@@ -69,69 +55,80 @@ def test_generate_ends_at_the_separator_unless_told_otherwise():
     assert "".join(lm().stream("H", stop_tokens=(), **nothing_else)) == "\0\0\0"
 
 
-def test_generate_continues_a_context_and_leaves_it():
+def test_generate_and_stream_continue_a_context():
     loaded, settings = lm(), {"max_new_tokens": 6} | NEARLY_GREEDY
     context = loaded.read("One mor")
     at_once = loaded.generate("One morning, when", **settings)
-    for _ in range(2):
-        assert loaded.generate("ning, when", context=context, **settings) == at_once
+    assert loaded.generate("ning, when", context=context, **settings) == at_once
+    assert "".join(loaded.stream("ning, when", context=context, **settings)) == at_once
     text, after = loaded.generate("One morning, when", return_context=True, max_new_tokens=3, **NEARLY_GREEDY)
     assert text + loaded.generate("", context=after, max_new_tokens=3, **NEARLY_GREEDY) == at_once
 
 
+def test_generate_compiles_nothing_for_other_prompts_and_settings(compiled):
+    """One program for each length of a first chunk and one that decodes are enough."""
+    loaded = lm()
+
+    def use(lengths, **settings):
+        for length in lengths:
+            prompt = [token % 128 for token in ids(length, seed=length)]
+            loaded.generate(prompt, max_new_tokens=length % 7 + 1, **settings)
+            loaded.generate(prompt, context=loaded.read(decoded(prompt)), max_new_tokens=40, **settings)
+            list(loaded.stream(decoded(prompt), max_new_tokens=3, **settings))
+
+    use(decode.FIRST_CHUNKS, stop_tokens=())
+    compiled()
+    for seed, settings in enumerate(({}, {"temperature": 0.7}, {"temperature": 1.3, "penalty_decay": 0.5})):
+        lengths = (1, 2, 15, 16, 17, 48, 64, 65, 100, 255, 256, 257, 511, 512, 530)
+        use(lengths, seed=seed, stop_tokens=range(200, 200 + seed), **settings)
+    assert compiled() == 0
+
+
 def test_logits_equal_one_full_pass_of_text_and_ids():
-    """A list for a list; of an empty text those after the separator; after a context those of what follows it."""
+    """A list for a list; of an empty text those after the separator."""
     texts = ["Hi", "One mo", "m"]
     expected, context = whole(*unstacked("rwkv4"), [encoded(text) for text in texts])
-    (after_separator, *_), _ = whole(*unstacked("rwkv4"), [[0]])
-    for given in (texts[0], encoded(texts[0]), np.array(encoded(texts[0]), np.uint16)):
-        found, after = lm().logits(given)
-        assert isinstance(found, np.ndarray) and found.dtype == np.float32 and found.shape == (2, 256)
-        assert error_ratio(found, expected[0]) < 1e-5
-        assert_near(after, lm().read(given))
     found, after = lm().logits(texts)
     assert isinstance(found, list) and [x.shape for x in found] == [(2, 256), (6, 256), (1, 256)]
     for actual_TV, expected_TV in zip(found, expected, strict=True):
         assert error_ratio(actual_TV, expected_TV) < 1e-5
     assert_near(after, context)
+    for given in (texts[0], encoded(texts[0]), np.array(encoded(texts[0]), np.uint16)):
+        found, after = lm().logits(given)
+        assert isinstance(found, np.ndarray) and found.dtype == np.float32
+        assert error_ratio(found, expected[0]) < 1e-5
+    (expected, *_), _ = whole(*unstacked("rwkv4"), [[0, *encoded(texts[0])]])
     found, after = lm().logits("")
-    assert found.shape == (1, 256) and error_ratio(found, after_separator) < 1e-5
-    found, _ = lm().logits(encoded(texts[0]), after)
-    assert error_ratio(found, whole(*unstacked("rwkv4"), [[0, *encoded(texts[0])]])[0][0][1:]) < 1e-5
-    assert lm().logits("", after)[0].shape == (0, 256)
+    assert error_ratio(found, expected[:1]) < 1e-5
+    assert error_ratio(lm().logits(texts[0], after)[0], expected[1:]) < 1e-5
 
 
 @KINDS
 def test_scores_are_log_likelihoods_whatever_the_batch_and_the_cut(kind, short_segments):
-    model = lm(kind)
-    ids = encoded(TEXT)
+    model, ids = lm(kind), encoded(TEXT)
     (logits_TV,), _ = whole(*unstacked(kind), [[0, *ids]])
-    logits_TV = np.float64(logits_TV[:-1])
-    log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
-    expected = log_p_TV[np.arange(len(ids)), ids]
-    short, long, empty = model.score([TEXT[:5], TEXT, TEXT[:1]])
-    np.testing.assert_allclose(long, expected, atol=2e-4)
-    np.testing.assert_allclose(short, expected[:5], atol=2e-4)
-    np.testing.assert_allclose(empty, expected[:1], atol=2e-4)
-    np.testing.assert_allclose(model.score(TEXT), expected, atol=2e-4)
-    np.testing.assert_allclose(model.score(ids[:1]), expected[:1], atol=2e-4)
+    expected = special.log_softmax(np.float64(logits_TV[:-1]), axis=-1)[np.arange(len(ids)), ids]
     context = model.read([0, *ids[:15]])
-    np.testing.assert_allclose(model.score(ids[15:], context), expected[15:], atol=2e-4)
-    np.testing.assert_allclose(model.score(ids[15:], context), expected[15:], atol=2e-4)  # the context stays
+    for actual, wanted in (
+        *zip(model.score([TEXT[:5], TEXT, TEXT[:1]]), (expected[:5], expected, expected[:1]), strict=True),
+        (model.score(TEXT), expected),
+        (model.score(ids[:1]), expected[:1]),
+        (model.score(ids[15:], context), expected[15:]),
+        (model.score(ids[15:], context), expected[15:]),  # the context stays
+    ):
+        np.testing.assert_allclose(actual, wanted, atol=2e-4)
 
 
 @KINDS
 def test_an_embedding_is_the_mean_of_the_inputs_of_the_head(kind, short_segments):
     model, params = unstacked(kind)
-    hidden_BTD, _ = jax.jit(lambda ids_BT: model.apply({"params": params}, ids_BT, method="hidden"))(
-        np.array([encoded(TEXT)])
-    )
-    hidden_TD = np.asarray(hidden_BTD[0], np.float64)
-    both_BD = lm(kind).embed(["short", TEXT, TEXT[:40]])
-    assert error_ratio(both_BD[1], hidden_TD.mean(axis=0)) < 1e-5
-    assert error_ratio(both_BD[2], hidden_TD[:40].mean(axis=0)) < 1e-5
-    assert error_ratio(lm(kind).embed(TEXT), both_BD[1]) < 1e-5
-    assert error_ratio(lm(kind).embed("short"), both_BD[0]) < 1e-5
+    hidden = jax.jit(lambda ids_BT: model.apply({"params": params}, ids_BT, method="hidden"))
+    hidden_TD = np.asarray(hidden(np.array([encoded(TEXT)]))[0][0], np.float64)
+    short_D, long_D, cut_D = lm(kind).embed(["short", TEXT, TEXT[:40]])
+    assert error_ratio(long_D, hidden_TD.mean(axis=0)) < 1e-5
+    assert error_ratio(cut_D, hidden_TD[:40].mean(axis=0)) < 1e-5
+    assert error_ratio(lm(kind).embed(TEXT), long_D) < 1e-5
+    assert error_ratio(lm(kind).embed("short"), short_D) < 1e-5
     after = lm(kind).embed(TEXT[16:], lm(kind).read(TEXT[:16]))
     assert error_ratio(after, hidden_TD[16:].mean(axis=0)) < 1e-5
 
@@ -146,16 +143,8 @@ def test_save_pretrained_survives_the_round_trip(tmp_path):
     found, text = again.load_context(tmp_path / "context")
     assert text == "One morning"
     assert_equal(found, context)
-
-
-def test_from_pretrained_casts_to_the_dtype_that_is_asked_for(path):
-    half = rwkv_jax.RWKVForCausalLM.from_pretrained(path, dtype="bfloat16")
+    half = rwkv_jax.RWKVForCausalLM.from_pretrained(tmp_path / "folder", dtype="bfloat16")
     assert half.params["head"]["kernel"].dtype == "bfloat16" and half.model.dtype == "bfloat16"
-
-
-@SLOW
-def test_half_precision_model_generates_text(path):
-    half = rwkv_jax.RWKVForCausalLM.from_pretrained(path, dtype="bfloat16")
     assert isinstance(half.generate("Hi", max_new_tokens=4), str)
 
 
@@ -171,18 +160,16 @@ def test_without_a_tokenizer_only_ids_are_read_and_written(tmp_path, capsys):
         rwkv_jax.RWKVForCausalLM.from_pretrained(tmp_path / "model.pth", tokenizer="absent.json")
     ids_only = rwkv_jax.RWKVForCausalLM(*unstacked("rwkv4"))
     assert len(ids_only.generate([1, 2], max_new_tokens=3, stop_tokens=())) == 3
-    assert ids_only.score([1, 2, 3]).shape == (3,)
-    assert ids_only.read([1, 2]).logits_BV.shape == (1, 256)
 
 
 def test_pretrained_names_mistakes():
-    with pytest.raises(ValueError, match="texts and ids"):
-        lm().generate(["text", [1, 2]])
-    with pytest.raises(ValueError, match="nothing to score"):
-        lm().score(["text", "", "a"])
-    with pytest.raises(ValueError, match="nothing to embed"):
-        lm().embed("")
-    with pytest.raises(ValueError, match="the context holds 1 texts"):
-        lm().score(["a", "b"], lm().read("text"))
+    for use, arguments, message in (
+        (lm().generate, (["text", [1, 2]],), "texts and ids"),
+        (lm().score, (["text", "", "a"],), "nothing to score"),
+        (lm().embed, ("",), "nothing to embed"),
+        (lm().score, (["a", "b"], lm().read("text")), "the context holds 1 texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use(*arguments)
     with pytest.raises(TypeError, match="do_sample"):
         lm().generate("text", do_sample=True)

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import numpy as np
+import tokenizers
 
 from rwkv_jax.data import SEPARATOR
 
@@ -49,3 +50,20 @@ def documents(split):
     texts = parts(split)
     assert sum(map(len, texts)) == split.num_bytes == len(split.tokens) - len(split.starts)
     return dict(zip(split.names, texts, strict=True))
+
+
+def byte_level(path, text, vocab_size=300):
+    """Path of a byte-level BPE tokenizer that is trained on `text`, with the two special tokens of NeoX."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator([text] * 10, trainer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    library.save(str(path))
+    return str(path)

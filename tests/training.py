@@ -26,10 +26,10 @@ class DiedError(Exception):
     """Raised where a process would be killed."""
 
 
-def write_text(path, num_words=4000):
+def write_text(path):
     rng = np.random.default_rng(0)
     words = [bytes(rng.integers(97, 123, n)).decode() for n in rng.integers(2, 9, 200)]
-    path.write_text(" ".join(rng.choice(words, num_words)))
+    path.write_text(" ".join(rng.choice(words, 4000)))
     return str(path)
 
 

@@ -4,23 +4,18 @@ A channel is a softmax average: token t gives source i the log weight n w + k_i,
 them, itself u + k_t, and the incoming past, whose mean is `mean` and whose log weight is `log_weight`,
 n w + log_weight. Padding is no token. A token sees its own document only, the first of a row also the past.
 
-Each result comes with its magnitude, the same sum with absolute values in place of the terms: where terms cancel,
-a relative error in each of them is an error relative to the magnitude and not to the result.
+Each result is an `operators.Sized`.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+from operators import Sized
 
 
 class Past(NamedTuple):
     mean: np.ndarray  # a / b
     log_weight: np.ndarray  # log b
-
-
-class Sized(NamedTuple):
-    value: np.ndarray
-    magnitude: np.ndarray
 
 
 def past_of(state) -> Past:

@@ -8,23 +8,21 @@ is that it leaves channel mixing without a gradient, so that the released one, i
     python -m experiments.ablations.run --preset=gpu  6 x 256, each arm at its own best learning rate
     python -m experiments.ablations.run --smoke
 
-Cost: 38 minutes on 2 shared cores, 39 runs of a minute; `gpu`: 52 runs or more, estimated 2 hours of one H200, in as
-many sittings as one likes.
+Cost: 38 minutes on 2 shared cores, 39 runs of a minute; `gpu`: 52 runs or more, estimated 2 hours of one H200.
 
-What is measured is the difference in bits per byte of held-out text, changed minus released. A pair of runs shares
-seed, batches, and the initial values of what both models have. Intervals are the wider of Student's t over seeds and
-a bootstrap over documents; p is Student's, corrected for the number of comparisons (Holm): resolved is below 0.05.
-  same sign: of the changes that take a part away, one is resolved as worse and none as better; contradicted: one is
-  resolved as better; else not resolved. The printed initialiser is contradicted where it is resolved as worse.
-Expected of three pairs were intervals of 0.004 to either side; they came out as 0.005 to 0.03. The correction for
-twelve comparisons, at two degrees of freedom, asks for about fifteen times its standard error.
+Measured: bits per byte of held-out text, changed minus released, in pairs (`study.compared`); *resolved* is a p below
+0.05 after Holm's correction, which at three pairs and twelve comparisons asks for fifteen standard errors.
+  same sign      of the changes that take a part away, one is resolved as worse and none as better
+  contradicted   one is resolved as better; for the printed initialiser: it is resolved as worse
+  not resolved   else
 
-Deviations: byte-level models a thousandth of the paper's in size, after half a million tokens. `cpu` holds every arm
-at the learning rate that is best for the released model (1.6e-2, inside the grid of experiments/compare/sweep.json,
-160 steps as here): what an arm would gain by its own rate counts against it.
+Deviations: byte-level models a thousandth of the paper's in size, after half a million tokens. `cpu` trains every arm
+at the learning rate that is best for the released model (1.6e-2, from experiments/compare/sweep.json): what an arm
+would gain by its own rate counts against it.
 """
 
 from experiments import study
+from experiments.command import claim, not_run
 
 RELEASED, PRINTED = "RWKV-4", "initialiser as printed"
 FROZEN_DECAY = (("/time_decay$", 0.0), ("/time_first$", 3.0))
@@ -57,28 +55,26 @@ def conclude(its, values: dict) -> dict:
     pairs = len(study.seeds_of(its, RELEASED))
     return {
         "ledger": [
-            {
-                "artefact": "Parts of the model, one taken away at a time",
-                "paper": "each is argued for; no numbers",
-                "ours": f"{len(resolved)} of {len(parts)} resolved over {pairs} pairs (Holm over {len(rows) - 1}), "
+            claim(
+                "Parts of the model, one taken away at a time",
+                "each is argued for; no numbers",
+                f"{len(resolved)} of {len(parts)} resolved over {pairs} pairs (Holm over {len(rows) - 1}), "
                 f"bits/byte: {', '.join(map(told, resolved)) or 'none'}",
-                "verdict": signs,
-            },
-            {
-                "artefact": "Appendix E, initial values as printed",
-                "paper": "how the models were initialised",
-                "ours": f"channel mixing gets no gradient: {told(PRINTED)} bits/byte beside the released values",
-                "verdict": "contradicted" if PRINTED in worse else "not resolved",
-            },
+                signs,
+            ),
+            claim(
+                "Appendix E, initial values as printed",
+                "how the models were initialised",
+                f"channel mixing gets no gradient: {told(PRINTED)} bits/byte beside the released values",
+                "contradicted" if PRINTED in worse else "not resolved",
+            ),
         ],
         "not_run": [
-            {
-                "artefact": "Ablations at 6 x 256, 49 M tokens, each arm at its own learning rate",
-                "command": "python -m experiments.ablations.run --preset=gpu",
-                "hardware": "one H100 or H200",
-                "hours": 2,
-                "why": "no GPU for so long",
-            }
+            not_run(
+                "Ablations at 6 x 256, 49 M tokens, each arm at its own learning rate",
+                "python -m experiments.ablations.run --preset=gpu",
+                hours=2,
+            )
         ],
     }
 

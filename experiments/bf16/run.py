@@ -9,12 +9,11 @@ memory. The same seed twice is the same run, bit for bit on a CPU.
     python -m experiments.bf16.run --preset=gpu           6 x 512
     python -m experiments.bf16.run --smoke
 
-Pairs have the same initial numbers (rounded, where parameters are) and batches; held-out text is scored in float32
-for all, so that differences are those of training. Cost: 8 minutes on 2 CPU cores; `gpu` about 10 minutes on one
-H100. Paper: trained in bfloat16 (released code), no float32 beside it. Reproduced: the interval of the difference,
-the wider of that over seeds and that over documents, lies below +0.01 bits a byte; contradicted: it lies above; not
-resolved: else. Deviations: one small model, one rate, few steps; no loss of accuracy that only long runs or large
-models show.
+Held-out text is scored in float32 for all arms, so that differences are those of training.
+Cost: 8 minutes on 2 CPU cores; `gpu` about 10 minutes on one H100.
+Paper: trained in bfloat16 (released code), no float32 beside it. Reproduced: the interval of the paired difference
+lies below +0.01 bits a byte; contradicted: it lies above; not resolved: else.
+Deviations: one small model, one rate, few steps, which cannot show a loss of accuracy of long runs or large models.
 """
 
 import hashlib
@@ -23,7 +22,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from experiments import measures, study
+from experiments import measures, statistics, study
+from experiments.command import claim, not_run
 from experiments.runs import curve, trained
 from rwkv_jax import evaluate
 
@@ -69,35 +69,18 @@ def conclude(its, values) -> dict:
     size += f"{len(study.seeds_of(its, BASE))} paired seeds"
     rows = []
     for arm in list(compared)[1:]:
-        found = compared[arm]
-        interval = "" if found["low"] is None else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
-        rows.append(
-            {
-                "artefact": f"Training with {arm}",
-                "paper": "trained in bfloat16, no float32 beside it",
-                "ours": f"{found['difference']:+.4f}{interval} bits a byte against float32's "
-                f"{compared[BASE]['in_float32']:.3f} ({size}; above {TOLERATED} contradicts)",
-                "verdict": verdict(found["low"], found["high"]),
-            }
-        )
+        difference, low, high = (compared[arm][name] for name in ("difference", "low", "high"))
+        ours = f"{statistics.told(difference, low, high, 4)} bits a byte against float32's "
+        ours += f"{compared[BASE]['in_float32']:.3f} ({size}; above {TOLERATED} contradicts)"
+        paper = "trained in bfloat16, no float32 beside it"
+        rows.append(claim(f"Training with {arm}", paper, ours, verdict(low, high)))
     first = lambda arm, suffix: (values[f"{arm}, seed 0{suffix}"][name] for name in ("digest", "curve"))
     same = {arm: list(first(arm, "")) == list(first(arm, ", again")) for arm in REPEATED}
-    rows.append(
-        {
-            "artefact": "The same seed twice",
-            "paper": "not in the paper",
-            "ours": ", ".join(f"{arm}: {'the same bits' if equal else 'other bits'}" for arm, equal in same.items()),
-            "verdict": "reproduced" if all(same.values()) else "contradicted",
-        }
-    )
-    not_run = {
-        "artefact": "Training in bfloat16 at 6 x 512",
-        "command": "python -m experiments.bf16.run --preset=gpu",
-        "hardware": "one H100 or H200",
-        "hours": 0.2,
-        "why": "no GPU for so long",
-    }
-    return {"ledger": rows, "not_run": [not_run] if config.model.dim < 512 else []}
+    ours = ", ".join(f"{arm}: {'the same bits' if equal else 'other bits'}" for arm, equal in same.items())
+    verdict_of_bits = "reproduced" if all(same.values()) else "contradicted"
+    rows.append(claim("The same seed twice", "not in the paper", ours, verdict_of_bits))
+    larger = not_run("Training in bfloat16 at 6 x 512", "python -m experiments.bf16.run --preset=gpu", hours=0.2)
+    return {"ledger": rows, "not_run": [larger] if config.model.dim < 512 else []}
 
 
 LARGE = {"model": {"num_layers": 6, "dim": 512}, "seq_len": 512, "batch_size": 32, "steps": 2000}

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from experiments import command
 from experiments.figures import COLOURS, plt, saved
 
 
@@ -44,3 +45,7 @@ def _smooth(y, window=5):
     """Running mean over what there is of `window` log steps."""
     sums = np.convolve(y, np.ones(window), mode="full")[: len(y)]
     return sums / np.minimum(np.arange(1, len(y) + 1), window)
+
+
+if __name__ == "__main__":
+    command.redraw("compare")

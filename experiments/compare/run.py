@@ -15,24 +15,23 @@ Writes results.json and figure.png beside this file; the trained models stay in 
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import rwkv_jax
 from experiments import stamp, sweeps
 from experiments.command import write_json
 from experiments.compare import baselines, plot, table
-from experiments.measures import capped, level
+from experiments.measures import bits_per_byte, capped, held_out, level
+from experiments.runs import trained
+from experiments.speed import decode
 from experiments.study import MODELS
 from rwkv_jax import data, evaluate, hardware, train
 from rwkv_jax.command import reported
@@ -55,7 +54,7 @@ class Preset:
 
 
 SMOKE = Preset(num_layers=2, dim=32, seq_len=64, batch_size=4, test_bytes=2**12, contexts=(64, 512), decoded=4)
-KINDS = {"rwkv4": "rwkv4", "transformer": "attention"}
+KINDS = {"rwkv4": "rwkv4", "transformer": "attention"}  # of layers, which have a learning rate each
 SWEEP_WIDTHS, SWEEP_STEPS = ((64, 2), (128, 4), (256, 6)), 160
 # Beside training: compiling, then evaluation and decoding, which take about as long as so many steps of every arm (two
 # machines, one three times as fast as the other).
@@ -70,14 +69,8 @@ def arm_config(arm, preset, steps, seed=0, text="stdlib", lr=None):
     config.model.update(ARMS[arm], num_layers=preset.num_layers, dim=preset.dim)
     config.update(corpus=text, steps=steps, seed=seed, seq_len=preset.seq_len, batch_size=preset.batch_size)
     config.update(log_every=max(1, min(10, steps // 20)), eval_every=0, eval_tokens=0, save_every=0)
-    config.optim.lr = lr or swept_lr(arm, preset)
+    config.optim.lr = lr or sweeps.best(HERE / "sweep.json", f"{arm} {preset.num_layers}x{preset.dim}")
     return config
-
-
-def swept_lr(arm, preset) -> float | None:
-    """The best learning rate of an arm at a size in sweep.json; None where it was not swept."""
-    runs = json.loads((HERE / "sweep.json").read_text())["runs"].get(f"{arm} {preset.num_layers}x{preset.dim}")
-    return runs and float(min(runs, key=runs.get))
 
 
 def steps_that_fit(seconds, preset, seed, text, batches_in_epoch) -> int:
@@ -94,16 +87,13 @@ def steps_that_fit(seconds, preset, seed, text, batches_in_epoch) -> int:
 
 def train_arm(arm, config, workdir):
     """(model, params, what the run logged). Once it is whole, the run takes the place of the one in `workdir`."""
-    partial = workdir.with_name(workdir.name + ".partial")
-    with train.claimed(partial):
-        for leftover in partial.iterdir():
-            if leftover.name != ".lock":
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    state = train.run(config, partial)
-    if int(state.step) < config.steps:
-        raise KeyboardInterrupt
-    shutil.rmtree(workdir, ignore_errors=True)
-    partial.rename(workdir)
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=workdir.parent) as beside:
+        state = train.run(config, Path(beside) / arm)
+        if int(state.step) < config.steps:
+            raise KeyboardInterrupt
+        shutil.rmtree(workdir, ignore_errors=True)
+        (Path(beside) / arm).rename(workdir)
     rows = [r for r in metrics.logged(workdir / "metrics.jsonl") if "loss_nats" in r]
     model, _ = rwkv_jax.load(workdir)
     return model, state.params, rows
@@ -113,43 +103,18 @@ def decode_cost(model, params, contexts, decoded) -> list[dict]:
     """Tokens/s and state bytes of one stream after contexts of several lengths, a cache filled with noise. The state
     of RWKV is the same after all of them: what differs between its rows is the clock."""
     model, params = model.clone(scan=False), rwkv_jax.unstack(params)
-    key = jax.random.key(0)
-
-    @partial(jax.jit, donate_argnums=1)
-    def decode(params, state, token_B1):
-        def step(_, carry):
-            token_B1, state = carry
-            logits_BTV, state = model.apply({"params": params}, token_B1, state)
-            return logits_BTV.argmax(-1).astype(jnp.int32), state
-
-        return jax.lax.fori_loop(0, decoded, step, (token_B1, state))
-
-    def filled(context):
-        """One cache size for all contexts, so that decoding compiles once: its cost is that of the filled part."""
-        state = model.init_state(1, max_length=max(contexts) + 3 * decoded)
-        if model.layers == ("rwkv4",):
-            return state
-        noise = lambda x: jax.random.normal(key, x.shape, x.dtype)
-        caches = [e.cache._replace(k_BHSK=noise(e.cache.k_BHSK), v_BHSK=noise(e.cache.v_BHSK)) for e in state]
-        caches = [c._replace(length_B=c.length_B + context) for c in caches]
-        return tuple(e._replace(cache=c) for e, c in zip(state, caches, strict=True))
-
     rows = []
     for context in contexts:
-        state, token_B1, times = filled(context), jnp.zeros((1, 1), jnp.int32), []
+        # one cache size for all contexts, so that decoding compiles once: its cost is that of the filled part
+        state = decode.filled(model.init_state(1, max_length=max(contexts) + 3 * decoded))
+        held = decode.state_bytes(state, context)
+        state, token_B1, times = decode.at_context(state, context), np.zeros((1, 1), np.int32), []
         for _ in range(3):  # the first may compile
             start = time.perf_counter()
-            token_B1, state = jax.block_until_ready(decode(params, state, token_B1))
+            token_B1, state = jax.block_until_ready(decode.greedy(model, params, state, token_B1, decoded))
             times.append(time.perf_counter() - start)
-        speed = decoded / min(times[1:])
-        rows.append({"context": context, "tokens_per_second": speed, "state_bytes": _state_bytes(model, context)})
+        rows.append({"context": context, "tokens_per_second": decoded / min(times[1:]), "state_bytes": held})
     return rows
-
-
-def _state_bytes(model, context):
-    """Bytes of what a stream must keep after `context` tokens (a cache counts its filled slots)."""
-    shapes = jax.eval_shape(lambda: model.init_state(1, max_length=context))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def counted_baselines(rows_NT, test):
@@ -233,18 +198,15 @@ def sweep(path):
         preset = Preset(num_layers=num_layers, dim=dim)
         about = {"steps": SWEEP_STEPS, "preset": vars(preset) | {"dim": None, "num_layers": None}}
         for arm in ARMS:
-            held_out = lambda lr, arm=arm, preset=preset: _held_out_after(arm_config(arm, preset, SWEEP_STEPS, lr=lr))
+            loss = lambda lr, arm=arm, preset=preset: _held_out_after(arm_config(arm, preset, SWEEP_STEPS, lr=lr))
             centre = optim.default_lr(KINDS[ARMS[arm]["name"]], dim)
-            sweeps.bracket(path, f"{arm} {num_layers}x{dim}", centre, held_out, **about)
+            sweeps.bracket(path, f"{arm} {num_layers}x{dim}", centre, loss, **about)
 
 
 def _held_out_after(config):
     with tempfile.TemporaryDirectory() as workdir:
-        state = train.run(config, workdir)
-        model, _ = rwkv_jax.load(workdir)
-    valid = capped(data.prepare(config.corpus, "bytes").valid, 2**17)
-    nats = evaluate.windows(model, state.params, valid.tokens, config.seq_len, config.batch_size)
-    return level(nats, valid)
+        model, params, _ = trained([config], Path(workdir))
+    return bits_per_byte(model, params, held_out(config, 2**17))["valid_bits_per_byte"]
 
 
 @reported("stopped; nothing was written")

@@ -62,19 +62,14 @@ def _warning(results):
 
 
 def _against(other, arms):
-    differences = [a["minus"][other] for a in arms.values()]
-    yield f"  minus {other}", [_difference(d) for d in differences]
-    yield "    95 % over files", [_interval(d) for d in differences]
-
-
-def _difference(d):
-    return "" if d["bits_per_byte"] == 0 else f"{d['bits_per_byte']:+.3f}"
-
-
-def _interval(d):
-    if d["bits_per_byte"] == 0:
-        return ""
-    return "one file" if d["low"] is None else f"[{d['low']:+.3f}, {d['high']:+.3f}]"
+    """Two rows: by how much each arm differs from another, and the interval; nothing of that arm itself."""
+    told, intervals = [], []
+    for arm, its in arms.items():
+        d = its["minus"][other]
+        interval = "one file" if d["low"] is None else f"[{d['low']:+.3f}, {d['high']:+.3f}]"
+        told.append("" if arm == other else f"{d['bits_per_byte']:+.3f}")
+        intervals.append("" if arm == other else interval)
+    return [(f"  minus {other}", told), ("    95 % over files", intervals)]
 
 
 def _bytes(n):

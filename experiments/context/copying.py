@@ -42,7 +42,7 @@ def batch(lag_B, seq_len: int, rng) -> dict:
 
 
 class Task(NamedTuple):
-    """How models learn it: windows of one length, then stages (windows in that length, steps of as many symbols)."""
+    """Fields of the training: windows of one length, then stages (factor of that length, steps of as many symbols)."""
 
     seq_len: int = 64
     batch_size: int = 64
@@ -50,6 +50,9 @@ class Task(NamedTuple):
     stages: tuple = ((2, 9), (4, 90), (8, 90))
     lags: tuple = (8, 16, 32, 64, 128, 256, 512, 1024)
     lr: float | None = None  # None: the best of sweep.json
+
+
+TASK = Task()
 
 
 def stage_batches(task: Task, stages, seed: int):
@@ -105,4 +108,4 @@ def sweep(task: Task, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sweep(Task(), SWEEP)
+    sweep(TASK, SWEEP)

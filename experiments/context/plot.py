@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from experiments.figures import COLOURS, plt, saved
+from experiments import command
+from experiments.figures import COLOURS, panels, saved, titled
 
 ARMS = COLOURS | {"extended": "#e67e22", "control": "#f1c40f"}
 COPIES = {"copy": "rwkv4", "copy, extended": "extended", "copy, control": "control"}
@@ -10,36 +11,33 @@ COPIES = {"copy": "rwkv4", "copy, extended": "extended", "copy, control": "contr
 
 def draw(results, path) -> None:
     """Write the figure as PNG."""
-    cells, base = results["cells"], results["study"]["base"]
-    T = base["seq_len"]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for name, color in ARMS.items():
-        cell = cells.get(f"{name}, seed 0")
-        if cell is None:
-            continue
+    cells, T = results["cells"], results["study"]["base"]["seq_len"]
+    figure, [(left, middle, right)] = panels(3)
+    for arm in [arm for arm in ARMS if f"{arm}, seed 0" in cells]:
+        cell, color = cells[f"{arm}, seed 0"], ARMS[arm]
         mean = lambda bits_D, n_D=cell["targets"]: np.average(bits_D, weights=n_D)
-        left.plot(
-            [int(c) for c in cell["after"]], list(map(mean, cell["after"].values())), ".-", color=color, label=name
-        )
+        left.plot(list(map(int, cell["after"])), list(map(mean, cell["after"].values())), ".-", color=color, label=arm)
         left.axhline(mean(cell["reset"]), color=color, linestyle=":", linewidth=0.8)
-        gains = np.mean(cell["gain_by_distance"], axis=1)
-        middle.plot(range(len(gains)), gains, "o-", color=color, label=name)
+        middle.plot(np.mean(cell["gain_by_distance"], axis=1), "o-", color=color, label=arm)
     left.axvline(T, color="grey", linewidth=0.6)
     left.set(
-        xscale="log", xlabel="bytes of context", ylabel="bits a byte", title="the same targets (dotted: reset each T)"
+        xscale="log", xlabel="bytes of context", ylabel="bits a byte", title="same targets (dotted: reset each T)"
     )
     left.legend(frameon=False, fontsize=8)
     middle.set_xticks(range(3), ["T to 4 T", "4 T to 16 T", "16 T to 64 T"])
     middle.set(xlabel="distance from the text's beginning", ylabel="bits a byte", title="saved against a reset each T")
     middle.axhline(0, color="grey", linewidth=0.6)
-    for name, of in COPIES.items():
-        share = cells[name]["share"]
-        label = {"rwkv4": f"windows of {cells['copy']['window']}"}.get(of, of)
-        right.plot([int(lag) for lag in share], list(share.values()), ".-", color=ARMS[of], label=label)
-    right.axvline(cells["copy"]["window"], color="grey", linewidth=0.6)
+    window = cells["copy"]["window"]
+    for name, arm in COPIES.items():
+        label = f"windows of {window}" if name == "copy" else arm
+        lags, share = list(map(int, cells[name]["share"])), list(cells[name]["share"].values())
+        right.plot(lags, share, ".-", color=ARMS[arm], label=label)
+    right.axvline(window, color="grey", linewidth=0.6)
     right.set(xscale="log", xlabel="lag", ylabel="share right", title="copy task", ylim=(-0.02, 1.02))
     right.legend(frameon=False, fontsize=8)
-    stamp = results["stamp"]
-    size = f"{base['model.num_layers']} x {base['model.dim']}, T {T}, {base['steps']} steps"
-    figure.suptitle(f"{size}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
+    titled(figure, results)
     saved(figure, path)
+
+
+if __name__ == "__main__":
+    command.redraw("context")

@@ -1,9 +1,8 @@
 """Context: how far back a model reads, how far its state carries, and what longer training windows add (Fig. 6).
 
 The paper's loss on the Pile falls with the context up to 2^11 tokens (Fig. 6, 7B and 14B extended to 8,192 tokens),
-and section 5.2 extends windows from 1,024 to 8,192 in stages of 10, 100 and 100 billion tokens. It has no control:
-another 210 billion tokens might have helped as much without longer windows. Models trained on 1,024 tokens alone hold
-their loss to about 2,500 (README of the released code).
+and section 5.2 extends windows from 1,024 to 8,192 in stages of 10, 100 and 100 billion tokens, without a control on
+as many tokens. Models trained on 1,024 tokens hold their loss to about 2,500 (README of the released code).
 
 Claims, each about a small model of bytes trained here on windows of T:
   context     the same 64 bytes cost less after 4,096 bytes of context than after T
@@ -19,36 +18,34 @@ Claims, each about a small model of bytes trained here on windows of T:
 
 Cost: 11 minutes on 2 shared cores; `gpu`, estimated: 16 minutes on one H200.
 
-context: same sign where 4,096 bytes are better than T with the interval over documents, contradicted where worse, else
-not resolved. carrying: same sign where what a carried state saves over one reset every T bytes falls by less than
-0.005 bits a byte from the first bytes beyond T to the last below 64 T, with its interval; contradicted where it falls
-by more, with its interval. extension: same sign, contradicted, not resolved, by the paired difference's interval over
-documents, or over seeds if wider. copy: same sign where extension solves a longer lag than both start and control,
-contradicted where a shorter one, else not resolved. The effective reach is the context at which 95 % of the gain from
-16 to 4,096 bytes is had.
+context, extension: same sign where the paired difference is below 0 with its interval over documents, or over seeds if
+wider; contradicted where it is above; else not resolved. carrying: same sign where what a carried state saves over one
+reset every T bytes falls by less than 0.005 bits a byte from the first bytes beyond T to the last below 64 T, with its
+interval; contradicted where it falls by more. copy: same sign where extension solves a longer lag than both start and
+control, contradicted where a shorter one, else not resolved.
 
 Deviations: T 256 and bytes of source code instead of 1,024 tokens of the Pile; the extension's tokens are as many as
 the control's, not the same; its learning rate, which the paper does not give, is the last of the training before it.
 """
 
+import itertools
 from functools import partial
 
 import numpy as np
 
-from experiments import statistics, study, sweeps
+from experiments import study, sweeps
+from experiments.command import claim, not_run
 from experiments.context import copying
 from experiments.context.reading import bits_after_context, bootstrap, reach
-from rwkv_jax.train import optim
+from experiments.statistics import t_interval, told, verdict, wider
 
 MARGIN = 0.005  # bits a byte by which the gain of a carried state may fall and still be called safe
 COPIES = ("copy", "copy, extended", "copy, control")
 
 
 def arm_of(name: str, base) -> dict:
-    """A model at the best learning rate of compare's sweep; at the library's default where that size was not swept."""
-    num_layers, dim = base.model.num_layers, base.model.dim
-    kind = "rwkv4" if name == "rwkv4" else "attention"
-    lr = sweeps.best(sweeps.COMPARE, f"{name} {num_layers}x{dim}") or optim.default_lr(kind, dim)
+    """A model at the best learning rate of compare's sweep, or between those of swept widths."""
+    lr = sweeps.lr(sweeps.COMPARE, name, base.model.num_layers, base.model.dim)
     return study.flat(study.MODELS[name]) | {"optim.lr": lr}
 
 
@@ -71,93 +68,74 @@ def arms_of(stages, others=()) -> dict:
     return {"rwkv4": partial(arm_of, "rwkv4")} | extended | {arm: partial(arm_of, arm) for arm in others}
 
 
-def also(task: copying.Task | None = None) -> dict:
+def also(task: copying.Task = copying.TASK) -> dict:
     """The copy task: windows of one length, then longer ones, or as many tokens more of the first."""
-    task = task or copying.Task()
     control = ((1, sum(steps for _, steps in task.stages)),)
-    return {
-        name: partial(copying.learn, task, more) for name, more in zip(COPIES, ((), task.stages, control), strict=True)
-    }
+    more = zip(COPIES, ((), task.stages, control), strict=True)
+    return {name: partial(copying.learn, task, stages) for name, stages in more}
 
 
 def conclude(its, values: dict) -> dict:
     """Rows of the ledger: what context, a carried state, and longer windows are worth."""
     T = study.config_of(its).seq_len
-    longest_window = study.arms_of(its)["extended"][-1]["seq_len"] // T
-    of = lambda arm: [values[study.name_of(arm, seed)] for seed in study.seeds_of(its, arm)]
-    base = of("rwkv4")
+    factor = study.arms_of(its)["extended"][-1]["seq_len"] // T
+    base, extended, control = (study.runs_of(its, values, arm) for arm in ("rwkv4", "extended", "control"))
     contexts = list(base[0]["after"])
     shortest, longest, window = contexts[0], contexts[-1], max((c for c in contexts if int(c) <= T), key=int)
     after = lambda context: lambda cell: cell["after"][context]
     beyond = difference(base, after(longest), after(window))
     reset = difference(base, lambda cell: cell["carried"], lambda cell: cell["reset"])
     warm = difference(base, after(window), lambda cell: cell["reset"])
-    extension = difference(of("extended"), after(longest), after(longest), of("control"))
+    extension = difference(extended, after(longest), after(longest), control)
     near_D, *_, far_D = np.mean([cell["gain_by_distance"] for cell in base], axis=0)
-    falls = bootstrap(lambda drawn: (near_D - far_D)[drawn].mean(), len(near_D))
+    _, *fall = bootstrap(lambda drawn: (near_D - far_D)[drawn].mean(), len(near_D))
     levels, reached = _levels_and_reach(base)
     copies = [values[name] for name in COPIES]
-    start, extended, control = solved = [longest_solved(copy["share"]) for copy in copies]
+    windows, (first, *others) = [copy["window"] for copy in copies], [longest_solved(copy["share"]) for copy in copies]
     return {
-        "bits_per_byte_after": levels,
-        "reach_bytes": _numbers(reached, 1),
-        "beyond_a_window": _numbers(beyond),
-        "carried_minus_reset": _numbers(reset),
-        "window_minus_reset": _numbers(warm),
-        "extended_minus_control": _numbers(extension),
-        "gain_falls_by": _numbers(falls),
-        "longest_lag_solved": dict(zip(COPIES, solved, strict=True)),
         "ledger": [
-            {
-                "artefact": "Fig. 6, loss against context",
-                "paper": "falls to 2,048 tokens (7B and 14B, trained to 8,192)",
-                "ours": f"trained at {T} bytes: {levels[shortest]:.3f} bits a byte after {shortest}, "
-                f"{levels[window]:.3f} after {window}, from there to {longest} {_shown(beyond)}; 95 % of the gain "
+            claim(
+                "Fig. 6, loss against context",
+                "falls to 2,048 tokens (7B and 14B, trained to 8,192)",
+                f"trained at {T} bytes: {levels[shortest]:.3f} bits a byte after {shortest}, "
+                f"{levels[window]:.3f} after {window}, from there to {longest} {told(*beyond, 4)}; 95 % of the gain "
                 "within {:.0f} bytes [{:.0f}, {:.0f}]".format(*reached),
-                "verdict": statistics.verdict(*beyond[1:], sign=-1),
-            },
-            {
-                "artefact": "Fig. 6, a state carried beyond the training length",
-                "paper": "models trained at 1,024 hold to about 2,500, then rise slowly (README)",
-                "ours": f"worth {_shown(reset)} bits a byte against a reset every {T}, of which {T} bytes of context "
+                verdict(*beyond[1:], sign=-1),
+            ),
+            claim(
+                "Fig. 6, a state carried beyond the training length",
+                "models trained at 1,024 hold to about 2,500, then rise slowly (README)",
+                f"worth {told(*reset, 4)} bits a byte against a reset every {T}, of which {T} bytes of context "
                 f"without more have {warm[0]:+.4f}; saves {near_D.mean():.4f} up to 4 T, {far_D.mean():.4f} from 16 T "
                 "to 64 T",
-                "verdict": _safe(falls),
-            },
-            {
-                "artefact": "Section 5.2, longer windows 1:10:10",
-                "paper": "loss falls in every stage; no control",
-                "ours": f"to {longest_window} T, minus as many tokens more at T: {_shown(extension)} bits a "
-                f"byte after {longest} bytes",
-                "verdict": statistics.verdict(*extension[1:], sign=-1),
-            },
-            {
-                "artefact": "Section 5.2, longest lag of a copied symbol",
-                "paper": "none",
-                "ours": f"{start} after windows of {copies[0]['window']}, {extended} after longer ones to "
-                f"{copies[1]['window']}, {control} after as many tokens more at {copies[2]['window']}",
-                "verdict": "same sign"
-                if extended > max(start, control)
-                else "contradicted"
-                if extended < max(start, control)
-                else "not resolved",
-            },
+                safe(*fall),
+            ),
+            claim(
+                "Section 5.2, longer windows 1:10:10",
+                "loss falls in every stage; no control",
+                f"to {factor} T, minus as many tokens more at T: {told(*extension, 4)} bits a byte after {longest} "
+                "bytes",
+                verdict(*extension[1:], sign=-1),
+            ),
+            claim(
+                "Section 5.2, longest lag of a copied symbol",
+                "none",
+                f"{first} after windows of {windows[0]}, {others[0]} after longer ones to {windows[1]}, {others[1]} "
+                f"after as many tokens more at {windows[2]}",
+                farther(first, *others),
+            ),
         ],
         "not_run": [
-            {
-                "artefact": "Fig. 6 at 6 x 512, transformers beside",
-                "command": "python -m experiments.context.run --preset=gpu",
-                "hardware": "one H100 or H200",
-                "hours": 0.3,
-                "why": "no GPU for so long",
-            },
-            {
-                "artefact": "Fig. 6 of the released 7B and 14B",
-                "command": "python -m rwkv_jax.evaluate --model=PATH --data=FILE --seq_len=8192",
-                "hardware": "80 GB of memory",
-                "hours": 10,
-                "why": "neither the weights nor the Pile were at hand",
-            },
+            not_run(
+                "Fig. 6 at 6 x 512, transformers beside", "python -m experiments.context.run --preset=gpu", hours=0.3
+            ),
+            not_run(
+                "Fig. 6 of the released 7B and 14B",
+                "python -m rwkv_jax.evaluate --model=PATH --data=FILE --seq_len=8192",
+                hours=10,
+                hardware="80 GB of memory",
+                why="neither the weights nor the Pile were at hand",
+            ),
         ],
     }
 
@@ -166,12 +144,11 @@ def difference(cells, of_a, of_b, others=None) -> tuple[float, float, float]:
     """Paired difference in bits a byte of cells, one a seed, or of `cells` minus `others`, and its 95 % interval: over
     documents, or over seeds where that is wider."""
     weights_D = np.array(cells[0]["targets"])
-    others = cells if others is None else others
-    bits_SD = np.array([np.subtract(of_a(a), of_b(b)) for a, b in zip(cells, others, strict=True)])
+    bits_SD = np.array([np.subtract(of_a(a), of_b(b)) for a, b in zip(cells, others or cells, strict=True)])
     mean_D = bits_SD.mean(0)
     value, *over_documents = bootstrap(lambda drawn: np.average(mean_D[drawn], weights=weights_D[drawn]), len(mean_D))
-    over_seeds = statistics.t_interval(np.average(bits_SD, axis=1, weights=weights_D))[1:]
-    return value, *statistics.wider(over_documents, over_seeds)
+    over_seeds = t_interval(np.average(bits_SD, axis=1, weights=weights_D))[1:]
+    return value, *wider(over_documents, over_seeds)
 
 
 def _levels_and_reach(cells):
@@ -180,32 +157,24 @@ def _levels_and_reach(cells):
     bits_CD = np.mean([[cell["after"][c] for c in contexts] for cell in cells], axis=0)
     level_C = lambda drawn: np.average(bits_CD[:, drawn], axis=1, weights=weights_D[drawn])
     reached = bootstrap(lambda drawn: reach([int(c) for c in contexts], level_C(drawn)), len(weights_D))
-    levels_C = level_C(np.arange(len(weights_D))).round(4).tolist()
-    return dict(zip(contexts, levels_C, strict=True)), reached
+    return dict(zip(contexts, level_C(np.arange(len(weights_D))), strict=True)), reached
 
 
 def longest_solved(share: dict, enough: float = 0.99) -> int:
     """The longest lag up to which all are solved; 0: none."""
-    solved = 0
-    for lag, right in share.items():
-        if right < enough:
-            break
-        solved = int(lag)
-    return solved
+    solved = itertools.takewhile(lambda lag: share[lag] >= enough, share)
+    return max(map(int, solved), default=0)
 
 
-def _safe(falls) -> str:
-    _, low, high = falls
+def safe(low: float, high: float) -> str:
+    """Verdict on a carried state whose gain falls by what the interval holds."""
     return "same sign" if high < MARGIN else "contradicted" if low > MARGIN else "not resolved"
 
 
-def _shown(interval) -> str:
-    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*interval)
-
-
-def _numbers(interval, digits: int = 5) -> list:
-    """As JSON: no interval is None."""
-    return [None if np.isnan(x) else round(x, digits) for x in interval]
+def farther(first: int, extended: int, control: int) -> str:
+    """Verdict on the longest lags that are solved."""
+    most = max(first, control)
+    return "same sign" if extended > most else "contradicted" if extended < most else "not resolved"
 
 
 TINY = {"model": {"num_layers": 1, "dim": 16}, "seq_len": 16, "batch_size": 4, "steps": 4}

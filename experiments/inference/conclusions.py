@@ -1,9 +1,10 @@
-"""What the cells of the inference experiment say: ratios against the law, batches at which claims hold, the ledger."""
+"""Conclusions from the cells: ratios against the law, batches at which claims hold, rows of the ledger."""
 
 import math
 
 import numpy as np
 
+from experiments.command import claim, not_run
 from rwkv_jax import models
 
 CLAIMS = ((10, 4096), (100, 32768))  # times as fast, tokens of context
@@ -82,19 +83,21 @@ def claimed(preset, measured) -> list[dict]:
 
 def conclude(preset, values) -> dict:
     measured = ratios(preset, values)
-    claims = claimed(preset, measured)
-    rows = [_constant(preset, values), *(_claim(claim, measured) for claim in claims)]
+    factors = claimed(preset, measured)
+    rows = [_constant(preset, values), *(_factor(its, measured) for its in factors)]
     rows += [_seconds(preset, values), _memory(preset, values)]
     rows += [_training(values)] if preset.lengths else []
-    not_run = {
-        "artefact": "Figs. 7, 13, 14 at 3B and 7B, to 131,072 tokens",
-        "command": "python -m experiments.inference.run --preset=paper",
-        "hardware": "one H100 or H200",
-        "hours": 0.5,
-        "why": "no GPU for so long",
+    larger = not_run(
+        "Figs. 7, 13, 14 at 3B and 7B, to 131,072 tokens",
+        "python -m experiments.inference.run --preset=paper",
+        hours=0.5,
+    )
+    return {
+        "ledger": rows,
+        "not_run": [] if "7B" in preset.shapes else [larger],
+        "ratios": measured,
+        "claims": factors,
     }
-    missing = [] if "7B" in preset.shapes else [not_run]
-    return {"ledger": rows, "not_run": missing, "ratios": measured, "claims": claims}
 
 
 def _first(preset):
@@ -112,26 +115,25 @@ def _constant(preset, values):
             drift = its[-1]["seconds"] / its[0]["seconds"]
             least = 1e3 * min(r["seconds"] for r in its)
             said.append(f"{name} batch {batch}: {least:.1f} ms x {spread:.2f}, last over first {drift:.2f}")
-    last = preset.positions[-1]
-    return {
-        "artefact": "Table 1: a token's time and memory against context",
-        "paper": "constant",
-        "ours": f"slowest over fastest position, 0 to {last:,} tokens: {'; '.join(said)}; memory "
-        + ("the same at all" if same else "not the same at all"),
-        "verdict": "reproduced" if worst <= CONSTANT and same else "contradicted",
-    }
+    return claim(
+        "Table 1: a token's time and memory against context",
+        "constant",
+        f"slowest over fastest position, 0 to {preset.positions[-1]:,} tokens: {'; '.join(said)}; memory "
+        f"{'' if same else 'not '}the same at all",
+        "reproduced" if worst <= CONSTANT and same else "contradicted",
+    )
 
 
-def _claim(claim, measured):
+def _factor(claimed, measured):
     """One factor: what each batch gives, and from which on it holds."""
-    factor, tokens, its = claim["factor"], claim["tokens"], claim["measured"]
+    factor, tokens, its = claimed["factor"], claimed["tokens"], claimed["measured"]
     ratio = [f"{r['shape']} batch {r['batch']}: {r['ratio']:.1f}" for r in its]
     said = [f"{one} (law {r['law']:.1f})" for one, r in zip(ratio, its, strict=True)]
     uncached = max((r for r in measured if r["baseline"] == UNCACHED), key=lambda r: r["position"], default=None)
     holds = [f"{r['shape']} from batch {r['batch']}" for r in its if r["ratio"] >= factor]
     parts = [f"against a cache {'; '.join(said) or 'not measured'}"]
     parts.append(f"holds for {', '.join(holds)}" if holds else "holds at no batch measured")
-    by_law = ", ".join(f"{name} {batch}" for name, batch in claim["batch_by_law"].items())
+    by_law = ", ".join(f"{name} {batch}" for name, batch in claimed["batch_by_law"].items())
     parts.append(f"by the law from batch: {by_law}")
     if uncached:
         parts.append(f"without a cache {uncached['ratio']:.0f} already after {uncached['position']:,} tokens")
@@ -139,13 +141,13 @@ def _claim(claim, measured):
     verdict = "not resolved"
     if alone:
         verdict = "reproduced" if min(alone) >= factor else "same sign" if min(alone) > 1 else "contradicted"
-    return {
-        "artefact": f"{factor} times as fast at {tokens:,} tokens",
-        "paper": "not in the paper: said of this project",
-        "ours": "; ".join(parts),
-        "short": f"against a cache {'; '.join(ratio) or 'not measured'}; {parts[1]}",
-        "verdict": verdict,
-    }
+    return claim(
+        f"{factor} times as fast at {tokens:,} tokens",
+        "not in the paper: said of this project",
+        "; ".join(parts),
+        verdict,
+        short=f"against a cache {'; '.join(ratio) or 'not measured'}; {parts[1]}",
+    )
 
 
 def _seconds(preset, values):
@@ -161,52 +163,51 @@ def _seconds(preset, values):
         line.append(f"{arm} {straightness(its):.4f}")
         checked.append(f"{arm} {its[-1]['seconds'] / cumulative(rows[arm], its[-1]['position']):.2f}")
     ours, cached = total["rwkv4"][FIGURE_7], total[CACHED][FIGURE_7]
-    return {
-        "artefact": "Figs. 7, 14: seconds for 1,000 and 512 tokens",
-        "paper": "3B, 1,000 tokens: RWKV-4 10 to 15 s in a straight line, transformers 45 to 65 s",
-        "ours": f"{name}, batch {batch}, s: 1,000 tokens: {said(FIGURE_7)}; 512: {said(FIGURES_13_14)}; r^2 of a line "
+    return claim(
+        "Figs. 7, 14: seconds for 1,000 and 512 tokens",
+        "3B, 1,000 tokens: RWKV-4 10 to 15 s in a straight line, transformers 45 to 65 s",
+        f"{name}, batch {batch}, s: 1,000 tokens: {said(FIGURE_7)}; 512: {said(FIGURES_13_14)}; r^2 of a line "
         f"{', '.join(line)}; really generated over integral {', '.join(checked)}",
-        "verdict": "reproduced" if cached >= 3 * ours else "same sign" if cached > ours else "contradicted",
-    }
+        "reproduced" if cached >= 3 * ours else "same sign" if cached > ours else "contradicted",
+    )
 
 
 def _memory(preset, values):
     name, batch = _first(preset)
-    found = {}
-    for arm in ("rwkv4", CACHED, UNCACHED):
-        for row in _rows(values, name, arm, batch):
-            if row["position"] == FIGURES_13_14:
-                found[arm] = row["memory_bytes"]
+    found = {
+        arm: row["memory_bytes"]
+        for arm in ("rwkv4", CACHED, UNCACHED)
+        for row in _rows(values, name, arm, batch)
+        if row["position"] == FIGURES_13_14
+    }
     least = min(found, key=found.get) if found else None
     said = ", ".join(f"{arm} {n / 2**20:.2f} MiB" for arm, n in found.items()) or f"not at {FIGURES_13_14} tokens"
-    return {
-        "artefact": "Fig. 13: memory for 512 tokens, without parameters",
-        "paper": "RWKV-4 least: about 1 GB on a CPU, transformers to 13 GB",
-        "ours": f"{name}, batch {batch}: {said}",
-        "verdict": {None: "not resolved", "rwkv4": "reproduced"}.get(least, "contradicted"),
-    }
+    return claim(
+        "Fig. 13: memory for 512 tokens, without parameters",
+        "RWKV-4 least: about 1 GB on a CPU, transformers to 13 GB",
+        f"{name}, batch {batch}: {said}",
+        {None: "not resolved", "rwkv4": "reproduced"}.get(least, "contradicted"),
+    )
 
 
 def _training(values):
-    """Table 1, training: what becomes of tokens/s and of temporary memory from the shortest to the longest windows."""
-    its = {
-        name.removeprefix("training, "): its["rows"] for name, its in values.items() if name.startswith("training, ")
-    }
-    speed = {arm: rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"] for arm, rows in its.items()}
-    memory = {arm: [rows[i]["temporary_bytes"] / 2**20 for i in (0, -1)] for arm, rows in its.items()}
-    lengths = [rows[i]["T"] for rows in [next(iter(its.values()))] for i in (0, -1)]
+    """Table 1, training: tokens/s and temporary memory of the shortest and the longest windows."""
+    start = "training, "
+    its = {name.removeprefix(start): cell["rows"] for name, cell in values.items() if name.startswith(start)}
+    ends = {arm: (rows[0], rows[-1]) for arm, rows in its.items()}
+    speed = {arm: last["tokens_per_second"] / first["tokens_per_second"] for arm, (first, last) in ends.items()}
     said = ", ".join(
-        f"{arm} {its[arm][-1]['tokens_per_second']:,.0f} tokens/s, {speed[arm]:.2f} of T {lengths[0]:,}'s, "
-        f"{memory[arm][0]:,.0f} to {memory[arm][1]:,.0f} MiB"
-        for arm in its
+        f"{arm} {last['tokens_per_second']:,.0f} tokens/s, {speed[arm]:.2f} of T {first['T']:,}'s, "
+        f"{first['temporary_bytes'] / 2**20:,.0f} to {last['temporary_bytes'] / 2**20:,.0f} MiB"
+        for arm, (first, last) in ends.items()
     )
-    ours, theirs = max(v for k, v in speed.items() if "rwkv4" in k), speed[CACHED]
-    verdict = "reproduced" if ours >= 0.75 and theirs < ours else "same sign" if theirs < ours else "contradicted"
-    return {
-        "artefact": "Table 1: training against T, at equal B T",
-        "paper": "time O(T d) against O(T^2 d), memory O(d) against O(T^2 + T d)",
-        "ours": f"at T {lengths[1]:,}: {said} (attention in blocks: no T x T anywhere)",
-        "short": f"tokens/s at T {lengths[1]:,} over T {lengths[0]:,}'s: "
-        + ", ".join(f"{arm} {share:.2f}" for arm, share in speed.items()),
-        "verdict": verdict,
-    }
+    shares = ", ".join(f"{arm} {share:.2f}" for arm, share in speed.items())
+    ours, theirs = max(share for arm, share in speed.items() if "rwkv4" in arm), speed[CACHED]
+    first, last = ends[CACHED]
+    return claim(
+        "Table 1: training against T, at equal B T",
+        "time O(T d) against O(T^2 d), memory O(d) against O(T^2 + T d)",
+        f"at T {last['T']:,}: {said} (attention in blocks: no T x T anywhere)",
+        "reproduced" if ours >= 0.75 and theirs < ours else "same sign" if theirs < ours else "contradicted",
+        short=f"tokens/s at T {last['T']:,} over T {first['T']:,}'s: {shares}",
+    )

@@ -13,19 +13,17 @@ weights once for all B texts, and a cached transformer 2 T D L numbers of keys a
     python -m experiments.inference.run --preset=paper    3B and 7B too, to 131,072 tokens, and training
     python -m experiments.inference.run --smoke --out=DIR
 
-Latency is that of some tokens after a filled context: a synthetic cache of noise, of the size that generation gives
-it, of which attention reads the filled part only; RWKV-4 has really read its context, up to `read_tokens`, and beyond
-goes on from that state (`gpu` reads nothing). The transformer without a cache computes the whole text for each token.
-Cumulative time is the integral of latency over positions, and checked by generating tokens one after the other. Memory
-is what a token needs beside the parameters: state and XLA's temporaries. Caches above `memory_share` of the memory
-that parameters leave are left out, by name. The training half of Table 1: tokens/s and XLA's temporary memory of a
-step against T, at equal B T.
+Latency is that of some tokens after a filled context. A cache is filled with noise, and attention reads the filled
+part only; RWKV-4 reads its context, up to `read_tokens`, and continues from that state beyond (`gpu` reads nothing).
+The transformer without a cache computes the whole text for each token. Cumulative time is the integral of latency over
+positions, checked by generating tokens one after the other. Memory is what a token needs beside the parameters: state
+and XLA's temporaries. Caches above `memory_share` of the memory that parameters leave are left out, by name. The
+training half of Table 1: tokens/s and XLA's temporary memory of a step against T, at equal B T.
 
 Cost: 16 minutes on 2 CPU cores, alone on the machine; `gpu` a minute of one H100 once its programs are compiled;
-`paper`, estimated, 30 minutes. The programs of `gpu` came from JAX's compilation cache, compiled beside other work
-with XLA_FLAGS=--xla_gpu_autotune_level=0, as trials of algorithms would have measured that work. Training steps
-compiled so made 22,000 tokens/s, 14 times fewer than in experiments/speed/pile.json; why was not found out, they were
-thrown away, and `gpu` has none since. A token multiplies few rows, but may be slower by the flag too.
+`paper`, estimated, 30 minutes. The programs of `gpu` were compiled with XLA_FLAGS=--xla_gpu_autotune_level=0, which
+may make a token slower. Training steps compiled so were 14 times slower than in experiments/speed/pile.json for a
+reason that was not found; they were discarded, and `gpu` trains nothing.
 
 Reproduced: constant: the slowest RWKV-4 position within 25 % of the fastest, its memory equal at all; the two factors:
 reached at batch 1 against the cached transformer. Same sign: RWKV-4 faster at batch 1, the factor at larger batches or
@@ -46,18 +44,14 @@ import numpy as np
 from tqdm import tqdm
 
 import rwkv_jax
-from experiments import command
+from experiments import command, study
 from experiments.inference import conclusions
 from experiments.speed.decode import at_context, greedy, memory_bytes, state_bytes, total_bytes
-from rwkv_jax import generate, hardware, train
+from rwkv_jax import generate, models, train
 from rwkv_jax.train import optim
 
 HERE = Path(__file__).parent
-ARMS = {
-    "rwkv4": {"name": "rwkv4"},
-    "transformer": {"name": "transformer"},
-    "transformer+shift": {"name": "transformer", "variant": {"token_shift": True}},
-}
+ARMS = ("rwkv4", "transformer", "transformer+shift")
 SHIFTED, UNCACHED = conclusions.SHIFTED, conclusions.UNCACHED
 
 
@@ -110,16 +104,15 @@ PRESETS = {"smoke": SMOKE, "cpu": CPU, "gpu": GPU, "paper": PAPER}
 
 def built(shape: Shape, dtype, arm, **fields):
     its = {"num_layers": shape.num_layers, "dim": shape.dim, "vocab_size": shape.vocab_size, "dtype": dtype}
-    return rwkv_jax.build(**ARMS[arm], **its, **fields)
+    return rwkv_jax.build(**study.MODELS[arm]["model"], **its, **fields)
 
 
 def random_parameters(model):
     """Noise for every parameter, made where it stays: the initialisers would take minutes for 7B."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    shapes = models.parameter_shapes(model)
     draw = jax.jit(lambda key, like: 0.02 * jax.random.normal(key, like.shape, like.dtype), static_argnums=1)
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(tree, [draw(key, like) for key, like in zip(keys, leaves, strict=True)])
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(shapes))))
+    return jax.tree.map(lambda like: draw(next(keys), like), shapes)
 
 
 def cache_limit(preset, params) -> int:
@@ -157,13 +150,19 @@ def first_token(state):
     return jnp.zeros((len(jax.tree.leaves(state)[0]), 1), jnp.int32)
 
 
+def timed(run, *args):
+    """(seconds, what `run` returns)."""
+    began = time.perf_counter()
+    result = jax.block_until_ready(run(*args))
+    return time.perf_counter() - began, result
+
+
 def decoded(compiled, params, state, position, count, rounds):
     """(seconds of `count` tokens after `position`, the state after them), the fastest of some rounds."""
     token_B1, times = first_token(state), []
     for n in [1] + [count] * rounds:  # one token first, to have everything in its place
-        began = time.perf_counter()
-        _, state = jax.block_until_ready(compiled(params, at_context(state, position), token_B1, n))
-        times.append(time.perf_counter() - began)
+        seconds, (_, state) = timed(compiled, params, at_context(state, position), token_B1, n)
+        times.append(seconds)
     return min(times[1:]), state
 
 
@@ -215,15 +214,9 @@ def without_cache(preset, shape, batch) -> dict:
         tokens_BT = np.random.default_rng(0).integers(0, model.vocab_size, (batch, position)).astype(np.int32)
         compiled = last.lower(params, tokens_BT).compile()
         beside = compiled.memory_analysis().temp_size_in_bytes
-        seconds = min(_seconds(compiled, params, tokens_BT) for _ in range(1 + preset.rounds))
+        seconds = min(timed(compiled, params, tokens_BT)[0] for _ in range(1 + preset.rounds))
         rows.append({"position": position, "seconds": seconds, "state_bytes": 0, "memory_bytes": beside})
     return {"rows": rows}
-
-
-def _seconds(run, *args):
-    began = time.perf_counter()
-    jax.block_until_ready(run(*args))
-    return time.perf_counter() - began
 
 
 def generated(preset, shape, arm) -> dict:
@@ -255,21 +248,15 @@ def trained(preset, arm, wkv=None) -> dict:
         compiled = jax.jit(train.make_step(model, tx), donate_argnums=0).lower(state, batch, lr).compile()
         times = []
         for _ in range(1 + preset.rounds):
-            began = time.perf_counter()
-            state, _ = jax.block_until_ready(compiled(state, batch, lr))
-            times.append(time.perf_counter() - began)
+            seconds, (state, _) = timed(compiled, state, batch, lr)
+            times.append(seconds)
         temporary = compiled.memory_analysis().temp_size_in_bytes
         rows.append({"T": length, "tokens_per_second": tokens[:, 1:].size / min(times), "temporary_bytes": temporary})
     return {"parameter_bytes": total_bytes(state.params), "rows": rows}
 
 
-def machine() -> dict:
-    """What the numbers were measured on, beside the stamp."""
-    return {"read_bytes_per_second": hardware.read_bandwidth(), "memory_bytes": memory_bytes()}
-
-
 def cells(preset, workdir):
-    asked = {"machine": machine}
+    asked = {}
     for name, shape in preset.shapes.items():
         for batch in shape.batches:
             arms = [arm for arm in ARMS if arm != SHIFTED or (preset.shifted and batch == shape.batches[0])]

@@ -1,5 +1,6 @@
 """The figure of `results.json`: memory of a training step against the length of its sequence."""
 
+from experiments import command
 from experiments.figures import plt, saved
 
 STYLES = {
@@ -23,3 +24,7 @@ def draw(results, path) -> None:
     stamp = results["stamp"]
     figure.suptitle(f"a training step; {', '.join(stamp['devices'])}, {stamp['date']}", fontsize=10)
     saved(figure, path)
+
+
+if __name__ == "__main__":
+    command.redraw("long")

@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import stamp
+from experiments.command import draw, write_json
 from rwkv_jax import models, train
 from rwkv_jax.train import optim
 
@@ -95,11 +96,8 @@ def main(argv=None) -> int:
     largest = max(row["resident_bytes"] for row in rows if row["way"] != "whole")
     claims = {"largest_resident_in_segments": largest, "below": LIMIT, "held": largest < LIMIT}
     results = {"stamp": stamp.stamp(), "claims": claims, "rows": rows}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    from experiments.long import plot  # matplotlib, which no child needs
-
-    plot.draw(results, args.out / "figure.png")
+    write_json(args.out / "results.json", results)
+    draw("long", args.out / "results.json")
     return 0 if claims["held"] else 1
 
 

@@ -50,7 +50,7 @@ def batches(examples: Examples, buckets: Sequence[int], batch_size: int, rng=Non
     if lengths.max() > buckets[-1]:
         raise ValueError(f"an example has {lengths.max()} tokens, expected at most {buckets[-1]}")
     made = []
-    for T, which in zip(buckets, range(len(buckets)), strict=True):
+    for which, T in enumerate(buckets):
         index = np.flatnonzero(np.searchsorted(buckets, lengths) == which)
         if rng is not None:
             index = rng.permutation(index)[: len(index) // batch_size * batch_size]
@@ -111,7 +111,7 @@ def fit(model: Classifier, known: Examples, valid: Examples, preset, *, lr: floa
 
 
 def judge(model: Classifier, params, examples: Examples, preset) -> tuple[np.ndarray, np.ndarray]:
-    """Of each example, the loss in nats, and whether its class is the likeliest."""
+    """Return the loss in nats of each example, and whether its class is the likeliest."""
     nats, right = np.zeros(len(examples.labels)), np.zeros(len(examples.labels), bool)
     for T, index in tqdm(batches(examples, preset.buckets, preset.batch_size), disable=None, leave=False):
         found = _judge(model, params, batch(examples, T, index, preset.batch_size))

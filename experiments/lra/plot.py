@@ -1,5 +1,6 @@
 """The figure of `results.json`: share right of rules and models, and the loss of the models against tokens."""
 
+from experiments import command
 from experiments.figures import COLOURS, plt, saved
 
 
@@ -28,3 +29,7 @@ def draw(results, path) -> None:
     )
     right.legend(frameon=False, fontsize=8)
     saved(figure, path)
+
+
+if __name__ == "__main__":
+    command.redraw("lra")

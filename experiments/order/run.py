@@ -30,6 +30,7 @@ import numpy as np
 
 import rwkv_jax
 from experiments import statistics, study, sweeps, tasks
+from experiments.command import claim, not_run
 from experiments.recall.run import DONE, TEST_SEED
 from experiments.recall.sequences import shuffled
 
@@ -97,7 +98,7 @@ def arm_of(name: str, base) -> dict:
 
 
 def verdict(differences: list[float], control: list[float]) -> str:
-    """Of the accuracies, question first minus last, one a seed."""
+    """Verdict on differences of accuracy, question first minus last, one a seed."""
     if min(differences) > SMALLEST and np.mean(differences) > np.mean(control):
         return "same sign"
     return "contradicted" if max(differences) < -SMALLEST else "not resolved"
@@ -108,7 +109,7 @@ def conclude(its, values) -> dict:
     pairs, told_pairs = its.base["pairs"], its.base["told"]
     accuracy = {}
     for arm in ARMS:
-        last = [values[study.name_of(arm, seed)]["curve"][-1] for seed in study.seeds_of(its, arm)]
+        last = [run["curve"][-1] for run in study.runs_of(its, values, arm)]
         for i, n in enumerate(pairs):
             by_seed = {order: [one[order][i] for one in last] for order in ORDERS}
             difference = np.subtract(by_seed["first"], by_seed["last"]).round(4).tolist()
@@ -127,23 +128,23 @@ def conclude(its, values) -> dict:
     return {
         "accuracy": accuracy,
         "ledger": [
-            {
-                "artefact": "Question first or last (Tables 6, 7)",
-                "paper": "Raven-14B, data first and question first: RTE 44.2 and 74.8, WNLI 47.9 and 49.3",
-                "ours": f"accuracy of n pairs asked first and last (chance {chance}): {'; '.join(map(line, ARMS))}; "
+            claim(
+                "Question first or last (Tables 6, 7)",
+                "Raven-14B, data first and question first: RTE 44.2 and 74.8, WNLI 47.9 and 49.3",
+                f"accuracy of n pairs asked first and last (chance {chance}): {'; '.join(map(line, ARMS))}; "
                 f"first minus last at n {most} by seed: {'; '.join(map(by_seed, ARMS[:2]))}" + remark,
-                "short": f"accuracy asked first and last (chance {chance}): {few}{remark}",
-                "verdict": verdict(at(ARMS[0], most)["difference"], at(ARMS[1], most)["difference"]),
-            }
+                verdict(at(ARMS[0], most)["difference"], at(ARMS[1], most)["difference"]),
+                short=f"accuracy asked first and last (chance {chance}): {few}{remark}",
+            )
         ],
         "not_run": [
-            {
-                "artefact": "Tables 6 and 7 themselves",
-                "command": "python -m rwkv_jax.generate --model=RWKV-4-Raven-14B.pth --prompt_file=FILE",
-                "hardware": "one GPU of 40 GB",
-                "hours": 2,
-                "why": "neither the weights nor the tasks were at hand",
-            }
+            not_run(
+                "Tables 6 and 7 themselves",
+                "python -m rwkv_jax.generate --model=RWKV-4-Raven-14B.pth --prompt_file=FILE",
+                hours=2,
+                hardware="one GPU of 40 GB",
+                why="neither the weights nor the tasks were at hand",
+            )
         ],
     }
 

@@ -3,14 +3,15 @@
 import numpy as np
 from matplotlib.ticker import LogLocator
 
-from experiments.figures import COLOURS, plt, saved
+from experiments import command
+from experiments.figures import COLOURS, panels, saved, titled
 
 AXES = {"tokens": (1e6, "training tokens, millions"), "flops": (1e12, "training TFLOP"), "seconds": (1, "seconds")}
 
 
 def draw(results, path) -> None:
     """Write the figure as PNG."""
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.9), layout="constrained")
+    figure, [axes] = panels(4, width=3.75, height=3.9)
     for axis, (name, (unit, label)) in zip(axes[:3], AXES.items(), strict=True):
         for arm, points in results["points"].items():
             x, bits = ([point[key] for point in points] for key in (name, "bits_per_byte"))
@@ -24,15 +25,11 @@ def draw(results, path) -> None:
         axes[0].annotate(name, (tokens[1], levels[1]), color="grey", fontsize=8, va="bottom")
     axes[0].set_ylabel("bits per byte, held out, after the decay")
     axes[0].legend(frameon=False, fontsize=8)
-    for arm in results["points"]:
+    for arm in [arm for arm in results["points"] if arm != "transformer"]:
         rows = [row[arm] for row in results["by_budget"].values()]
-        if arm != "transformer":
-            bits = [row["difference"] for row in rows]
-            ends = (
-                [row[end] if row[end] is not None else row["difference"] for row in rows] for end in ("low", "high")
-            )
-            axes[3].plot(tokens, bits, "o-", color=COLOURS[arm])
-            axes[3].fill_between(tokens, *ends, color=COLOURS[arm], alpha=0.15, linewidth=0)
+        bits, low, high = np.array([[row[x] for x in ("difference", "low", "high")] for row in rows], float).T
+        axes[3].plot(tokens, bits, "o-", color=COLOURS[arm])
+        axes[3].fill_between(tokens, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
     axes[3].axhline(0, color=COLOURS["transformer"], linewidth=1)
     axes[3].axhline(0.041, color="grey", linestyle="--", linewidth=1)
     axes[3].annotate("Table 5", (1, 0.041), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
@@ -41,7 +38,10 @@ def draw(results, path) -> None:
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-    base, stamp = results["study"]["base"], results["stamp"]
-    size = f"{base['model.num_layers']} x {base['model.dim']}"
-    figure.suptitle(f"{size}, bytes; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
+    base = results["study"]["base"]
+    titled(figure, results, f"{base['model.num_layers']} x {base['model.dim']}, bytes")
     saved(figure, path)
+
+
+if __name__ == "__main__":
+    command.redraw("perplexity")

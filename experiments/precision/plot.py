@@ -1,5 +1,6 @@
 """The figure of `results.json`: errors against the length of the sequence, from 17 tokens on."""
 
+from experiments import command
 from experiments.figures import plt, saved
 
 STYLES = {
@@ -36,3 +37,7 @@ def draw(results, path) -> None:
     stamp = results["stamp"]
     figure.suptitle(f"WKV-4 against float64; {', '.join(stamp['devices'])}, {stamp['date']}", fontsize=10)
     saved(figure, path)
+
+
+if __name__ == "__main__":
+    command.redraw("precision")

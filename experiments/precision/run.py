@@ -27,7 +27,6 @@ Needs requirements-live.txt (transformers). Cost: a minute on 2 cores. Writes re
 """
 
 import argparse
-import json
 import sys
 import time
 from functools import partial
@@ -38,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import stamp
+from experiments.command import write_json
 from experiments.precision import peers, plot, table
 from experiments.precision.bounds import STEPS, bound
 from experiments.precision.judge import exact
@@ -175,7 +175,6 @@ def main(argv=None) -> int:
         "--out", type=Path, default=Path(__file__).parent, help="folder of results.json and figure.png"
     )
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     rows = measure(SMOKE_LENGTHS if args.smoke else LENGTHS)
     results = {
@@ -185,10 +184,7 @@ def main(argv=None) -> int:
         "wall_seconds": time.perf_counter() - start,
         "stamp": stamp.stamp(),
     }
-    path = args.out / "results.json"
-    partly = path.with_suffix(".partial")
-    partly.write_text(json.dumps(results, indent=1) + "\n")
-    partly.replace(path)
+    write_json(args.out / "results.json", results)
     plot.draw(results, args.out / "figure.png")
     print(table.render(results))
     return 0 if all(measured <= most for _, measured, most in results["claims"]) else 1

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from experiments import command
 from experiments.figures import plt, saved
 
 
@@ -18,3 +19,7 @@ def draw(results, path) -> None:
     axis.set_title(f"dL/d emb, RWKV-4 {fields['num_layers']} x {fields['dim']}, {fields['steps']} steps", fontsize=9)
     axis.legend(frameon=False, fontsize=8)
     saved(figure, path)
+
+
+if __name__ == "__main__":
+    command.redraw("reach")

@@ -14,9 +14,8 @@ Cost: 11 minutes on 1 or 2 cores, `--sweep` 8 on 2; `gpu`, estimated: 21 minutes
 The paper has no numbers. Those of its successor (Finch, arXiv:2404.05892, Fig. 4) for RWKV-4: 0.93 at T 64 and width
 64, 1 at 64 and 128, 0.31 at 128 and 64, 0.92 at 128 and 128; other models there are near 1.
 
-What is compared is the number of examples until 0.9 of the answers are right. Accuracy after a fixed number would
-be a plateau: a model stands at 1 / n, one of the n values in sight, before it finds the right one. An arm that does
-not get there in time is censored: later than the last example.
+What is compared is the number of examples until 0.9 of the answers are right: accuracy after a fixed number would be
+a plateau at 1 / n, one of the n values in sight. An arm that does not get there is later than the last example.
   cpu: *same sign* where RWKV-4 needs more than the transformer with token shift at every n above 1 (second row: than
   the hybrid), *contradicted* where it needs fewer at every n above 1, else *not resolved*. One seed cannot say more.
   gpu: *reproduced* where RWKV-4's best rate is within 0.1 of the four numbers and the transformer with token shift
@@ -35,6 +34,7 @@ import numpy as np
 
 import rwkv_jax
 from experiments import study, tasks
+from experiments.command import claim, not_run
 from experiments.recall.sequences import recall
 
 REACHED, DONE = 0.9, 0.99
@@ -111,19 +111,19 @@ def conclude(its, values) -> dict:
         "chance": {title(case): 1 / case[1] for case in cases},
         "examples_to_0.9": {arm: [n if np.isfinite(n) else None for n in ns] for arm, ns in examples.items()},
         "ledger": [
-            {
-                "artefact": "Recall (section 9; Tables 6, 7)",
-                "paper": "a state of fixed size recalls worse; no number",
-                "ours": f"examples to {REACHED} right ({'; '.join(map(title, cases))}): "
+            claim(
+                "Recall (section 9; Tables 6, 7)",
+                "a state of fixed size recalls worse; no number",
+                f"examples to {REACHED} right ({'; '.join(map(title, cases))}): "
                 + "; ".join(line(arm) for arm in ("rwkv4", "transformer", "transformer+shift")),
-                "verdict": later(needed("rwkv4"), needed("transformer+shift")),
-            },
-            {
-                "artefact": "Recall: one layer of attention of two",
-                "paper": "not in the paper",
-                "ours": f"examples to {REACHED} right, the same cases: {line('hybrid')}; {line('rwkv4')}",
-                "verdict": later(needed("rwkv4"), needed("hybrid")),
-            },
+                later(needed("rwkv4"), needed("transformer+shift")),
+            ),
+            claim(
+                "Recall: one layer of attention of two",
+                "not in the paper",
+                f"examples to {REACHED} right, the same cases: {line('hybrid')}; {line('rwkv4')}",
+                later(needed("rwkv4"), needed("hybrid")),
+            ),
         ],
     }
     known = {f"T {T}, D {dim}": right for (T, _, dim), right in zip(cases, last, strict=True)}
@@ -135,15 +135,9 @@ def conclude(its, values) -> dict:
         if near and np.isfinite(examples["transformer+shift"]).all():
             row["verdict"] = "reproduced"
     else:
-        results["not_run"] = [
-            {
-                "artefact": "Recall at Zoology's size (Finch paper, Fig. 4)",
-                "command": "python -m experiments.recall.run --preset=gpu",
-                "hardware": "one H200",
-                "hours": 0.4,
-                "why": "no GPU for so long",
-            }
-        ]
+        command = "python -m experiments.recall.run --preset=gpu"
+        larger = not_run("Recall at Zoology's size (Finch paper, Fig. 4)", command, hours=0.4, hardware="one H200")
+        results["not_run"] = [larger]
     return results
 
 

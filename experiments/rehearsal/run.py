@@ -14,12 +14,12 @@ Cost: 1 to 12 minutes a row on 2 cores, 4 GB of memory; no TPU, but its compiler
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import jax
 
 from experiments import stamp
+from experiments.command import write_json
 from rwkv_jax.train import run_config
 from rwkv_jax.train.rehearse import rehearse, table
 
@@ -40,7 +40,6 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     wanted = SMOKE if args.smoke else ROWS
@@ -51,9 +50,7 @@ def main():
         row = rehearse(run_config.read(config, flags), target)
         print(table(row), end="\n\n", flush=True)
         rows.append(row | {"stamp": stamp.stamp() | {"command": command}})
-        written = path.with_suffix(".new")
-        written.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-        os.replace(written, path)
+        write_json(path, {"rows": rows})
 
 
 if __name__ == "__main__":

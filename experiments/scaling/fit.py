@@ -100,20 +100,18 @@ def bootstrap(compute, loss, until: float, samples: int = 1000, seed: int = 0) -
     """95 % intervals of what `judged` finds, over runs drawn again: points of a frontier are order statistics, and to
     draw those again would hide that another run might have been on it."""
     compute, loss, rng = np.asarray(compute, float), np.asarray(loss, float), np.random.default_rng(seed)
-    drawn = (np.unique(rng.integers(len(loss), size=len(loss))) for _ in range(samples))
-    found = [its for i in drawn if (its := judged(compute[i], loss[i], until))]
+    chosen = (np.unique(rng.integers(len(loss), size=len(loss))) for _ in range(samples))
+    found = [its for i in chosen if (its := judged(compute[i], loss[i], until))]
     if not found:
         return {"samples": 0}
-    of = {
-        "line exponent": lambda line, curve: line["exponent"],
-        "saturating exponent": lambda line, curve: curve["exponent"],
-        "floor": lambda line, curve: curve["floor"],
-        "line minus saturating, rms beyond": lambda line, curve: line["beyond"]["rms"] - curve["beyond"]["rms"],
+    drawn = {
+        "line exponent": [its["line"]["exponent"] for its in found],
+        "floor": [its["saturating"]["floor"] for its in found],
+        "line minus saturating, rms beyond": [
+            its["line"]["beyond"]["rms"] - its["saturating"]["beyond"]["rms"] for its in found
+        ],
     }
-    intervals = {
-        name: np.quantile([value(its["line"], its["saturating"]) for its in found], (0.025, 0.975)).tolist()
-        for name, value in of.items()
-    }
+    intervals = {name: np.quantile(values, (0.025, 0.975)).tolist() for name, values in drawn.items()}
     return {"samples": len(found)} | intervals
 
 

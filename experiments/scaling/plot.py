@@ -1,40 +1,41 @@
-"""The figure of results.json: every run, the frontier, and both laws as far as the compute that they have not seen."""
+"""The figure of results.json: every run, the frontier and both laws."""
+
+from pathlib import Path
 
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from experiments.figures import plt, saved
-from experiments.scaling.fit import LAWS, Law
+from experiments import command, figures
+from experiments.scaling import fit
 
 
-def draw(results, path) -> None:
-    """Write the figure as PNG: Fig. 4's colours, red the frontier, blue what is beyond the fit, black the rest."""
+def draw(results: dict, path: Path) -> None:
+    """Draw every run in Fig. 4's colours: red the frontier, blue what is beyond the fit, black the rest; both laws."""
     arms = results["arms"]
-    figure, axes = plt.subplots(
-        1, len(arms), figsize=(4.6 * len(arms), 3.9), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (arm, its) in zip(axes[0], arms.items(), strict=True):
+    figure, [axes] = figures.panels(len(arms), width=4.6, height=3.9, sharey=True)
+    for axis, (arm, its) in zip(axes, arms.items(), strict=True):
         compute, loss = np.array(its["flops"]), np.array(its["loss_nats"])
-        frontier = np.zeros(len(compute), bool)
-        frontier[its["frontier"]] = True
-        beyond = compute > its["fitted_until"]
-        axis.plot(compute[~frontier], loss[~frontier], ".", color="#2c3e50", label="other runs")
-        axis.plot(compute[frontier & ~beyond], loss[frontier & ~beyond], "o", color="#c0392b", label="frontier")
-        axis.plot(
-            compute[frontier & beyond], loss[frontier & beyond], "o", color="#2980b9", label="frontier, not fitted"
-        )
-        if its["laws"]:
-            x = np.geomspace(compute.min(), compute.max())
-            for name, style in zip(LAWS, ("-", "--"), strict=True):
-                law = Law(*(its["laws"][name][field] for field in Law._fields))
-                axis.plot(x, law(x), style, color="grey", label=name, linewidth=1)
+        frontier, beyond = np.isin(np.arange(len(compute)), its["frontier"]), compute > its["fitted_until"]
+        for runs, style, color, label in (
+            (~frontier, ".", "#2c3e50", "other runs"),
+            (frontier & ~beyond, "o", "#c0392b", "frontier"),
+            (frontier & beyond, "o", "#2980b9", "frontier, not fitted"),
+        ):
+            axis.plot(compute[runs], loss[runs], style, color=color, label=label)
+        x = np.geomspace(compute.min(), compute.max())
+        for name, style in zip(fit.LAWS, ("-", "--"), strict=True) if its["laws"] else ():
+            law = fit.Law(*(its["laws"][name][field] for field in fit.Law._fields))
+            axis.plot(x, law(x), style, color="grey", label=name, linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="training FLOP", title=arm)
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
-    axes[0, 0].set_ylabel("held-out loss, nats a token")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    base, stamp = results["study"]["base"], results["stamp"]
-    tokens = f"{base.get('tokenizer', 'bytes')} of {base.get('corpus', 'stdlib')}"
-    figure.suptitle(f"tokens: {tokens}; {stamp['devices'][0]}, {stamp['date']}", fontsize=10)
-    saved(figure, path)
+    axes[0].set_ylabel("held-out loss, nats a token")
+    axes[0].legend(frameon=False, fontsize=8)
+    base = results["study"]["base"]
+    figures.titled(figure, results, f"tokens: {base.get('tokenizer', 'bytes')} of {base.get('corpus', 'stdlib')}")
+    figures.saved(figure, path)
+
+
+if __name__ == "__main__":
+    command.redraw("scaling")

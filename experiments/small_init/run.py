@@ -14,13 +14,13 @@ Cost: 12 minutes on 2 shared cores, and `--sweep` as long; `gpu`, estimated: 15 
 
 LN0's epsilon, 1e-5, belongs to the treatment: it outweighs the variance 3e-9 of U(-1e-4, 1e-4), so that the stream
 starts at 0.018 rather than 1, and grows into its norm. Each arm has its own best rate and a warm-up of 5 %.
-What is measured is held-out loss at shares of the run, and the tokens until fixed losses, small with LN0 minus normal
-without, paired by seed and batches, with t intervals over seeds. *Same sign*: the loss at a tenth of the run is
-lower with its interval; *contradicted*: it is higher with it; else *not resolved*. The end is told, not judged: the
-paper's curves meet. Of each half, what it does is the mean over the other's two settings.
+Measured: held-out loss at shares of the run, small with LN0 minus normal without, paired by seed and batches, with t
+intervals over seeds. *Same sign*: the loss at a tenth of the run is lower with its interval; *contradicted*: it is
+higher with it; else *not resolved*. The end is not judged: the paper's curves meet. The effect of each half is the
+mean over the other's two settings.
 
 Deviations: a vocabulary of 4,096 rather than 50,277 and source code rather than the Pile, with fewer rare
-tokens; the paper's model and step count are unknown. Losses are nats a token of this vocabulary, for its arms alone.
+tokens; the paper's model and step count are unknown. Losses are nats a token of this vocabulary.
 """
 
 from itertools import product
@@ -30,6 +30,7 @@ import numpy as np
 import tokenizers
 
 from experiments import statistics, study
+from experiments.command import claim, not_run
 from rwkv_jax import data
 
 EMBEDDINGS = {"U(1e-4)": "v5", "N(0, 0.02)": "normal"}
@@ -70,21 +71,12 @@ def prepare(config, folder: Path) -> None:
     config.tokenizer = str(bpe(config.corpus, config.model.vocab_size, folder))
 
 
-def tokens_until(nats, tokens, level: float) -> float | None:
-    """Tokens at which a held-out curve first reaches `level`, on a straight line between looks; None: it does not."""
-    nats, tokens = np.minimum.accumulate(nats), np.asarray(tokens, float)
-    if nats[-1] > level or nats[0] < level:
-        return None
-    return float(np.interp(-level, -nats, tokens))
-
-
 def effects(its, values: dict, share: float) -> dict:
-    """Paired differences at a share of the run: small with LN0 minus normal without; each half, the mean over the
-    other."""
+    """Return paired differences in nats at a share of the run, and their intervals: both halves together, and each."""
     config = study.config_of(its)
     look = round(share * config.steps / config.eval_every) - 1
-    of = lambda arm: [values[study.name_of(arm, seed)]["curve"] for seed in study.seeds_of(its, arm)]
-    nats = {arm: np.array([curve["valid_loss_nats"][look] for curve in of(arm)]) for arm in ARMS}
+    runs = {arm: study.runs_of(its, values, arm) for arm in ARMS}
+    nats = {arm: np.array([run["curve"]["valid_loss_nats"][look] for run in runs[arm]]) for arm in ARMS}
     pair = lambda a, b: nats[a] - nats[b]
     interval = lambda x: [round(v, 4) for v in statistics.t_interval(x)]
     norm = [pair(f"{embedding}, LN0", f"{embedding}, no LN0") for embedding in EMBEDDINGS]
@@ -97,40 +89,29 @@ def effects(its, values: dict, share: float) -> dict:
 
 
 def conclude(its, values: dict) -> dict:
-    """Paired differences at shares of the run, and the tokens until losses that all arms reach."""
+    """Compare the losses of the arms at shares of the run."""
     config = study.config_of(its)
-    tokens_a_step = config.seq_len * config.batch_size
-    of = lambda arm: [values[study.name_of(arm, seed)]["curve"] for seed in study.seeds_of(its, arm)]
     by_share = {f"{share:g}": effects(its, values, share) for share in SHARES}
-    floor = max(curve["valid_loss_nats"][-1] for arm in ARMS for curve in of(arm))
-    ceiling = min(curve["valid_loss_nats"][0] for arm in ARMS for curve in of(arm))
-    levels = [round(x, 2) for x in np.linspace(ceiling, floor, 5)[1:-1]] if ceiling > floor else []
-    tokens = lambda curve: np.array(curve["evaluated_steps"]) * tokens_a_step
-    needed = lambda arm, level: [tokens_until(curve["valid_loss_nats"], tokens(curve), level) for curve in of(arm)]
-    _, low, high = by_share[f"{EARLY:g}"]["small with LN0 - normal without"]
-    told = lambda share, name: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*by_share[f"{share:g}"][name])
+    told = lambda share, name: statistics.told(*by_share[f"{share:g}"][name])
+    both, tokens = "small with LN0 - normal without", config.seq_len * config.batch_size * config.steps * EARLY
+    _, low, high = by_share[f"{EARLY:g}"][both]
     return {
-        "levels": levels,
-        "tokens_until": {arm: [needed(arm, level) for level in levels] for arm in ARMS},
         "differences": by_share,
         "ledger": [
-            {
-                "artefact": "Fig. 9, small initial embedding with LN0",
-                "paper": "loss falls earlier; no numbers",
-                "ours": f"after {tokens_a_step * config.steps * EARLY:,.0f} tokens "
-                f"{told(EARLY, 'small with LN0 - normal without')} nats a token (LN0 {told(EARLY, 'LN0')}, small "
-                f"values {told(EARLY, 'small')}), at the end {told(1, 'small with LN0 - normal without')}",
-                "verdict": statistics.verdict(low, high, sign=-1),
-            }
+            claim(
+                "Fig. 9, small initial embedding with LN0",
+                "loss falls earlier; no numbers",
+                f"after {tokens:,.0f} tokens {told(EARLY, both)} nats a token (LN0 {told(EARLY, 'LN0')}, small "
+                f"values {told(EARLY, 'small')}), at the end {told(1, both)}",
+                statistics.verdict(low, high, sign=-1),
+            )
         ],
         "not_run": [
-            {
-                "artefact": "Fig. 9 at 6 x 512, vocabulary 50,277, 23 M tokens",
-                "command": "python -m experiments.small_init.run --preset=gpu",
-                "hardware": "one H100 or H200",
-                "hours": 0.3,
-                "why": "no GPU for so long",
-            }
+            not_run(
+                "Fig. 9 at 6 x 512, vocabulary 50,277, 23 M tokens",
+                "python -m experiments.small_init.run --preset=gpu",
+                hours=0.3,
+            )
         ],
     }
 

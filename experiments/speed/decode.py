@@ -1,10 +1,9 @@
-"""Time a token and bytes of state against context.
+"""Time a token and bytes of state against context, on a CPU.
 
-RWKV-4 after really reading that many tokens, the transformer with a cache of random keys and values
-already filled so far, and the transformer without a cache, which computes the whole text again for each token. Caches
-have the size that `generate` gives them. `bytes_read` is the least that a token must read: parameters without the
-embedding, of which it takes a row, and the state; its rate over the measured read bandwidth says how far from the
-machine's limit a side is. What would take too long or too much memory is left out, and listed.
+RWKV-4 has read that many tokens; the transformer's cache is filled to that length with random keys and values, and has
+the size that `generate` gives it. `bytes_read` is the least that a token must read: the state and the parameters
+without the embedding, of which it takes a row. `share_of_read` is its rate over the measured read bandwidth. A cache
+that would take more than half of the memory is left out, and listed.
 """
 
 import itertools
@@ -20,66 +19,50 @@ import rwkv_jax
 from experiments.speed.timing import medians
 from rwkv_jax import generate, hardware
 
-# On a CPU half as deep as the 169M model, for which reading 131,072 tokens takes minutes and caching them 10 GB.
-CPU = {"num_layers": 6, "dim": 768, "vocab_size": 50277, "dtype": "float32", "tokens": 16, "rounds": 5}
-ACCELERATOR = CPU | {"num_layers": 12, "dtype": "bfloat16"}
+# Half as deep as the 169M model, for which reading 131,072 tokens takes minutes and caching them 10 GB.
+FULL = {"num_layers": 6, "dim": 768, "vocab_size": 50277, "dtype": "float32", "tokens": 16, "rounds": 5}
 SMOKE = {"num_layers": 2, "dim": 64, "vocab_size": 256, "dtype": "float32", "tokens": 4, "rounds": 1}
-CONTEXTS = (0, 512, 2048, 8192, 32768, 131072)
-BATCHES = {"cpu": (1,), "other": (1, 8, 32)}
-LONGEST_SECONDS = 10  # a token without a cache
-FEW = 256  # tokens of a pass that cost little beside reading the parameters
+CONTEXTS, SMOKE_CONTEXTS = (0, 512, 2048, 8192, 32768, 131072), (0, 64, 512)
 MEMORY_SHARE = 0.5  # of the machine's, for one cache
 CLAIMED = 8192  # tokens of context after which the cached transformer must be no straw man
 
 
-def run(smoke):
-    on_cpu = jax.default_backend() == "cpu"
-    shape = SMOKE if smoke else CPU if on_cpu else ACCELERATOR
-    contexts = (0, 64, 512) if smoke else CONTEXTS
-    return {"sweep": sweep(shape, contexts, BATCHES["cpu" if on_cpu else "other"])}
+def run(smoke: bool) -> dict:
+    return {"sweep": sweep(SMOKE, SMOKE_CONTEXTS) if smoke else sweep(FULL, CONTEXTS)}
 
 
-def report(results):
-    """What was measured, a line each."""
+def report(results: dict) -> list[str]:
     found = results["sweep"]
-    bandwidth = found["read_bytes_per_second"]
-    lines = [f"reads {bandwidth / 1e9:.0f} GB/s"]
+    lines = [f"reads {found['read_bytes_per_second'] / 1e9:.0f} GB/s"]
     for row in found["rows"]:
-        line = f"{row['model']:<22} batch {row['batch']} context {row['context']:>7,}: {1e3 * row['seconds']:9.2f} ms"
-        if "share_of_read" in row:
-            line += f", state {row['state_bytes'] / 1e6:,.2f} MB, {row['share_of_read']:.0%} of read bandwidth"
-        lines.append(line)
-    for what, share, least in found["claims"]:
-        lines.append(f"{what}: {share:.2f} (at least {least} wanted)")
+        spent = f"{1e3 * row['seconds']:9.2f} ms, state {row['state_bytes'] / 1e6:,.2f} MB"
+        share = f"{row['share_of_read']:.0%} of read bandwidth"
+        lines.append(f"{row['model']:<12} context {row['context']:>7,}: {spent}, {share}")
+    lines += [f"{what}: {share:.2f} (at least {least} wanted)" for what, share, least in found["claims"]]
     return lines + [f"left out: {what}" for what in found["left_out"]]
 
 
-# --------------------------------------------------------------------------------------- against context
-
-
-def sweep(shape, contexts, batches):
-    """Seconds a token and state bytes of all models, batches and contexts."""
+def sweep(shape: dict, contexts) -> dict:
+    """Seconds a token and state bytes of both models after each context."""
     fields = {k: shape[k] for k in ("num_layers", "dim", "vocab_size", "dtype")}
-    models = {name: rwkv_jax.build(name, **fields) for name in ("rwkv4", "transformer")}
     bandwidth = hardware.read_bandwidth()
-    found = {"shape": shape, "read_bytes_per_second": bandwidth, "rows": [], "left_out": []}
-    for name, model in models.items():
+    rows, left_out = [], []
+    for name in ("rwkv4", "transformer"):
+        model = rwkv_jax.build(name, scan=False, **fields)
         params = live(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"])
-        least = sum(x.nbytes for x in jax.tree.leaves(params)) - params["emb"]["embedding"].nbytes
-        flat, layers = model.clone(scan=False), rwkv_jax.unstack(params)
-        for batch in batches:
-            sides = with_state(flat, layers, shape, contexts, batch, found["left_out"])
-            if name == "transformer":
-                sides = itertools.chain(sides, without_cache(model, params, contexts, batch, found["left_out"]))
-            for side, context, seconds, kept in sides:
-                row = {"model": side, "batch": batch, "context": context, "seconds": seconds}
-                if kept is not None:
-                    read = least + kept
-                    row |= {"state_bytes": kept, "bytes_read": read, "share_of_read": read / seconds / bandwidth}
-                found["rows"].append(row)
-    claimed = [r for r in found["rows"] if (r["model"], r["batch"], r["context"]) == ("transformer", 1, CLAIMED)]
+        least = total_bytes(params) - params["emb"]["embedding"].nbytes
+        states = read_states if name == "rwkv4" else cached_states
+        for context, state in states(model, params, contexts, shape["tokens"], left_out):
+            held = state_bytes(state, context)
+            seconds = decode_seconds(model, params, state, context, shape)
+            row = {"model": name, "context": context, "seconds": seconds, "state_bytes": held}
+            rate = (least + held) / seconds
+            rows.append(row | {"bytes_read": least + held, "share_of_read": rate / bandwidth})
+    claimed = [row for row in rows if (row["model"], row["context"]) == ("transformer", CLAIMED)]
     what = f"transformer after {CLAIMED:,} tokens: share of read bandwidth"
-    return found | {"claims": [(what, r["share_of_read"], 0.6) for r in claimed]}
+    claims = [(what, row["share_of_read"], 0.6) for row in claimed]
+    found = {"shape": shape, "read_bytes_per_second": bandwidth, "rows": rows, "left_out": left_out}
+    return found | {"claims": claims}
 
 
 def live(params):
@@ -100,41 +83,37 @@ def greedy(model, params, state, token_B1, count):
     return jax.lax.fori_loop(0, count, step, (token_B1, state))
 
 
-def with_state(model, params, shape, contexts, batch, left_out):
-    """(model, context, seconds a token, state bytes) of decoding from a state that holds each context."""
-    name = "rwkv4" if model.layers == ("rwkv4",) else "transformer"
-    rng = np.random.default_rng(0)
-    draw = lambda count: rng.integers(0, model.vocab_size, (batch, count)).astype(np.int32)
-    past, read = None, 0
+def read_states(model, params, contexts, tokens, left_out):
+    """(context, state) of RWKV after each context, read on from the one before."""
+    rng, past, read = np.random.default_rng(0), None, 0
     for context in contexts:
-        if name == "rwkv4":
-            if context > read:
-                past = generate.read(model, params, draw(context - read), past)
-            read = context
-            given = jax.tree.map(jnp.copy, past.state) if past else model.init_state(batch)
+        if context > read:
+            new = rng.integers(0, model.vocab_size, (1, context - read)).astype(np.int32)
+            past, read = generate.read(model, params, new, past), context
+        yield context, jax.tree.map(jnp.copy, past.state) if past else model.init_state(1)
+
+
+def cached_states(model, params, contexts, tokens, left_out):
+    """(context, state) of a transformer whose cache has room for `tokens` more."""
+    for context in contexts:
+        size = generate.CACHE_STEP * math.ceil((context + tokens) / generate.CACHE_STEP)
+        wanted = total_bytes(jax.eval_shape(lambda size=size: model.init_state(1, max_length=size)))
+        if wanted > MEMORY_SHARE * memory_bytes():
+            left_out.append(f"transformer, context {context:,}: a cache of {wanted / 1e9:.0f} GB")
         else:
-            size = generate.CACHE_STEP * math.ceil((context + shape["tokens"]) / generate.CACHE_STEP)
-            wanted = total_bytes(jax.eval_shape(lambda size=size: model.init_state(batch, max_length=size)))
-            if wanted > MEMORY_SHARE * memory_bytes():
-                left_out.append(f"transformer, batch {batch}, context {context:,}: a cache of {wanted / 1e9:.0f} GB")
-                continue
-            given = filled(model.init_state(batch, max_length=size))
-        used = state_bytes(given, context)
-        side = {name: decoder(model, params, given, context, shape["tokens"])}
-        del given
-        tokens = (draw(1) for _ in itertools.count())
-        seconds = medians(side, tokens, shape["rounds"])[name]
-        yield name, context, seconds / shape["tokens"], used
+            yield context, filled(model.init_state(1, max_length=size))
 
 
-def decoder(model, params, state, context, count):
-    """A function of a token [B, 1] that decodes `count` more after `context`, each time from there."""
+def decode_seconds(model, params, state, context, shape):
+    """Seconds a token of decoding `tokens` of them, each time from `context`."""
 
     def run(token_B1):
         nonlocal state
-        _, state = jax.block_until_ready(greedy(model, params, at_context(state, context), token_B1, count))
+        _, state = jax.block_until_ready(greedy(model, params, at_context(state, context), token_B1, shape["tokens"]))
 
-    return run
+    rng = np.random.default_rng(0)
+    drawn = (rng.integers(0, model.vocab_size, (1, 1)).astype(np.int32) for _ in itertools.count())
+    return medians({"decode": run}, drawn, shape["rounds"])["decode"] / shape["tokens"]
 
 
 def filled(state):
@@ -164,22 +143,3 @@ def memory_bytes():
     """Memory of the device, or of the machine for a CPU."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def without_cache(model, params, contexts, batch, left_out):
-    """(model, context, seconds a token, None) of computing each context and a token more from the start."""
-
-    @jax.jit
-    def last(params, tokens_BT):
-        x_BTD, _ = model.apply({"params": params}, tokens_BT, method="hidden")
-        return model.apply({"params": params}, x_BTD[:, -1], method="logits").argmax(-1)
-
-    name, rng, before = "transformer, no cache", np.random.default_rng(0), None
-    for context in contexts:
-        if before and before[1] * (context + FEW) / (before[0] + FEW) > LONGEST_SECONDS:
-            left_out.append(f"{name}, batch {batch}, context {context:,}: more than {LONGEST_SECONDS} s a token")
-            continue
-        draw = lambda size=(batch, context + 1): rng.integers(0, model.vocab_size, size).astype(np.int32)
-        side = {name: lambda tokens_BT: jax.block_until_ready(last(params, tokens_BT))}
-        before = context, medians(side, (draw() for _ in itertools.count()), 3)[name]
-        yield name, *before, None

@@ -1,16 +1,15 @@
-"""Every form of WKV-4 over lengths, sizes and dtypes: time, memory, compile time, and the share of the roofline, which
-is the time that moving the least number of bytes takes. Plain autodiff through a scan runs beside; on a CPU
-transformers' own loop; on a GPU what `gpu_peers` finds, and times there include starting a program (tens of
-microseconds)."""
+"""Every form of WKV-4 over lengths, sizes and dtypes: time, memory, compile time and share of the roofline.
+
+The roofline is the time that moving the least number of bytes takes. Beside the forms run autodiff of a plain scan
+and, on a GPU, what `gpu_peers` finds; times there include starting a program (tens of microseconds).
+"""
 
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.speed import gpu_peers
 from experiments.speed.timing import medians
@@ -35,7 +34,7 @@ GPU_SHAPES = (*GPU_CLAIMED, *((8, T, 768, "bfloat16") for T in (1024, 4096, 1638
 GPU_SECONDS = 420  # no shape is begun after these
 SMOKE_SHAPES = ((2, 64, 32, "float32"), (1, 128, 32, "float32"))
 ROUNDS = 5
-LONGEST_SLOW = 1024  # tokens: beyond, what is slow or hungry by design is left out
+LONGEST_PLAIN = 1024  # tokens: beyond, autodiff of the plain scan takes too much memory
 
 
 def plain_scan(w_D, u_D, k_BTD, v_BTD, stored=lambda x: x):
@@ -89,26 +88,11 @@ def jax_sides(wkv, shape):
     return sides, facts
 
 
-def transformers_sides():
-    """transformers' loop for CPUs, forward and with its backward by autograd."""
-    import torch
-    from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
-
-    def run(x, backward):
-        w, u, k, v, dy = (torch.from_numpy(np.array(a, np.float32)).requires_grad_(backward) for a in x)
-        y, _ = rwkv_linear_attention_cpu(torch.log(-w), u, k, v)
-        if backward:
-            y.backward(dy.detach())
-
-    return {"forward": partial(run, backward=False), "both": partial(run, backward=True)}
-
-
 def forms(T):
     """The forms worth timing here, by name."""
     named = FORMS[:2] if jax.default_backend() == "cpu" else FORMS  # a kernel interpreted on a CPU says nothing
-    found = {name: partial(wkv4, impl=name) for name in named}
-    found = {name: lambda *args, form=form: form(*args)[0] for name, form in found.items()}
-    if T <= LONGEST_SLOW:
+    found = {name: lambda *args, name=name: wkv4(*args, impl=name)[0] for name in named}
+    if T <= LONGEST_PLAIN:
         found["plain scan, autodiff"] = plain_scan
     return found
 
@@ -120,24 +104,23 @@ def measure(shape, rounds, bandwidth, rwkv_lm=None):
     for name, form in forms(T).items():
         runs, facts[name] = jax_sides(form, shape)
         sides |= {(name, which): run for which, run in runs.items()}
-    others, failed, on_gpu = {}, {}, jax.default_backend() == "gpu"
-    if on_gpu:
-        others = gpu_peers.sides(shape, rwkv_lm)
-    elif T <= LONGEST_SLOW and dtype == "float32":
-        others = {"transformers": transformers_sides()}
-    sides |= {(name, which): run for name, runs in others.items() for which, run in runs.items()}
-    if on_gpu:
+    failed = {}
+    if jax.default_backend() == "gpu":
+        for name, runs in gpu_peers.sides(shape, rwkv_lm).items():
+            sides |= {(name, which): run for which, run in runs.items()}
         sides, failed = first_calls(sides, inputs(*shape, len(sides)))
     seconds = medians(sides, inputs(*shape, (rounds + 1) * len(sides)), rounds)
     array = B * T * D * jnp.dtype(dtype).itemsize
     least = {"forward": 3 * array, "both": 8 * array}  # k, v, y; then k, v, dy, dk, dv as well
-    row = lambda name, which: {
-        "form": name, "shape": list(shape), "pass": which, **facts.get(name, {}).get(which, {})
-    }  # fmt: skip
-    return [
-        *(row(*side) | {"seconds": t, "share_of_copy": least[side[1]] / bandwidth / t} for side, t in seconds.items()),
-        *(row(*side) | {"seconds": None, "left_out": why} for side, why in failed.items()),
-    ]
+    rows = []
+    for name, which in (*seconds, *failed):
+        row = {"form": name, "shape": list(shape), "pass": which, **facts.get(name, {}).get(which, {})}
+        if t := seconds.get((name, which)):
+            row |= {"seconds": t, "share_of_copy": least[which] / bandwidth / t}
+        else:
+            row |= {"seconds": None, "left_out": failed[name, which]}
+        rows.append(row)
+    return rows
 
 
 def first_calls(sides, given):
@@ -182,8 +165,8 @@ def run(smoke, rwkv_lm=None):
     return {"copy_bytes_per_second": bandwidth, "rows": rows, "claims": claimed, "left_out": left_out}
 
 
-def report(results):
-    """What was claimed and what was left out, a line each; rows are printed as they come."""
+def report(results: dict) -> list[str]:
+    """Lines on what was claimed and what was left out; rows are printed as they come."""
     lines = [f"{what}: {x:.2f} (at most {most} wanted)" for what, x, most in results["claims"]]
     return lines + [f"left out: {what}" for what in results["left_out"]]
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import stamp
+from experiments.command import write_json
 from rwkv_jax import hardware, train
 from rwkv_jax.train import optim, run_config
 
@@ -40,7 +41,7 @@ ROWS = (
     ("169m", 1, 32768, {"remat": "outputs", "name": "transformer"}),
     ("169m", 1, 262144, {"remat": "block"}),
 )
-STEPS = 12  # timed, after two
+STEPS, SMOKE_STEPS = 12, 2  # timed, after two
 
 
 def build(size, fields, smoke):
@@ -52,20 +53,22 @@ def build(size, fields, smoke):
     return run_config.model_of(config)
 
 
-def lowered(model, batch, seq_len):
-    """(init compiled lazily, step lowered) for one device."""
-    tx = optim.optimiser()
+def compiled(size, batch, seq_len, fields, smoke) -> dict:
+    """The model, its jitted init, and the compiled step for one device."""
+    start = time.perf_counter()
+    model, tx = build(size, fields, smoke), optim.optimiser()
     init = jax.jit(train.make_init(model, tx))
-    state = jax.eval_shape(init, jax.random.key(0))
     shapes = {
         "tokens": jax.ShapeDtypeStruct((batch, seq_len + 1), jnp.int32),
         "mask": jax.ShapeDtypeStruct((batch, seq_len), jnp.bool_),
     }
     step = jax.jit(train.make_step(model, tx), donate_argnums=0)
-    return init, step.lower(state, shapes, jax.ShapeDtypeStruct((), jnp.float32))
+    state, lr = jax.eval_shape(init, jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.float32)
+    step = step.lower(state, shapes, lr).compile()
+    return {"model": model, "init": init, "step": step, "compile_seconds": time.perf_counter() - start}
 
 
-def measure(model, batch, seq_len, init, compiled, compile_seconds, steps):
+def measure(batch, seq_len, steps, model, init, step, compile_seconds) -> dict:
     """Speed and memory of one compiled step."""
     rng = np.random.default_rng(0)
     draw = lambda: {
@@ -76,10 +79,10 @@ def measure(model, batch, seq_len, init, compiled, compile_seconds, steps):
     state = init(jax.random.key(0))
     for i in range(steps + 2):
         start = time.perf_counter()
-        state, values = compiled(state, batches[i % len(batches)], lr)
+        state, values = step(state, batches[i % len(batches)], lr)
         loss = float(values["loss_nats"])
         seconds.append(time.perf_counter() - start)
-    memory, took = compiled.memory_analysis(), statistics.median(seconds[2:])
+    memory, took = step.memory_analysis(), statistics.median(seconds[2:])
     speed, peak = batch * seq_len / took, hardware.peak_flops(jax.devices()[0])
     flops = hardware.flops_per_token(model, seq_len)
     return {
@@ -101,36 +104,27 @@ def main(argv=None) -> int:
     parser.add_argument("--seconds", type=float, default=180, help="no row is begun after these")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args(argv)
-    wanted = [r for r in ROWS if not args.only or r[0] in args.only.split(",")]
+    wanted = [row for row in ROWS if not args.only or row[0] in args.only.split(",")]
     if args.smoke:
-        wanted = wanted[::4]
+        wanted = [(size, 2, min(seq_len, 128), fields) for size, _, seq_len, fields in wanted[::4]]
 
-    def compile(size, batch, seq_len, fields):
-        if args.smoke:
-            batch, seq_len = 2, min(seq_len, 128)
-        start = time.perf_counter()
-        model = build(size, fields, args.smoke)
-        init, step = lowered(model, batch, seq_len)
-        return model, batch, seq_len, init, step.compile(), time.perf_counter() - start
-
-    args.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(8) as pool:
-        waiting = [pool.submit(compile, *r) for r in wanted]
+        waiting = [pool.submit(compiled, *row, args.smoke) for row in wanted]
         wait(waiting)
     began, rows = time.perf_counter(), []
     for size, batch, seq_len, fields in wanted:
-        found, future = {"size": size, "batch": batch, "seq_len": seq_len, **fields}, waiting.pop(0)
+        found, program = {"size": size, "batch": batch, "seq_len": seq_len, **fields}, waiting.pop(0)
         try:
             if time.perf_counter() - began > args.seconds:
                 raise TimeoutError("no time left")
-            found |= measure(*future.result(), 2 if args.smoke else STEPS)
+            found |= measure(batch, seq_len, SMOKE_STEPS if args.smoke else STEPS, **program.result())
         except (jax.errors.JaxRuntimeError, TimeoutError) as error:
             found |= {"left_out": " ".join(str(error).split())[:300]}
-        del future
+        del program  # and with it the memory of its step
         gc.collect()
         rows.append(found)
         print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}), flush=True)
-        (args.out / "pile.json").write_text(json.dumps({"rows": rows, "stamp": stamp.stamp()}, indent=1) + "\n")
+        write_json(args.out / "pile.json", {"rows": rows, "stamp": stamp.stamp()})
     return 0
 
 

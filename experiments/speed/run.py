@@ -15,8 +15,8 @@ startup: seconds of tracing, lowering and compiling a training step, a prompt an
 to their first step or token, the token beside that of the `rwkv` package. `--against=PATH`, a checkout of an earlier
 commit, measures that too. Runs by name only.
 
-On a GPU, with flash-linear-attention and torch for CUDA installed and RWKV-LM cloned to PATH, one command measures WKV
-beside the released CUDA kernel, that package's Triton kernel and fused attention, in at most 8 minutes; `pile`
+On a GPU, with flash-linear-attention and torch for CUDA installed and RWKV-LM cloned to PATH, `--suite=ops` measures
+WKV beside the released CUDA kernel, that package's Triton kernel and fused attention, in at most 8 minutes; `pile`
 measures training. Both ran once on an H100, see experiments/README.md. No TPU has run this yet.
 
     python -m experiments.speed.run --suite=ops --rwkv-lm=PATH
@@ -36,25 +36,14 @@ import sys
 from pathlib import Path
 
 from experiments import stamp
+from experiments.command import write_json
 from experiments.speed import decode, generation, ops, startup, train
 
-SUITES = ("train", "decode", "ops", "generation")
+SUITES = {"train": train, "decode": decode, "ops": ops, "generation": generation, "startup": startup}
+BY_NAME_ONLY = ("startup",)
 
 
-def measure(suite, args):
-    """(results of a suite, what was measured in lines)."""
-    if suite == "ops":
-        results = ops.run(args.smoke, args.rwkv_lm)
-        return results, ops.report(results)
-    if suite == "startup":
-        results = startup.run(args.smoke, args.against) | {"against": args.against and stamp.commit(args.against)}
-        return results, startup.report(results)
-    module = {"train": train, "decode": decode, "generation": generation}[suite]
-    results = module.run(args.smoke)
-    return results, [line(row) for row in results.get("rows", [])] + module.report(results)
-
-
-def line(row):
+def line(row: dict) -> str:
     """Two speeds side by side."""
     sides = [f"{row[side]} {row[f'{side}_per_second']:,.1f}" for side in ("ours", "theirs")]
     wanted = f" (at least {row['wanted']} wanted)" if row["wanted"] else ""
@@ -63,7 +52,7 @@ def line(row):
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.speed.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=(*SUITES, "startup"), help="one of them; default: all but startup in turn")
+    parser.add_argument("--suite", choices=SUITES, help="one of them; default: all but startup in turn")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes, numbers without meaning")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of results.json")
     parser.add_argument(
@@ -77,15 +66,17 @@ def main(argv=None) -> int:
         parser.error(f"--against={args.against}: expected --suite=startup and a folder with rwkv_jax/")
     # JAX would take three quarters of a GPU's memory at its start, and the peers in torch need some.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    args.out.mkdir(parents=True, exist_ok=True)
+    options = {
+        "ops": {"rwkv_lm": args.rwkv_lm},
+        "startup": {"against": args.against},
+    }
     path = args.out / "results.json"
-    for suite in [args.suite] if args.suite else SUITES:
-        results, lines = measure(suite, args)
-        print("\n".join(lines), flush=True)
+    for suite in [args.suite] if args.suite else [name for name in SUITES if name not in BY_NAME_ONLY]:
+        results = SUITES[suite].run(args.smoke, **options.get(suite, {}))
+        beside = [line(row) for row in results["rows"]] if suite in ("train", "generation") else []
+        print("\n".join(beside + SUITES[suite].report(results)), flush=True)
         whole = json.loads(path.read_text()) if path.exists() else {}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(whole | {suite: results | {"stamp": stamp.stamp()}}, indent=1) + "\n")
-        partial.replace(path)
+        write_json(path, whole | {suite: results | {"stamp": stamp.stamp()}})
     return 0
 
 

@@ -1,15 +1,14 @@
-"""What a start costs before the first number: tracing, lowering, compiling, and whole commands.
+"""Seconds before the first number: tracing, lowering and compiling, and whole commands.
 
 Each is measured in a process of its own, so that nothing is cached but Python's byte code: tracing and lowering in
-every round, of which the median is told, compiling once. With `--against=PATH`, a checkout of an earlier commit, all
-of it is measured there too, in turn with ours.
+every round, of which the median is reported, compiling once. With `--against=PATH`, a checkout of an earlier commit,
+all of it is measured there too, in turn with ours.
 
     git worktree add runs/8d922b8 8d922b8
     python -m experiments.speed.run --suite=startup --against=runs/8d922b8
 """
 
 import argparse
-import functools
 import itertools
 import json
 import os
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,68 +41,69 @@ print(PIPELINE(model, "rwkv_vocab_v20230424").generate(sys.argv[2], 1, PIPELINE_
 """
 
 
-def run(smoke=False, against=None):
+def run(smoke: bool = False, against: Path | None = None) -> dict:
     """Rows of programs and of commands, seconds."""
-    sides = {"ours": ROOT} | ({"before": Path(against).resolve()} if against else {})
-    cells = list(itertools.product(SMOKE_SIZES if smoke else SIZES, LAYOUTS, PROGRAMS))
+    from experiments import stamp  # of this checkout alone: this file runs in the other one too
+
+    sides = {"ours": ROOT} | ({"before": against.resolve()} if against else {})
     rounds = 1 if smoke else ROUNDS
     rows = []
+    cells = list(itertools.product(SMOKE_SIZES if smoke else SIZES, LAYOUTS, PROGRAMS))
     for size, layout, program in tqdm(cells, desc="programs"):
         times = {side: [] for side in sides}
-        for i in range(rounds):
-            for side, folder in sides.items():
-                once = [] if i else ["--compile"]  # which takes longest
-                out = _output(folder, [__file__, size, layout, program, *once])
-                times[side].append(json.loads(out.splitlines()[-1]))
+        for i, (side, root) in itertools.product(range(rounds), sides.items()):
+            once = ["--compile"] if i == 0 else []  # compiling takes longest
+            printed = _output(root, [__file__, size, layout, program, *once])
+            times[side].append(json.loads(printed.splitlines()[-1]))
         medians = {side: _medians(taken) for side, taken in times.items()}
         rows.append({"size": size, "layout": layout, "program": program, **medians})
-    return {"rows": rows, "commands": commands(sides, smoke, rounds), "prompt": PROMPT, "window": [BATCH, WINDOW]}
+    return {
+        "rows": rows,
+        "commands": commands(sides, smoke, rounds),
+        "prompt": PROMPT,
+        "window": [BATCH, WINDOW],
+        "against": against and stamp.commit(against),
+    }
 
 
-def report(results):
+def report(results: dict) -> list[str]:
+    """A line a row."""
     lines = []
     for row in results["rows"]:
-        told = [f"{side} {_told(row[side])}" for side in ("ours", "before") if side in row]
-        if "before" in row:
-            told.append(f"tracing {row['ours']['trace'] / row['before']['trace']:.2f} of before")
-        lines.append(f"{row['program']}, {row['size']}, {row['layout']}: {'; '.join(told)}")
+        told = "; ".join(
+            f"{side} " + ", ".join(f"{name} {t:.2f} s" for name, t in row[side].items())
+            for side in ("ours", "before")
+            if side in row
+        )
+        lines.append(f"{row['program']}, {row['size']}, {row['layout']}: {told}")
     for row in results["commands"]:
         lines.append(f"{row['what']}: " + ", ".join(f"{side} {t:.1f} s" for side, t in row["seconds"].items()))
     return lines
 
 
-def _told(taken):
-    return f"trace {taken['trace']:.2f} s, lower {taken['lower']:.2f}, compile {taken['compile']:.2f}"
-
-
-def _medians(taken):
+def _medians(taken: list[dict]) -> dict:
     return {name: statistics.median(times[name] for times in taken if name in times) for name in taken[0]}
 
 
 # ---------------------------------------------------------------------------------------------- commands
 
 
-def commands(sides, smoke, rounds):
+def commands(sides: dict, smoke: bool, rounds: int) -> list[dict]:
     """Wall time of whole commands, from the shell to their first result."""
     layers, dim = SMOKE_SIZE_OF_COMMANDS if smoke else SIZE_OF_COMMANDS
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pth"
         _write_model(path, layers, dim)
         generate = ["-m", "rwkv_jax.generate", f"--model={path}", f"--prompt={TEXT}", "--max_new_tokens=1"]
-        to_a_token = {side: functools.partial(_wall, root, generate) for side, root in sides.items()}
-        to_a_token["rwkv package"] = lambda: _wall(ROOT, ["-c", PACKAGE, str(path.with_suffix("")), TEXT])
-        to_a_step = {side: functools.partial(_first_step, root) for side, root in sides.items()}
-        imports = {
-            f"{side}, {module}": functools.partial(_wall, root, ["-c", f"import {module}"])
-            for side, root in sides.items()
-            for module in ("jax", "rwkv_jax.generate.__main__", "rwkv_jax.train.__main__")
+        to_a_token = {side: partial(_wall, root, generate) for side, root in sides.items()}
+        to_a_token["rwkv package"] = partial(_wall, ROOT, ["-c", PACKAGE, str(path.with_suffix("")), TEXT])
+        runs = {
+            f"generate, one token from a {layers} x {dim} World model": to_a_token,
+            "train with configs/tiny.py, to the first logged step": {
+                side: partial(_first_step, root) for side, root in sides.items()
+            },
         }
-        rows = (
-            (f"generate, one token from a {layers} x {dim} World model", to_a_token),
-            ("train with configs/tiny.py, to the first logged step", to_a_step),
-            ("imports", imports),
-        )
-        return [{"what": what, "seconds": _in_turn(runs, rounds, what)} for what, runs in rows]
+        return [{"what": what, "seconds": _in_turn(of_sides, rounds, what)} for what, of_sides in runs.items()]
 
 
 def _in_turn(runs, rounds, what):
@@ -125,14 +126,14 @@ def _write_model(path, layers, dim):
 
 
 def _environment(root):
-    """Without settings of JAX's own, such as a cache of compiled programs."""
+    """Variables without JAX's own, such as a cache of compiled programs."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     settings = {"JAX_PLATFORMS": "cpu", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
     return own | {"PYTHONPATH": str(root)} | settings
 
 
 def _output(root, arguments) -> str:
-    """What Python prints with the package in `root`."""
+    """Standard output of Python with the package in `root`."""
     done = subprocess.run(
         [sys.executable, *arguments], cwd=root, env=_environment(root), capture_output=True, text=True
     )
@@ -148,19 +149,14 @@ def _wall(root, arguments) -> float:
 
 
 def _first_step(root) -> float:
-    """From the shell to the row of the first step in metrics.jsonl; what of the corpus is cached stays so."""
+    """From the shell to the row of the first step in metrics.jsonl; the corpus stays cached."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "run" / "metrics.jsonl"
-        arguments = ["-m", "rwkv_jax.train", "--config=configs/tiny.py", f"--workdir={log.parent}"]
+        flags = ["--config=configs/tiny.py", f"--workdir={log.parent}", "--config.log_every=1"]
+        command = [sys.executable, "-m", "rwkv_jax.train", *flags]
+        outputs = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         began = time.perf_counter()
-        run = subprocess.Popen(
-            [sys.executable, *arguments, "--config.log_every=1"],
-            cwd=root,
-            env=_environment(root),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        run = subprocess.Popen(command, cwd=root, env=_environment(root), **outputs)
         try:
             while not (log.exists() and '"step": 1,' in log.read_text()):
                 if run.poll() is not None:

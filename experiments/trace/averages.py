@@ -42,7 +42,7 @@ def over_facts(values_FN) -> list:
 
 
 def depth(effect_L) -> float:
-    """Where effects above zero are, in shares of the depth: 0 is the first layer, 1 the last. NaN without any."""
+    """Mean depth of the effects above zero: 0 is the first layer, 1 the last. NaN without any."""
     weights_L = np.maximum(effect_L, 0)
     return float(weights_L @ np.linspace(0, 1, len(weights_L)) / weights_L.sum()) if weights_L.any() else np.nan
 

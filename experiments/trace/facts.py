@@ -49,15 +49,13 @@ def world(subjects: int, vocab_size: int, seed: int = 0) -> World:
     return World(list(found), rng.choice(objects, (subjects, RELATIONS)), before, after)
 
 
-def length(_: World) -> int:
-    """Tokens of the longest prompt, the separator included."""
-    return 1 + max(b + a for b, a in zip(BEFORE, AFTER, strict=True)) + max(LENGTHS)
+# of the longest prompt, the separator included
+LENGTH = 1 + max(b + a for b, a in zip(BEFORE, AFTER, strict=True)) + max(LENGTHS)
 
 
 def prompt(world: World, subject: int, relation: int, template: int) -> Prompt:
     before, after = world.before[template], world.after[relation][template]
-    name = world.subjects[subject]
-    return padded([*before], name, after, world.objects_SR[subject, relation], length(world))
+    return padded(before, world.subjects[subject], after, world.objects_SR[subject, relation], LENGTH)
 
 
 def padded(before, subject, after, answer: int, num_tokens: int) -> Prompt:

@@ -1,13 +1,13 @@
-"""Where a fact is stored, carried and read out: causal tracing (Fig. 11) over many facts, with controls.
+"""Causal tracing of where a model stores, carries and reads out a fact (Fig. 11), over many facts, with controls.
 
 The paper traces one prompt in RWKV-4 430M: noise on the embeddings of "The Eiffel Tower", and at one token and layer
-the clean state and activation put back. The answer comes back from layer 4 of 24 at the subject, from layer 20 or so
-at the words after it, and from the last layer at the end; one prompt, no interval, no control, noise not stated.
+the clean state and activation restored. The answer comes back from layer 4 of 24 at the subject, and from layer 20 or
+so at the words after it; one prompt, no interval, no control, noise not stated.
 
-Claim: what brings the answer back lies deeper at the words after the subject than at its end, and there it is the
-recurrent state that carries it. A small model that has learned generated facts by heart; average indirect effect, the
-probability of the answer with one place restored minus that without, of the residual stream alone, of the state alone
-and of both; noise of 3 standard deviations of the embedding's entries, as in ROME (Meng et al., 2022).
+Claim: what brings the answer back lies deeper at the words after the subject than at its end, and there the recurrent
+state carries it. Measured in a small model that has learned generated facts by heart: the average indirect effect,
+probability of the answer with one place restored minus that without, of the residual stream, of the state, and of
+both; noise of 3 standard deviations of the embedding's entries, as in ROME (Meng et al., 2022).
 
     python -m experiments.trace.run
     python -m experiments.trace.run --model=PATH --facts=FILE
@@ -18,13 +18,13 @@ and of both; noise of 3 standard deviations of the embedding's entries, as in RO
 "attribute"}, such as ROME's known_1000.json: those facts whose answer the model finds, up to 100 of them.
 
 Cost: 4 minutes on 2 cores. RWKV-4 430M on a CPU: some minutes a fact.
-Same sign: mean depth of the effect of both, over the words after the subject minus over its last token, above zero
-with its bootstrap interval over facts; effect of both minus that of the residual stream alone, at the words after,
-above zero with its t interval over facts. Contradicted: below zero. Not resolved: the interval holds zero.
-Controls: noise on other tokens than the subject's, as many; and the effect of a place drawn at random.
+Same sign: the mean depth of the effect of both is greater at the words after the subject than at its last token
+(bootstrap interval over facts); at those words the effect of both is greater than that of the residual stream alone
+(t interval over facts). Contradicted: less. Not resolved: the interval holds zero.
+Controls: noise on as many other tokens; the mean effect of all places.
 
-Deviations: a model of a few layers that knows nothing but its facts, and learned their answers only. Depth is in
-shares of the layers, each counted by its effect where that is above zero.
+Deviations: a model of a few layers that knows nothing but the answers to its facts. Depth is in shares of the layers,
+each weighted by its effect where that is above zero.
 """
 
 import json
@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import rwkv_jax
 from experiments import command, stamp, sweeps, tasks
+from experiments.statistics import told, verdict
 from experiments.trace import averages, facts, tracing
 from rwkv_jax import interop
 from rwkv_jax.data import tokenizers
@@ -71,21 +72,22 @@ PRESETS = {
 
 
 def rows_of(prompts: facts.Prompt) -> dict:
-    """Prompts and answers as training reads them: padding at the end, only the answer counts."""
-    length_P = prompts.valid_T.sum(1)
-    T = prompts.tokens_T.shape[1]
-    at = (np.arange(T + 1) + T - length_P[:, None]) % (T + 1)
-    with_answer = np.concatenate([prompts.tokens_T, prompts.answer[:, None]], axis=1)
-    tokens = np.take_along_axis(with_answer, at, axis=1)
+    """Prompts and answers as training reads them: nothing is remembered of the padding, only the answer counts."""
+    P, T = prompts.tokens_T.shape
     return {
-        "tokens": np.where(np.arange(T + 1) <= length_P[:, None], tokens, 0),
-        "mask": np.arange(T) == length_P[:, None] - 1,
+        "tokens": np.concatenate([prompts.tokens_T, prompts.answer[:, None]], axis=1),
+        "mask": np.tile(np.arange(T) == T - 1, (P, 1)),
+        "reset": prompts.valid_T.cumsum(axis=1) == 1,
     }
+
+
+def prompts_of(preset: Preset) -> facts.Prompt:
+    return facts.everything(facts.world(preset.subjects, preset.vocab_size, preset.seed))
 
 
 @partial(jax.jit, static_argnums=0)
 def found(model, params, prompts):
-    """Whether the likeliest token after each prompt is its answer, [P]."""
+    """True where the model's greedy token after a prompt is its answer, [P]."""
     x_PTD, _ = model.apply({"params": params}, prompts.tokens_T, valid_BT=prompts.valid_T, method="hidden")
     logits_P1V = model.apply({"params": params}, x_PTD[:, -1:], method="logits")
     return logits_P1V[:, 0].argmax(-1) == prompts.answer
@@ -93,7 +95,7 @@ def found(model, params, prompts):
 
 def learn(preset: Preset, lr: float):
     """(model, params, share of the facts recalled every so many steps): trained until it knows them."""
-    prompts = facts.everything(facts.world(preset.subjects, preset.vocab_size, preset.seed))
+    prompts = prompts_of(preset)
     rows = rows_of(prompts)
     model = rwkv_jax.build("rwkv4", vocab_size=preset.vocab_size, num_layers=preset.num_layers, dim=preset.dim)
 
@@ -145,8 +147,8 @@ def traced(model, params, prompts: facts.Prompt, preset: Preset) -> dict:
 
 
 def trace_one(model, params, prompt: facts.Prompt, sd: float, rng, preset: Preset):
-    """Of one fact: probabilities clean, with the subject noisy and with other tokens noisy; mean effect of all places
-    [kinds]; effect by role [kinds, roles, L]."""
+    """Trace one fact: probabilities of its answer clean, with the subject noisy and with other tokens noisy; mean
+    effect of all places [kinds]; effect by role [kinds, roles, L]."""
     shape = (preset.noises, len(prompt.tokens_T), model.dim)
     noise_NTD = sd * rng.standard_normal(shape, np.float32)
     noise_on = lambda chosen_T: noise_NTD * chosen_T[:, None]
@@ -159,10 +161,7 @@ def trace_one(model, params, prompt: facts.Prompt, sd: float, rng, preset: Prese
 
 
 def of_world(preset: Preset, folder: Path) -> dict:
-    model, params = rwkv_jax.load(folder / "model.safetensors", scan=False)
-    return traced(
-        model, params, facts.everything(facts.world(preset.subjects, preset.vocab_size, preset.seed)), preset
-    )
+    return traced(*rwkv_jax.load(folder / "model.safetensors", scan=False), prompts_of(preset), preset)
 
 
 def of_file(path: str, file: str, preset: Preset) -> dict:
@@ -181,44 +180,41 @@ def cells(preset: Preset, folder: Path, model: str | None = None, facts: str | N
 
 
 def conclude(preset: Preset, values: dict) -> dict:
-    ledger = [row for name, value in values.items() if name != "learning" for row in rows_of_ledger(name, value)]
-    weights = "RWKV-4-Pile-430M-20220808-8066.pth"
-    not_run = {
-        "artefact": "Fig. 11 of the released 430M itself",
-        "command": f"python -m experiments.trace.run --model={weights} --facts=known_1000.json",
-        "hardware": "2 CPU cores, or a GPU",
-        "hours": 5,
-        "why": "neither weights nor facts were at hand",
-    }
-    return {"ledger": ledger, "not_run": [not_run]}
+    claims = [row for name, value in values.items() if name != "learning" for row in claims_of(name, value)]
+    larger = command.not_run(
+        "Fig. 11 of the released 430M itself",
+        "python -m experiments.trace.run --model=RWKV-4-Pile-430M-20220808-8066.pth --facts=known_1000.json",
+        hours=5,
+        hardware="2 CPU cores, or a GPU",
+        why="neither weights nor facts were at hand",
+    )
+    return {"ledger": claims, "not_run": [larger]}
 
 
-def rows_of_ledger(name: str, value: dict) -> list[dict]:
-    verdict = lambda low, high: "same sign" if low > 0 else "contradicted" if high < 0 else "not resolved"
-    rise, low, high = value["deeper"]
-    state = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*value["by_state"])
-    clean, noisy, others = (x[0] for x in value["probability"].values())
+def claims_of(name: str, value: dict) -> list[dict]:
+    """Rows of the ledger of one model."""
+    clean, noisy, others = (mean for mean, *_ in value["probability"].values())
     random = value["random_place"]["both"][0]
     return [
-        {
-            "artefact": f"Fig. 11, a fact goes deeper after its subject ({name})",
-            "paper": "layer 4 of 24 at the subject, about 20 after it (one prompt)",
-            "ours": f"{rise:+.2f} [{low:+.2f}, {high:+.2f}] of the depth, {value['facts']} facts",
-            "verdict": verdict(low, high),
-        },
-        {
-            "artefact": f"Fig. 11, the state carries it there ({name})",
-            "paper": "state and activation put back together",
-            "ours": f"{state} more probability of the answer with the state",
-            "verdict": verdict(*value["by_state"][1:]),
-        },
-        {
-            "artefact": f"Fig. 11, controls ({name})",
-            "paper": "none",
-            "ours": f"probability {clean:.2f}, {noisy:.2f} with a noisy subject, {others:.2f} with others "
+        command.claim(
+            f"Fig. 11, a fact goes deeper after its subject ({name})",
+            "layer 4 of 24 at the subject, about 20 after it (one prompt)",
+            f"{told(*value['deeper'], digits=2)} of the depth, {value['facts']} facts",
+            verdict(*value["deeper"][1:], sign=1),
+        ),
+        command.claim(
+            f"Fig. 11, the state carries it there ({name})",
+            "state and activation put back together",
+            f"{told(*value['by_state'])} more probability of the answer with the state",
+            verdict(*value["by_state"][1:], sign=1),
+        ),
+        command.claim(
+            f"Fig. 11, controls ({name})",
+            "none",
+            f"probability {clean:.2f}, {noisy:.2f} with a noisy subject, {others:.2f} with others "
             f"noisy; a random place gives back {random:+.3f}",
-            "verdict": "not comparable",
-        },
+            "not comparable",
+        ),
     ]
 
 

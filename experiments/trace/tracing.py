@@ -73,7 +73,7 @@ def read(model, params, prompt, noise_TD, clean=None, residual_TL=None, state_TL
 
 @partial(jax.jit, static_argnums=(0, 4))
 def effects(model, params, prompt, noise_NTD, rows: int) -> Effects:
-    """What noise takes from the answer, and what every place gives back; `rows` runs at a time."""
+    """Probabilities of the answer: clean, with noise, and with each place restored; computed `rows` runs at a time."""
     probability = lambda *args: jnp.exp(read(model, params, prompt, *args)[0][prompt.answer])
     log_p_V, clean = read(model, params, prompt, jnp.zeros_like(noise_NTD[0]))
     (N, T, _), L = noise_NTD.shape, model.num_layers

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from experiments import command
 from experiments.figures import plt, saved
 
 COLOURS = {"float64": "#c0392b", "float32": "#e67e22"}
@@ -26,3 +27,7 @@ def draw(results, path) -> None:
     right.set(xlabel="step", ylabel="nats a token", title="difference of the losses")
     right.legend(frameon=False, fontsize=7)
     saved(figure, path)
+
+
+if __name__ == "__main__":
+    command.redraw("trajectory")

@@ -117,49 +117,35 @@ def surroundings(T):
 
 
 def wkv_forward(B, T, C, w_C, u_C, k_BTC, v_BTC, y_BTC):
-    """Fills y: what the released kernel does for each channel, all channels at once. w is the log decay, below 0."""
-    state = _empty(k_BTC)
-    for t in range(T):
-        k, v = k_BTC[:, t], v_BTC[:, t]
-        past, now, _ = _weights(state[2], u_C + k)
-        y_BTC[:, t] = (past * state[0] + now * v) / (past * state[1] + now)
-        state = _after(state, w_C, k, v)
+    """Fill y. w is the log decay, below 0."""
+    y_BTC.copy_(_wkv(w_C, u_C, k_BTC, v_BTC))
 
 
 def wkv_backward(B, T, C, w_C, u_C, k_BTC, v_BTC, y_BTC, dy_BTC, dw_BC, du_BC, dk_BTC, dv_BTC):
-    """Fills the gradients: dw that of log(-w), as the kernel hands it out, and du by row."""
+    """Fill the gradients by row of the batch: dw that of log(-w), as the kernel hands it out."""
     import torch
 
-    state, (da, db, dw, du) = _empty(k_BTC), (torch.zeros_like(dy_BTC[:, 0]) for _ in range(4))
-    scaled, exponents = [], []  # of each token's share in its own output
-    for t in range(T):
-        k, v, y = k_BTC[:, t], v_BTC[:, t], y_BTC[:, t]
-        past, now, top = _weights(state[2], u_C + k)
-        g = dy_BTC[:, t] / (past * state[1] + now)
-        dw = dw + (da - db * y) * past * g
-        du = du + (v - y) * now * g
-        scaled.append(g)
-        exponents.append(u_C + k - top)
-        kept, _, _ = _weights(w_C + state[2], k)
-        da, db = kept * (state[0] + da), kept * (state[1] + db)
-        state = _after(state, w_C, k, v)
-    dw_BC.copy_(dw * w_C)
-    du_BC.copy_(du)
-    later_v, later_1, exponent = _empty(k_BTC)  # sums over the tokens that come later
-    for t in reversed(range(T)):
-        k, v, y, g = k_BTC[:, t], v_BTC[:, t], y_BTC[:, t], scaled[t]
-        own, others = g * torch.exp(exponents[t]), torch.exp(k + exponent)
-        dk_BTC[:, t] = own * (v - y) + others * (later_v * v + later_1)
-        dv_BTC[:, t] = own + others * later_v
-        kept, new, exponent = _weights(w_C + exponent, exponents[t] - u_C - k)
-        later_v, later_1 = kept * later_v + g * new, kept * later_1 - g * new * y
+    by_row = (w_C.expand(B, C), u_C.expand(B, C), k_BTC, v_BTC)
+    inputs = [x.detach().requires_grad_() for x in by_row]
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(_wkv(*inputs), inputs, dy_BTC)
+    dw_BC.copy_(gradients[0] * w_C)
+    for out, gradient in zip((du_BC, dk_BTC, dv_BTC), gradients[1:], strict=True):
+        out.copy_(gradient)
 
 
-def _empty(k_BTC):
+def _wkv(w, u, k_BTC, v_BTC):
+    """y [B, T, C] as the released kernel computes it for each channel (Eqs. 23-28), all channels at once."""
     import torch
 
-    zero = torch.zeros_like(k_BTC[:, 0])
-    return zero, zero, zero + EMPTY
+    num = den = torch.zeros_like(k_BTC[:, 0])
+    exponent, y = num + EMPTY, []
+    for k, v in zip(k_BTC.unbind(1), v_BTC.unbind(1), strict=True):
+        past, now, _ = _weights(exponent, u + k)
+        y.append((past * num + now * v) / (past * den + now))
+        past, now, exponent = _weights(w + exponent, k)
+        num, den = past * num + now * v, past * den + now
+    return torch.stack(y, dim=1)
 
 
 def _weights(a, b):
@@ -168,10 +154,3 @@ def _weights(a, b):
 
     top = torch.maximum(a, b)
     return torch.exp(a - top), torch.exp(b - top), top
-
-
-def _after(state, w_C, k, v):
-    """(numerator, denominator, exponent) after a token."""
-    num, den, exponent = state
-    kept, new, exponent = _weights(w_C + exponent, k)
-    return kept * num + new * v, kept * den + new, exponent

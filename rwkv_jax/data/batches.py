@@ -126,7 +126,7 @@ def read_ahead(ds: grain.MapDataset, start_step: int) -> Iterator[Batch]:
 
 
 def batch_hash(batch: Batch) -> str:
-    """16 hexadecimal digits that tell whether two runs saw the same batch."""
+    """16 hexadecimal digits, equal where two runs saw the same batch."""
     digest = hashlib.sha256()
     dtypes = {"tokens": np.int32, "mask": bool, "reset": bool}
     for name, dtype in dtypes.items():

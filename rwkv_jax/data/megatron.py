@@ -8,12 +8,13 @@
 Format: EleutherAI/gpt-neox, megatron/data/indexed_dataset.py; BlinkDL/RWKV-LM, RWKV-v5/make_data.py writes it.
 """
 
-import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+
+from rwkv_jax import files
 
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -80,35 +81,24 @@ def write(prefix: Path, documents: Iterable[np.ndarray], dtype) -> int:
         dtype: type of the tokens: uint8, int8, int16, int32, int64 or uint16.
 
     Raises:
+        FileNotFoundError: the folder of `prefix` does not exist.
         ValueError: no documents.
     """
     dtype = np.dtype(dtype).newbyteorder("<")
     code = {np.dtype(name): code for code, name in _DTYPES.items()}[dtype]
-    partial = {ending: with_ending(prefix, f"{ending}.partial") for ending in (".bin", ".idx")}
     sizes = []
-    try:
-        with open(partial[".bin"], "wb") as out:
-            for tokens in documents:
-                out.write(tokens.astype(dtype, copy=False).data)
-                sizes.append(len(tokens))
-            _sync(out)
+    with (
+        files.written(with_ending(prefix, ".idx")) as index,
+        files.written(with_ending(prefix, ".bin")) as data,
+    ):
+        for tokens in documents:
+            data.write(tokens.astype(dtype, copy=False).data)
+            sizes.append(len(tokens))
         if not sizes:
             raise ValueError(f"no documents to write to {prefix}")
         lengths = np.array(sizes, "<i4")
         pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * dtype.itemsize
-        with open(partial[".idx"], "wb") as out:
-            out.write(_HEADER.pack(_MAGIC, 1, code, len(sizes), len(sizes) + 1))
-            for array in (lengths, pointers, np.arange(len(sizes) + 1, dtype="<i8")):
-                out.write(array.data)
-            _sync(out)
-        for ending, path in partial.items():
-            path.rename(with_ending(prefix, ending))
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+        index.write(_HEADER.pack(_MAGIC, 1, code, len(sizes), len(sizes) + 1))
+        for array in (lengths, pointers, np.arange(len(sizes) + 1, dtype="<i8")):
+            index.write(array.data)
     return len(sizes)
-
-
-def _sync(out) -> None:
-    out.flush()
-    os.fsync(out.fileno())

@@ -29,7 +29,7 @@ class Mixture(NamedTuple):
 
     @property
     def train(self) -> list:
-        """What `data.dataset` takes."""
+        """Argument of `batches.dataset`: each part's training split with its weight."""
         return [(part.train, weight) for part, weight in zip(self.parts, self.weights, strict=True)]
 
     def held_out(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:

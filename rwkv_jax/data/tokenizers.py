@@ -120,7 +120,7 @@ def _encode_pieces(encode_batch, cut, documents) -> Iterator[tuple[int, np.ndarr
 
 
 def pieces(tokenizer, blocks: Iterable[bytes], num_bytes: int = _PIECE_BYTES) -> Iterator[bytes]:
-    """A text in pieces that are not much longer than `num_bytes`, whose tokens joined are those of the whole."""
+    """Yield a text in pieces not much longer than `num_bytes`, whose tokens joined are those of the whole."""
     if isinstance(tokenizer, ByteTokenizer):
         yield from blocks
         return
@@ -256,7 +256,7 @@ def _world(name: str, path: Path) -> WorldTokenizer:
 
 
 def save(tokenizer: Tokenizer, folder) -> str:
-    """Write the tokenizer into a folder, where `of_model` finds it; returns the file's name.
+    """Write the tokenizer into a folder, where `of_model` finds it; return the file's name.
 
     A `tokenizer.json`, which transformers' AutoTokenizer loads with the `tokenizer_config.json` beside it, or the
     World vocabulary. One of the other kind, from an earlier save, is removed.
@@ -324,7 +324,7 @@ def of_model(path, vocab_size: int) -> str:
 
 
 def carried(folder: Path) -> str | None:
-    """What `get_tokenizer` takes for the tokenizer of a workdir or Hugging Face folder; None if it holds none."""
+    """Argument of `get_tokenizer` for the tokenizer of a workdir or Hugging Face folder; None if it holds none."""
     config = folder / "config.json"
     name = files.read_json(config).get("tokenizer") if config.is_file() else None
     if name in NAMES:

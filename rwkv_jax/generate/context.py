@@ -1,7 +1,7 @@
 """The recurrent state after B texts, as a value: keep it, fork it, take rows of it, save it.
 
-For RWKV a context has one size, whatever the length of the texts. Attention keeps a cache with a slot for each token,
-which grows when a longer text is read: leaves that depend on `max_length` of `model.init_state` are such caches.
+The context of RWKV has one size, whatever the length of the texts. Attention keeps caches with a slot for each token,
+the leaves that depend on `max_length` of `model.init_state`; they grow when a longer text is read.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ def _empty(model, batch, slots):
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _copied(model, context, slots):
-    """A copy with caches of `slots`."""
+    """Return a copy with caches of `slots` tokens; None: of the length they have."""
     state = context.state
     if slots is not None:
         wanted = jax.eval_shape(lambda: model.init_state(len(context.logits_BV), max_length=slots))
@@ -105,7 +105,7 @@ def check(model, context: Context, batch: int) -> None:
 
 @lru_cache(maxsize=16)  # a stream asks before every token
 def cache_axes(model) -> list[tuple[int, ...]]:
-    """The axes that grow with `max_length`, for each leaf of a state: none but in caches."""
+    """Return the axes that grow with `max_length`, for each leaf of a state: none but in caches."""
     few, many = (jax.tree.leaves(jax.eval_shape(lambda n=n: model.init_state(1, max_length=n))) for n in (1, 2))
     differ = lambda x, y: tuple(axis for axis, (n, m) in enumerate(zip(x.shape, y.shape, strict=True)) if n != m)
     return [differ(x, y) for x, y in zip(few, many, strict=True)]
@@ -114,14 +114,14 @@ def cache_axes(model) -> list[tuple[int, ...]]:
 def with_room(model, context: Context, room: int, likely: int) -> Context:
     """Return the context with caches for at least `room` more tokens.
 
-    Where they must grow, they double, but to no more than `likely` tokens need: few shapes to compile, few copies.
+    Caches that must grow double, but to no more than `likely` tokens need: few shapes to compile, few copies.
     """
     slots = _slots(model, context, room, likely)
     return context if slots is None else _copied(model, context, slots)
 
 
 def _slots(model, context, room, likely) -> int | None:
-    """Length to which the caches have to grow for `room` more tokens; None: there is room, or there are no caches."""
+    """Return the length to which caches must grow for `room` more tokens; None: they need not, or there are none."""
     axes = cache_axes(model)
     if not any(axes):
         return None
@@ -139,5 +139,5 @@ def _round_up(length: int) -> int:
 
 
 def _filled_up(x, shape):
-    """x with zeros behind it, as large as `shape`."""
+    """Return x with zeros behind it, as large as `shape`."""
     return jnp.pad(x, [(0, wanted - size) for size, wanted in zip(x.shape, shape, strict=True)])

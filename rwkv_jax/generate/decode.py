@@ -1,9 +1,9 @@
 """Prefill and decoding: tokens in, tokens out.
 
-Prefill reads a prompt many tokens at a time, in the parallel form. Decoding draws a token from the last logits and
-reads it; one call of a compiled function repeats this up to `DISPATCH` times. Prefill has three shapes for prompts of
-any length. Decoding has one for each set of filters, whose numbers are arguments. A row whose text has ended keeps its
-context bit for bit while other rows go on.
+Prefill reads a prompt many tokens at a time, in the parallel form; three compiled shapes serve prompts of any length.
+Decoding draws a token from the last logits and reads it; one call of a compiled function repeats this up to `DISPATCH`
+times. There is one such function for each set of filters, whose numbers are arguments. A row whose text has ended
+keeps its context bit for bit while other rows go on.
 """
 
 import itertools
@@ -31,8 +31,7 @@ def read(model, params, prompts, context: Context | None = None) -> Context:
     """Return the context after the prompts.
 
     Memory does not grow with their length: `PROMPT_CHUNK` tokens are read at a time. The first chunk holds the rest,
-    and has one of the lengths `FIRST_CHUNKS`: few shapes to compile, at most four times the work for a prompt of more
-    than 16 tokens. Padding is on the left, in the first chunk and in the shorter ones of several prompts.
+    with padding on the left up to one of the lengths `FIRST_CHUNKS`: few shapes to compile.
 
     Args:
         prompts: ids in [0, V): [T], [B, T], or B lists of any lengths. An empty one is nothing after a context, and
@@ -45,7 +44,7 @@ def read(model, params, prompts, context: Context | None = None) -> Context:
 
 
 def prefill(model, params, prompts: list[np.ndarray], context: Context | None, room: int = 0) -> Context:
-    """`read` for checked prompts and one set of parameters a layer; caches get room for `room` tokens after them."""
+    """Return what `read` does, of checked prompts and unstacked parameters, with caches for `room` more tokens."""
     context = begin(model, context, len(prompts), max(map(len, prompts)) + room)
     for tokens_BT, valid_BT, is_last in chunks(prompts):
         context = _read_chunk(model, params, context, tokens_BT, valid_BT, is_last)
@@ -68,7 +67,7 @@ def chunks(prompts):
 def logits(model, params, prompts, context: Context | None = None) -> tuple[list[np.ndarray], Context]:
     """Return the logits [T, V] after each token of each prompt, float32 at least, and what `read` returns.
 
-    Takes and refuses what `read` does. All logits are kept on the host, twice while they are joined.
+    All logits are kept on the host, twice while they are joined.
     """
     model, params = per_layer(model, params)
     prompts, _ = as_prompts(prompts, model.vocab_size, context)
@@ -83,7 +82,7 @@ def logits(model, params, prompts, context: Context | None = None) -> tuple[list
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read_chunk(model, params, context, tokens_BT, valid_BT, is_last):
-    """The context after a chunk; its logits stay as they are before the last chunk, and where all is padding."""
+    """Return the context after a chunk; its logits stay before the last chunk, and where all is padding."""
     x_BTD, state = model.apply({"params": params}, tokens_BT, context.state, valid_BT=valid_BT, method="hidden")
     head = lambda: model.apply({"params": params}, x_BTD[:, -1], method="logits")
     logits_BV = lax.cond(is_last, head, lambda: context.logits_BV)
@@ -102,7 +101,6 @@ class Draws:
     """The draws of B texts that are still to come.
 
     Attributes:
-        sampler: draws tokens from logits.
         history: the tokens of prompt and continuation, as far as the sampler needs them.
         stop_V: True for the tokens that end a text.
         key_B: token i of a row is drawn with the row's key folded with i.
@@ -149,7 +147,7 @@ def checked_draws(
         if not 0 <= token < vocab_size:
             raise ValueError(f"stop_tokens holds {token}, expected ids from 0 to {vocab_size - 1}")
         stop_V[token] = True
-    history = sampling.history(B, vocab_size, prompts, decay=penalty_decay, sampler=sampler)
+    history = sampling.history(prompts, vocab_size, penalty_decay, sampler)
     sampler = sampler if isinstance(sampler, Partial) else Partial(sampler)
     key_B = _keys(seed_B.astype(np.uint32), np.ndim(seed) == 0)
     return Draws(sampler, history, jnp.asarray(stop_V), key_B, index_B, left_B)
@@ -157,7 +155,7 @@ def checked_draws(
 
 @partial(jax.jit, static_argnums=1)
 def _keys(seed_B, shared):
-    """A key for each row, of its seed; of one `shared` seed the first row's is the seed's own."""
+    """Return a key for each row, from its seed; of one `shared` seed the first row's is the seed's own."""
     key_B = jax.vmap(jax.random.key)(seed_B)
     if not shared:
         return key_B
@@ -220,17 +218,15 @@ def _decode(model, params, context, history, sampler, stop_V, key_B, index_B, qu
 def generate(model, params, prompt_ids, **settings) -> list[int] | list[list[int]]:
     """Return the tokens that continue a prompt: a list of ids, or one for each of B prompts.
 
-    Parameters that are stacked (`scan=True`) are unstacked in each call, which takes their size in memory once more;
-    those of `load(path, scan=False)` are used as they are.
+    Stacked parameters (`scan=True`) are unstacked in each call, which takes their size in memory once more; those of
+    `load(path, scan=False)` are used as they are.
 
     Args:
-        prompt_ids: see `read`.
-        context: a `Context` that the prompts continue; it is not changed.
+        prompt_ids, context: see `read`.
         max_new_tokens: one number, 0 or more, or one for each row.
-        sampler: a function, see `sampling`; by default `sampling.sampler(**settings)`: temperature, top_p, top_k,
-            min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, bad_words_ids.
-        seed: in [0, 2^32). A row's draws depend on its own seed and logits only. One number for several rows gives
-            each row a seed of its own; the first row's is the number itself.
+        sampler: a function, see `sampling`; by default `sampling.sampler(**settings)`.
+        seed: in [0, 2^32), one number or one for each row. A row's draws depend on its own seed and logits only. Of
+            one number for several rows the first row's seed is the number itself, and the others have their own.
         start: index of the first new token among the draws of its seed. Ten tokens, and then ten from the context
             after them with start=10, are the twenty of one call, but for penalties: their counts restart in each call.
         stop_tokens: ids that end a row. They are not part of the result.
@@ -272,7 +268,6 @@ def _whole_numbers(name: str, value, B: int) -> np.ndarray:
     if np.ndim(value) > 1 or (np.ndim(value) == 1 and len(value) != B):
         raise ValueError(f"{name} is {value}, expected one number or one for each of {B} prompts")
     value_B = np.broadcast_to(np.asarray(value), B)
-    for given in value_B:
-        if value_B.dtype.kind not in "iu" or not 0 <= given < 2**32:
-            raise ValueError(f"{name} is {given}, expected 0 to 2^32 - 1")
+    if value_B.dtype.kind not in "iu" or (value_B < 0).any() or (value_B >= 2**32).any():
+        raise ValueError(f"{name} is {value}, expected 0 to 2^32 - 1")
     return value_B.astype(np.int64)

@@ -25,7 +25,7 @@ def scores(logits_BV, history, settings):
     x_BV = jnp.asarray(logits_BV, jnp.float32)
     if "logit_bias" in settings:
         ids_N, bias_N = settings["logit_bias"]
-        x_BV = x_BV.at[:, ids_N].add(bias_N[None], mode="drop")
+        x_BV = x_BV.at[:, ids_N].add(bias_N[None])
     if "repetition_penalty" in settings:
         penalty = settings["repetition_penalty"]
         x_BV = jnp.where(history.seen_BV, jnp.where(x_BV > 0, x_BV / penalty, x_BV * penalty), x_BV)
@@ -36,7 +36,7 @@ def scores(logits_BV, history, settings):
     if "bad_words_ids" in settings:
         before_NR, last_N = settings["bad_words_ids"][:, :-1], settings["bad_words_ids"][:, -1]
         match_BNR = (before_NR[None] == history.recent_BR[:, None, 1:]) | (before_NR[None] == -1)
-        x_BV = x_BV.at[:, last_N].min(jnp.where(match_BNR.all(axis=-1), -jnp.inf, jnp.inf), mode="drop")
+        x_BV = x_BV.at[:, last_N].min(jnp.where(match_BNR.all(axis=-1), -jnp.inf, jnp.inf))
     return x_BV
 
 
@@ -44,10 +44,10 @@ def truncated(x_BV, settings):
     """Apply the temperature and the filters of the distribution.
 
     Returns:
-        logits, shifted so that the largest is 0: -inf where a filter removed a token, all NaN where none can be drawn.
+        logits, shifted so that the largest is 0: -inf where a filter removed a token. None is finite where no token
+        can be drawn.
     """
-    top_B1 = x_BV.max(axis=-1, keepdims=True)
-    z_BV = x_BV - top_B1  # before the temperature, or a small one overflows
+    z_BV = x_BV - x_BV.max(axis=-1, keepdims=True)  # before the temperature, or a small one overflows
     z_BV /= settings.get("temperature", 1)
     for name in ("top_p", "top_k") if "temperature_last" in settings else ("top_k", "top_p"):
         if name in settings:
@@ -63,8 +63,7 @@ def truncated(x_BV, settings):
         entropy_B = _sum(jnp.where(p_BV > 0, p_BV * surprise_BV, 0)) / whole_B
         z_BV = _keep(z_BV, jnp.abs(surprise_BV - entropy_B[:, None]), p_BV, settings["typical_p"] * whole_B)
         z_BV -= z_BV.max(axis=-1, keepdims=True)
-    z_BV /= settings.get("temperature_last", 1)
-    return jnp.where(jnp.isfinite(top_B1), z_BV, jnp.nan)
+    return z_BV / settings.get("temperature_last", 1)
 
 
 def _keep(z_BV, cost_BV, weight_BV, target_B):

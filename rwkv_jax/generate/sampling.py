@@ -1,9 +1,8 @@
 """Samplers: functions `(logits_BV, key_B, history) -> tokens_B`.
 
-`sampler(...)` builds one from the usual settings. It is a pytree and goes through `jax.jit` like an array: its numbers
-are traced, so that another temperature compiles nothing. The set of filters is part of its type, and a filter that is
-off costs nothing. Every other function of these three arguments is a sampler too: wrap it as
-`jax.tree_util.Partial(function)` to pass it to a compiled function, which is compiled again for another function.
+`sampler(...)` builds one from the usual settings. It is a pytree: its numbers are traced, so that another temperature
+compiles nothing. The set of filters is part of its type, and a filter that is off costs nothing. Every other function
+of these three arguments is a sampler too; a compiled function takes it as `jax.tree_util.Partial(function)`.
 
 The settings act in this order, that of transformers; the `rwkv` package has some of them in the same order:
 
@@ -11,11 +10,10 @@ The settings act in this order, that of transformers; the `rwkv` package has som
     -> temperature -> top-k -> top-p -> min-p -> typical                         the distribution, each of the last's
 
 With `temperature_last` the temperature comes last and top-p before top-k, as in the `rwkv` package: top-p then is a
-share of all tokens, not of those that top-k left. With temperature 0 the best score wins and the second line does
-nothing, as with `do_sample=False`.
+share of all tokens. With temperature 0 the best score wins, and the second line does nothing.
 
-A row depends on its own key, logits and history alone. It draws -1 where there is no token to draw, because all are
-banned or a logit is NaN or +inf; the caller checks for that, and no other row is affected.
+A row depends on its own key, logits and history alone. It draws -1 where there is no token to draw: all are banned, or
+a logit is NaN or +inf.
 """
 
 import math
@@ -30,7 +28,6 @@ from jax.tree_util import Partial
 from rwkv_jax.generate.filters import LANES, NEEDS, blocks, ids, scores, truncated
 
 RECENT = 16  # tokens that a history remembers in their order
-NO_TOKEN = 2**31 - 1  # an id beyond every vocabulary
 NUMBERS = {  # the least and the largest value, the one that is off, and all that in words
     "top_p": (1e-30, 1, 1, "a number in (0, 1]"),
     "min_p": (0, 1, 0, "a number in [0, 1]"),
@@ -46,9 +43,8 @@ class History(NamedTuple):
 
     Attributes:
         seen_BV: bool; whether the prompt or the continuation holds the token.
-        counts_BV: float32; number of occurrences in the continuation, each multiplied by `decay` for every token that
-            followed. Never 0 again.
-        recent_BR: int32; the last `RECENT` tokens of prompt and continuation, the newest last, -1 where there is none.
+        counts_BV: float32; occurrences in the continuation, each times `decay` for every token since. Never 0 again.
+        recent_BR: int32; the last `RECENT` tokens, the newest last, -1 where there is none.
         decay_B: float32.
     """
 
@@ -72,19 +68,20 @@ class History(NamedTuple):
         return History(seen_BV, counts_BV, recent_BR, decay_B)
 
 
-def history(B: int, V: int, prompts=None, decay=1.0, sampler=None) -> History:
+def history(prompts, V: int, decay=1.0, sampler=None) -> History:
     """Return the history after B prompts.
 
     Args:
-        prompts: arrays or lists of ids in [0, V), of any lengths; None is no tokens.
+        prompts: arrays or lists of ids in [0, V), of any lengths.
         decay: of the counts, in [0, 1], one number or [B].
         sampler: leaves that it does not need are None; all are there without one, or for a function of the user's.
     """
+    B = len(prompts)
     decay_B = np.broadcast_to(np.asarray(decay, np.float32), B)
     if not np.all((decay_B >= 0) & (decay_B <= 1)):
         raise ValueError(f"the decay of penalties is {decay}, expected 0 to 1")
     seen_BV, recent_BR = np.zeros((B, V), bool), np.full((B, RECENT), -1, np.int32)
-    for b, prompt in enumerate(prompts or ()):
+    for b, prompt in enumerate(prompts):
         row = np.asarray(prompt, np.int32)  # an empty list is float64 otherwise
         seen_BV[b, row] = True
         recent_BR[b, RECENT - len(row[-RECENT:]) :] = row[-RECENT:]
@@ -111,12 +108,11 @@ def sampler(
 
     Args:
         temperature: divides the logits; 0 is the likeliest token, whatever the key.
-        top_p: in (0, 1]. Keeps the smallest set of likeliest tokens whose probability reaches it, the token that
-            crosses it included; 1 is off.
+        top_p: in (0, 1]. Keeps the fewest likeliest tokens whose probability reaches it; 1 is off.
         top_k: keeps this many of the likeliest tokens; 0 is off.
         min_p: in [0, 1]. Keeps tokens at least `min_p` times as probable as the likeliest.
-        typical_p: in (0, 1]. Keeps the smallest set that reaches this probability of the tokens whose surprise is
-            nearest to the entropy, arXiv:2202.00666; 1 is off.
+        typical_p: in (0, 1]. Keeps the fewest tokens that reach this probability, those whose surprise is nearest to
+            the entropy first, arXiv:2202.00666; 1 is off.
         repetition_penalty: > 0. Divides the positive logits of tokens in prompt and continuation and multiplies the
             negative ones, arXiv:1909.05858; 1 is off.
         presence_penalty, frequency_penalty: subtracted from the logit of a token in the continuation, the latter once
@@ -141,34 +137,30 @@ def sampler(
         for token, bias in logit_bias.items():
             _check("an id of logit_bias", token, _is_id(token), "a token's id")
             _check(f"logit_bias[{token}]", bias, bias == -math.inf or _within(bias, -1e6, 1e6), "-1e6 to 1e6, or -inf")
-        tokens, biases, spare = [*logit_bias], [*logit_bias.values()], _spare(len(logit_bias))
-        settings["logit_bias"] = np.int32(tokens + [NO_TOKEN] * spare), np.float32(biases + [0] * spare)
+        settings["logit_bias"] = np.int32([*logit_bias]), np.float32([*logit_bias.values()])
     if bad_words_ids:
         for i, word in enumerate(bad_words_ids):
             good = isinstance(word, list | tuple | np.ndarray) and 1 <= len(word) <= RECENT and all(map(_is_id, word))
             _check(f"bad_words_ids[{i}]", word, good, f"1 to {RECENT} ids of tokens")
-        words = [[-1] * (RECENT - len(word)) + [*word] for word in bad_words_ids]
-        settings["bad_words_ids"] = np.int32(words + [[NO_TOKEN] * RECENT] * _spare(len(words)))
+        settings["bad_words_ids"] = np.int32([[-1] * (RECENT - len(word)) + [*word] for word in bad_words_ids])
     return Partial(_sampled if temperature else _likeliest, **settings)
 
 
 def check_vocabulary(sampler, vocab_size: int):
     """Raise ValueError where a setting names a token that the model does not have."""
     settings = sampler.keywords if _ours(sampler) else {}
-    for name, tokens in (
-        ("logit_bias", settings.get("logit_bias", [[]])[0]),
-        ("bad_words_ids", settings.get("bad_words_ids", [])),
-    ):
-        wrong = [int(i) for i in np.ravel(tokens) if vocab_size <= i < NO_TOKEN]
-        if wrong:
-            raise ValueError(f"{name} names token {wrong[0]}, expected ids from 0 to {vocab_size - 1}")
+    named = {"logit_bias": settings.get("logit_bias", [[]])[0], "bad_words_ids": settings.get("bad_words_ids", [])}
+    for name, tokens in named.items():
+        largest = np.max(tokens, initial=0)
+        if largest >= vocab_size:
+            raise ValueError(f"{name} names token {largest}, expected ids from 0 to {vocab_size - 1}")
 
 
 def draw(logits_BV, key_B):
     """Draw a token [B] from softmax(logits), each row with its key; -1 where the softmax is NaN.
 
-    The inverse distribution function in two stages, first the block and then the token, each with a uniform number of
-    its own: two numbers instead of one for each token, with the resolution of both together.
+    Inverts the distribution function in two stages, first the block and then the token, each with a uniform number of
+    its own: two numbers instead of V, with the resolution of both together.
     """
     top_B1 = logits_BV.max(axis=-1, keepdims=True)
     p_BNL = blocks(jnp.exp(logits_BV - top_B1))
@@ -194,7 +186,7 @@ def _likeliest(logits_BV, key_B, history=None, **settings):
     x_BV = scores(logits_BV, history, settings)
     top_B1 = x_BV.max(axis=-1, keepdims=True)
     # the first of the best: faster than argmax on a CPU
-    token_B = jnp.where(x_BV == top_B1, ids(x_BV), NO_TOKEN).min(axis=-1)
+    token_B = jnp.where(x_BV == top_B1, ids(x_BV), x_BV.shape[1]).min(axis=-1)
     return jnp.where(jnp.isfinite(top_B1[:, 0]), token_B, -1)
 
 
@@ -202,17 +194,12 @@ def _ours(sampler) -> bool:
     return getattr(sampler, "func", None) in (_sampled, _likeliest)
 
 
-def _spare(length: int) -> int:
-    """Number of entries up to the next power of 2: lists of many lengths share compiled functions."""
-    return (1 << (length - 1).bit_length()) - length
-
-
 def _within(value, low, high) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
 
 
 def _is_id(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= value < NO_TOKEN
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _check(name, value, good, expected):

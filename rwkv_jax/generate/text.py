@@ -1,8 +1,8 @@
 """Generation of text from text: streams, batches and stop strings.
 
-A stop string may begin and end anywhere, within tokens and across them. The text is held back while it may be the
-beginning of one. When one is complete, tokens of it have already been read, so the context is read again from the end
-of the prompts. Where the string begins within a token, the token's first characters stay: they are encoded anew.
+A stop string may begin and end anywhere, within tokens and across them. Text that may begin one is held back. When a
+string is complete its tokens have already been read, so the context is read again from the end of the prompts. Where
+the string begins within a token, the token's first characters stay: they are encoded anew.
 """
 
 from bisect import bisect_left, bisect_right
@@ -22,8 +22,8 @@ class StoppedText:
     """The text of tokens that come one at a time, up to the first stop string.
 
     Attributes:
-        tokens: the tokens of the text. What was returned so far is the beginning of `decode(tokens)`, and all of it at
-            the end. The rest is held back: an incomplete character, or what may be the beginning of a stop string.
+        tokens: the tokens of the text. What was returned begins `decode(tokens)`, and equals it at the end. The rest
+            is held back: an incomplete character, or what may begin a stop string.
         stopped: whether a stop string was found.
     """
 
@@ -52,12 +52,10 @@ class StoppedText:
         self._pieces.append(piece)
         self._ends.append((self._ends[-1] if self._ends else 0) + len(piece))
         self._held += piece
-        found = min((place for string in self._stop if (place := self._held.find(string)) >= 0), default=None)
-        if found is None:
-            sure = len(self._held) - self._could_begin_a_stop()
-        else:
-            sure = found
-            self._cut(self._ends[-1] - len(self._held) + found)
+        found = [place for string in self._stop if (place := self._held.find(string)) >= 0]
+        sure = min(found, default=len(self._held) - self._could_begin_a_stop())
+        if found:
+            self._cut(self._ends[-1] - len(self._held) + sure)
         shown, self._held = self._held[:sure], self._held[sure:]
         return shown
 
@@ -97,7 +95,8 @@ class Texts:
         if context is not None:
             check(self._model, context, len(ids))
         self._draws = checked_draws(self._prompts, model.vocab_size, **settings)
-        self._outputs = [StoppedText(tokenizer, strings) for strings in stop_strings(stop, len(ids))]
+        stop = stop_strings(stop)
+        self._outputs = [StoppedText(tokenizer, stop) for _ in ids]
         self._given = context
         self._after_prompts = self._context = None
         self.finished = False
@@ -139,12 +138,11 @@ class Texts:
 class Stream:
     """An iterator over the pieces of a text that is being continued; none ends within a UTF-8 character.
 
-    Stop reading at any time: nothing is computed ahead, and the attributes stay valid.
+    Nothing is computed ahead. The attributes are valid at any time, also after an interruption:
 
     Attributes:
         text: the pieces that were yielded.
-        tokens: `decode(tokens)` begins with `text`, and equals it at the end of the stream. The rest is held back: an
-            incomplete character, or what may be the beginning of a stop string.
+        tokens: the tokens of `text` and of what is held back, see `StoppedText`.
         context: a copy of the context after the prompt and exactly `tokens`.
     """
 
@@ -193,8 +191,7 @@ def generate_texts(model, params, prompts: Sequence[str], tokenizer, **settings)
 
     Args:
         prompts: texts, or lists of ids.
-        stop: strings for all texts, or a sequence of strings for each; see `stream`.
-        settings: those of `generate`; max_new_tokens, seed and start may be a number for each row.
+        stop, settings: those of `stream`; max_new_tokens, seed and start may be a number for each row.
     """
     texts = Texts(model, params, prompts, tokenizer, **settings)
     pieces = [[] for _ in prompts]
@@ -204,14 +201,12 @@ def generate_texts(model, params, prompts: Sequence[str], tokenizer, **settings)
     return Result(["".join(row) for row in pieces], texts.tokens, texts.context)
 
 
-def stop_strings(stop, B: int) -> list[tuple[str, ...]]:
-    """The stop strings of each text, from those for all texts or one sequence for each."""
-    as_strings = lambda given: (given,) if isinstance(given, str) else tuple(given) if np.iterable(given) else (given,)
-    is_shared = all(isinstance(string, str) for string in as_strings(stop))
-    of_texts = [as_strings(stop)] * B if is_shared else [as_strings(strings) for strings in as_strings(stop)]
-    if len(of_texts) != B or not all(isinstance(string, str) and string for strings in of_texts for string in strings):
-        raise ValueError(f"stop is {stop!r}, expected strings, not empty, for all texts or for each of {B}")
-    return of_texts
+def stop_strings(stop) -> tuple[str, ...]:
+    """Return the stop strings from one or several; ValueError where one is empty or no string."""
+    strings = (stop,) if isinstance(stop, str) or not np.iterable(stop) else tuple(stop)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop is {stop!r}, expected one or several strings that are not empty")
+    return strings
 
 
 def check_tokenizer(tokenizer, model) -> None:

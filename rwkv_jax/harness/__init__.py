@@ -1,4 +1,4 @@
-"""Multiple-choice, perplexity and generation tasks, as lm-evaluation-harness asks them: what is public, by file.
+"""Multiple-choice, perplexity and generation tasks, as lm-evaluation-harness asks them.
 
     pip install "rwkv_jax[harness]"
     python -m rwkv_jax.harness --model=runs/tiny --tasks=lambada_openai,piqa

@@ -13,13 +13,13 @@ Conventions are those of the harness's own adapter for transformers ("hf") on a 
     rolling             token 0 before each document, which is scored for itself
     generation          ends at token 0, at a stop string, or after 256 tokens; greedy unless a task asks otherwise
 
-and differ from it where a recurrence can do better, or it is wrong:
+The two differ in:
 
-    length              "hf" takes the config's `context_length`, 1,024 for RWKV-4, cuts contexts to it from the left
-                        and long documents into windows. Here the state is carried over any length;
-                        `max_length=1024` gives the harness's numbers. Models with attention get that of their run
-    batched generation  "hf" pads shorter contexts on the left with tokens that transformers' RWKV reads, as it ignores
-                        the attention mask: right at batch size 1 only. Here a row does not depend on its batch
+    length              "hf" cuts contexts to the config's `context_length`, 1,024 for RWKV-4, and long documents into
+                        windows. Here the state is carried over any length, and `max_length=1024` gives the harness's
+                        numbers. Models with attention get the length of their run
+    batched generation  "hf" pads on the left with tokens that transformers' RWKV reads, as it ignores the attention
+                        mask: right at batch size 1 only. Here a row does not depend on its batch
 """
 
 import json
@@ -43,17 +43,16 @@ SAMPLING = ("top_p", "top_k", "min_p", "typical_p")  # what a task may ask of a 
 
 @register_model(NAME)
 class HarnessLM(TemplateLM):
-    """What `rwkv_jax.load` reads, as a model of lm-evaluation-harness.
+    """A model of lm-evaluation-harness.
 
     Args:
-        pretrained: a path, a name on the Hugging Face hub, or an `RWKVForCausalLM`.
+        pretrained: a path or hub name that `rwkv_jax.load` reads, or an `RWKVForCausalLM`.
         tokenizer, dtype: see `RWKVForCausalLM.from_pretrained`.
         batch_size: texts read at one time.
         max_length: tokens that the model reads of a text, the last ones; None: no limit if all layers are recurrent.
         prefix_token_id: stands before what has no context.
         add_bos_token: whether it stands before all other contexts, too.
-        max_batch_size, device: ignored, as `lm_eval run` always gives them. Batches have one size, and JAX_PLATFORMS
-            chooses the device.
+        max_batch_size, device: ignored; `lm_eval run` always gives them. JAX_PLATFORMS chooses the device.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class HarnessLM(TemplateLM):
         return [tuple(answer) for answer in scored]
 
     def _cut(self, context, room: int):
-        """The end of the context with which `room` further tokens can be predicted."""
+        """Return the end of the context with which `room` further tokens can be predicted."""
         if self.max_length is None:
             return context
         if room > self.max_length:
@@ -154,7 +153,7 @@ class HarnessLM(TemplateLM):
         return [texts[i] for i in range(len(requests))]
 
     def _continue(self, after, batch, sampling: dict, stop: list[str], settings) -> dict[int, str]:
-        """What follows rows of a context, by request; rows of no new tokens fill the batch up to its one size."""
+        """Return the continuations of rows of a context, by request; rows of no new tokens fill the batch."""
         spare = self.batch_size - len(batch)
         result = generate.generate_texts(
             self.lm.model,
@@ -172,7 +171,7 @@ class HarnessLM(TemplateLM):
 
 
 def _settings(asked: dict) -> tuple[dict, list[str], int]:
-    """(settings of the sampler, stop strings, most new tokens) of a task's generation_kwargs."""
+    """Return (settings of the sampler, stop strings, most new tokens) from a task's generation_kwargs."""
     asked = dict(normalize_gen_kwargs(asked, default_max_gen_toks=256))
     stop, count = [string for string in asked.pop("until") if string], asked.pop("max_gen_toks")
     temperature = asked.pop("temperature", 1.0) if asked.pop("do_sample", False) else 0.0

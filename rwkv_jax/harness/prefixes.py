@@ -19,9 +19,8 @@ SHARED = 32  # prefixes are cut to a multiple of this: to read fewer tokens apar
 def read_many(model, params, texts: Sequence[Sequence[int]], batch_size: int) -> Context:
     """Return one context with the rows of all N texts, in their order.
 
-    Texts are read `batch_size` at a time, those of similar length together. A shared prefix of at least `SHARED`
-    tokens is read once, and so are prefixes that prefixes share. Rows past the last text repeat it, so that one batch
-    size is compiled.
+    Texts are read `batch_size` at a time, those of similar length together; the last one fills the last batch. A
+    shared prefix of at least `SHARED` tokens is read once, and so are prefixes that prefixes share.
 
     Args:
         texts: lists of ids in [0, V), at least one token each.
@@ -60,6 +59,6 @@ def shared_prefixes(texts: list[tuple]) -> list[tuple]:
 
 
 def _shared_length(a: tuple, b: tuple) -> int:
-    """Number of first tokens in which two texts agree."""
+    """Return the number of first tokens in which two texts agree."""
     differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differ, min(len(a), len(b)))

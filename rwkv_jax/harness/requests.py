@@ -1,7 +1,7 @@
-"""How probable are these continuations of these contexts: the question behind multiple choice and perplexity.
+"""Log-likelihoods of continuations given contexts, which answer multiple choice and perplexity.
 
-A context is read once however many continuations it has, and so is what contexts begin with. Continuations are scored
-from copies of the state, in segments, so that a text of any length takes the memory of a short one.
+A context is read once however many continuations it has, and so are prefixes that contexts share. Continuations are
+scored from copies of the state, in segments: a text of any length takes the memory of a short one.
 """
 
 from collections import defaultdict
@@ -24,7 +24,7 @@ class Scored(NamedTuple):
 
 
 def score(model, params, pairs: Sequence[tuple], batch_size: int = 8, progress: bool = True) -> list[Scored]:
-    """log p of each continuation given its context, in order.
+    """Return log p of each continuation given its context, in order.
 
     Args:
         pairs: (ids of the context, ids of the continuation), each at least one token in [0, V).
@@ -55,12 +55,12 @@ def score(model, params, pairs: Sequence[tuple], batch_size: int = 8, progress: 
 
 
 def batches(values: list, size: int) -> Iterator[list]:
-    """`size` values at a time, fewer in the last."""
+    """Return `size` values at a time, fewer in the last."""
     return (values[first : first + size] for first in range(0, len(values), size))
 
 
 def last_words(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """(passage, its last word with the space before it): the question of LAMBADA, as the harness asks it."""
+    """Return (passage, its last word with the space before it) of each text: LAMBADA as the harness asks it."""
     pairs = [text.rpartition(" ") for text in texts]
     for context, _, word in pairs:
         if not context or not word:

@@ -1,6 +1,6 @@
 """Files and folders that hold a model <-> (model, params).
 
-Each format is a reader and a writer of tensors by name; `official` is where names become parameters.
+Each format is a reader and a writer of tensors by name; `official` translates names and tensors to parameters.
 """
 
 import dataclasses
@@ -9,19 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from rwkv_jax import files
 from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_file, states
 from rwkv_jax.interop.fingerprint import fingerprint
-from rwkv_jax.interop.official import (
-    check,
-    from_fields,
-    from_official,
-    model_of,
-    model_of_fields,
-    to_official,
-    without_prefix,
-)
+from rwkv_jax.interop.official import check, from_official, model_of, to_official
 
 __all__ = [
     "describe", "fingerprint", "from_official", "load", "locate", "save", "states", "to_official",
@@ -32,11 +25,11 @@ _FIELDS = "rwkv_jax"  # where a .safetensors of ours has the fields of its model
 
 
 def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True) -> tuple[nn.Module, Any]:
-    """Model and parameters from a file or folder, whose format is detected from its content:
+    """Model and parameters from a file or folder, whose format is detected from its content.
 
-    an official RWKV-4 `.pth`; a `.safetensors` with official or transformers' names, or one of ours, with any model;
-    a folder of transformers' RwkvForCausalLM; an rwkv.cpp file, FP32 or FP16. `rwkv_jax.load` takes a training
-    workdir too.
+    It is an official RWKV-4 `.pth`; a `.safetensors` with official or transformers' names, or one of ours, with any
+    model; a folder of transformers' RwkvForCausalLM; or an rwkv.cpp file, FP32 or FP16. `rwkv_jax.load` takes a
+    training workdir too.
 
     Args:
       path: of a file or folder, or a name on the Hugging Face hub: see `locate`.
@@ -46,48 +39,43 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
       scan: layers stacked [L, ...], or one set of parameters a layer (which decodes faster).
 
     Raises:
-      OSError: nothing is at `path`, or it cannot be had.
-      ValueError: what is there is damaged or no model that this reads, in one line that says why.
+      OSError: nothing is at `path`, or it cannot be read or downloaded.
+      ValueError: what is there is damaged, or is none of these.
     """
     path = locate(path)
     tensors, fields = _read(path)
-    try:
-        if fields is None:
-            return from_official(tensors, dtype, sharding, scan)
-        return from_fields(_parse_fields(fields), tensors, dtype, sharding, scan)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with formats.naming(path):
+        return from_official(tensors, dtype, sharding, scan, fields)
 
 
 def describe(path) -> nn.Module:
     """The model that `load` would return for `path`, without reading its parameters; the same errors."""
     path = locate(path)
     tensors, fields = _read(path)
-    try:
-        return model_of(tensors) if fields is None else model_of_fields(_parse_fields(fields), tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with formats.naming(path):
+        return model_of(tensors, fields=fields)
 
 
-def _read(path: Path) -> tuple[dict, str | None]:
-    """The tensors of a file or a folder for transformers, by official name, and the fields that a file of ours has."""
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    """The tensors of a file or folder by official name, and the model's fields where the file is one of ours."""
     fields = None
     if path.is_dir():
         tensors = huggingface.read(path)
     elif (kind := formats.format_of(path)) == "safetensors":
         tensors, metadata = safetensors_file.read(path)
-        fields = metadata.get(_FIELDS)
+        if _FIELDS in metadata:
+            with formats.naming(f"{path}: its metadata {_FIELDS!r}"):
+                fields = files.parse_json(metadata[_FIELDS])
     else:
         tensors = pth.read(path) if kind == "pth" else rwkv_cpp.read(path)
-    try:
-        return without_prefix(huggingface.named_officially(tensors)), fields
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return huggingface.named_officially(tensors), fields
 
 
 def locate(path) -> Path:
-    """The local file or folder that `path` means. Where none is there, "org/name" (a folder for transformers) and
-    "org/name/file.pth" are names on the Hugging Face hub and are downloaded into its cache.
+    """The local file or folder that `path` means.
+
+    Where there is none, "org/name" (a folder for transformers) and "org/name/file.pth" are names on the Hugging Face
+    hub, from which they are downloaded into its cache.
 
     Raises:
       FileNotFoundError: there is none.
@@ -124,10 +112,8 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
     if format != "safetensors" and (differs := _unreleased(model)):
         raise ValueError(f"{path}: {format} holds released models only, and this one has {differs}; use .safetensors")
     tensors = to_official(params)
-    try:
+    with formats.naming(f"{path}: params are not those of this model"):
         check(tensors, model)
-    except ValueError as error:
-        raise ValueError(f"{path}: params are not those of this model: {error}") from error
     if format == "safetensors":
         safetensors_file.write(path, tensors, {"format": "pt", _FIELDS: json.dumps(_fields(model))})
     else:
@@ -135,21 +121,13 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
 
 
 def _unreleased(model: nn.Module) -> str | None:
-    """The first thing by which a model is none that was released."""
+    """The first field in which a model differs from the released ones; None if there is none."""
     others = [f"{name!r} layers" for name, kind, _ in model.unit if not kind.released]
     switches = dict(model.variant) | ({} if model.embedding_norm else {"embedding_norm": False})
     return next(iter([*others, *(f"{name}={value!r}" for name, value in switches.items())]), None)
 
 
 def _fields(model: nn.Module) -> dict[str, Any]:
-    """What `build` takes to make the model again, apart from the layout of its parameters."""
+    """Arguments of `build` that rebuild the model, apart from the layout of its parameters."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name", "scan")]
     return {name: getattr(model, name) for name in names}
-
-
-def _parse_fields(text: str) -> dict[str, Any]:
-    try:
-        fields = files.parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"its metadata {_FIELDS!r}: {error}") from error
-    return fields

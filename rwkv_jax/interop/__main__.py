@@ -24,7 +24,7 @@ def main(argv=None) -> None:
 
 
 def _carry_tokenizer(source, folder, vocab_size):
-    """Where a tokenizer is known it goes with the weights; where it is not, the weights go alone."""
+    """Save the source's tokenizer beside the weights, or report on stderr that it is unknown."""
     try:
         tokenizer = tokenizers.get_tokenizer(tokenizers.of_model(source, vocab_size))
     except (ValueError, OSError) as error:

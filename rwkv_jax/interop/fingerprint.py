@@ -1,4 +1,4 @@
-"""What tells weights apart, short enough to be kept beside what belongs to them."""
+"""A short fingerprint of a model's weights, kept beside adapters and states that belong to them."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ SAMPLES = 64  # numbers of a parameter that its fingerprint looks at
 
 
 def fingerprint(model, params) -> str:
-    """SHA-256, in hex, of what tells models apart: names and shapes of their parameters and some of the numbers.
+    """SHA-256, in hex, of the names and shapes of the parameters, some of their numbers, and the ablation switches.
 
-    The same for both layouts of the parameters, and, as it looks at numbers rounded to bfloat16, for all dtypes.
+    Both layouts of the parameters have the same, and so have all dtypes: numbers are rounded to bfloat16 first.
     """
     layers = "blocks" in params
     stacked = lambda path: layers and path[0].key == "blocks"

@@ -1,5 +1,6 @@
-"""Detect the format of a file of weights, and what the formats share: views of a file, the bytes of an array."""
+"""Detection of a weight file's format, and helpers that the formats share."""
 
+import contextlib
 import math
 import mmap
 from collections.abc import Sequence
@@ -11,11 +12,19 @@ import numpy as np
 PTH, SAFETENSORS, RWKV_CPP = b"PK\x03\x04", b"{", b"fmgg"
 
 
+# Beginnings of what is often found in place of weights.
+_FOREIGN = {
+    b"<": "a web page, not weights; download the file itself",
+    b"version https://git-lfs": "a Git LFS pointer, not weights; fetch the file itself",
+    b"\x80": "torch's old format, not a zip; re-save it in torch: save(load(path), path)",
+}
+
+
 def format_of(path) -> str:
-    """ "pth", "safetensors" or "rwkv.cpp": what the first bytes of a file say, whatever it is called.
+    """ "pth", "safetensors" or "rwkv.cpp", by the first bytes of the file.
 
     Raises:
-      ValueError: they say something else, or nothing.
+      ValueError: they are those of another format, or the file is empty.
     """
     with Path(path).open("rb") as file:
         head = file.read(64)
@@ -25,34 +34,34 @@ def format_of(path) -> str:
         return "rwkv.cpp"
     if head[8:9] == SAFETENSORS:  # after the header's length, which may look like any text
         return "safetensors"
-    refuse_other_things(path, head)
+    if not head.strip():
+        raise ValueError(f"{path}: empty file; expected weights")
+    for beginning, found in _FOREIGN.items():
+        if head.lstrip().startswith(beginning):
+            raise ValueError(f"{path}: {found}")
     raise ValueError(f"{path}: no weights; expected a .pth, .safetensors or rwkv.cpp file")
 
 
-def refuse_other_things(path, head: bytes) -> None:
-    """Name what is often found in place of weights, from the first bytes of a file."""
-    text = head.lstrip()
-    if not text:
-        raise ValueError(f"{path}: empty file; expected weights")
-    if text.startswith(b"<"):
-        raise ValueError(f"{path}: a web page, not weights; download the file itself")
-    if text.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: a Git LFS pointer, not weights; fetch the file itself")
-    if text.startswith(b"\x80"):
-        raise ValueError(f"{path}: torch's old format, not a zip; re-save it in torch: save(load(path), path)")
+@contextlib.contextmanager
+def naming(source):
+    """Begin the message of a ValueError that is raised inside with `source`, such as a path."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def view(path) -> mmap.mmap:
-    """The content of a file that is not empty, memory-mapped: a part is read when it is used."""
+    """Content of a file that is not empty, memory-mapped."""
     with Path(path).open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def content(array: Any) -> np.ndarray:
-    """The bytes of one NumPy or JAX array in C order, uint8 [n]; a copy only where it is not laid out so."""
+    """Bytes of a NumPy or JAX array in C order, uint8 [n]; a copy only where the array has another layout."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def can_be_a_shape(sizes: Sequence[int]) -> bool:
-    """True where NumPy can express it; even an array of no elements may have too large a size."""
+    """Return whether NumPy can express the shape; even an array of no elements may have too large a size."""
     return len(sizes) <= 8 and math.prod(max(n, 1) for n in sizes) < 2**59

@@ -13,7 +13,7 @@ _BESIDE = ["*.json", "*.txt"]  # config and index, and what tokenizers are made 
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` can be "org/name" or "org/name/path/of/a.pth", and no path: its first part is no folder here."""
+    """Return whether `name` can be "org/name" or "org/name/path/of/a.pth": its first part must be no local folder."""
     found = _NAME.fullmatch(name)
     if found is None or Path(name.split("/")[0]).exists():
         return False

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,13 @@ from rwkv_jax.interop import formats, pth, safetensors_file
 from rwkv_jax.interop.official import layer_count, without_prefix
 
 SHARD_BYTES = 5 * 10**9  # of tensors in one file
-# What is written where `read` looks for weights, and everything else that it would take for weights.
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_WEIGHTS = (_SINGLE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Where `read` looks for weights, and their parts.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _PARTS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 # Parts of official names and what transformers calls them; `rwkv.` comes before all but `head.weight`.
 _RENAMED = {
@@ -115,19 +119,20 @@ def write(folder, tensors: Mapping[str, np.ndarray]) -> None:
             shutil.copytree(folder, new, symlinks=True, ignore=weights, dirs_exist_ok=True)
         (new / "config.json").write_text(json.dumps(_config(tensors), indent=2) + "\n")
         tensors = {to_transformers(name): x for name, x in tensors.items()}
-        shards = list(split(tensors, SHARD_BYTES))
-        metadata = {"format": "pt"}  # which transformers 4 insists on
-        if len(shards) == 1:
-            safetensors_file.write(new / _SINGLE, tensors, metadata)
-            return
-        weight_map = {}
-        for i, names in enumerate(shards, start=1):
-            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-            safetensors_file.write(new / file, {name: tensors[name] for name in names}, metadata)
-            weight_map |= dict.fromkeys(names, file)
-        total = {"total_size": sum(map(_bytes, tensors.values()))}
-        index = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2)
-        (new / _INDEX).write_text(index + "\n")
+        from huggingface_hub import split_state_dict_into_shards_factory  # here, because it imports an HTTP client
+
+        parts = split_state_dict_into_shards_factory(
+            tensors,
+            get_storage_size=lambda x: x.size * x.dtype.itemsize,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=SHARD_BYTES,
+        )
+        for file, names in parts.filename_to_tensors.items():
+            part = {name: tensors[name] for name in names}
+            safetensors_file.write(new / file, part, {"format": "pt"})  # which transformers 4 insists on
+        if parts.is_sharded:
+            index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
+            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -159,19 +164,3 @@ def _config(tensors: Mapping[str, np.ndarray]) -> dict:
         "torch_dtype": dtype,
         **_CARRIED,
     }
-
-
-def split(tensors: Mapping[str, np.ndarray], limit: int) -> Iterator[list[str]]:
-    """Names of the tensors that go into one file each: in order, at most `limit` bytes unless one alone has more."""
-    names, size = [], 0
-    for name, x in tensors.items():
-        if names and size + _bytes(x) > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += _bytes(x)
-    yield names
-
-
-def _bytes(x) -> int:
-    return x.size * x.dtype.itemsize

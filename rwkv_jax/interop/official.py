@@ -25,9 +25,13 @@ _LATER_VERSIONS = {".att.r_k": "RWKV-7", ".att.time_maa": "RWKV-6", ".att.ln_x."
 
 
 def from_official(
-    tensors: Mapping[str, np.ndarray], dtype: str | None = None, sharding: Any = None, scan: bool = True
+    tensors: Mapping[str, np.ndarray],
+    dtype: str | None = None,
+    sharding: Any = None,
+    scan: bool = True,
+    fields: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Any]:
-    """Model and parameters of a released RWKV-4 state dict. All sizes come from its names and shapes.
+    """Model and parameters of a released RWKV-4 state dict, whose names and shapes tell all sizes.
 
     Args:
       tensors: arrays by official name, perhaps memory-mapped: each is read once, into its final place.
@@ -36,59 +40,49 @@ def from_official(
         a residual stream leaves float16's range (the released code halves it every 6 layers).
       sharding: None for the default device, one `jax.sharding.Sharding`, or a tree of them like the parameters.
       scan: layers stacked [L, ...], or one set of parameters a layer.
+      fields: arguments of `build`, perhaps from a stranger's file: `tensors` are then those of this model, of any
+        kind, as `to_official` names them.
 
     Raises:
-      ValueError: weights of another version; a key is missing, unknown, not of floats or of another shape.
+      ValueError: weights of another version; a key is missing, unknown, not of floats or of another shape; `fields`
+        are not those of a model.
     """
     tensors = without_prefix(tensors)
-    model = model_of(tensors, dtype, scan)
+    model = model_of(tensors, dtype, scan, fields)
     return model, _placed(tensors, model, dtype, sharding)
 
 
-def model_of(tensors: Mapping[str, np.ndarray], dtype: str | None = None, scan: bool = True) -> nn.Module:
-    """The model of `from_official`, for which no tensor is read."""
-    refuse_later_versions(tensors)
-    V, D = _matrix_shape(tensors, "emb.weight")
-    F, _ = _matrix_shape(tensors, "blocks.0.ffn.key.weight")
-    sizes = {"vocab_size": V, "num_layers": layer_count(tensors), "dim": D, "hidden_dim": F}
-    check(tensors, build("rwkv4", **sizes))
-    stored = float_dtype(tensors["head.weight"].dtype if dtype is None else dtype)
-    return build("rwkv4", dtype=activation_dtype(stored), param_dtype=stored, scan=scan, **sizes)
-
-
-def from_fields(
-    fields: Mapping[str, Any],
+def model_of(
     tensors: Mapping[str, np.ndarray],
     dtype: str | None = None,
-    sharding: Any = None,
     scan: bool = True,
-) -> tuple[nn.Module, Any]:
-    """Model and parameters of any model of ours from its fields, which may come from a stranger's file, and its
-    tensors as `to_official` names them. Arguments and errors are those of `from_official`.
-
-    Raises:
-      ValueError: `fields` are not those of a model, or the tensors do not fit them.
-    """
-    model = model_of_fields(fields, tensors, dtype, scan)
-    return model, _placed(tensors, model, dtype, sharding)
-
-
-def model_of_fields(fields, tensors: Mapping[str, np.ndarray], dtype: str | None = None, scan: bool = True):
-    """The model of `from_fields`, for which no tensor is read."""
+    fields: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """The model of `from_official`; no tensor is read."""
+    chosen = _released_fields(tensors) if fields is None else fields
     L = layer_count(tensors)
-    if fields.get("num_layers") != L:  # before a model of a billion layers is built
-        raise ValueError(f"model field num_layers is {fields.get('num_layers')!r}, and there are {L} layers")
-    chosen = {**fields, "scan": scan}
-    if dtype is not None:
-        stored = float_dtype(dtype)
-        chosen |= {"dtype": activation_dtype(stored), "param_dtype": stored}
+    if chosen.get("num_layers") != L:  # before a model of a billion layers is built
+        raise ValueError(f"model field num_layers is {chosen.get('num_layers')!r}, and there are {L} layers")
     try:
-        model = build("rwkv4", **chosen)
+        model = build("rwkv4", **{**chosen, "scan": scan})
         parameter_shapes(model)
     except Exception as error:  # a field of a wrong type can make a model raise nearly anything
         raise ValueError(f"its fields are not those of a model: {files.one_line(error)}") from error
     check(tensors, model)
-    return model
+    if fields is None and dtype is None:
+        dtype = tensors["head.weight"].dtype
+    if dtype is None:
+        return model
+    stored = float_dtype(dtype)
+    return model.clone(dtype=activation_dtype(stored), param_dtype=stored)
+
+
+def _released_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The sizes of the RWKV-4 model that a state dict holds."""
+    refuse_later_versions(tensors)
+    V, D = _matrix_shape(tensors, "emb.weight")
+    F, _ = _matrix_shape(tensors, "blocks.0.ffn.key.weight")
+    return {"vocab_size": V, "num_layers": layer_count(tensors), "dim": D, "hidden_dim": F}
 
 
 def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | None, sharding: Any) -> Any:
@@ -113,7 +107,7 @@ def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | No
 def to_official(params: Any) -> dict[str, np.ndarray]:
     """The official state dict of RWKV-4 parameters in either layout: NumPy views, matrices [out, in].
 
-    Other layers are named by the same rule, which only our own files know.
+    Other kinds of layer are named by the same rule, for files of ours.
     """
     out = {}
     period = sum(name.startswith("block_") for name in params.get("blocks", {})) or 1
@@ -148,7 +142,7 @@ def layer_count(names: Iterable[str]) -> int:
 
 
 def check(tensors: Mapping[str, np.ndarray], model: nn.Module) -> None:
-    """Hold tensors by official name against the parameters that a model has.
+    """Compare the names, shapes and dtypes of tensors with the parameters of a model.
 
     Raises:
       ValueError: naming the first key that is missing, unknown, not of floats or of another shape.
@@ -217,12 +211,12 @@ def _matrix_shape(tensors, name) -> tuple[int, int]:
 
 
 def _kept_wide(path: str) -> bool:
-    """Whether a parameter is float32 at least, whatever the others are."""
+    """Return whether a parameter stays float32 or wider when the others are narrower."""
     return any(kind.kept_wide and re.search(kind.kept_wide, path) for kind in KINDS.values())
 
 
 def _official_names(path: tuple[str, ...], shape: tuple[int, ...], period: int, apart: int) -> list[str]:
-    """What a leaf of our tree is called in a state dict, layer by layer where it is stacked.
+    """Names of a leaf of our tree in a state dict, one a layer where it is stacked.
 
     Args:
         period: layers in the repeating unit, which a stacked hybrid keeps apart as block_0, block_1, ...

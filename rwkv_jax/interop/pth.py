@@ -90,45 +90,46 @@ class _Unpickler(pickle.Unpickler):
 def read(path) -> dict[str, np.ndarray]:
     """The tensors of a `.pth` state dict, by name.
 
-    Each array is a read-only view of the memory-mapped file, with the file's own dtype (bfloat16 included),
-    shape and strides: nothing is read before it is used, and a 28 GB file costs no memory of its own.
+    Each array is a read-only view of the memory-mapped file, with the file's dtype (bfloat16 included), shape and
+    strides: nothing is read before it is used, so a 28 GB file needs no memory of its own.
 
     Raises:
-      ValueError: the file is no torch zip file, is cut short or compressed or big-endian, does not hold a
-        flat dict of tensors, or its pickle asks for anything that such a dict does not need.
+      ValueError: the file is damaged, compressed or big-endian, does not hold a flat dict of tensors, or its pickle
+        asks for anything that such a dict does not need.
     """
-    path = Path(path)
-    with path.open("rb") as file:
-        records = _records(path, file)
-    buffer = formats.view(path)
-    spans = {name: _span(path, buffer, info) for name, info in records.items()}
-    root = next((name.removesuffix("data.pkl") for name in spans if name.endswith("/data.pkl")), None)
-    if root is None:
-        raise ValueError(f"{path}: a zip file without data.pkl; expected a .pth that torch.save wrote")
-    record = lambda name: buffer[slice(*spans[root + name])]
-    if root + "byteorder" in spans and record("byteorder") != b"little":
-        raise ValueError(f"{path}: its byteorder is {record('byteorder')!r}; expected b'little'")
+    with formats.naming(path):
+        spans = _records(path)
+        buffer = formats.view(path)
+        root = next((name.removesuffix("data.pkl") for name in spans if name.endswith("/data.pkl")), None)
+        if root is None:
+            raise ValueError("a zip file without data.pkl; expected a .pth that torch.save wrote")
+        record = lambda name: buffer[slice(*spans[root + name])]
+        if root + "byteorder" in spans and record("byteorder") != b"little":
+            raise ValueError(f"its byteorder is {record('byteorder')!r}; expected b'little'")
+        state = _state_dict(record("data.pkl"))
+        return {
+            name: _view(buffer, spans.get(f"{root}data/{tensor.storage.key}"), name, tensor)
+            for name, tensor in state.items()
+        }
 
+
+def _state_dict(program: bytes) -> dict[str, _Tensor]:
+    """The tensors that a pickle names."""
     # A damaged pickle can raise nearly anything; all of it means one thing to the reader.
     try:
-        program = record("data.pkl")
         _check_memo(program)
         state = _Unpickler(io.BytesIO(program)).load()
     except Exception as error:
-        raise ValueError(f"{path}: data.pkl is not the pickle of a state dict: {files.one_line(error)}") from error
-
+        raise ValueError(f"data.pkl is not the pickle of a state dict: {files.one_line(error)}") from error
     kind = lambda value: type(value).__name__.strip("_")
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {kind(state)}; expected a dict of tensors")
+        raise ValueError(f"holds a {kind(state)}; expected a dict of tensors")
     for name, value in state.items():
         if not isinstance(name, str):
-            raise ValueError(f"{path}: key {name!r} is no string; expected a dict of tensors by name")
+            raise ValueError(f"key {name!r} is no string; expected a dict of tensors by name")
         if not isinstance(value, _Tensor):
-            raise ValueError(f"{path}: {name!r} holds a {kind(value)}; expected a flat dict of tensors only")
-    return {
-        name: _view(path, buffer, spans.get(f"{root}data/{tensor.storage.key}"), name, tensor)
-        for name, tensor in state.items()
-    }
+            raise ValueError(f"{name!r} holds a {kind(value)}; expected a flat dict of tensors only")
+    return state
 
 
 def _check_memo(program: bytes) -> None:
@@ -138,46 +139,44 @@ def _check_memo(program: bytes) -> None:
             raise ValueError(f"it remembers an object as number {number:,} and has {len(program):,} bytes")
 
 
-def _records(path, file) -> dict[str, zipfile.ZipInfo]:
-    head = file.read(64)
-    formats.refuse_other_things(path, head)
-    if not head.startswith(formats.PTH):
-        raise ValueError(f"{path}: not a zip file; expected a .pth that torch.save wrote")
+def _records(path) -> dict[str, tuple[int, int]]:
+    """First and last-plus-one byte of each stored record within the file, by name."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            return {info.filename: info for info in archive.infolist()}
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error) as error:
-        raise ValueError(f"{path}: truncated or damaged zip file ({error}); download it again") from error
+        raise ValueError(f"truncated or damaged zip file ({error}); download it again") from error
+    buffer = formats.view(path)
+    return {info.filename: _span(buffer, info) for info in records}
 
 
-def _span(path, buffer, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """First and last-plus-one byte of a stored record within the file."""
+def _span(buffer, info: zipfile.ZipInfo) -> tuple[int, int]:
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        raise ValueError(f"{path}: record {info.filename!r} is compressed; torch.save stores it as it is")
+        raise ValueError(f"record {info.filename!r} is compressed; torch.save stores it as it is")
     header = buffer[info.header_offset : info.header_offset + 30]
-    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
-        raise ValueError(f"{path}: damaged zip file: no record where {info.filename!r} should be")
+    if len(header) < 30 or not header.startswith(formats.PTH):
+        raise ValueError(f"damaged zip file: no record where {info.filename!r} should be")
     # The lengths of name and padding given here, not those of the table of contents: the two may differ.
     start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
     if start + info.file_size > len(buffer):
-        raise ValueError(f"{path}: truncated: record {info.filename!r} ends past the end of the file")
+        raise ValueError(f"truncated: record {info.filename!r} ends past the end of the file")
     return start, start + info.file_size
 
 
-def _view(path, buffer, span, name, tensor: _Tensor) -> np.ndarray:
+def _view(buffer, span, name, tensor: _Tensor) -> np.ndarray:
     storage, offset, shape, strides = tensor
     sizes_valid = len(shape) == len(strides) and all(_is_size(n) for n in (offset, *shape, *strides))
     if not isinstance(storage, _Storage) or not sizes_valid or not formats.can_be_a_shape(shape):
-        raise ValueError(f"{path}: {name!r} is no strided view of a storage: {tuple(tensor)}")
+        raise ValueError(f"{name!r} is no strided view of a storage: {tuple(tensor)}")
     if span is None:
-        raise ValueError(f"{path}: {name!r} needs record 'data/{storage.key}', which the file lacks")
+        raise ValueError(f"{name!r} needs record 'data/{storage.key}', which the file lacks")
     dtype = jnp.dtype(storage.dtype)
     if math.prod(shape) == 0:
         return np.empty(shape, dtype)
     used = 1 + offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     held = min(storage.size, (span[1] - span[0]) // dtype.itemsize)
     if used > held:
-        raise ValueError(f"{path}: {name!r} needs {used} elements of storage {storage.key!r}; it has {held}")
+        raise ValueError(f"{name!r} needs {used} elements of storage {storage.key!r}; it has {held}")
     byte_strides = [s * dtype.itemsize for s in strides]
     return np.ndarray(shape, dtype, buffer, span[0] + offset * dtype.itemsize, byte_strides)
 
@@ -189,8 +188,7 @@ def _is_size(n) -> bool:
 def write(path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write `tensors` so that `torch.load(path, weights_only=True)` returns them, bit for bit and in order.
 
-    Values may be NumPy or JAX arrays; one is copied at a time. The file appears whole or not at all: it is
-    written beside `path`, synchronised and renamed.
+    Values may be NumPy or JAX arrays; one is copied at a time. The file appears whole or not at all.
 
     Raises:
       ValueError: a tensor has a dtype for which torch has no storage.
@@ -207,8 +205,7 @@ def write(path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def _add(archive: zipfile.ZipFile, position: int, name: str, content) -> None:
     info = zipfile.ZipInfo(f"archive/{name}")
-    # Before the content: 30 bytes of header, the name, 20 of 64-bit sizes, and a padding field with 4 of its
-    # own.
+    # Before the content: 30 bytes of header, the name, 20 of 64-bit sizes, and the padding field with its own 4.
     padding = -(position + 30 + len(info.filename) + 20 + 4) % _ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
     with archive.open(info, "w", force_zip64=True) as record:

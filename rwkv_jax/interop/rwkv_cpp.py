@@ -31,71 +31,71 @@ def read(path) -> dict[str, np.ndarray]:
     Raises:
       ValueError: the file is cut short, damaged, quantised, or holds weights of a later version.
     """
-    size = Path(path).stat().st_size
+    with formats.naming(path):
+        return _read(formats.view(path))
+
+
+def _read(buffer) -> dict[str, np.ndarray]:
+    size = len(buffer)
     if size < 24:
-        raise ValueError(f"{path}: truncated: {size} bytes, no rwkv.cpp header")
-    buffer = formats.view(path)
+        raise ValueError(f"truncated: {size} bytes, no rwkv.cpp header")
     _, version, V, D, L, mostly = struct.unpack("<6i", buffer[:24])
     if version not in (100, 101):
-        raise ValueError(f"{path}: rwkv.cpp file version {version}, expected 100 or 101")
-    _check_dtype(path, "it", mostly)
+        raise ValueError(f"rwkv.cpp file version {version}, expected 100 or 101")
+    _check_dtype("it", mostly)
     tensors, position = {}, 24
     while position < size:
-        name, dtype, shape, position = _header(path, buffer, position)
+        name, dtype, shape, position = _header(buffer, position)
         if name in tensors:
-            raise ValueError(f"{path}: damaged: {name!r} occurs twice")
+            raise ValueError(f"damaged: {name!r} occurs twice")
         end = position + math.prod(shape) * dtype.itemsize
         if end > size:
-            raise ValueError(f"{path}: truncated: {name!r} ends at byte {end:,} of {size:,}")
+            raise ValueError(f"truncated: {name!r} ends at byte {end:,} of {size:,}")
         tensors[name] = np.ndarray(shape, dtype, buffer, position)
         position = end
     tensors = without_prefix(tensors)
-    try:
-        refuse_later_versions(tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    refuse_later_versions(tensors)
     if "emb.weight" not in tensors:
-        raise ValueError(f"{path}: no RWKV-4 weights: 'emb.weight' is not among the {len(tensors)} keys")
+        raise ValueError(f"no RWKV-4 weights: 'emb.weight' is not among the {len(tensors)} keys")
     found = (*tensors["emb.weight"].shape, layer_count(tensors))
     if found != (V, D, L):
-        raise ValueError(f"{path}: damaged: its header says V, D, L = {(V, D, L)}, its tensors {found}")
-    return {name: _official(path, name, x) for name, x in tensors.items()}
+        raise ValueError(f"damaged: its header says V, D, L = {(V, D, L)}, its tensors {found}")
+    return {name: _official(name, x) for name, x in tensors.items()}
 
 
-def _check_dtype(path, what: str, dtype: int) -> None:
+def _check_dtype(what: str, dtype: int) -> None:
     if dtype in _QUANTISED:
-        raise ValueError(f"{path}: {what} is quantised ({_QUANTISED[dtype]}); convert from the FP16 or FP32 file")
+        raise ValueError(f"{what} is quantised ({_QUANTISED[dtype]}); convert from the FP16 or FP32 file")
     if dtype not in _DTYPES:
-        raise ValueError(f"{path}: damaged: {what} has data type {dtype}, expected 0 (FP32) or 1 (FP16)")
+        raise ValueError(f"damaged: {what} has data type {dtype}, expected 0 (FP32) or 1 (FP16)")
 
 
-def _header(path, buffer, position: int) -> tuple[str, np.dtype, tuple[int, ...], int]:
+def _header(buffer, position: int) -> tuple[str, np.dtype, tuple[int, ...], int]:
     """Name, dtype and shape of the tensor whose header starts at `position`, and where its numbers start."""
     try:
         ndim, length, dtype = struct.unpack_from("<3i", buffer, position)
         if not 1 <= ndim <= 3 or not 0 < length <= 1024:
-            raise ValueError(f"{path}: damaged: {ndim} dimensions and a name of {length} bytes at byte {position:,}")
+            raise ValueError(f"damaged: {ndim} dimensions and a name of {length} bytes at byte {position:,}")
         shape = struct.unpack_from(f"<{ndim}i", buffer, position + 12)
         (name,) = struct.unpack_from(f"{length}s", buffer, position + 12 + 4 * ndim)
-    except struct.error as error:
-        raise ValueError(f"{path}: truncated: a tensor's header at byte {position:,} is cut short") from error
-    try:
         name = name.decode()
+    except struct.error as error:
+        raise ValueError(f"truncated: a tensor's header at byte {position:,} is cut short") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: damaged: the name of the tensor at byte {position:,} is no text") from error
-    _check_dtype(path, repr(name), dtype)
+        raise ValueError(f"damaged: the name of the tensor at byte {position:,} is no text") from error
+    _check_dtype(repr(name), dtype)
     if min(shape) < 1:
-        raise ValueError(f"{path}: damaged: {name!r} has shape {shape[::-1]}")
+        raise ValueError(f"damaged: {name!r} has shape {shape[::-1]}")
     return name, _DTYPES[dtype], shape[::-1], position + 12 + 4 * ndim + length
 
 
-def _official(path, name: str, x: np.ndarray) -> np.ndarray:
+def _official(name: str, x: np.ndarray) -> np.ndarray:
     if ".time_mix_" in name:
         return x.reshape(1, 1, -1)
     if not name.endswith(".time_decay"):
         return x
     if not (x < 0).all():
-        raise ValueError(f"{path}: {name!r} is not negative everywhere; rwkv.cpp stores it as -exp(time_decay)")
+        raise ValueError(f"{name!r} is not negative everywhere; rwkv.cpp stores it as -exp(time_decay)")
     return np.log(-x.astype(np.float64)).astype(np.float32)
 
 

@@ -1,7 +1,7 @@
 """`.safetensors` files: the `safetensors` library reads the header, and a tensor is a view of the file.
 
-The library alone would not do: it returns copies of whole tensors, where a host may need a part of each; and it writes
-contiguous tensors, all at once, which for transposed views is a second copy of the model (see `write`).
+The library itself returns copies of whole tensors, where a host may need a part of each. It writes contiguous tensors,
+all at once, which for transposed views takes a second copy of the model (see `write`).
 """
 
 import json
@@ -16,21 +16,12 @@ from tqdm import tqdm
 from rwkv_jax import files
 from rwkv_jax.interop import formats
 
+# Ours are NumPy's and JAX's names.
 _DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 

@@ -68,7 +68,7 @@ def rotate(x_BTHK, position_BT):
     angle = 10000.0 ** (-jnp.arange(half) / half)
     angle_BT1i = (position_BT[..., None].astype(jnp.float32) * angle[None, None])[:, :, None]
     sin, cos = jnp.sin(angle_BT1i), jnp.cos(angle_BT1i)
-    a, b = jnp.split(x_BTHK.astype(jnp.promote_types(x_BTHK.dtype, jnp.float32)), 2, axis=-1)
+    a, b = jnp.split(_wide(x_BTHK), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
 
@@ -160,10 +160,9 @@ def _wide(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _index(cumulative_from, reset_BT, position_BT):
-    """Where the current document starts: the newest reset's position, or `cumulative_from` before any."""
-    starts_BT = jnp.where(reset_BT, position_BT, cumulative_from)
-    return lax.cummax(starts_BT, axis=1)
+def _document_start(before, reset_BT, position_BT):
+    """Position where each token's document starts: that of the newest reset, or `before` where there is none."""
+    return lax.cummax(jnp.where(reset_BT, position_BT, before), axis=1)
 
 
 class Attention(nn.Module):
@@ -188,8 +187,6 @@ class Attention(nn.Module):
         )
         observe(self, "k_max", lambda: jnp.abs(k).max())
         precision = config.matmul_precision
-        if reset_BT is not None and valid_BT is not None:
-            reset_BT = reset_BT & valid_BT
         with jax.named_scope("attention"):
             if cache is None:
                 y, cache = self._without_past(q, k, v, reset_BT, valid_BT, precision), None
@@ -203,7 +200,7 @@ class Attention(nn.Module):
         B, T = q.shape[:2]
         time_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         position_BT = time_BT if valid_BT is None else jnp.cumsum(valid_BT, axis=1) - 1
-        start_BT = None if reset_BT is None else _index(0, reset_BT, time_BT)
+        start_BT = None if reset_BT is None else _document_start(0, reset_BT, time_BT)
         q, k = rotate(q, position_BT), rotate(k, position_BT)
         return causal_attention(q, k, v, start_BT, valid_BT, precision)
 
@@ -213,7 +210,7 @@ class Attention(nn.Module):
         slot_BT = cache.length_B[:, None] + jnp.cumsum(ones_BT, axis=1) - 1
         start_BT = jnp.broadcast_to(cache.start_B[:, None], (B, T))
         if reset_BT is not None:
-            start_BT = _index(start_BT, reset_BT, slot_BT)
+            start_BT = _document_start(start_BT, reset_BT, slot_BT)
         q, k = rotate(q, slot_BT), rotate(k, slot_BT)
         # padding goes to a slot past the end, which the scatter drops
         to_BT = slot_BT if valid_BT is None else jnp.where(valid_BT, slot_BT, cache.k_BHSK.shape[2])

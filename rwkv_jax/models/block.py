@@ -6,9 +6,9 @@ A kind of layer is one file of this folder, whose `KIND` is all that other code 
     x_BTD, state = Block(config)(x_BTD, state, reset_BT, valid_BT, layer)
 
 `state` is what `KIND.init_state` or an earlier call returned, or None where there is no past; `reset_BT` and
-`valid_BT` are as in `LM.hidden`, or None; `layer` is the layer's number from 0, a float32 that may be traced. With
-`shares_first` a block takes the values that the first layer of its kind hands up to the later ones, None in that first
-layer, and returns them, or those that it got:
+`valid_BT` are as in `LM.hidden`, or None, and no reset is on padding; `layer` is the layer's number from 0, a float32
+that may be traced. With `shares_first` a block takes the values that the first layer of its kind hands up to the later
+ones, None in that first layer, and returns them, or those that it got:
 
     x_BTD, state, first = Block(config)(x_BTD, state, reset_BT, valid_BT, layer, first)
 """

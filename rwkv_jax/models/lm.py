@@ -244,6 +244,8 @@ class LM(nn.Module):
         return self._hidden(tokens_BT, state, reset_BT, valid_BT)
 
     def _hidden(self, tokens_BT, state, reset_BT, valid_BT):
+        if reset_BT is not None and valid_BT is not None:
+            reset_BT = reset_BT & valid_BT
         x_BTD = dropout(self, self.emb(tokens_BT), self.dropout)
         if self.embedding_norm:
             x_BTD = self.ln0(x_BTD)

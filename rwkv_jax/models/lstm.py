@@ -43,8 +43,6 @@ def lstm(x_BTG, recurrent_FG, state: LayerState, reset_BT=None, valid_BT=None, p
     state in that of the state.
     """
     wide = state.c_BF.dtype
-    if reset_BT is not None and valid_BT is not None:
-        reset_BT = reset_BT & valid_BT
     recurrent_FG = recurrent_FG.astype(x_BTG.dtype)
     product = partial(jnp.matmul, precision=precision, preferred_element_type=wide)
 

@@ -232,7 +232,7 @@ def _scan_backward(w, u, k_BTD, v_BTD, starts_MBD, reset_BT, valid_BT, dy_BTD, d
 
 
 def _associative_states(w, k, v, state, reset_BT, valid_BT):
-    """States [B, T + 1, D]: the incoming one and the one after each token."""
+    """(states that the tokens read, states after them), each [B, T, D]."""
     tokens_BTD = WKV4State(v, jnp.ones_like(v), k)
     tokens_BTD = tokens_BTD if valid_BT is None else choose_states(valid_BT, tokens_BTD, _empty_like(k))
     decay_BTD = jnp.broadcast_to(jnp.maximum(w, FORGET)[None], k.shape)
@@ -246,7 +246,9 @@ def _associative_states(w, k, v, state, reset_BT, valid_BT):
         (w1, s1), (w2, s2) = left, right
         return jnp.maximum(w1 + w2, FORGET), merge_states(w2, s1, s2)
 
-    return lax.associative_scan(combine, (decay_BTD, tokens_BTD), axis=1)[1]
+    states_BTD = lax.associative_scan(combine, (decay_BTD, tokens_BTD), axis=1)[1]
+    before_BTD = choose_states(reset_BT, _empty_like(k), jax.tree.map(lambda x: x[:, :-1], states_BTD))
+    return before_BTD, jax.tree.map(lambda x: x[:, 1:], states_BTD)
 
 
 def _empty_like(x_BTD):
@@ -255,18 +257,15 @@ def _empty_like(x_BTD):
 
 def _associative_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     k, v = k_BTD.astype(state.num.dtype), v_BTD.astype(state.num.dtype)
-    states_BTD = _associative_states(w, k, v, state, reset_BT, valid_BT)
-    before_BTD = choose_states(reset_BT, _empty_like(k), jax.tree.map(lambda x: x[:, :-1], states_BTD))
-    final = jax.tree.map(lambda x: x[:, -1], states_BTD)
+    before_BTD, after_BTD = _associative_states(w, k, v, state, reset_BT, valid_BT)
+    final = jax.tree.map(lambda x: x[:, -1], after_BTD)
     return read_token(u[None], k, v, before_BTD)[0].astype(v_BTD.dtype), final, state
 
 
 def _associative_backward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT, dy_BTD, dstate):
     """The cotangents obey a linear recurrence with known factors: `past`, the weight that each token left its past."""
     k, v, dy = (x.astype(state.num.dtype) for x in (k_BTD, v_BTD, dy_BTD))
-    states_BTD = _associative_states(w, k, v, state, reset_BT, valid_BT)
-    before_BTD = choose_states(reset_BT, _empty_like(k), jax.tree.map(lambda x: x[:, :-1], states_BTD))
-    after_scale = states_BTD.log_scale[:, 1:]
+    before_BTD, (_, _, after_scale) = _associative_states(w, k, v, state, reset_BT, valid_BT)
     past, now = jnp.exp((before_BTD.log_scale - after_scale) + w[None]), jnp.exp(k - after_scale)
     if valid_BT is not None:
         past, now = choose_states(valid_BT, (past, now), (jnp.ones_like(past), jnp.zeros_like(now)))

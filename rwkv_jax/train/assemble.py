@@ -1,4 +1,4 @@
-"""What a run needs, decided and checked before its workdir is touched."""
+"""Build everything that a run needs from its config, and check it before the workdir is touched."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from rwkv_jax.train.methods import Method, method_of
 from rwkv_jax.train.step import make_init, make_step
 from rwkv_jax.train.workdir import tokenizer
 
-# What a model's weights decide, and a config may leave open with None.
+# Fields that the weights decide; None in a config leaves them open.
 DECIDED_BY_WEIGHTS = ("vocab_size", "num_layers", "dim", "layers", "hidden_dim", "head_size", "embedding_norm")
 
 
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
 
 def assembled(config, workdir: Path) -> Run:
-    """Everything of a run that a config decides.
+    """Return everything that the config of a run decides.
 
     Raises:
         ValueError, OSError: a field that does not fit, or a text that cannot be read.
@@ -75,7 +75,7 @@ def assembled(config, workdir: Path) -> Run:
 
 
 def completed(config):
-    """The config of a fine-tuning run with all that it leaves to the weights at `finetune.model`.
+    """Fill in what the config of a fine-tuning run leaves to the weights at `finetune.model`.
 
     Raises:
         ValueError: it names another size, or a tokenizer of another vocabulary.

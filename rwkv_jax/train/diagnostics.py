@@ -1,4 +1,4 @@
-"""What is worth knowing about a model in training beside its loss, computed apart from the step."""
+"""Diagnostics of a model in training beside its loss, computed apart from the step."""
 
 import re
 

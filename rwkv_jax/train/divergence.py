@@ -1,4 +1,4 @@
-"""When a run had better stop: losses that are no numbers, or that leap."""
+"""Detect divergence: losses that are not finite, or that leap."""
 
 import collections
 import statistics
@@ -7,15 +7,15 @@ WINDOW = 20  # steps whose mean loss a step is compared with
 
 
 class DivergedError(ArithmeticError):
-    """A run ended itself; what was saved before stays."""
+    """A run ends because it has diverged; its checkpoints stay."""
 
 
 class Watch:
-    """What the steps of this start come to, one after the other.
+    """Decides after each step whether the run has diverged.
 
     Args:
-        max_skipped: non-finite steps in a row, each of which changed nothing, that are borne.
-        max_loss_rise: nats above the mean of the `WINDOW` steps before that are borne; 0: any.
+        max_skipped: non-finite steps in a row that are allowed; none of them changes the state.
+        max_loss_rise: rise above the mean loss of the `WINDOW` steps before that is allowed, in nats; 0: any.
         skipped: steps skipped before this start.
     """
 
@@ -25,7 +25,7 @@ class Watch:
         self.recent = collections.deque(maxlen=WINDOW)
 
     def problem(self, step: int, loss: float, skipped: int) -> str:
-        """Why the run should end after `step`, or nothing. `skipped` counts all steps so far."""
+        """Return why the run should end after `step`, or "". `skipped` counts all skipped steps so far."""
         self.in_a_row = self.in_a_row + 1 if skipped > self.skipped else 0
         self.skipped = skipped
         if self.in_a_row > self.max_skipped:

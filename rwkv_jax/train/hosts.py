@@ -1,4 +1,4 @@
-"""Several hosts, each a process of the same command: how they find one another, fail together and stop together.
+"""Several hosts, each a process of the same command: they connect, fail together and stop together.
 
 JAX's distributed runtime does the work: a coordinator on host 0, heartbeats, a step at which all know of a signal.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 30  # after which a host that has died or stands still ends the others; JAX's default is 100
+HEARTBEAT_SECONDS = 30  # without a sign of a host, after which the others end; JAX's default is 100
 
 _meetings = itertools.count()
 
@@ -66,7 +66,7 @@ def join(distributed: bool, coordinator: str | None, num_hosts: int | None, host
 
 
 class SharedError(ValueError):
-    """What stops all hosts at once, so that they can leave in good order. `host`: the one whose message tells most."""
+    """An error that all hosts raise at once, so that they end in good order. `host`: the one that prints it."""
 
     def __init__(self, message: str, host: int):
         super().__init__(message)
@@ -75,9 +75,9 @@ class SharedError(ValueError):
 
 @contextlib.contextmanager
 def together():
-    """What raises ValueError or OSError in here on one host stops all of them: on several, by a `SharedError` each.
+    """Turn a ValueError or OSError of one host into a `SharedError` on each. One host alone raises it as it is.
 
-    In here hosts may take as long as they need, a day at most, but not wait for one another.
+    In this context hosts may take up to a day, but must not wait for one another.
     """
     if not jax.distributed.is_initialized():
         yield
@@ -95,13 +95,13 @@ def together():
 
 
 def check_joined() -> None:
-    """One line where hosts that JAX sees, as those of a TPU pod see each other, have not been connected."""
+    """ValueError where JAX sees several hosts, as on a TPU pod, that have not been connected."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise ValueError(f"this is one of {jax.process_count()} hosts, expected --distributed on each")
 
 
 def check_same(what: str, value: str) -> None:
-    """One line where the hosts have not all come with the same `value`."""
+    """ValueError where not all hosts have the same `value`."""
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
     differ = (multihost_utils.process_allgather(digest) != digest).any(axis=-1)
     with together():
@@ -110,7 +110,7 @@ def check_same(what: str, value: str) -> None:
 
 
 def check_shared(folder) -> None:
-    """One line where `folder` is not the same one for all hosts."""
+    """ValueError where `folder` is not the same one for all hosts."""
     token = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
     mark = folder / f".shared-{token:08x}"
     first_host = jax.process_index() == 0

@@ -1,4 +1,4 @@
-"""The loop of a run, and what its log says of a step."""
+"""The training loop, and the rows of its log."""
 
 import contextlib
 import sys

@@ -1,4 +1,4 @@
-"""Which tree a run trains, and what parameters and state that tree makes of a model: pure functions.
+"""Methods of fine-tuning: the tree that a run trains, and the parameters and state of the model that it gives.
 
 full     all parameters; rules of `optim.groups` freeze some of them, or some layers
 lora     low-rank adapters beside matrices (`models.lora`)
@@ -43,7 +43,7 @@ class Method:
         return frozen, tuned_state(model, trained, batch)
 
     def check(self, model) -> None:
-        """ValueError where this does not fit the model, or a rule names nothing."""
+        """ValueError where the method does not fit the model, or a rule matches no parameter."""
         params = models.parameter_shapes(model)
         trained = jax.eval_shape(lambda params: self.split(model, params, jax.random.key(0))[0], params)
         optim.check_groups(trained, self.groups)
@@ -63,7 +63,7 @@ def method_of(config) -> Method:
 
 
 def untuned_state(model):
-    """The tree that state tuning begins with: `Kind.tuned_start` of each layer, stacked as parameters are.
+    """Return the initial tree of state tuning: `Kind.tuned_start` of each layer, stacked as parameters are.
 
     Raises:
         ValueError: a kind of layer has no state that can be tuned.

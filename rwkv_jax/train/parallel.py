@@ -4,10 +4,9 @@
     put(batch) -> batch         the rows that this host has read (`own_rows`) onto its devices
     step(state, batch, lr) -> (state, metrics)      state donated
 
-and the training loop never asks which one it has. A state's `carry`, what the rows of the batch remember, is split as
-they are. Outside this file every array is a global `jax.Array` without a device axis. `step(state, batch, lr,
-axis_name=None)` reduces over `axis_name` where it is given (pmap), and sees the global batch otherwise. `devices` are
-all that there are unless the caller names others, for which a step can be compiled though they are not here.
+and the training loop never asks which one it has. A state's `carry`, the recurrent state of the batch's rows, is split
+by rows too. Outside this file every array is a global `jax.Array` without a device axis. `step(state, batch, lr,
+axis_name=None)` reduces over `axis_name` where it is given (pmap), and sees the global batch otherwise.
 """
 
 import contextlib
@@ -26,21 +25,21 @@ REPLICA, FSDP = "replica", "fsdp"
 MIN_SHARDED = 2**14  # elements: smaller leaves cost more to gather than to keep
 
 
-def single(init, step, devices=None, replicas=1):
-    """One device: the first of `devices`, or JAX's default, `jax.default_device`."""
+def single(init, step, replicas=1):
+    """JAX's default device, `jax.default_device`."""
 
     def committed(key):
         # as restored and pretrained arrays are; a step that meets both kinds is compiled twice
-        device = devices[0] if devices else jax.config.jax_default_device
+        device = jax.config.jax_default_device
         device = jax.devices(device)[0] if device is None or isinstance(device, str) else device
         return jax.jit(init, out_shardings=jax.sharding.SingleDeviceSharding(device))(key)
 
     return committed, jax.jit(step, donate_argnums=0), jax.device_put
 
 
-def data_parallel(init, step, devices=None, replicas=1):
+def data_parallel(init, step, replicas=1):
     """`jax.pmap`: parameters replicated, rows of the batch split."""
-    mesh = _mesh("pmap", devices)
+    mesh = _mesh("pmap")
     by_rows = NamedSharding(mesh, P(AXIS))
 
     def on_a_device(state, carry, batch, lr):
@@ -78,7 +77,8 @@ def fsdp(init, step, devices=None, replicas=1):
     """`jax.jit` with every large array split over its largest divisible axis, gathered where it is used.
 
     The devices are a mesh (replica, fsdp): rows are split over both, arrays over `fsdp`, so that they are gathered
-    among the devices of one replica and only gradients are summed over replicas.
+    among the devices of one replica and only gradients are summed over replicas. A caller may name `devices` that are
+    not here: the step can then be compiled, and not run.
     """
     mesh = _mesh("fsdp", devices, replicas)
     shardings = jax.tree_util.tree_map_with_path(partial(shard_rule, mesh), jax.eval_shape(init, jax.random.key(0)))

@@ -1,4 +1,4 @@
-"""How far a run is, and where its time went, over all its starts."""
+"""Progress of a run, and where its wall time went over all its starts."""
 
 import contextlib
 import sys
@@ -11,19 +11,19 @@ LOST = ("startup", "compile", "evaluate", "diagnose", "save", "redone", "down")
 
 
 class Clock:
-    """Wall time of a run since its first start, every moment of it counted once, in seconds.
+    """Account for the wall time of a run since its first start, in seconds.
 
-    `train` is the time of the steps that the run still has. The rest is `lost`:
+    `train` is the time of the steps that count. The rest is `lost`:
 
         startup     corpus, model and checkpoint, up to the first step
         compile     the first step of each start, which compiles
         evaluate, diagnose, save
-        redone      steps that a later start had to repeat, as it went back to a checkpoint
-        down        between the starts, and what a killed start had not logged
+        redone      steps that a later start had to repeat from a checkpoint
+        down        between the starts, and whatever a killed start had not logged
 
     Args:
         rows: of `metrics.jsonl`, before it is cut back to `step`.
-        step: where this start goes on.
+        step: where this start resumes.
         began: `time.time()` when this start began.
     """
 

@@ -1,10 +1,9 @@
-"""A training step compiled for TPUs that are not here: does it fit, what binds it, how long would the run take.
+"""Compile a training step for TPUs that are not here, and report its memory and a lower bound on its time.
 
     python -m rwkv_jax.train --config=configs/pile.py:14b --rehearse=v5p:4x4x8        (2xv5e:16x16: two slices)
 
-XLA's own compiler for TPUs (`pip install libtpu`) compiles the whole sharded step and says what memory a chip needs:
-that is what it would need. Times are rooflines, from data sheets (`hardware.CHIPS`) and the counts below. No machine
-reaches them.
+XLA's own compiler for TPUs (`pip install libtpu`) compiles the whole sharded step and plans the memory of a chip.
+Times are rooflines, from data sheets (`hardware.CHIPS`) and the counts below. No machine reaches them.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import math
 import os
 import re
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -29,8 +27,7 @@ from rwkv_jax.train.step import make_init, make_step
 
 TARGETS = ("v5e", "v5p", "v6e")  # which have one device a chip
 PILE_TOKENS = 332.1e9  # one epoch, which the released Pile models saw (Table 3)
-TICK_SECONDS = 15
-# libtpu asks the machine who it is, at length, unless it is told; what it is told counts for nothing here.
+# Without these variables libtpu queries the machine for a long time. Their values do not change the result.
 ABSENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -42,12 +39,12 @@ ABSENT = {
 
 
 def rehearse(config, target: str) -> dict:
-    """What a step of `config` needs on `target`, such as "v5p:4x4x8", a slice of 128 chips.
+    """Return what a step of `config` needs on `target`, such as "v5p:4x4x8", a slice of 128 chips.
 
     Returns:
         JSON values, sizes in bytes a chip, times in seconds. `memory` has `parameters`, `optimiser`, `batch`,
-        `gradients` as counted, and `activations`: what else XLA needs, gathered weights and the program too. Where
-        it finds that a chip has not that much, `fits` is false.
+        `gradients` as counted, and `activations`: the rest of XLA's plan, with gathered weights and the program.
+        `fits` is false where the plan exceeds the memory of a chip.
 
     Raises:
         ValueError: no such machine, no compiler for it here, or a batch that it cannot share.
@@ -83,18 +80,19 @@ def rehearse(config, target: str) -> dict:
         "gradients": _share(state.params, 4),
     }
     began = time.perf_counter()
-    with _progress(f"compiling {config.model.name} {model.num_layers} x {model.dim} for {target}"):
-        temporaries, fits = _temporaries(step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32)))
+    name = f"{config.model.name} {model.num_layers} x {model.dim}"
+    print(f"compiling {name} for {target}: minutes", file=sys.stderr, flush=True)
+    temporaries, fits = _temporaries(step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32)))
     memory["activations"] = max(0, temporaries - memory["gradients"])
     seconds = step_seconds(model, config, state.params, chip, slices)
     bound = max(seconds, key=seconds.get)
     flops = hardware.flops_per_token(model, T) * B * T
     within, between = interconnect_bytes(model, state.params, config.replicas, slices, config.accumulation)
-    row = {
+    return {
         "target": target,
         "chips": num_chips,
         "slices": slices,
-        "model": f"{config.model.name} {model.num_layers} x {model.dim}",
+        "model": name,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "batch": [B, T],
         "accumulation": config.accumulation,
@@ -115,11 +113,10 @@ def rehearse(config, target: str) -> dict:
         "compiler": devices[0].client.platform_version.splitlines()[-1],
         "compile_seconds": round(time.perf_counter() - began, 1),
     }
-    return row if fits else row | {"advice": advice(config, row)}
 
 
 def step_seconds(model, config, params, chip: hardware.Chip, slices: int = 1) -> dict:
-    """Shortest time of a step by what could bind it: "compute", "memory", "interconnect" and "network" (slices).
+    """Lower bounds on the time of a step: "compute", "memory", "interconnect" and, of several slices, "network".
 
     Compute: the FLOPs of `hardware`. Memory, at least: the optimiser reads and writes parameters and two moments and
     reads gradients, the products read gathered weights three times a micro-batch, and a layer's activations pass
@@ -169,36 +166,8 @@ def interconnect_bytes(model, params, replicas=1, slices=1, accumulation=1) -> t
     return within, 2 * others(slices) * summed / chips
 
 
-def advice(config, row: dict) -> list[str]:
-    """Flags with which a step that does not fit needs less, the cheapest in time first."""
-    (B, T), A, chips = row["batch"], row["accumulation"], row["chips"]
-    stronger = {"none": "matmuls", "matmuls": "outputs", "outputs": "block"}.get(row["remat"])
-    rows = B // (chips * A)
-    factor = next((n for n in range(2, rows + 1) if rows % n == 0), None)
-    chunk = min(config.loss_chunk or optim.LOGITS // config.model.vocab_size, rows * T)
-    logits = 4 * chunk * config.model.vocab_size
-    held = sum(row["memory"][part] for part in ("parameters", "optimiser", "gradients"))
-    found = []
-    if stronger:
-        found.append(f"--config.model.remat={stronger}: more of a layer is computed again in the backward pass")
-    if factor:
-        found.append(
-            f"--config.accumulation={A * factor}: fewer than {rows} rows at a time, weights gathered as often"
-        )
-    if logits > 0.05 * row["memory_capacity"]:
-        found.append(f"--config.loss_chunk={chunk // 4}: fewer logits at a time than {logits / 2**30:.1f} GiB")
-    if config.replicas > row["slices"]:
-        found.append(f"--config.replicas={row['slices']}: parameters split over more chips")
-    found.append(f"more chips: parameters, optimiser and gradients alone take {held / 2**30:.1f} GiB of each")
-    if jnp.dtype(config.model.param_dtype).itemsize > 2:
-        found.append("--config.model.param_dtype=bfloat16: 2 bytes a parameter less, and a higher loss")
-    if rows * A > 1:
-        found.append(f"--config.batch_size={rows * A // 2 * chips}: another recipe")
-    return found
-
-
 def table(row: dict) -> str:
-    """The numbers of `rehearse` for people."""
+    """Format the numbers of `rehearse` for a terminal."""
     giga, (B, T), seconds = lambda x: f"{x / 2**30:.2f}", row["batch"], row["seconds"]
     parts = ", ".join(f"{name} {giga(size)}" for name, size in row["memory"].items())
     moved = f"{row['interconnect_bytes'] / 1e9:,.1f} GB into each chip"
@@ -217,7 +186,7 @@ def table(row: dict) -> str:
         f"chip, {100 * row['mfu']:.0f} % MFU; {PILE_TOKENS / 1e9:.0f} G tokens in {row['days_to_pile']:.1f} days",
     ]
     if not row["fits"]:
-        lines += ["does not fit; in this order:", *(f"  {line}" for line in row["advice"])]
+        lines.append("does not fit: docs/scale.md lists the flags with which a step needs less")
     return "\n".join(lines)
 
 
@@ -278,21 +247,3 @@ def uncached():
     finally:
         jax.config.update("jax_enable_compilation_cache", wanted)
         compilation_cache.reset_cache()
-
-
-@contextlib.contextmanager
-def _progress(what):
-    """Say every `TICK_SECONDS` that this goes on."""
-    began, done = time.perf_counter(), threading.Event()
-
-    def say():
-        while not done.wait(TICK_SECONDS):
-            print(f"{what}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=say, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

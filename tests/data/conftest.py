@@ -1,7 +1,9 @@
-"""A cache and a tokenizer of their own for tests of corpora."""
+"""A cache and tokenizers of their own for tests of corpora."""
 
 import pytest
-import tokenizers
+from texts import byte_level
+
+from rwkv_jax.data.tokenizers import get_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -13,14 +15,11 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory):
     """Path of a trained byte-level BPE tokenizer."""
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    library.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 10], trainer)
-    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    library.save(str(path))
-    return str(path)
+    text = "the quick brown fox jumps over the lazy dog "
+    return byte_level(tmp_path_factory.mktemp("bpe") / "tokenizer.json", text)
+
+
+@pytest.fixture(scope="session")
+def world():
+    pytest.importorskip("pyrwkv_tokenizer", reason="the World tokenizer is an extra")
+    return get_tokenizer("world")

@@ -1,7 +1,6 @@
 """The tokenizer that belongs to a model: carried by its folder, copied by a run, or guessed with a line on stderr."""
 
 import json
-import lzma
 import os
 import shutil
 import sysconfig
@@ -9,36 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
+from texts import byte_level
 from weights import one_line
 
-from rwkv_jax import data, train
-from rwkv_jax.data.tokenizers import ByteTokenizer, characters, get_tokenizer, of_model, save
+from rwkv_jax import data
+from rwkv_jax.data.tokenizers import WORLD_FILE, ByteTokenizer, characters, get_tokenizer, of_model, save
 from rwkv_jax.train import assemble, run_config, workdir
 
 TEXT = "Ein Käfer sang: 日本語, naïve 😀\n\n  indented   \t x\n\nreturn value\n"
-
-
-def bpe(path, vocab_size=300, last=None):
-    """A byte-level tokenizer.json with the two special tokens of NeoX; its last id becomes `last`."""
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|padding|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    library.train_from_iterator([TEXT] * 4, trainer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    library.save(str(path))
-    if last:
-        content = json.loads(path.read_text())
-        vocabulary = content["model"]["vocab"]
-        vocabulary[max(vocabulary, key=vocabulary.get)] = last
-        path.write_text(json.dumps(content))
-    return str(path)
 
 
 @pytest.fixture
@@ -46,13 +23,25 @@ def neox(tmp_path_factory, monkeypatch):
     """A file with the last id of NeoX-20B's, and no file anywhere that a model of a test could find."""
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
-    return bpe(tmp_path_factory.mktemp("neox") / "neox.json", last=50_276)
+    path = Path(byte_level(tmp_path_factory.mktemp("neox") / "neox.json", TEXT))
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 50_276
+    path.write_text(json.dumps(content))
+    return path
 
 
-def test_tokenizer_of_neox_has_its_special_tokens(tmp_path):
-    tokenizer = get_tokenizer(bpe(tmp_path / "tokenizer.json"))
-    assert tokenizer.encode("<|endoftext|><|padding|>") == [0, 1]
-    assert tokenizer.decode([0, 1]) == "<|endoftext|><|padding|>"
+def tokenizer_of(kind, folder):
+    """A tokenizer of that kind, from a file in `folder` where it needs one."""
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "characters":
+        return characters([TEXT])
+    if kind == "bpe":
+        return get_tokenizer(byte_level(folder / "bpe.json", TEXT))
+    path = folder / "vocab.json"
+    path.write_text(json.dumps({str(i): c for i, c in enumerate(sorted(set(TEXT)))}))
+    return get_tokenizer(str(path))
 
 
 # ---- saved in a folder
@@ -60,13 +49,7 @@ def test_tokenizer_of_neox_has_its_special_tokens(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bytes", "characters", "bpe", "released characters"])
 def test_tokenizer_saved_in_a_folder_is_carried_by_it(kind, tmp_path, capsys):
-    (tmp_path / "vocab.json").write_text(json.dumps({str(i): c for i, c in enumerate(sorted(set(TEXT)))}))
-    tokenizer = {
-        "bytes": lambda: ByteTokenizer(),
-        "characters": lambda: characters([TEXT]),
-        "bpe": lambda: get_tokenizer(bpe(tmp_path / "bpe.json")),
-        "released characters": lambda: get_tokenizer(str(tmp_path / "vocab.json")),
-    }[kind]()
+    tokenizer = tokenizer_of(kind, tmp_path)
     (tmp_path / "model").mkdir()
     assert save(tokenizer, tmp_path / "model") == "tokenizer.json"
     shutil.move(tmp_path / "model", tmp_path / "moved")
@@ -78,13 +61,10 @@ def test_tokenizer_saved_in_a_folder_is_carried_by_it(kind, tmp_path, capsys):
         assert (tmp_path / "moved/tokenizer.json").read_bytes() == (tmp_path / "bpe.json").read_bytes()
 
 
-def test_tokenizer_world_is_carried_by_a_folder(tmp_path, capsys):
-    package = pytest.importorskip("pyrwkv_tokenizer", reason="the World tokenizer is an extra")
-    world = get_tokenizer("world")
-    assert save(world, tmp_path) == "rwkv_vocab_v20230424.txt"
-    own = Path(package.__file__).with_name("rwkv_vocab_v20230424.txt")
+def test_tokenizer_world_is_carried_by_a_folder(world, tmp_path, capsys):
+    assert save(world, tmp_path) == WORLD_FILE
     carried = get_tokenizer(of_model(tmp_path, 65_536))
-    assert carried.name == str(tmp_path / own.name) and carried.token_bytes == world.token_bytes
+    assert carried.name == str(tmp_path / WORLD_FILE) and carried.token_bytes == world.token_bytes
     assert carried.encode(TEXT) == world.encode(TEXT)
     for other in (ByteTokenizer(), world):  # the last one saved counts
         save(other, tmp_path)
@@ -93,7 +73,7 @@ def test_tokenizer_world_is_carried_by_a_folder(tmp_path, capsys):
 
 
 def test_tokenizer_of_an_old_workdir_may_lie_elsewhere(tmp_path):
-    elsewhere = bpe(tmp_path / "elsewhere.json")
+    elsewhere = byte_level(tmp_path / "elsewhere.json", TEXT)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(json.dumps({"tokenizer": elsewhere}))
     assert of_model(tmp_path / "run", 300) == elsewhere
@@ -108,16 +88,19 @@ def test_tokenizer_of_an_old_workdir_may_lie_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size, name", [(256, "bytes"), (65_536, "world")])
-@pytest.mark.parametrize("folder", [True, False])
-def test_tokenizer_guessed_from_a_size_is_told_in_one_line(vocab_size, name, folder, tmp_path, capsys):
-    path = tmp_path if folder else tmp_path / "model.pth"
-    assert of_model(path, vocab_size) == name
-    line = f"{path} carries no tokenizer: {name}, guessed from its vocabulary of {vocab_size}\n"
-    assert capsys.readouterr().err == line
+def test_tokenizer_guessed_from_a_size_is_told_in_one_line(vocab_size, name, tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "model.pth"):
+        assert of_model(path, vocab_size) == name
+        line = f"{path} carries no tokenizer: {name}, guessed from its vocabulary of {vocab_size}\n"
+        assert capsys.readouterr().err == line
 
 
-def test_tokenizer_is_not_guessed_from_any_other_size(tmp_path, neox):
-    for vocab_size in (1, 255, 300, 50_276, 50_278, 50_440, 65_535):
+def test_tokenizer_is_not_guessed_from_any_other_size_or_without_its_file(tmp_path, neox):
+    with one_line(
+        rf"^no NeoX-20B tokenizer in {tmp_path} or \. or the .*20B_tokenizer.json of Blink", FileNotFoundError
+    ):
+        of_model(tmp_path / "model.pth", 50_277)
+    for vocab_size in (255, 50_276, 50_278, 50_440):
         with one_line(rf"vocabulary of {vocab_size} tells none: expected tokenizer='bytes', "):
             of_model(tmp_path / "model.pth", vocab_size)
 
@@ -126,7 +109,7 @@ def test_tokenizer_is_not_guessed_from_any_other_size(tmp_path, neox):
 def test_tokenizer_of_neox_is_found_beside_the_model_here_and_in_the_cache(place, neox, tmp_path, capsys):
     from huggingface_hub import constants
 
-    bpe(tmp_path / "tokenizer.json")  # of another model: too small
+    byte_level(tmp_path / "tokenizer.json", TEXT)  # of another model: too small
     snapshots = Path(constants.HF_HUB_CACHE) / "models--EleutherAI--gpt-neox-20b"
     target = {
         "current folder": Path("20B_tokenizer.json"),
@@ -137,27 +120,18 @@ def test_tokenizer_of_neox_is_found_beside_the_model_here_and_in_the_cache(place
     if place == "cache":
         (snapshots / "refs").mkdir()
         (snapshots / "refs" / "main").write_text("abc")
-    for vocab_size in (50_277, 50_280, 50_304, 50_432):
+    for vocab_size in (50_277, 50_432):
         name = of_model(tmp_path / "model.pth", vocab_size)
         assert os.path.samefile(name, target)
         assert capsys.readouterr().err.count("\n") == 1
     assert get_tokenizer(name).vocab_size == 50_277
 
 
-def test_tokenizer_of_neox_that_is_missing_names_its_download_and_the_places(tmp_path, neox):
-    with pytest.raises(FileNotFoundError) as error:
-        of_model(tmp_path / "model.pth", 50_277)
-    text = str(error.value)
-    assert "\n" not in text and text.startswith(f"no NeoX-20B tokenizer in {tmp_path} or . or the Hugging Face cache")
-    assert "20B_tokenizer.json of BlinkDL/RWKV-LM" in text and "tokenizer.json of EleutherAI/gpt-neox-20b" in text
-
-
 # ---- in runs
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
-    monkeypatch.setenv("RWKV_JAX_CACHE", str(tmp_path / "cache"))
+def text(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "corpus.txt").write_text("".join(rng.choice(list("abc dé日\n"), 4_000)) + "z")
     return str(tmp_path / "corpus.txt")
@@ -192,15 +166,9 @@ def test_tokenizer_of_characters_knows_those_of_the_training_split(text, tmp_pat
     assert data.prepare(text, "characters").sha256 == corpus.sha256
 
 
-def test_tokenizer_of_characters_refuses_a_file_that_is_no_text(tmp_path, text):
-    Path(text).write_bytes(b"\xff" * 1000)
-    with one_line(r"corpus\.txt is not UTF-8, which tokenizer characters needs$"):
-        data.prepare(text, "characters")
-
-
 @pytest.mark.parametrize("kind", ["bpe", "characters"])
 def test_tokenizer_of_a_run_moves_with_its_workdir(kind, text, tmp_path):
-    name = bpe(tmp_path / "own/any name.json") if kind == "bpe" else kind
+    name = byte_level(tmp_path / "own/any name.json", TEXT) if kind == "bpe" else kind
     config = _config(text, name)
     sha256 = begin(config, tmp_path / "run").corpus.sha256
     assert json.loads((tmp_path / "run/config.json").read_text())["tokenizer"] == "tokenizer.json"
@@ -216,28 +184,9 @@ def test_tokenizer_of_a_run_moves_with_its_workdir(kind, text, tmp_path):
     if kind == "bpe":
         config.tokenizer = carried  # the same under another name
         assert begin(config, tmp_path / "moved").corpus.sha256 == sha256
-    config.tokenizer = bpe(tmp_path / "other.json", vocab_size=290)
+    config.tokenizer = byte_level(tmp_path / "other.json", TEXT, vocab_size=290)
     with one_line(r"run of another config: tokenizer was .*; corpus\.sha256 was "):
         begin(config, tmp_path / "moved")
-    assert (tmp_path / "moved/tokenizer.json").read_bytes() == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bpe", "characters"])
-def test_run_resumes_with_its_own_tokenizer_after_the_move(kind, text, tmp_path):
-    name = bpe(tmp_path / "own/any name.json") if kind == "bpe" else kind
-    config = _config(text, name)
-    train.run(config, tmp_path / "run")
-    shutil.move(tmp_path / "run", tmp_path / "moved")
-    shutil.rmtree(tmp_path / "cache")
-    if kind == "bpe":
-        shutil.rmtree(tmp_path / "own")
-    before = (tmp_path / "moved/tokenizer.json").read_bytes()
-    shutil.rmtree(tmp_path / "moved/checkpoints/2")
-    assert train.run(config, tmp_path / "moved").step == 2
-    config.tokenizer = bpe(tmp_path / "other.json", vocab_size=290)
-    with one_line(r"run of another config: tokenizer was .*; corpus\.sha256 was "):
-        train.run(config, tmp_path / "moved")
     assert (tmp_path / "moved/tokenizer.json").read_bytes() == before
 
 
@@ -245,13 +194,9 @@ def test_run_resumes_with_its_own_tokenizer_after_the_move(kind, text, tmp_path)
 
 
 def much_text():
-    """Text of many kinds that every checkout has: code, scripts, symbols, runs of spaces, control characters."""
+    """Text of many kinds: code, scripts, symbols, runs of spaces, control characters."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     yield from (path.read_text() for path in sorted(stdlib.glob("*.py"))[:60])
-    books = Path(__file__).parents[2] / "shared/data/books-valid.txt.xz"
-    if books.is_file():
-        with lzma.open(books, "rt") as file:
-            yield file.read(1_000_000)
     yield TEXT
     yield "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11_0000, 7)]))
     rng = np.random.default_rng(0)
@@ -285,11 +230,7 @@ def test_tokenizer_world_equals_that_of_the_rwkv_package():
 def test_tokenizer_saved_is_loaded_by_transformers(kind, tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = {
-        "bytes": lambda: ByteTokenizer(),
-        "characters": lambda: characters([TEXT]),
-        "bpe": lambda: get_tokenizer(bpe(tmp_path / "bpe.json")),
-    }[kind]()
+    tokenizer = tokenizer_of(kind, tmp_path)
     save(tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in (TEXT, " a\n b , c .", "Käfer", "<|endoftext|>a" if kind == "bpe" else "a"):

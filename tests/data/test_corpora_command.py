@@ -39,8 +39,6 @@ def test_corpora_command_writes_megatron_files(tmp_path, capsys):
     arguments = [str(GOLDENS / "binidx.jsonl"), f"--tokenizer={BPE}", f"--write={tmp_path / 'own'}"]
     assert command.main(arguments) == 0
     assert "5 documents written" in capsys.readouterr().out
-    for ending in (".bin", ".idx"):
-        assert (tmp_path / f"own{ending}").read_bytes() == (GOLDENS / f"binidx{ending}").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own.bin", "own.idx"]
 
 
@@ -48,7 +46,6 @@ def test_corpora_command_writes_megatron_files(tmp_path, capsys):
     ("arguments", "line"),
     [
         (["nowhere"], "error: no corpus nowhere: expected"),
-        (["stdlib", "--tokenizer=nowhere.json"], "error: no tokenizer file nowhere.json"),
         (["a.jsonl", "--write=b", "--prompt=q"], "error: --write with --prompt"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import cuts, flips
 from texts import parts, splits_of, write_jsonl
 
 from rwkv_jax.data import SEPARATOR, megatron, prepare, to_megatron
@@ -14,18 +15,16 @@ from rwkv_jax.data import SEPARATOR, megatron, prepare, to_megatron
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
-def test_to_megatron_equals_the_released_converter(tmp_path):
-    assert to_megatron(str(GOLDENS / "binidx.jsonl"), str(GOLDENS / "binidx_tokenizer.json"), tmp_path / "own") == 5
+@pytest.mark.parametrize(
+    "tokenizer, golden", [(str(GOLDENS / "binidx_tokenizer.json"), "binidx"), ("world", "binidx_world")]
+)
+def test_to_megatron_equals_the_released_converter(tmp_path, tokenizer, golden):
+    if tokenizer == "world":
+        pytest.importorskip("pyrwkv_tokenizer", reason="the World tokenizer is an extra")
+    assert to_megatron(str(GOLDENS / "binidx.jsonl"), tokenizer, tmp_path / "own") == 5
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["own.bin", "own.idx"]
     for ending in (".bin", ".idx"):
-        assert (tmp_path / f"own{ending}").read_bytes() == (GOLDENS / f"binidx{ending}").read_bytes()
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_to_megatron_of_world_equals_the_released_converter(tmp_path):
-    pytest.importorskip("pyrwkv_tokenizer", reason="the World tokenizer is an extra")
-    to_megatron(str(GOLDENS / "binidx.jsonl"), "world", tmp_path / "own")
-    for ending in (".bin", ".idx"):
-        assert (tmp_path / f"own{ending}").read_bytes() == (GOLDENS / f"binidx_world{ending}").read_bytes()
+        assert (tmp_path / f"own{ending}").read_bytes() == (GOLDENS / f"{golden}{ending}").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "uint16"])
@@ -67,43 +66,20 @@ def test_prepare_reads_a_megatron_pair(tmp_path, name):
     for split in splits_of(corpus):
         assert split.num_bytes is not None and split.starts[0] == 0
     assert (corpus.valid.tokens[corpus.valid.starts] == SEPARATOR).all()
-    assert prepare(str(tmp_path / name)).sha256 == corpus.sha256
+    megatron.write(tmp_path / "b", texts[::-1], "uint16")
+    first_two = np.concatenate(texts[:2])
+    megatron.write(tmp_path / "d", [first_two[:1], first_two[1:], *texts[2:]], "uint16")
+    for other in ("b", "d"):  # other tokens; the same tokens, other documents
+        assert prepare(str(tmp_path / other)).sha256 != corpus.sha256
+    for ending in (".bin", ".idx"):
+        shutil.copy(tmp_path / f"a{ending}", tmp_path / f"c{ending}")
+    assert prepare(str(tmp_path / "c")).sha256 == corpus.sha256
 
 
 def test_prepare_takes_the_separator_before_a_document_where_there_is_one(tmp_path):
     texts = [np.append(np.arange(1, 9), 0 if i % 2 else 9) for i in range(60)]
     megatron.write(tmp_path / "a", texts, "uint16")
     assert prepare(str(tmp_path / "a")).train.starts.tolist() == [9 * i - (i > 0 and i % 2 == 0) for i in range(55)]
-
-
-def test_megatron_hash_depends_on_the_order_of_documents(tmp_path):
-    texts = pair(tmp_path)
-    first = prepare(str(tmp_path / "a"))
-    megatron.write(tmp_path / "b", texts[::-1], "uint16")
-    assert prepare(str(tmp_path / "b")).sha256 != first.sha256
-    for ending in (".bin", ".idx"):
-        shutil.copy(tmp_path / f"a{ending}", tmp_path / f"c{ending}")
-    assert prepare(str(tmp_path / "c")).sha256 == first.sha256
-
-
-def cut_index(folder):
-    os.truncate(folder / "a.idx", 200)
-
-
-def cut_header(folder):
-    os.truncate(folder / "a.idx", 20)
-
-
-def cut_tokens(folder):
-    os.truncate(folder / "a.bin", 100)
-
-
-def lose_tokens(folder):
-    (folder / "a.bin").unlink()
-
-
-def other_index(folder):
-    (folder / "a.idx").write_bytes(b"TNTIDX\0\0" + bytes(100))
 
 
 def patch(at, form, value):
@@ -118,14 +94,12 @@ def patch(at, form, value):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut_index, "a.idx has 200 bytes, expected 2042 for its 100 sequences"),
-        (cut_header, "a.idx is not the index of a Megatron token file"),
-        (other_index, "a.idx is not the index of a Megatron token file"),
-        (cut_tokens, "a.bin has 100 bytes, expected "),
-        (lose_tokens, "a.bin"),
+        (patch(0, "<q", 0), "a.idx is not the index of a Megatron token file"),
+        (lambda folder: os.truncate(folder / "a.bin", 100), "a.bin has 100 bytes, expected "),
+        (lambda folder: (folder / "a.bin").unlink(), "a.bin"),
         (patch(9, "<Q", 2), "a.idx: version 2, type 8: expected version 1 and a type of integers"),
         (patch(17, "<B", 6), "a.idx: version 1, type 6: expected version 1 and a type of integers"),
-        (patch(34, "<i", -1), "a.idx is damaged: its sequences do not lie one after another"),
+        (patch(34 + 4 * 99, "<i", -1), "a.idx is damaged: its sequences do not lie one after another"),
         (patch(34 + 400 + 8, "<q", 3), "a.idx is damaged: its sequences do not lie one after another"),
         (patch(34 + 1200 + 8, "<q", 70), "a.idx is damaged: its document index does not lead from 0 to 100"),
     ],
@@ -136,6 +110,21 @@ def test_megatron_refuses_a_damaged_pair(tmp_path, damage, message):
     with pytest.raises((ValueError, OSError)) as raised:
         prepare(str(tmp_path / "a.bin"))
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_megatron_index_that_is_damaged_anywhere_is_refused_or_harmless(tmp_path):
+    pair(tmp_path, num_documents=10)
+    content = (tmp_path / "a.idx").read_bytes()
+    short = cuts(content, len(content) - 1)
+    for damaged in [*short, *flips(content, 300)]:
+        (tmp_path / "a.idx").write_bytes(damaged)
+        try:
+            tokens, starts = megatron.read(tmp_path / "a")
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path / "a")) and "\n" not in str(error)
+        else:
+            assert len(damaged) == len(content) and starts[0] == 0
+            assert (np.diff(starts) > 0).all() and starts[-1] < len(tokens)
 
 
 def test_megatron_refuses_tokens_outside_the_vocabulary(tmp_path):
@@ -157,11 +146,11 @@ def test_megatron_write_leaves_the_old_pair_when_the_disk_is_full(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         megatron.write(tmp_path / "a", until_the_disk_is_full(), "uint16")
     assert [(tmp_path / f"a{ending}").read_bytes() for ending in (".bin", ".idx")] == before
-    assert not list(tmp_path.glob("*.partial"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
 
 
 def test_to_megatron_of_no_documents_writes_nothing(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}])
     with pytest.raises(ValueError, match=r"^no documents to write to .*own$"):
         to_megatron(source, "bytes", tmp_path / "own")
-    assert not list(tmp_path.glob("own*"))
+    assert not list(tmp_path.glob("*own*"))

@@ -20,7 +20,7 @@ def texts(tmp_path_factory):
     patch.undo()
 
 
-@pytest.mark.parametrize("weights", [("0.7", "0.3"), ("7", "3"), ("70.", "30")])
+@pytest.mark.parametrize("weights", [("0.7", "0.3"), ("70.", "30")])
 def test_mixture_parses_sources_and_weights(weights, texts):
     mixed = mixture.prepare(
         ",".join(f"{texts / name}:{w}" for name, w in zip(("a.txt", "b.txt"), weights, strict=True))
@@ -61,8 +61,6 @@ def test_mixture_held_out_tokens_are_shared_by_weight(texts):
         ("{}/a.txt:0.7,{}/b.txt", "bytes", "corpus part '.*b.txt' has no weight above 0, expected SOURCE:WEIGHT"),
         ("{}/a.txt:1,{}/b.txt:0", "bytes", "corpus part '.*b.txt:0' has no weight above 0"),
         ("{}/a.txt:1,{}/b.txt:1", "characters", "tokenizer is 'characters', expected one that does not depend"),
-        ("{}/a.txt:1,{}/e.txt:1", "bytes", r"no corpus .*e\.txt"),
-        ("{}/e.txt,{}/f.txt", "bytes", r"no corpus .*e\.txt,.*f\.txt"),
     ],
 )
 def test_mixture_refuses_bad_sources_and_weights(source, tokenizer, line, texts):

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,24 +27,23 @@ def make(source=None, **changes):
     )
 
 
-SOURCES = {
-    "plain": lambda: split(),
-    "masked": lambda: split(mask=True),
-    "mixture": lambda: [(split(), 0.5), (split(offset=1000), 0.25), (split([40, 20, 50], offset=2000), "1/4")],
-}
-
-
 @pytest.mark.parametrize("order", list(orders.ORDERS))
-def test_dataset_rows_of_hosts_are_those_of_the_whole_batch(order):
-    for source in SOURCES.values():
-        whole = make(source(), order=order)
-        of_hosts = [
-            (rows, make(source(), order=order, rows=rows)) for n in (2, 4) for rows in np.split(np.arange(B), n)
-        ]
+def test_dataset_rows_of_hosts_are_those_of_the_whole_batch_and_masks_exclude_targets(order):
+    def mixture(mask):
+        others = [(split(offset=1000), 0.25), (split([40, 20, 50], offset=2000), "1/4")]
+        return [(split(mask=mask), 0.5), *others]
+
+    for parts in (split, mixture):
+        plain, whole = make(parts(mask=False), order=order), make(parts(mask=True), order=order)
+        hosts = [(rows, make(parts(mask=True), order=order, rows=rows)) for rows in ([0, 1], [3, 2], [1])]
         for step in (0, 1, 7, 40):  # beyond the first epoch too
             batch = whole[step]
             assert batch["tokens"].dtype == np.int32 and batch["mask"].dtype == bool
-            for rows, host in of_hosts:
+            np.testing.assert_array_equal(batch["tokens"], plain[step]["tokens"])
+            targets = batch["tokens"][:, 1:]
+            excluded = (targets < 1000) & (targets % 3 != 0)
+            np.testing.assert_array_equal(batch["mask"], plain[step]["mask"] & ~excluded)
+            for rows, host in hosts:
                 own = host[step]
                 assert own.keys() == batch.keys()
                 for name in batch:
@@ -60,35 +60,27 @@ def released_windows(num_tokens, seq_len, samples):
 
 
 PILE, PRIME = 332_115_325_534, 324_331_313
-
-
 FIRST = {  # windows of samples 0 to 4 of mini-epochs 0 and 8,000
     0: [200447775, 306256948, 222788917, 179736393, 82460774],
     8000: [214932314, 239733066, 130181234, 115969529, 102459349],
 }
 
 
-@pytest.mark.parametrize("mini_epoch", FIRST)
-def test_released_order_has_the_first_windows_of_a_mini_epoch_of_the_pile(mini_epoch):
+def test_released_order_has_the_first_windows_of_a_mini_epoch_of_the_pile():
     """By Python's integers: in 64 bits f·n³ is wrong from n = 3,584 on."""
     factor = (math.isqrt(5 * PRIME**2) - PRIME) // 2
-    numbers = [40320 * mini_epoch + i for i in range(1, 6)]
-    assert FIRST[mini_epoch] == [factor * n * n * n % PRIME for n in numbers]
-    assert released_windows(PILE, 1024, [n - 1 for n in numbers]) == FIRST[mini_epoch]
+    for mini_epoch, windows in FIRST.items():
+        numbers = [40320 * mini_epoch + i for i in range(1, 6)]
+        assert windows == [factor * n * n * n % PRIME for n in numbers]
+        assert released_windows(PILE, 1024, [n - 1 for n in numbers]) == windows
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "seq_len", "prime"),
-    [
-        # RWKV-LM: the Pile in windows of 1,024 to 8,192; MiniPile in windows of 512 to 4,096
-        (PILE, 1024, PRIME), (PILE, 2048, 162_165_671), (PILE, 4096, 81_082_817), (PILE, 8192, 40_541_399),
-        (1_498_226_207, 512, 2_926_181), (1_498_226_207, 2048, 731_531), (1_498_226_207, 4096, 365_759),
-    ],
-)  # fmt: skip
-def test_released_order_uses_the_primes_of_the_released_scripts(num_tokens, seq_len, prime):
-    # sample p - 1 is f·p³ mod p = 0, and only a multiple of p gives 0
-    assert released_windows(num_tokens, seq_len, [prime - 1, prime - 2])[0] == 0
-    assert released_windows(num_tokens, seq_len, [prime])[0] == released_windows(num_tokens, seq_len, [0])[0]
+def test_released_order_uses_the_primes_of_the_released_scripts():
+    """Of the Pile, and of MiniPile."""
+    for num_tokens, seq_len, prime in ((PILE, 1024, PRIME), (PILE, 8192, 40_541_399), (1_498_226_207, 512, 2_926_181)):
+        # sample p - 1 is f·p³ mod p = 0, and only a multiple of p gives 0
+        first, last, again = released_windows(num_tokens, seq_len, [0, prime - 1, prime])
+        assert last == 0 and again == first
 
 
 def test_released_order_visits_every_window_below_the_prime_once_an_epoch():
@@ -102,33 +94,29 @@ def test_released_order_visits_every_window_below_the_prime_once_an_epoch():
 STEPS = (sum(LENGTHS) - 1) // (B * T)  # of an epoch
 
 
-def test_documents_order_continues_rows_and_resets_where_documents_start():
+def test_documents_order_continues_rows_and_has_every_target_at_most_once_an_epoch():
     ds, starts = make(order="documents"), split().starts
-    for step in range(3 * STEPS):
-        batch = ds[step]
-        assert batch["mask"].all()
-        expected = np.isin(batch["tokens"][:, :-1], starts)
-        expected[:, 0] |= step % STEPS == 0
-        np.testing.assert_array_equal(batch["reset"], expected)
-        if step % STEPS:
-            np.testing.assert_array_equal(batch["tokens"][:, 0], ds[step - 1]["tokens"][:, -1])
-        inside = ~np.isin(batch["tokens"][:, 1:], starts)  # of a document, whose tokens follow one another
-        assert (np.diff(batch["tokens"])[inside] == 1).all()
+    epochs = [[ds[e * STEPS + s] for s in range(STEPS)] for e in range(2)]
+    for epoch in epochs:
+        for step, batch in enumerate(epoch):
+            assert batch["mask"].all()
+            expected = np.isin(batch["tokens"][:, :-1], starts)
+            expected[:, 0] |= step == 0
+            np.testing.assert_array_equal(batch["reset"], expected)
+            if step:
+                np.testing.assert_array_equal(batch["tokens"][:, 0], epoch[step - 1]["tokens"][:, -1])
+            inside = ~np.isin(batch["tokens"][:, 1:], starts)  # of a document, whose tokens follow one another
+            assert (np.diff(batch["tokens"])[inside] == 1).all()
+        targets = np.unique([batch["tokens"][:, 1:] for batch in epoch])
+        assert len(targets) == STEPS * B * T > sum(LENGTHS) - B * T - 1
+    assert (epochs[0][0]["tokens"] != epochs[1][0]["tokens"]).any()
+    assert (make(order="documents", seed=1)[0]["tokens"] != epochs[0][0]["tokens"]).any()
 
 
-def test_documents_order_has_every_target_at_most_once_an_epoch():
-    ds = make(order="documents")
-    epochs = [np.stack([ds[e * STEPS + s]["tokens"] for s in range(STEPS)]) for e in range(2)]
-    for tokens in epochs:
-        assert len(np.unique(tokens[..., 1:])) == STEPS * B * T > sum(LENGTHS) - B * T - 1
-    assert (epochs[0] != epochs[1]).any()
-    assert (make(order="documents", seed=1)[0]["tokens"] != epochs[0][0]).any()
-
-
-def test_documents_order_cuts_one_long_document_into_a_part_a_row():
-    ds = make(np.arange(100, dtype=np.uint8), order="documents")  # a bare array is one document
-    np.testing.assert_array_equal(ds[1]["tokens"][:, 0], [8, 32, 56, 80])
-    assert ds[0]["reset"][:, 0].all() and ds[0]["reset"].sum() == B and not ds[1]["reset"].any()
+def test_documents_order_cuts_a_bare_array_into_a_part_a_row():
+    ds = make(np.arange(96, dtype=np.uint8), order="documents")  # one too few for a third step
+    np.testing.assert_array_equal(ds[1]["tokens"][:, 0], [8, 24, 40, 56])
+    assert ds[0]["reset"].sum() == B and not ds[1]["reset"].any()
 
 
 def test_documents_order_reads_a_far_step_without_those_before_it():
@@ -159,19 +147,10 @@ def test_packed_order_holds_whole_documents_and_every_target_once():
     assert cut == {i for i, length in enumerate(LENGTHS) if length > T}  # no shorter one ever
 
 
-# Masks of targets, mixtures
+# Mixtures
 
 
-@pytest.mark.parametrize("order", list(orders.ORDERS))
-def test_dataset_mask_excludes_targets_in_every_order(order):
-    plain, masked = make(order=order), make(split(mask=True), order=order)
-    for step in range(3):
-        a, b = plain[step], masked[step]
-        np.testing.assert_array_equal(a["tokens"], b["tokens"])
-        np.testing.assert_array_equal(b["mask"], a["mask"] & (a["tokens"][:, 1:] % 3 == 0))
-
-
-@pytest.mark.parametrize("weights", [(0.7, 0.3), ("0.7", "0.3"), (7, 3), (Fraction(7, 10), Fraction(3, 10)), (70, 30)])
+@pytest.mark.parametrize("weights", [(0.7, "0.3"), (70, 30), (Fraction(7, 10), Fraction(3, 10))])
 def test_mixture_proportions_are_exact_and_even(weights):
     parts = [(split(), weights[0]), (split(offset=1000), weights[1])]
     ds = make(parts, batch_size=2)
@@ -181,45 +160,79 @@ def test_mixture_proportions_are_exact_and_even(weights):
     assert np.abs(drift).max() < 0.5 + 1e-9  # the nearest integers to the shares
 
 
-@pytest.mark.parametrize("order", ["shuffled", "released", "packed"])
+@pytest.mark.parametrize("order", orders.ORDERS)
 def test_mixture_reads_each_part_as_if_it_were_alone(order):
-    parts = [(split(), "0.6"), (split(offset=1000), "0.4")]
+    """In documents order a row stays in one part, which has 3 of 4 rows or 1."""
+    parts = [(split(), "0.75"), (split(offset=1000), "0.25")]
     mixed = make(parts, order=order)
-    rows = np.concatenate([mixed[step]["tokens"] for step in range(20)])
+    rows = np.concatenate([mixed[step]["tokens"] for step in range(24)])
     for i, (part, _) in enumerate(parts):
         own = rows[(rows[:, 0] >= 1000) == i]
-        alone = make(part, order=order)
-        expected = np.concatenate([alone[step]["tokens"] for step in range(-(-len(own) // B))])[: len(own)]
+        alone = make(part, order=order, batch_size=(3, 1)[i])
+        expected = np.concatenate([alone[step]["tokens"] for step in range(24)])
         np.testing.assert_array_equal(own, expected)
 
 
-def test_mixture_in_documents_order_keeps_a_row_in_one_part():
-    parts = [(split(), 3), (split(offset=1000), 1)]
-    ds = make(parts, order="documents")
-    for step in range(12):
-        assert ((ds[step]["tokens"] >= 1000).all(axis=1) == (ds[0]["tokens"][:, 0] >= 1000)).all()
-    assert (ds[0]["tokens"][:, 0] >= 1000).sum() == 1
-    alone = make(split(), order="documents", batch_size=3)
-    np.testing.assert_array_equal(ds[5]["tokens"][ds[5]["tokens"][:, 0] < 1000], alone[5]["tokens"])
-
-
 @pytest.mark.parametrize(
-    ("source", "changes", "line"),
+    ("changes", "line"),
     [
-        (None, {"order": "sorted"}, "order is 'sorted', expected one of shuffled, released, packed, documents"),
-        ("short", {"order": "documents"}, "corpus has 30 tokens: shorter than 4 rows of 8 and one more"),
-        ("short", {"order": "released", "seq_len": 20}, "expected two windows of 20 and one more"),
-        ("mixed", {"order": "documents", "batch_size": 15}, r"expected a multiple of 10: .* weights are as 7:3"),
+        ({"order": "sorted"}, "order is 'sorted', expected one of shuffled, released, packed, documents"),
+        ({"seq_len": 0}, "^seq_len is 0 and batch_size 4: both must be at least 1$"),
+        ({"seq_len": 405}, "^corpus has 205 tokens: shorter than one window of 406$"),
+        ({"rows": [0, 4]}, r"^rows are \[0, 4\]: expected some of 0 to 3$"),
+        ({"order": "documents", "seq_len": 60}, "corpus has 205 tokens: shorter than 4 rows of 60 and one more"),
+        ({"order": "released", "seq_len": 190}, "expected two windows of 190 and one more"),
+        (
+            {"source": [(split(), 0.7), (split(), 0.3)], "order": "documents", "batch_size": 15},
+            r"expected a multiple of 10: .* weights are as 7:3",
+        ),
+        ({"source": [(split(), 1), (split(), "1e-7")]}, "weights are 1, 1e-7: expected shares above 0 with a common"),
     ],
 )
-def test_dataset_refuses_orders_and_shapes_that_do_not_fit(source, changes, line):
-    sources = {None: split(), "short": split([30]), "mixed": [(split(), 0.7), (split(), 0.3)]}
+def test_dataset_refuses_orders_and_shapes_that_do_not_fit(changes, line):
     with pytest.raises(ValueError, match=line):
-        make(sources[source], **changes)
+        make(**changes)
 
 
-def test_batch_hash_depends_on_resets():
+# Windows, reading ahead, the hash of a batch
+
+
+def test_batch_has_windows_of_consecutive_tokens_from_a_memory_map(tmp_path):
+    split().tokens.tofile(tmp_path / "tokens.bin")
+    mapped = np.memmap(tmp_path / "tokens.bin", np.uint32, mode="r")
+    for step in (0, 5, 12):
+        batch = make(mapped)[step]
+        assert type(batch["tokens"]) is np.ndarray and (batch["tokens"].dtype, batch["mask"].dtype) == (np.int32, bool)
+        assert batch["tokens"].shape == (B, T + 1) and batch["mask"].shape == (B, T) and batch["mask"].all()
+        np.testing.assert_array_equal(np.diff(batch["tokens"]), 1)
+        np.testing.assert_array_equal(batch["tokens"][:, 0] % T, 0)
+
+
+def test_shuffled_order_has_each_target_once_an_epoch_by_its_seed():
+    """205 tokens are 25 windows; 4 targets are left over."""
+    ds, again, other = (make(batch_size=5, seed=seed) for seed in (3, 3, 4))
+    epochs = [np.concatenate([ds[5 * e + s]["tokens"][:, 1:] for s in range(5)]) for e in range(2)]
+    for targets in epochs:
+        np.testing.assert_array_equal(np.sort(targets.ravel()), np.arange(1, 25 * T + 1))
+    assert (epochs[0] != epochs[1]).any() and (np.diff(epochs[0][:, 0]) < 0).any()
+    np.testing.assert_array_equal(ds[7]["tokens"], again[7]["tokens"])
+    assert (ds[7]["tokens"] != other[7]["tokens"]).any()
+
+
+@pytest.mark.parametrize("start", [0, 13])
+def test_read_ahead_equals_indexing_from_any_step(start):
+    ds = make()
+    for step, batch in enumerate(islice(batches.read_ahead(ds, start), 12), start):
+        assert batch.keys() == {"tokens", "mask"}
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], ds[step][name])
+
+
+def test_batch_hash_depends_on_tokens_mask_and_resets():
     batch = make(order="documents")[0]
-    other = batch | {"reset": ~batch["reset"]}
-    without = {k: v for k, v in batch.items() if k != "reset"}
-    assert len({batches.batch_hash(b) for b in (batch, other, without)}) == 3
+    changed = [batch | {"tokens": batch["tokens"] + np.eye(B, T + 1, dtype=np.int32)}]
+    changed += [batch | {name: batch[name] ^ np.eye(B, T, dtype=bool)} for name in ("mask", "reset")]
+    changed += [{name: x for name, x in batch.items() if name != "reset"}, make(order="documents")[1]]
+    hashes = {batches.batch_hash(other) for other in [batch, *changed]}
+    assert len(hashes) == 6 and {len(digits) for digits in hashes} == {16}
+    assert batches.batch_hash({name: x.copy() for name, x in batch.items()}) in hashes

@@ -1,9 +1,8 @@
 """`.npy` files of tokens."""
 
-import os
-
 import numpy as np
 import pytest
+from damage import cuts
 from texts import splits_of
 
 from rwkv_jax.data import SEPARATOR, prepare
@@ -27,27 +26,29 @@ def test_array_without_separators_is_cut_by_position(tmp_path):
     assert [split.starts.tolist() for split in splits_of(corpus)] == [[0], [0], [0]]
 
 
-def make_cut(path):
-    np.save(path, np.arange(999))
-    os.truncate(path, 700)
+ARRAYS = {
+    "is damaged or not a .npy file": lambda path: path.write_bytes(b"text"),
+    "holds float64 [9], expected integers of one dimension": lambda path: np.save(path, np.ones(9)),
+    "holds int64 [3, 3], expected integers of one dimension": lambda path: np.save(path, np.ones((3, 3), int)),
+    "holds token -1, outside the vocabulary of 256": lambda path: np.save(path, np.full(99, -1)),
+    "holds token 256, outside the vocabulary of 256": lambda path: np.save(path, np.full(99, 256)),
+    "holds 2 tokens: too few for train, valid and test": lambda path: np.save(path, np.ones(2, int)),
+}
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (make_cut, "a.npy is damaged or not a .npy file"),
-        (lambda path: path.write_bytes(b"text"), "a.npy is damaged or not a .npy file"),
-        (lambda path: path.touch(), "a.npy is damaged or not a .npy file"),
-        (lambda path: np.save(path, np.array(["a"], object)), "a.npy is damaged or not a .npy file"),
-        (lambda path: np.save(path, np.ones(9)), "a.npy holds float64 [9], expected integers of one dimension"),
-        (lambda path: np.save(path, np.ones((3, 3), int)), "a.npy holds int64 [3, 3], expected integers of one"),
-        (lambda path: np.save(path, np.full(99, -1)), "a.npy holds token -1, outside the vocabulary of 256"),
-        (lambda path: np.save(path, np.ones(2, int)), "a.npy holds 2 tokens: too few for train, valid and test"),
-        (lambda path: None, "No such file or directory"),
-    ],
-)
-def test_prepare_refuses_an_array_that_is_not_tokens(tmp_path, make, message):
-    make(tmp_path / "a.npy")
-    with pytest.raises((ValueError, OSError)) as raised:
-        prepare(str(tmp_path / "a.npy"))
-    assert message in str(raised.value) and "\n" not in str(raised.value)
+@pytest.mark.parametrize("message", ARRAYS)
+def test_prepare_refuses_an_array_that_is_not_tokens(tmp_path, message):
+    path = tmp_path / "a.npy"
+    ARRAYS[message](path)
+    with pytest.raises(ValueError) as raised:
+        prepare(str(path))
+    assert str(raised.value).startswith(f"{path} {message}") and "\n" not in str(raised.value)
+
+
+def test_array_cut_anywhere_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(200))
+    content = (tmp_path / "a.npy").read_bytes()
+    for damaged in cuts(content, len(content) - 1)[::9]:
+        (tmp_path / "a.npy").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.npy is damaged or not a \.npy file"):
+            prepare(str(tmp_path / "a.npy"))

@@ -5,23 +5,12 @@ import numpy as np
 import pytest
 
 from experiments import study
-from experiments.ablations.run import PARTS, PRINTED, RELEASED, STUDY, conclude
+from experiments.ablations.run import PRINTED, RELEASED, STUDY, conclude
 from rwkv_jax import hardware, models
 from rwkv_jax.train.run_config import model_of
 
 ITS = study.Study(**STUDY)
-ARMS = study.arms_of(ITS)
-
-
-def config_of(arm):
-    return study.config_of(ITS, ARMS[arm][0])
-
-
-def values(effects):
-    """Runs of all arms: level by seed, effect by arm, noise of 1e-4."""
-    rng = np.random.default_rng(0)
-    level = lambda arm, seed: 2.3 + 0.05 * seed + effects.get(arm, 0) + 1e-4 * rng.standard_normal()
-    return {study.name_of(arm, seed): {"bits_per_byte": level(arm, seed)} for arm in ARMS for seed in range(3)}
+CONFIGS = {arm: study.config_of(ITS, changes) for arm, (changes,) in study.arms_of(ITS).items()}
 
 
 @pytest.mark.parametrize(
@@ -35,31 +24,29 @@ def values(effects):
     ids=str,
 )
 def test_conclude_gives_the_verdict_of_each_effect(effects, verdicts):
-    assert [row["verdict"] for row in conclude(ITS, values(effects))["ledger"]] == verdicts
+    """Runs of all arms: level by seed, effect by arm, noise of 1e-4."""
+    rng = np.random.default_rng(0)
+    level = lambda arm, seed: 2.3 + 0.05 * seed + effects.get(arm, 0) + 1e-4 * rng.standard_normal()
+    values = {study.name_of(arm, seed): {"bits_per_byte": level(arm, seed)} for arm in CONFIGS for seed in range(3)}
+    assert [row["verdict"] for row in conclude(ITS, values)["ledger"]] == verdicts
 
 
 def test_config_of_an_arm_changes_one_thing():
-    default = config_of(RELEASED)
-    both = {"no receptance, F + D": 2, "all matrices N(0, 0.02)": 2}
-    for arm in ARMS:
-        config = config_of(arm)
-        changed = [key for key in default.model if config.model[key] != default.model[key]]
-        changed += [key for key in default.optim if config.optim[key] != default.optim[key]]
-        assert len(changed) == (arm != RELEASED) * both.get(arm, 1), arm
-        config.model, config.optim = default.model, default.optim
-        assert config == default
-    assert set(PARTS) < set(ARMS)
+    default, flat = CONFIGS[RELEASED], lambda config: study.flat(config.to_dict())
+    expected = dict.fromkeys(CONFIGS, 1) | {RELEASED: 0, "no receptance, F + D": 2, "all matrices N(0, 0.02)": 2}
+    for arm, config in CONFIGS.items():
+        assert len([key for key, x in flat(config).items() if x != flat(default)[key]]) == expected[arm], arm
 
 
 def test_wider_channel_mixing_has_the_parameters_of_the_receptances():
     """But for the receptances' four mixes less two: 2 D a layer fewer, of 13 D^2."""
 
     def of(arm):
-        model = model_of(config_of(arm))
+        model = model_of(CONFIGS[arm])
         count = sum(x.size for x in jax.tree.leaves(models.parameter_shapes(model)))
-        return count, hardware.flops_per_token(model, config_of(arm).seq_len)
+        return count, hardware.flops_per_token(model, CONFIGS[arm].seq_len)
 
     (count, flops), (wider, its), (fewer, _) = map(of, (RELEASED, "no receptance, F + D", "no receptance"))
-    L, D = config_of(RELEASED).model.num_layers, config_of(RELEASED).model.dim
+    L, D = CONFIGS[RELEASED].model.num_layers, CONFIGS[RELEASED].model.dim
     assert count - wider == 2 * D * L and its == flops
     assert count - fewer == L * (2 * D * D + 2 * D)

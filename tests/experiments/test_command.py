@@ -22,7 +22,7 @@ class Experiment:
     """Three cells, the second of which may be interrupted, and a log of what was computed."""
 
     def __init__(self, folder, monkeypatch):
-        self.folder, self.ran, self.interrupted = folder / "recall", [], False
+        self.folder, self.ran, self.interrupted = folder / "reach", [], False
         monkeypatch.chdir(folder)
         monkeypatch.setattr(command, "draw", lambda name, path: path)
 
@@ -59,26 +59,21 @@ def test_command_keeps_finished_cells_after_an_interruption(experiment, capsys):
     assert experiment.ran == ["a", "b", "c"]
     results = json.loads((experiment.folder / "results.json").read_text())
     assert list(results["cells"]) == ["a", "b", "c"] and results["fields"] == {"size": 2, "text": "stdlib"}
-    assert results["cells"]["a"]["in"] == "runs/recall/cpu"
+    assert results["cells"]["a"]["in"] == "runs/reach/cpu"
     assert results["wall_seconds"] == sum(cell["wall_seconds"] for cell in results["cells"].values())
     assert "Table 0: 2 (paper: 1): same sign" in capsys.readouterr().out
     assert experiment("--again") == 0
     assert experiment.ran == ["a", "b", "c"] * 2
 
 
-def test_command_keeps_presets_apart(experiment):
+def test_command_keeps_presets_apart_and_cells_that_an_option_adds(experiment):
+    read = lambda name="results": json.loads((experiment.folder / f"{name}.json").read_text())
     assert experiment() == 0 and experiment("--preset=gpu") == 0 and experiment("--text=other.txt") == 0
     assert experiment.ran == ["a", "b", "c"] * 3
-    assert json.loads((experiment.folder / "gpu.json").read_text())["cells"]["a"]["value"] == 3
-    assert json.loads((experiment.folder / "results.json").read_text())["fields"]["text"] == "other.txt"
-
-
-def test_command_option_adds_a_cell_and_keeps_the_others(experiment):
-    results = lambda: json.loads((experiment.folder / "results.json").read_text())["cells"].keys()
-    assert experiment("--model=x.pth") == 0 and list(results()) == ["a", "b", "c", "x.pth"]
-    assert experiment() == 0 and list(results()) == ["a", "b", "c"]
-    assert experiment("--model=x.pth") == 0 and list(results()) == ["a", "b", "c", "x.pth"]
-    assert experiment.ran == ["a", "b", "c", "x.pth"]
+    assert read("gpu")["cells"]["a"]["value"] == 3 and read()["fields"]["text"] == "other.txt"
+    for argv, added in ((["--model=x.pth"], ["x.pth"]), ([], []), (["--model=x.pth"], ["x.pth"])):
+        assert experiment("--text=other.txt", *argv) == 0 and list(read()["cells"]) == ["a", "b", "c", *added]
+    assert experiment.ran == [*["a", "b", "c"] * 3, "x.pth"]
 
 
 def test_command_smoke_does_not_replace_results(experiment, tmp_path, capsys):
@@ -93,33 +88,25 @@ def test_command_refreshes_the_ledger_with_results_in_their_place(experiment, tm
     page = tmp_path / "README.md"
     page.write_text("<!-- hours -->\n<!-- end -->")
     monkeypatch.setattr(command.ledger, "HERE", tmp_path)
-    monkeypatch.setattr(command.ledger, "ORDER", ("recall",))
+    monkeypatch.setattr(command.ledger, "ORDER", ("reach",))
     monkeypatch.setattr(command.ledger, "FILES", (page,))
     assert experiment(f"--out={tmp_path / 'elsewhere'}") == 0 and page.read_text() == "<!-- hours -->\n<!-- end -->"
     assert experiment() == 0 and "0.0 hours in all" in page.read_text()
 
 
-def test_command_reports_an_error_in_one_line(experiment, capsys):
-    def cells(preset, workdir, model):
-        raise ValueError("no\nsuch corpus")
-
-    experiment.cells = cells
-    assert experiment() == 2
-    assert capsys.readouterr().err.splitlines() == ["error: no such corpus"]
-
-
-def test_t_interval_agrees_with_the_table_of_student():
-    mean, low, high = statistics.t_interval([1.0, 2.0, 4.0])
-    half = 4.302653 * np.std([1, 2, 4], ddof=1) / 3**0.5  # t at 0.975 with 2 degrees of freedom
-    np.testing.assert_allclose([mean, low, high], [7 / 3, 7 / 3 - half, 7 / 3 + half], rtol=1e-6)
-    assert np.isnan(statistics.t_interval([1.0])[1])
-
-
-def test_p_value_is_the_level_at_which_the_interval_touches_zero():
+def test_intervals_agree_with_the_table_of_student_and_a_hand_calculation():
     x = np.array([1.0, 2.0, 4.0])
-    level = 1 - statistics.p_value(x)
+    half = 4.302653 * np.std(x, ddof=1) / 3**0.5  # t at 0.975 with 2 degrees of freedom
+    np.testing.assert_allclose(statistics.t_interval(x), [7 / 3, 7 / 3 - half, 7 / 3 + half], rtol=1e-6)
+    level = 1 - statistics.p_value(x)  # at which the interval touches zero
     assert statistics.t_interval(x, level)[1] == pytest.approx(0, abs=1e-9)
     assert statistics.p_value([0.5, 0.5]) == 0 and statistics.p_value([0.0, 0.0]) == 1
+    nats_SD = np.log(2) * np.array([[10.0, 100.0]])  # 1 and 0.5 bits a byte
+    assert statistics.over_documents(nats_SD, [10, 200]) == pytest.approx((0.5, 1.0))
+    nothing = statistics.over_documents(nats_SD[:, :1], [10])
+    assert np.isnan([*nothing, *statistics.t_interval([1.0])[1:], *statistics.wider(nothing, nothing)]).all()
+    assert statistics.wider((0, 1), (-1, 1)) == (-1, 1) and statistics.wider((0, 1), nothing) == (0, 1)
+    assert statistics.told(0.5, -1, 2, 1) == "+0.5 [-1.0, +2.0]" and statistics.told(-0.5, *nothing) == "-0.500"
 
 
 def test_holm_agrees_with_a_hand_calculation():
@@ -128,16 +115,24 @@ def test_holm_agrees_with_a_hand_calculation():
     assert statistics.holm([0.6, 0.7]) == [1.0, 1.0]
 
 
-def test_wider_returns_the_wider_interval():
-    assert statistics.wider((0, 1), (-1, 1)) == (-1, 1)
-    assert statistics.wider((0, 1), (np.nan, np.nan)) == (0, 1)
-    assert np.isnan(statistics.wider((np.nan, np.nan), (np.nan, np.nan))).all()
+@pytest.mark.parametrize(
+    ("low", "high", "sign", "paper", "expected"),
+    [
+        (0.03, 0.05, 1, 0.041, "reproduced"),
+        (0.05, 0.07, 1, 0.041, "same sign"),
+        (-0.05, -0.03, 1, 0.041, "contradicted"),
+        (-0.01, 0.05, 1, 0.041, "not resolved"),
+        (None, None, 1, 0.041, "not resolved"),
+        (-0.05, -0.03, -1, None, "same sign"),
+    ],
+)
+def test_verdict_of_an_interval(low, high, sign, paper, expected):
+    assert statistics.verdict(low, high, sign, paper) == expected
 
 
 @pytest.mark.parametrize(
     ("best", "better", "widest", "expected"),
     [
-        (8, min, None, ["4", "8", "16"]),
         (2, min, None, ["4", "8", "16", "2", "1"]),  # the best is at an end until 1 is worse
         (64, max, None, ["4", "8", "16", "32", "64", "128"]),
         (64, max, 4, ["4", "8", "16", "32"]),
@@ -148,6 +143,18 @@ def test_sweep_search_stops_when_the_best_rate_has_two_neighbours(best, better, 
     found = list(sweeps.search((4, 8, 16), values, lambda rate: sign * distance(rate), better, widest))
     assert found == expected == list(values)
     assert list(sweeps.search((4, 8, 16), values, None, better, widest)) == []  # nothing is computed again
+
+
+def test_swept_rates_are_found_or_interpolated_between_widths(tmp_path):
+    path = tmp_path / "sweep.json"
+    assert sweeps.lr(path, "transformer+shift", 4, 128) == 4e-3 and sweeps.lr(path, "lstm", 4, 128) is None
+    assert sweeps.lr(path, "rwkv4", 3, 32) == pytest.approx(sweeps.lr(path, "rwkv4", 2, 64))
+    assert sweeps.lr(path, "rwkv4", 3, 90) == pytest.approx((16e-3 * 8e-3) ** 0.5, rel=0.02)
+    assert 6e-4 < sweeps.lr(path, "rwkv4", 12, 512) < 4e-3
+    for _ in range(2):
+        sweeps.bracket(path, "rwkv4 4x128", 2.2e-3, lambda lr: abs(np.log2(lr / 16e-3)))
+    assert list(sweeps.swept(path)["rwkv4 4x128"]) == ["0.001", "0.002", "0.004", "0.008", "0.016", "0.032"]
+    assert sweeps.lr(path, "rwkv4", 4, 128) == 16e-3
 
 
 def test_stamp_leaves_out_the_output_folder(monkeypatch):

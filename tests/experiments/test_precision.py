@@ -14,7 +14,7 @@ from experiments.precision import judge, run, table
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("T", [1, 2, 100])
+@pytest.mark.parametrize("T", [1, 100])
 def test_judge_computes_eq_16_and_its_gradients(T):
     w, u, k, v, dy = run.inputs(T, "float32")
     actual = judge.exact(w, u, k, v, dy)

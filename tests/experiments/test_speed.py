@@ -23,57 +23,36 @@ SHAPE = (2, 24, 64, "bfloat16")
 @pytest.mark.slow
 @pytest.mark.live
 def test_speed_smoke_measures_every_suite_and_draws_its_figures(tmp_path):
-    for suite in ([], ["--suite=startup", f"--against={ROOT}"]):
-        command = [sys.executable, "-m", "experiments.speed.run", "--smoke", f"--out={tmp_path}", *suite]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    for command in (
+        ["run", "--smoke", f"--out={tmp_path}"],
+        ["run", "--smoke", f"--out={tmp_path}", "--suite=startup", f"--against={ROOT}"],
+        ["plot", str(tmp_path / "results.json")],
+    ):
+        program = [sys.executable, "-m", f"experiments.speed.{command[0]}", *command[1:]]
+        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert results.keys() == {"train", "decode", "ops", "generation", "startup"}
-
     for row in results["train"]["models"].values():
         assert sum(row["parts"].values()) == pytest.approx(row["step_seconds"])
-        assert all(t > 0 for name, t in row["parts"].items() if name != "elementwise and rest")
     assert all(row["agreed"] for row in results["generation"]["rows"])
     assert {row["state_bytes"] for row in results["generation"]["contexts"]} == {2 * 5 * 64 * 4}
-    contexts = {model: set() for model in ("rwkv4", "transformer", "transformer, no cache")}
-    for row in results["decode"]["sweep"]["rows"]:
-        contexts[row["model"]].add(row["context"])
-    assert all(seen == {0, 64, 512} for seen in contexts.values())
-    assert {row["form"] for row in results["ops"]["rows"]} >= {"scan", "associative", "transformers"}
+    contexts = [(row["model"], row["context"]) for row in results["decode"]["sweep"]["rows"]]
+    assert contexts == [(model, context) for model in ("rwkv4", "transformer") for context in (0, 64, 512)]
+    assert {row["form"] for row in results["ops"]["rows"]} == {"scan", "associative", "plain scan, autodiff"}
     assert all(row["seconds"] > 0 for row in results["ops"]["rows"])
-
-    command = [sys.executable, "-m", "experiments.speed.plot", str(tmp_path / "results.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    for suite in plot.DRAW:
-        assert 5e3 < (tmp_path / f"{suite}.png").stat().st_size < 1e5
+    assert all((tmp_path / f"{suite}.png").stat().st_size > 5000 for suite in plot.DRAW)
 
 
-@pytest.mark.parametrize(("platform", "kernel"), [("cpu", False), ("gpu", True), ("tpu", True)])
-def test_forms_include_the_kernel_where_it_is_compiled(monkeypatch, platform, kernel):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    assert ("pallas" in ops.forms(4096)) == kernel
+def test_forms_include_the_kernel_where_it_is_compiled(monkeypatch):
+    for platform in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert ("pallas" in ops.forms(4096)) == (platform != "cpu")
 
 
 def test_parts_of_a_step_sum_to_the_step():
-    seconds = {"step": 10.0, "gradient": 9.0, "optimiser": 1.5, "operator": 2.0, "matmuls": 4.0}
-    found = train.parts(seconds, "WKV")
-    assert found["parts"] == {"WKV": 2.0, "matmuls": 4.0, "elementwise and rest": 2.5, "optimiser": 1.5}
-    assert found["gradient_and_optimiser"] == pytest.approx(1.05)
-    assert found["parts_of_gradient"] == pytest.approx(6 / 9)
-
-
-@pytest.mark.parametrize("name", train.MODELS)
-def test_products_timed_alone_are_those_of_the_model(name):
-    """Their FLOPs and the model's, counted in the programs, and the shapes of their kernels."""
-    model = train.build(name, train.SMOKE)
-    params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    f, draw = train.products(model, params, train.SMOKE)
-    _, layer, head_DV = jax.eval_shape(draw, 0)
-    kernels = [x.shape for path, x in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"]
-    assert sorted([head_DV.shape, *(x.shape for x in layer)]) == sorted(kernels)
-    y = jax.eval_shape(f, *jax.eval_shape(draw, 0))
-    assert y.shape == (train.SMOKE["batch"], train.SMOKE["seq_len"], train.SMOKE["vocab_size"])
+    found = train.parts({"step": 10.0, "optimiser": 1.5, "operator": 2.0}, "WKV")
+    assert found == {"WKV": 2.0, "optimiser": 1.5, "matmuls and the rest": 6.5}
 
 
 @pytest.mark.parametrize("name", train.MODELS)
@@ -105,24 +84,6 @@ def test_filled_cache_is_random_and_stays_at_its_context():
     np.testing.assert_array_equal(after[0].cache.length_B, 43)
 
 
-# Startup
-
-
-def test_startup_report_has_a_line_a_row_and_the_ratio_of_tracing():
-    times = lambda trace: {"trace": trace, "lower": 0.25, "compile": 1.5}
-    row = {"size": "2 x 16", "layout": "stacked", "program": "prompt", "ours": times(0.5)}
-    results = {
-        "rows": [row, row | {"program": "decode step", "before": times(2.0)}],
-        "commands": [{"what": "imports", "seconds": {"ours, jax": 0.32, "before, jax": 1.0}}],
-    }
-    assert startup.report(results) == [
-        "prompt, 2 x 16, stacked: ours trace 0.50 s, lower 0.25, compile 1.50",
-        "decode step, 2 x 16, stacked: ours trace 0.50 s, lower 0.25, compile 1.50; "
-        "before trace 2.00 s, lower 0.25, compile 1.50; tracing 0.25 of before",
-        "imports: ours, jax 0.3 s, before, jax 1.0 s",
-    ]
-
-
 def test_startup_run_compiles_once_and_takes_medians_of_both_sides(monkeypatch, tmp_path):
     taken, calls = iter(range(100)), []
 
@@ -131,32 +92,19 @@ def test_startup_run_compiles_once_and_takes_medians_of_both_sides(monkeypatch, 
         return json.dumps({"trace": next(taken), "lower": 1} | ({"compile": 5} if "--compile" in arguments else {}))
 
     monkeypatch.setattr(startup, "_output", output)
-    monkeypatch.setattr(startup, "commands", lambda sides, smoke, rounds: [(list(sides), smoke, rounds)])
+    monkeypatch.setattr(startup, "commands", lambda *args: args)
     monkeypatch.setattr(startup, "SIZES", {"a": None})
     found = startup.run(against=tmp_path)
-    assert found["commands"] == [(["ours", "before"], False, 3)]
-    assert [(row["layout"], row["program"]) for row in found["rows"][::3]] == [
-        ("stacked", "training step"), ("unstacked", "training step")
-    ]  # fmt: skip
-    assert (
-        found["rows"][0]["ours"] == {"trace": 2, "lower": 1, "compile": 5} and found["rows"][0]["before"]["trace"] == 3
-    )
+    assert found["commands"] == ({"ours": ROOT, "before": tmp_path}, False, 3)
+    row = found["rows"][0]
+    assert row["ours"] == {"trace": 2, "lower": 1, "compile": 5} and row["before"]["trace"] == 3
     assert len(calls) == 6 * 2 * 3 and sum("--compile" in call for call in calls) == 6 * 2
     assert calls[0] == (ROOT, "a", "stacked", "training step", "--compile") and calls[1][0] == tmp_path
-    assert [row["size"] for row in startup.run(smoke=True)["rows"]] == ["2 x 16"] * 6
 
 
-@pytest.mark.parametrize("layout", ["stacked", pytest.param("unstacked", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "program", ["decode step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("training step", "prompt"))]
-)
-def test_startup_measures_positive_seconds(layout, program):
-    found = startup.measured("2 x 16", layout, program, compile=layout == "stacked")
-    assert list(found) == ["trace", "lower", "compile"][: len(found)] and min(found.values()) > 0
-    assert ("compile" in found) == (layout == "stacked")
-
-
-# Peers without a GPU
+def test_startup_measures_positive_seconds():
+    found = startup.measured("2 x 16", "stacked", "decode step", compile=True)
+    assert list(found) == ["trace", "lower", "compile"] and min(found.values()) > 0
 
 
 def wkv_and_gradients(x):

@@ -60,8 +60,7 @@ def test_fit_starts_from_given_parameters_and_leaves_them(step):
 def test_share_right_counts_masked_in_tokens_alone():
     model, params = small.drawn(MODEL)
     batch = recall(np.random.default_rng(0), 64, T, N, V)
-    right_BT = (
-        np.asarray(small.forward(model, params, batch["tokens"][:, :-1])[0]).argmax(-1) == batch["tokens"][:, 1:]
-    )
+    logits_BTV, _ = small.forward(model, params, batch["tokens"][:, :-1])
+    right_BT = np.asarray(logits_BTV).argmax(-1) == batch["tokens"][:, 1:]
     assert tasks.share_right(model, params, batch) == pytest.approx(right_BT[batch["mask"]].mean())
     assert right_BT[batch["mask"]].mean() != pytest.approx(right_BT.mean())

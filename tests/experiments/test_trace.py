@@ -1,7 +1,5 @@
 """The causal trace: readings token by token, restored places, prompts and averages."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -89,28 +87,20 @@ def test_restored_places_nobody_reads_give_nothing_back(prompt, seen):
 
 def test_roles_give_each_token_one_role(prompt):
     R, name = averages.roles(prompt), averages.ROLES.index
-    assert R.sum(0).tolist() == [0, 1, 1, 1, 1, 1]
-    assert [R[:, t].argmax() for t in range(1, T + 1)] == [
-        *[name("before")] * 2, name("first of subject"), name("last of subject"), name("last"),
-    ]  # fmt: skip
-    effect_KTL = np.arange(2 * 6 * 1.0).reshape(2, 6, 1)
-    by_role = averages.by_role(effect_KTL, R)
-    assert by_role[:, name("before"), 0].tolist() == [1.5, 7.5]
-    assert np.isnan(by_role[:, name("after")]).all()
+    expected = ["before", "before", "first of subject", "last of subject", "last"]
+    assert R.sum(0).tolist() == [0, 1, 1, 1, 1, 1] and R[:, 1:].argmax(0).tolist() == list(map(name, expected))
+    by_role = averages.by_role(np.arange(2 * 6 * 1.0).reshape(2, 6, 1), R)
+    assert by_role[:, name("before"), 0].tolist() == [1.5, 7.5] and np.isnan(by_role[:, name("after")]).all()
 
 
 def test_other_tokens_are_as_many_as_the_subject_and_none_of_it():
     prompt = facts.padded([3, 3], [4, 5], [6, 6], 7, 9)
     drawn = np.array([averages.other_tokens(prompt, np.random.default_rng(i)) for i in range(20)])
-    assert (drawn.sum(1) == 2).all()
-    assert np.flatnonzero(drawn.any(0)).tolist() == [3, 4, 7, 8]
-    short = facts.padded([], [4, 5, 6], [6], 7, 5)
-    assert averages.other_tokens(short, np.random.default_rng(0)).tolist() == [False] * 4 + [True]
+    assert (drawn.sum(1) == 2).all() and np.flatnonzero(drawn.any(0)).tolist() == [3, 4, 7, 8]
 
 
-def test_depth_and_its_difference_agree_with_a_hand_calculation():
+def test_averages_over_facts_agree_with_a_hand_calculation():
     assert averages.depth(np.array([1.0, 0, 1])) == 0.5 and averages.depth(np.array([-5.0, 0, 2])) == 1
-    assert np.isnan(averages.depth(np.array([-1.0, 0])))
     effect = np.zeros((4, len(KINDS), len(averages.ROLES), 2))  # [facts, kinds, roles, L]
     effect[:, KINDS.index("both"), averages.ROLES.index("last of subject"), 0] = 1
     effect[:, KINDS.index("both"), averages.ROLES.index("after")] = [[0, 0.5], [0, 1.5], [0, 1], [0, 1]]
@@ -120,56 +110,43 @@ def test_depth_and_its_difference_agree_with_a_hand_calculation():
     assert mean == 0.375 and low == pytest.approx(0.375 - 3.182446 * np.std([1, 5, 3, 3], ddof=1) / 8 / 2, abs=1e-5)
     effect[0, :, averages.ROLES.index("after")] = np.nan  # a prompt that ends soon after its subject
     assert averages.by_state(effect)[0] == pytest.approx((1.25 + 0.75 + 0.75) / 6, abs=1e-5)
-    assert (
-        averages.over_facts([[1, np.nan], [3, 2]])[0][0] == 2 and averages.over_facts([[1, np.nan], [3, 2]])[1] is None
-    )
+    known, unknown = averages.over_facts([[1, np.nan], [3, 2]])
+    assert known[0] == 2 and unknown is None
 
 
 def test_world_has_one_answer_a_subject_and_relation():
     world = facts.world(subjects=20, vocab_size=64, seed=1)
-    assert len(set(world.subjects)) == 20 and {len(s) for s in world.subjects} == {2, 3}
     prompts = facts.everything(world)
-    told = {}
-    for number, answer in enumerate(prompts.answer):
-        told.setdefault(number // facts.TEMPLATES, set()).add(int(answer))
-    assert len(told) == 20 * facts.RELATIONS and all(len(answers) == 1 for answers in told.values())
+    answers = prompts.answer.reshape(20 * facts.RELATIONS, facts.TEMPLATES)
+    assert (answers == answers[:, :1]).all()
     texts = {tuple(t[v].tolist()) for t, v in zip(prompts.tokens_T, prompts.valid_T, strict=True)}
-    assert len(texts) == len(prompts.answer)
+    assert len(texts) == len(prompts.answer) and {len(s) for s in world.subjects} == {2, 3}
     words = {w for texts in (world.before, *world.after) for text in texts for w in text}
     assert not words & {t for s in world.subjects for t in s} and not words & set(world.objects_SR.ravel().tolist())
 
 
-def test_training_rows_count_answers_alone():
+def test_training_rows_begin_at_the_separator_and_count_answers_alone():
     prompts = facts.stacked([facts.padded([3], [4], [5], 6, 5), facts.padded([3, 3], [4], [5], 6, 5)])
     rows = run.rows_of(prompts)
-    assert rows["tokens"].tolist() == [[0, 3, 4, 5, 6, 0], [0, 3, 3, 4, 5, 6]]
-    assert rows["mask"].tolist() == [[False, False, False, True, False], [False] * 4 + [True]]
+    assert rows["tokens"].tolist() == [[0, 0, 3, 4, 5, 6], [0, 3, 3, 4, 5, 6]]
+    assert rows["mask"].tolist() == [[False] * 4 + [True]] * 2
+    assert rows["reset"].argmax(1).tolist() == [1, 0] and rows["reset"].sum(1).tolist() == [1, 1]
 
 
-def test_facts_from_a_file_are_padded_prompts(tmp_path):
+def test_facts_of_a_file_are_padded_prompts_or_refused(tmp_path):
     path = tmp_path / "facts.json"
-    path.write_text(json.dumps([{"subject": "ab", "prompt": "x ab is", "attribute": "cd"}]))
-    prompts = facts.from_file(str(path), ByteTokenizer())
+
+    def read(text):
+        path.write_text(text)
+        return facts.from_file(str(path), ByteTokenizer())
+
+    prompts = read('[{"subject": "ab", "prompt": "x ab is", "attribute": "cd"}]')
     assert bytes(prompts.tokens_T[0].tolist()) == b"\0x ab is" and prompts.answer.tolist() == [ord(" ")]
     # the space before the subject is its own, as it is of a word's token in BPE
     assert bytes(prompts.tokens_T[0][prompts.subject_T[0]].tolist()) == b" ab"
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("{", "expected a JSON list"),
-        ('[{"subject": "a"}]', "expected a JSON list"),
-        ('[{"subject": "zz", "prompt": "x ab is", "attribute": "cd"}]', "fact 0: 'zz' is no run of tokens"),
-    ],
-)
-def test_facts_from_a_bad_file_are_refused(tmp_path, text, says):
-    path = tmp_path / "facts.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=says):
-        facts.from_file(str(path), ByteTokenizer())
-
-
-def test_cells_refuse_weights_without_facts():
+    with pytest.raises(ValueError, match="expected a JSON list"):
+        read('[{"subject": "a"}]')
+    with pytest.raises(ValueError, match="fact 0: 'zz' is no run of tokens"):
+        read('[{"subject": "zz", "prompt": "x ab is", "attribute": "cd"}]')
     with pytest.raises(ValueError, match="--model and --facts together"):
         run.cells(run.PRESETS["smoke"], None, model="x.pth")

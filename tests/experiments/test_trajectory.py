@@ -11,19 +11,12 @@ from rwkv_jax.ops import wkv4
 FEW = 12  # steps: all tensors get gradients from the third on, and Adam's moments have been used
 
 
-def test_trajectory_begins_as_the_released_trainers():
-    found = run.apart(run.ours(FEW), run.kept(FEW))
-    assert len(found["loss_by_step"]) == FEW
-    for name in ("loss_nats", "grad_norm_relative"):
-        assert found[name] < 1e-6, name
-
-
-@pytest.mark.slow
-def test_trajectory_has_every_step_and_the_final_tensors_of_the_released_trainer():
-    found = run.apart(run.ours(150), run.kept(150))
-    assert len(found["loss_by_step"]) == 150
-    for name in ("loss_nats", "grad_norm_relative", "final_tensors"):  # the file holds the tensors as float32
-        assert found[name] < 1e-6, name
+@pytest.mark.parametrize("steps", [FEW, pytest.param(150, marks=pytest.mark.slow)])
+def test_trajectory_is_the_released_trainers(steps):
+    found = run.apart(run.ours(steps), run.kept(steps))
+    assert len(found.pop("loss_by_step")) == steps
+    assert len(found) == (3 if steps == 150 else 2)  # the final tensors are those of the last step
+    assert max(found.values()) < run.WITHIN  # the file holds the tensors as float32
 
 
 @pytest.mark.slow
@@ -58,23 +51,17 @@ def test_command_reports_a_folder_that_is_no_clone_in_one_line(tmp_path, capsys)
 
 
 @pytest.mark.live
-@pytest.mark.parametrize(
-    ("program", "message"),
-    [
-        ("class Other: pass", "AttributeError: module 'released_rwkv4' has no attribute 'RWKV'"),
-        ("import lightning_of_tomorrow", "ModuleNotFoundError: No module named 'lightning_of_tomorrow'"),
-    ],
-)
-def test_released_trajectory_reports_why_another_program_does_not_run(tmp_path, program, message):
+def test_released_trajectory_reports_why_another_program_does_not_run(tmp_path):
     path = tmp_path / released.FILE
     path.parent.mkdir(parents=True)
-    path.write_text(program)
+    path.write_text("import lightning_of_tomorrow")
     assert released.source(tmp_path) == path
     with np.load(run.GOLDEN) as golden:
         tensors, tokens_NBT = run.start(golden), golden["tokens"][:1]
-    with pytest.raises(ValueError, match="does not run as it did at commit") as error:
+    with pytest.raises(
+        ValueError, match=r"does not run as it did at commit .*No module named 'lightning_of_tomorrow'"
+    ):
         released.trajectory(path, tensors, tokens_NBT, run.LR)
-    assert message in str(error.value)
 
 
 @pytest.mark.live

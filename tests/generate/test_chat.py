@@ -15,16 +15,25 @@ LETTERS_ONLY = {i: -math.inf for i in range(256) if not chr(i).isascii() or not 
 TOKENIZER = ByteTokenizer()
 
 
-def talk(monkeypatch, capsys, *lines, seed=0, **settings):
-    """Standard output of a chat in which `lines` are typed."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    settings = {"max_new_tokens": 12, "temperature": 1.0, "logit_bias": LETTERS_ONLY} | settings
-    chat(*unstacked("rwkv4"), TOKENIZER, RAVEN, Conversation(), seed, **settings)
-    return capsys.readouterr().out
+@pytest.fixture
+def talk(monkeypatch, capsys, tmp_path):
+    """A function that returns the standard output of a chat in which `lines` are typed, `tmp_path` the folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def talk(*lines, **settings):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        settings = {"max_new_tokens": 12, "temperature": 1.0, "logit_bias": LETTERS_ONLY} | settings
+        chat(*unstacked("rwkv4"), TOKENIZER, RAVEN, Conversation(), seed=0, **settings)
+        return capsys.readouterr().out
+
+    return talk
 
 
-def saved(path):
-    return load_context(path, *unstacked("rwkv4"))
+def saved(name):
+    """(context, text) of a saved conversation, of which the context has read exactly the text."""
+    context, text = load_context(name, *unstacked("rwkv4"))
+    assert_read("rwkv4", context, TOKENIZER.encode(text))
+    return context, text
 
 
 def test_chat_prompt_is_a_paragraph_for_each_turn():
@@ -33,52 +42,38 @@ def test_chat_prompt_is_a_paragraph_for_each_turn():
     assert prompt(RAVEN, "c", begun) == "\n\nBob: c\n\nAlice:"
 
 
-def test_chat_state_equals_that_of_the_text_so_far(monkeypatch, capsys, tmp_path):
-    talk(monkeypatch, capsys, "hello", "and?", f"/save {tmp_path / 'talk'}", "never saved")
-    context, text = saved(tmp_path / "talk")
-    assert text.startswith("Bob: hello\n\nAlice:") and text.count("\n\nBob: and?\n\nAlice:") == 1
-    assert_read("rwkv4", context, TOKENIZER.encode(text))
+def test_chat_undo_restores_and_retry_redraws(talk):
+    """Undo restores the conversation before the last message, retry draws another reply to it."""
+    out = talk("hello", "/save one", "and?", "/save two", "/retry", "/save three", "/undo", "/save four")
+    assert "taken back: and?" in out
+    (one, first), (_, second), (_, third), (four, last) = map(saved, ("one", "two", "three", "four"))
+    assert first.startswith("Bob: hello\n\nAlice:") and second.startswith(f"{first}\n\nBob: and?\n\nAlice:")
+    assert third.startswith(f"{first}\n\nBob: and?\n\nAlice:") and second != third
+    assert last == first
+    assert_equal(one, four)
 
 
-def test_chat_undo_restores_the_conversation_before_the_last_message(monkeypatch, capsys, tmp_path):
-    first = talk(monkeypatch, capsys, "hello", f"/save {tmp_path / 'one'}")
-    second = talk(monkeypatch, capsys, "hello", "and?", "/undo", f"/save {tmp_path / 'two'}")
-    assert second.startswith(first) and "taken back: and?" in second
-    (one, text), (two, text_two) = saved(tmp_path / "one"), saved(tmp_path / "two")
-    assert text == text_two
-    assert_equal(one, two)
+def test_chat_continues_a_loaded_conversation_and_reset_forgets_it(talk):
+    there = talk("hello", "/save talk", "and?", **NEARLY_GREEDY)
+    again = talk("/load talk", "/undo", "and?", "/reset", "/undo", "hello", **NEARLY_GREEDY)
+    assert again.count("there is no message to take back") == 2
+    assert there.splitlines()[-1] in again.splitlines()
+    assert again.splitlines()[-1] == there.splitlines()[0]
 
 
-def test_chat_retry_draws_another_reply_to_the_same_message(monkeypatch, capsys, tmp_path):
-    talk(monkeypatch, capsys, "hello", f"/save {tmp_path / 'one'}", "/retry", f"/save {tmp_path / 'two'}")
-    (_, first), (context, second) = saved(tmp_path / "one"), saved(tmp_path / "two")
-    begin = "Bob: hello\n\nAlice:"
-    assert first.startswith(begin) and second.startswith(begin) and first != second
-    assert_read("rwkv4", context, TOKENIZER.encode(second))
+@pytest.mark.parametrize("line", ["/save nowhere/talk", "/load nowhere/talk", "/load"])
+def test_chat_prints_one_line_for_a_mistake_and_continues(talk, line):
+    out = talk("hello", line, "hello")
+    assert out.count("error: ") == 1 and len(out.splitlines()) == 3
 
 
-def test_chat_continues_a_loaded_conversation(monkeypatch, capsys, tmp_path):
-    there = talk(monkeypatch, capsys, "hello", f"/save {tmp_path / 'talk'}", "and?", **NEARLY_GREEDY)
-    again = talk(monkeypatch, capsys, f"/load {tmp_path / 'talk'}", "/undo", "and?", **NEARLY_GREEDY)
-    assert "there is no message to take back" in again
-    assert again.splitlines()[-1] == there.splitlines()[-1]
+def test_chat_says_nothing_unless_spoken_to(talk):
+    out = talk("/save x", "/undo", "/retry", "", "/nonsense", "/quit", "hello")
+    assert out.count("error: nothing was said") == 1 and out.endswith("after what was printed.\n")
 
 
-def test_chat_reset_begins_a_new_conversation(monkeypatch, capsys):
-    once = talk(monkeypatch, capsys, "hello", **NEARLY_GREEDY)
-    assert talk(monkeypatch, capsys, "something else", "/reset", "hello", **NEARLY_GREEDY).endswith(once)
-
-
-@pytest.mark.parametrize("line", ["/save nowhere/talk", "/load nowhere/talk", "/load", "/save"])
-def test_chat_prints_one_line_for_a_mistake_and_continues(monkeypatch, capsys, line):
-    out = talk(monkeypatch, capsys, "hello", line, "hello")
-    assert out.count("error: ") == 1
-    out = talk(monkeypatch, capsys, "/save x", "/undo", "/retry", "", "/nonsense", "/quit", "hello")
-    assert out.count("Alice") == 0
-
-
-def test_chat_keeps_what_was_printed_before_ctrl_c(monkeypatch, capsys, tmp_path):
-    count = 0
+def test_chat_keeps_what_was_printed_before_ctrl_c(talk, monkeypatch):
+    count, real = 0, print
 
     def interrupted(*args, **kwargs):
         nonlocal count
@@ -87,9 +82,7 @@ def test_chat_keeps_what_was_printed_before_ctrl_c(monkeypatch, capsys, tmp_path
             raise KeyboardInterrupt
         real(*args, **kwargs)
 
-    real = print
     monkeypatch.setattr("builtins.print", interrupted)
-    talk(monkeypatch, capsys, "hello", f"/save {tmp_path / 'talk'}")
-    context, text = saved(tmp_path / "talk")
+    talk("hello", "/save talk")
+    _, text = saved("talk")
     assert 0 < len(text) - len("Bob: hello\n\nAlice:") < 12
-    assert_read("rwkv4", context, TOKENIZER.encode(text))

@@ -1,22 +1,15 @@
 """Contexts in files."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from generating import assert_equal, case, filled, ids, row, unstacked
-from judge import error_ratio
+from generating import assert_equal, case, filled, row, unstacked
 
-from rwkv_jax.generate import load_context, read, save_context
+from rwkv_jax.generate import load_context, save_context
 
 BOTH = pytest.mark.parametrize("kind", ["rwkv4", "hybrid"])
-
-
-def cast(tree, dtype):
-    return jax.tree.map(lambda x: np.asarray(x).astype(dtype) if x.dtype == np.float32 else x, tree)
 
 
 @BOTH
@@ -40,7 +33,8 @@ def test_saved_context_survives_the_round_trip_bit_exactly(kind, tmp_path):
 def test_saved_context_is_cast_to_the_dtype_of_the_model(kind, tmp_path):
     """And serves the model in either."""
     model, params = unstacked(kind)
-    half = model.clone(dtype="bfloat16", param_dtype="bfloat16"), cast(params, jnp.bfloat16)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    half = model.clone(dtype="bfloat16", param_dtype="bfloat16"), half
     context = filled(kind, 2)
     save_context(tmp_path / "a", context, model, params)
     found, _ = load_context(tmp_path / "a", *half)
@@ -52,24 +46,14 @@ def test_saved_context_is_cast_to_the_dtype_of_the_model(kind, tmp_path):
     assert_equal(load_context(tmp_path / "b", *half)[0], found)
 
 
-@pytest.mark.slow
-def test_saved_context_continues_in_another_dtype(tmp_path):
-    model, params = unstacked("hybrid")
-    save_context(tmp_path / "a", read(model, params, ids(5)), model, params)
-    half = model.clone(dtype="bfloat16", param_dtype="bfloat16"), cast(params, jnp.bfloat16)
-    found, _ = load_context(tmp_path / "a", *half)
-    assert error_ratio(read(*half, [1], found).logits_BV, read(model, params, [*ids(5), 1]).logits_BV) < 0.1
-
-
 def test_saved_context_of_another_model_is_refused(tmp_path):
     model, params = unstacked("rwkv4")
     save_context(tmp_path / "a", filled("rwkv4", 1), model, params)
     other = jax.tree.map(lambda x: x, params)
     other["blocks_0"]["att"]["key"]["kernel"] = params["blocks_0"]["att"]["key"]["kernel"] * 1.01
     for wrong in ((model, other), unstacked("hybrid")):
-        with pytest.raises(ValueError, match="a is the context of another model") as error:
+        with pytest.raises(ValueError, match=r'a is the context of another model: .*"dim": 16'):
             load_context(tmp_path / "a", *wrong)
-        assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="not one of this model"):
         save_context(tmp_path / "b", filled("hybrid", 1), model, params)
     assert not (tmp_path / "b").exists()
@@ -77,36 +61,34 @@ def test_saved_context_of_another_model_is_refused(tmp_path):
 
 @BOTH
 def test_saved_context_that_is_damaged_is_refused(kind, tmp_path):
+    """Truncated anywhere, another file, and with any of its arrays missing, cut, or of another dtype or rank."""
     model, params = unstacked(kind)
-    save_context(tmp_path / "good", filled(kind, 1), model, params, "text")
-    good, path = (tmp_path / "good").read_bytes(), tmp_path / "bad"
-    with pytest.raises(FileNotFoundError, match="none: no such file"):
-        load_context(tmp_path / "none", model, params)
-    cuts = [*range(0, 40), *range(40, len(good), 997), len(good) - 1]
-    for content in (*(good[:cut] for cut in cuts), good + b"x", b"<html>" * 99, b"\xff" * 100):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"bad: (truncated|damaged)"):
+    good, path = tmp_path / "good", tmp_path / "bad"
+    save_context(good, filled(kind, 1), model, params, "text")
+    content = good.read_bytes()
+
+    def assert_refused(message):
+        with pytest.raises(ValueError, match=message) as error:
             load_context(path, model, params)
-    safetensors.numpy.save_file({"a": np.zeros(2)}, path)
-    with pytest.raises(ValueError, match="bad is not a saved context, or one of another version"):
+        assert "\n" not in str(error.value)
+
+    with pytest.raises(FileNotFoundError, match="bad: no such file"):
         load_context(path, model, params)
-
-
-@BOTH
-def test_saved_context_with_other_arrays_is_refused(kind, tmp_path):
-    model, params = unstacked(kind)
-    save_context(tmp_path / "a", filled(kind, 1), model, params)
-    arrays = safetensors.numpy.load_file(tmp_path / "a")
-    with safetensors.safe_open(tmp_path / "a", framework="np") as file:
+    cuts = [*range(0, 40, 5), *range(40, len(content), 5003), len(content) - 1]
+    for damaged in (*(content[:cut] for cut in cuts), content + b"x", b"<html>" * 99):
+        path.write_bytes(damaged)
+        assert_refused(r"bad: (truncated|damaged)")
+    safetensors.numpy.save_file({"a": np.zeros(2)}, path)
+    assert_refused("bad is not a saved context, or one of another version")
+    arrays = safetensors.numpy.load_file(good)
+    with safetensors.safe_open(good, framework="np") as file:
         metadata = file.metadata()
-    assert json.loads(metadata["model"])["dim"] == 16
     for name, leaf in arrays.items():
-        other = leaf.astype(np.int32 if leaf.dtype == np.float32 else np.float32)
-        changes = (None, leaf[:0], leaf[..., :-1] if leaf.ndim > 1 else leaf - 9, other, leaf[None], np.float64(0))
-        for change in changes:
-            changed = arrays | {name: change} if change is not None else {k: v for k, v in arrays.items() if k != name}
-            changed = {name: np.ascontiguousarray(x) for name, x in changed.items()}
-            safetensors.numpy.save_file(changed, tmp_path / "a", metadata=metadata)
-            with pytest.raises(ValueError, match="a is damaged: ") as error:
-                load_context(tmp_path / "a", model, params)
-            assert "\n" not in str(error.value)
+        is_float = leaf.dtype == np.float32
+        changes = [leaf[:0], leaf[None], leaf.astype(np.int32 if is_float else np.float32)]
+        changes += [leaf[..., :-1]] if is_float else [leaf - 9, leaf + 999]
+        for changed in ({}, *({name: change} for change in changes)):
+            rest = {other: array for other, array in arrays.items() if other != name}
+            changed = {other: np.ascontiguousarray(array) for other, array in (rest | changed).items()}
+            safetensors.numpy.save_file(changed, path, metadata)
+            assert_refused("bad is damaged: ")

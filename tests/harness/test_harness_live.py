@@ -118,9 +118,12 @@ def ask(method, *arguments):
     return method([Instance("loglikelihood", {}, args, i) for i, args in enumerate(arguments)], disable_tqdm=True)
 
 
+def nats(lm, context, ids):
+    return lm._loglikelihood_tokens([(None, context, ids)], disable_tqdm=True)[0][0]
+
+
 def test_harness_max_length_cuts_contexts_and_rolls_in_windows(folder):
     lm, short = adapter(folder), adapter(folder, max_length=16)
-    nats = lambda one, context, ids: one._loglikelihood_tokens([(None, context, ids)], disable_tqdm=True)[0][0]
     ids = lm.tok_encode(CORPUS[:200])[:40]
     assert nats(short, ids, [5]) == pytest.approx(nats(lm, ids[-16:], [5]), rel=1e-5)
     assert nats(short, ids, [5, 6]) == pytest.approx(nats(lm, ids[-15:], [5, 6]), rel=1e-5)
@@ -137,52 +140,44 @@ def test_harness_max_length_cuts_contexts_and_rolls_in_windows(folder):
 def test_harness_puts_token_zero_before_contexts_where_asked(folder):
     plain, with_bos = adapter(folder), adapter(folder, add_bos_token=True)
     assert with_bos.tok_encode("ab") == [0, *plain.tok_encode("ab")] and with_bos.tok_encode("<|endoftext|>") == [0]
-    for one, context in ((plain, ""), (with_bos, "")):
-        assert ask(one.loglikelihood, (context, "ab")) == ask(plain.loglikelihood, ("", "ab"))
+    assert ask(with_bos.loglikelihood, ("", "ab")) == ask(plain.loglikelihood, ("", "ab"))
     assert ask(with_bos.loglikelihood, ("def", " x")) == ask(plain.loglikelihood, ("<|endoftext|>def", " x"))
     assert ask(with_bos.loglikelihood, ("def", " x")) != ask(plain.loglikelihood, ("def", " x"))
     assert ask(with_bos.loglikelihood_rolling, ("def x",)) == ask(plain.loglikelihood_rolling, ("def x",))
     line_break = adapter(folder, prefix_token_id=plain.tok_encode("\n")[0])
-    whole = plain._loglikelihood_tokens([(None, plain.tok_encode("\n"), plain.tok_encode("ab"))], disable_tqdm=True)
-    assert ask(line_break.loglikelihood, ("", "ab")) == whole != ask(plain.loglikelihood, ("", "ab"))
+    ((found, _),) = ask(line_break.loglikelihood, ("", "ab"))
+    assert found == nats(plain, plain.tok_encode("\n"), plain.tok_encode("ab"))
     # the harness moves spaces at the end of a context to the continuation, here all of it
     assert ask(plain.loglikelihood, ("\n", "ab")) == ask(plain.loglikelihood, ("", "\nab"))
 
 
 def test_harness_generation_follows_the_settings_of_a_task(folder):
     lm = adapter(folder, batch_size=2)
+    generated = lambda asked, *contexts: ask(lm.generate_until, *((context, asked) for context in contexts))
     settings = {"max_gen_toks": 9, "do_sample": True, "temperature": 0.8, "top_p": 0.9}
-    texts = ask(lm.generate_until, *[(context, settings) for context in ("def", "", "import json", "def")])
-    assert texts == ask(lm.generate_until, *[(context, settings) for context in ("def", "", "import json", "def")])
-    greedy = ask(lm.generate_until, ("def", {"max_gen_toks": 9}))[0]
+    texts = generated(settings, "def", "", "import json", "def")
+    assert texts == generated(settings, "def", "", "import json", "def")
+    (greedy,) = generated({"max_gen_toks": 9}, "def")
     assert greedy == lm.lm.generate("def", max_new_tokens=9, temperature=0) != texts[0]
-    assert (
-        ask(lm.generate_until, ("def", {"max_gen_toks": 9, "until": greedy[3]}))[0]
-        == greedy[: greedy.index(greedy[3])]
-    )
+    assert generated({"max_gen_toks": 9, "until": greedy[3]}, "def") == [greedy[: greedy.index(greedy[3])]]
     with pytest.raises(ValueError, match="generation_kwargs hold num_beams, expected some of until, max_gen_toks"):
-        ask(lm.generate_until, ("def", {"num_beams": 4}))
+        generated({"num_beams": 4}, "def")
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
+def test_harness_refuses_impossible_settings(folder):
+    for settings, message in (
         ({"batch_size": "auto"}, "batch_size is 'auto', expected a whole number"),
         ({"max_length": 1}, "max_length is 1, expected at least 2"),
         ({"prefix_token_id": 320}, "prefix_token_id is 320, expected 0 to 319"),
-    ],
-)
-def test_harness_refuses_impossible_settings(folder, settings, message):
-    with pytest.raises(ValueError, match=message):
-        adapter(folder, **settings)
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapter(folder, **settings)
 
 
 def test_harness_limits_attention_to_its_trained_length(tmp_path, folder):
     model = rwkv_jax.build("transformer", vocab_size=320, num_layers=1, dim=32)
-    rwkv_jax.save(tmp_path / "model.safetensors", *drawn(model))
-    from rwkv_jax.harness import HarnessLM
-
-    lm = HarnessLM(tmp_path / "model.safetensors", tokenizer=str(folder / "tokenizer.json"), batch_size=2)
+    rwkv_jax.save(tmp_path / "model", *drawn(model), format="safetensors")
+    lm = adapter(tmp_path, tokenizer=str(folder / "tokenizer.json"), batch_size=2)
     assert lm.max_length == 1024
     assert len(ask(lm.loglikelihood, ("def", " x"), ("def", " main("))) == 2
 
@@ -193,9 +188,10 @@ def test_harness_command_reports_a_mistake_in_one_line(tmp_path, monkeypatch, ca
     from rwkv_jax.harness.__main__ import main
 
     def cli_evaluate():
-        command, run, name, flag, settings, batch_size, tasks = sys.argv
-        assert [command, run, name, flag] == ["lm_eval", "run", "--model=rwkv_jax", "--model_args"]
+        *command, settings, batch_size, tasks = sys.argv
+        assert command == ["lm_eval", "run", "--model=rwkv_jax", "--model_args"]
         assert (batch_size, tasks) == ("--batch_size=3", "--tasks=piqa")
+        assert json.loads(settings) == {"pretrained": f"{tmp_path}/absent", "add_bos_token": True}
         HarnessLM(**json.loads(settings))
 
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", cli_evaluate)

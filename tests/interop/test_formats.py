@@ -7,46 +7,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import drawn, forward, make, tokens
+from small import drawn, make
 from weights import NAMES, F, assert_same_params, assert_same_tensors, official, one_line, tiny
 
 import rwkv_jax
 from rwkv_jax import interop
-from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_file
+from rwkv_jax.interop import pth, safetensors_file
 
 HELD = [(format, dtype) for format in NAMES for dtype in ("float32", "float16", "bfloat16")]
-HELD.remove(("rwkv.cpp", "bfloat16"))  # see the test after the next
-
-
-def tensors_in(path):
-    """By official name, as the reader of the format gives them."""
-    if path.is_dir():
-        return huggingface.read(path)
-    readers = {"pth": pth.read, "rwkv.cpp": rwkv_cpp.read, "safetensors": lambda path: safetensors_file.read(path)[0]}
-    return readers[formats.format_of(path)](path)
+HELD.remove(("rwkv.cpp", "bfloat16"))  # see the next test
 
 
 @pytest.mark.parametrize(("format", "dtype"), HELD)
-def test_format_returns_what_was_saved_bit_for_bit(tmp_path, format, dtype):
+def test_format_returns_what_was_saved_bit_for_bit_in_either_layout(tmp_path, format, dtype):
     """The format is detected from the content: the file is renamed before it is loaded."""
-    model, params = tiny(dtype)
-    rwkv_jax.save(tmp_path / NAMES[format], model, params, format=format)
-    assert os.listdir(tmp_path) == [NAMES[format]]
-    (tmp_path / NAMES[format]).rename(tmp_path / "other.name")
-    for scan in (True, False):
-        loaded, found = rwkv_jax.load(tmp_path / "other.name", scan=scan)
-        expected = tiny(dtype, scan)[1]
-        assert loaded == model.clone(scan=scan)
-        if format == "rwkv.cpp":  # it stores vectors as float32
-            found = jax.tree.map(lambda x, y: np.asarray(x).astype(y.dtype), found, expected)
-        assert_same_params(found, expected)
-
-
-@pytest.mark.parametrize("format", NAMES)
-def test_format_holds_the_same_tensors_for_both_layouts(tmp_path, format):
-    for scan in (True, False):
-        rwkv_jax.save(tmp_path / f"scan {scan}", *tiny(scan=scan), format=format)
-    assert_same_tensors(tensors_in(tmp_path / "scan False"), tensors_in(tmp_path / "scan True"))
+    for saved in (True, False):
+        model, params = tiny(dtype, saved)
+        rwkv_jax.save(tmp_path / NAMES[format], model, params, format=format)
+        (tmp_path / NAMES[format]).rename(tmp_path / f"{saved}")
+        for scan in (True, False):
+            loaded, found = rwkv_jax.load(tmp_path / f"{saved}", scan=scan)
+            expected = tiny(dtype, scan)[1]
+            assert loaded == interop.describe(tmp_path / f"{saved}").clone(scan=scan) == model.clone(scan=scan)
+            if format == "rwkv.cpp":  # it stores vectors as float32
+                found = jax.tree.map(lambda x, y: np.asarray(x).astype(y.dtype), found, expected)
+            assert_same_params(found, expected)
+    assert sorted(os.listdir(tmp_path)) == ["False", "True"]
 
 
 def test_rwkv_cpp_stores_bfloat16_as_float32_and_decays_up_to_rounding(tmp_path):
@@ -68,22 +54,13 @@ def test_safetensors_carries_any_model(tmp_path, kind):
     layouts = {True: params, False: rwkv_jax.unstack(params)}
     for scan, tree in layouts.items():
         rwkv_jax.save(tmp_path / f"{scan}", model.clone(scan=scan), tree, format="safetensors")
-    assert_same_tensors(tensors_in(tmp_path / "False"), tensors_in(tmp_path / "True"))
     for scan, tree in layouts.items():
         loaded, found = rwkv_jax.load(tmp_path / f"{not scan}", scan=scan)
         assert loaded == model.clone(scan=scan)
         assert_same_params(found, tree)
+    assert interop.describe(tmp_path / "True") == model
     half, found = rwkv_jax.load(tmp_path / "True", dtype="float16")
     assert (half.dtype, half.param_dtype, found["head"]["kernel"].dtype) == ("float32", "float16", jnp.float16)
-
-
-def test_loaded_model_computes_what_the_saved_one_did(tmp_path):
-    model, params = tiny()
-    rwkv_jax.save(tmp_path / "m.pth", model, params)
-    expected_BTV, _ = forward(model, params, tokens(2, 5))
-    np.testing.assert_array_equal(forward(*rwkv_jax.load(tmp_path / "m.pth"), tokens(2, 5))[0], expected_BTV)
-    logits_BTV, _ = forward(*rwkv_jax.load(tmp_path / "m.pth", scan=False), tokens(2, 5))
-    np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=1e-5, atol=1e-5)
 
 
 def test_loaded_parameters_do_not_depend_on_the_file(tmp_path):
@@ -95,31 +72,16 @@ def test_loaded_parameters_do_not_depend_on_the_file(tmp_path):
     assert_same_tensors(interop.to_official(params), official())
 
 
-def test_describe_is_the_model_that_load_returns(tmp_path):
-    for name, (model, params) in {"m.pth": tiny("float16"), "m.safetensors": drawn(make("hybrid"))}.items():
-        rwkv_jax.save(tmp_path / name, model, params)
-        assert interop.describe(tmp_path / name) == rwkv_jax.load(tmp_path / name)[0] == model
-    (tmp_path / "m.pth").write_bytes(b"")
-    with one_line(r"m.pth: empty file"):
-        interop.describe(tmp_path / "m.pth")
-
-
 # ---- mistakes
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ("{", "its metadata 'rwkv_jax': no JSON: "),
         ("[" * 100_000, "its metadata 'rwkv_jax': no JSON: "),
-        ("7", "its metadata 'rwkv_jax': holds a JSON int, expected an object"),
         ({"num_layers": 40}, "num_layers is 40, and there are 2 layers"),
         ({"dim": 10**12}, r"'blocks.0.\S+' has shape|'emb.weight' has shape|fields are not those of a model"),
-        ({"vocab_size": 12}, r"'emb.weight' has shape \(11, 8\), expected \(12, 8\)|'head.weight' has"),
-        ({"dropout": "much"}, "its fields are not those of a model"),
         ({"layers": ["rwkv4", {}]}, "its fields are not those of a model"),
-        ({"layers": 7}, "its fields are not those of a model"),
-        ({"embedding_scale": "large"}, "its fields are not those of a model"),
         ({"__class__": "os.system"}, "its fields are not those of a model: unknown model field"),
     ],
 )

@@ -5,24 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from weights import DECAYS, D, F, L, V, assert_same_params, assert_same_tensors, official, one_line, tiny
+from weights import DECAYS, D, F, L, V, assert_same_tensors, official, one_line, tiny
 
-import rwkv_jax
 from rwkv_jax import interop, models
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_official_weights_survive_the_round_trip_bit_exactly(dtype):
-    tensors = official(jnp.dtype(dtype))
+@pytest.mark.parametrize("dtype, num_layers", [("float32", 11), ("float16", L), ("bfloat16", L)])
+def test_official_weights_survive_the_round_trip_bit_exactly(dtype, num_layers):
+    """11 layers, whose numbers as text sort otherwise."""
+    tensors = official(jnp.dtype(dtype), num_layers)
     expected = {name: x.astype(np.float32) if name.endswith(DECAYS) else x for name, x in tensors.items()}
     for scan in (True, False):
         model, params = interop.from_official(tensors, scan=scan)
-        assert (model.vocab_size, model.num_layers, model.dim, model.hidden_dim) == (V, L, D, F)
+        assert (model.vocab_size, model.num_layers, model.dim, model.hidden_dim) == (V, num_layers, D, F)
         assert (model.scan, model.param_dtype) == (scan, dtype)
         assert model.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
         assert_same_tensors(interop.to_official(params), expected)
-        shapes = models.parameter_shapes(model)
-        assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
 
 
 def test_parameter_shapes_are_those_of_init():
@@ -47,15 +45,6 @@ def test_official_matrices_are_transposed_and_layers_stay_in_order():
     np.testing.assert_array_equal(params["head"]["kernel"], tensors["head.weight"].T)
 
 
-def test_official_layers_beyond_the_tenth_keep_their_numbers():
-    tensors = official(num_layers=11)
-    _, params = interop.from_official(tensors)
-    assert_same_tensors(interop.to_official(params), tensors)
-    _, apart = interop.from_official(tensors, scan=False)
-    assert_same_tensors(interop.to_official(apart), tensors)
-    assert_same_params(apart, rwkv_jax.unstack(jax.device_get(params)))
-
-
 def test_official_dtype_casts_everything_but_the_decays():
     model, params = interop.from_official(official(), dtype="bfloat16")
     assert (model.dtype, model.param_dtype) == ("bfloat16", "bfloat16")
@@ -63,11 +52,6 @@ def test_official_dtype_casts_everything_but_the_decays():
         assert x.dtype == ("float32" if path[-1] in DECAYS else "bfloat16"), path
     with one_line("dtype is 'int8', expected 'float32'"):
         interop.from_official(official(), dtype="int8")
-
-
-def test_official_names_lose_the_prefix_of_deepspeed():
-    tensors = {f"_forward_module.{name}": x for name, x in official().items()}
-    assert_same_tensors(interop.to_official(interop.from_official(tensors)[1]), official())
 
 
 def without(name):
@@ -78,25 +62,15 @@ def without(name):
     "tensors, message",
     [
         (without("blocks.1.att.key.weight"), r"key 'blocks.1.att.key.weight' is missing"),
-        (without("blocks.0.ln0.bias"), r"key 'blocks.0.ln0.bias' is missing"),
-        (without("head.weight"), r"key 'head.weight' is missing"),
         (without("emb.weight"), r"no RWKV-4 weights: 'emb.weight' is not among the \d+ keys \['head.weight'"),
-        ({}, r"no RWKV-4 weights: 'emb.weight' is not among the 0 keys"),
         (official() | {"head_q.weight": np.zeros((D, D))}, r"unknown key 'head_q.weight'"),
         (official() | {"blocks.7.ln1.bias": np.zeros(D)}, rf"key 'blocks.{L}.att.key.weight' is missing"),
-        (
-            official() | {"blocks.1.ffn.value.weight": np.zeros((F, D))},
-            r"'blocks.1.ffn.value.weight' has shape \(24, 8\), expected \(8, 24\)",
-        ),
         (
             official() | {"blocks.0.att.time_mix_v": np.zeros(D)},
             r"'blocks.0.att.time_mix_v' has shape \(8,\), expected \(1, 1, 8\)",
         ),
         (official() | {"emb.weight": np.zeros(D)}, r"'emb.weight' has shape \(8,\), expected a matrix"),
-        (
-            official() | {"ln_out.bias": np.zeros(D, np.int64)},
-            r"'ln_out.bias' has dtype int64, expected floating point",
-        ),
+        (official() | {"ln_out.bias": np.zeros(D, np.int64)}, r"'ln_out.bias' has dtype int64, expected floating poi"),
         (official() | {"blocks.0.att.ln_x.weight": np.zeros(D)}, r"RWKV-5 weights .*only RWKV-4 is supported"),
         (
             official() | {"blocks.0.att.time_maa_x": np.zeros(D), "blocks.0.att.ln_x.bias": np.zeros(D)},

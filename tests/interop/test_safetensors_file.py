@@ -12,7 +12,8 @@ from rwkv_jax.interop import safetensors_file
 def test_safetensors_library_reads_what_is_written_and_is_read(tmp_path):
     path = tmp_path / "m.safetensors"
     rng = np.random.default_rng(0)
-    kinds = ("float64", "float32", "float16", "bfloat16", "int64", "int8", "uint16", "bool")
+    kinds = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8")
+    kinds += ("uint64", "uint32", "uint16", "uint8", "bool")
     tensors = {name: (rng.normal(size=(3, 5)) * 9).astype(jnp.dtype(name)) for name in kinds}
     tensors |= {"transposed": tensors["float32"].T, "skálár": np.float32(2.5), "empty": np.zeros((0, 3), np.float16)}
     safetensors_file.write(path, tensors, {"key": "value"})

@@ -5,10 +5,10 @@ import jax
 import numpy as np
 import pytest
 from judge import error_ratio
-from small import D, made, shapes_of, tokens
+from small import D, tokens
 
 from rwkv_jax import hardware
-from rwkv_jax.models import build
+from rwkv_jax.models import build, parameter_shapes
 from rwkv_jax.models.block import BlockConfig
 from rwkv_jax.models.lstm import LayerState, hidden_dim, lstm
 
@@ -36,19 +36,15 @@ def test_lstm_recurrence_equals_the_library():
     assert error_ratio(after.c_BF, carry[0]) < 1e-6 and error_ratio(after.h_BF, carry[1]) < 1e-6
 
 
-@pytest.mark.parametrize("dim", [32, 128, 512, 768])
+@pytest.mark.parametrize("dim", [8, 512])
 def test_lstm_default_width_is_the_nearest_to_13_D2_a_layer(dim):
     weights = lambda F: 4 * dim * F + 4 * F**2 + F * dim
     F = hidden_dim(BlockConfig(dim, 1))
     assert min((F - 1, F, F + 1), key=lambda F: abs(weights(F) - 13 * dim**2)) == F
     model = build("lstm", vocab_size=256, num_layers=2, dim=dim)
+    blocks = parameter_shapes(model)["blocks"]
+    assert sum(x.size for x in jax.tree.leaves(blocks) if x.ndim == 3) == 2 * weights(F)
     assert hardware.flops_per_token(model, 64) == 6 * (256 * dim + 2 * weights(F))
-
-
-def test_lstm_layers_have_matrices_of_the_default_width():
-    F = hidden_dim(BlockConfig(D, 1))
-    blocks = shapes_of(made("lstm")[0])["blocks"]
-    assert sum(x.size for x in jax.tree.leaves(blocks) if x.ndim == 3) == 2 * (4 * D * F + 4 * F**2 + F * D)
 
 
 def test_lstm_starts_with_open_forget_gates_and_layers_that_add_nothing():

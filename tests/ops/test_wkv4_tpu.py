@@ -61,12 +61,9 @@ def loss(*args):
 @pytest.mark.parametrize(
     ("shape", "dtype", "masks"),
     [
-        ((8, 4096, 1024), "float32", True),
         ((8, 4096, 1024), "bfloat16", False),
         ((2, 300, 768), "float32", False),
-        ((2, 300, 768), "bfloat16", True),
-        ((1, 17, 200), "float32", True),
-        ((1, 17, 200), "bfloat16", False),
+        ((1, 17, 200), "bfloat16", True),
     ],
     ids=str,
 )
@@ -75,27 +72,6 @@ def test_wkv4_tpu_compiles_to_one_kernel_a_pass(device, shape, dtype, masks):
     text = gradient.lower(*operands(device, *shape, dtype, masks)).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2  # forward and backward, and no loop around them
     assert " while(" not in text
-
-
-@needs_libtpu
-@pytest.mark.slow
-def test_wkv4_tpu_memory_beyond_inputs_and_outputs_is_the_states_between_blocks(device):
-    B, D = 8, 1024
-    for T in (4096, 16384):
-        inputs = operands(device, B, T, D, "bfloat16", False)
-        temporary = jax.jit(forward).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
-        assert temporary < 2 * 12 * B * D * (T // 256 + 2)
-        assert 8 * temporary < 2 * 2 * B * T * D  # an eighth of the bytes of k and v
-
-
-@needs_libtpu
-@pytest.mark.slow
-def test_wkv4_without_a_named_form_takes_the_kernel_under_a_mesh_of_tpus():
-    mesh = Mesh(mesh_of("v5e").devices[:1], ("data",), axis_types=(AxisType.Auto,))
-    on = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P()))
-    with jax.set_mesh(mesh):
-        text = jax.jit(lambda *args: wkv4(*args)).lower(on(128), on(128), *[on(2, 40, 128)] * 2).as_text()
-    assert text.count("custom_call @tpu_custom_call") == 1
 
 
 @needs_libtpu

@@ -23,6 +23,3 @@ def test_watch_compares_a_loss_with_the_mean_of_the_20_finite_steps_before(limit
     found = {i: watch.problem(i, loss, int(i >= 22)) for i, loss in enumerate(losses, 1)}
     first = next((i for i, problem in found.items() if problem), None)
     assert first == step
-    if step == 43:
-        line = "loss 4.100 of step 43 is 1.100 above the mean of the 20 steps before, max_loss_rise is 1.0"
-        assert found[43] == line

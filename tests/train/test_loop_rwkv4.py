@@ -30,25 +30,20 @@ def finished(text, tmp_path_factory):
 def test_workdir_holds_config_log_checkpoints_and_a_model_to_load(finished):
     workdir, state = finished
     config = json.loads((workdir / "config.json").read_text())
-    assert config["model"]["name"] == "rwkv4" and config["model"]["dim"] == 32
     assert config["tokenizer"] == "bytes" and len(config["corpus"]["sha256"]) == 64 and "jax" in config["versions"]
     rows = [r for r in metrics.logged(workdir / "metrics.jsonl") if "loss_nats" in r]
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
     for row in rows:
         assert row["bits_per_byte"] == pytest.approx(row["loss_nats"] / np.log(2))
         assert {"grad_norm", "lr", "tokens_per_second", "batch_hash", "skipped", "tokens"} <= row.keys()
-    assert len({r["batch_hash"] for r in rows}) == STEPS
     assert list(losses(workdir, "valid_loss_nats")) == [3, 6]
+    first, last = rows[0]["loss_nats"], rows[-1]["loss_nats"]
+    assert first == pytest.approx(np.log(256), rel=0.1) and last < first - 0.3  # it learns
+    assert losses(workdir, "valid_loss_nats")[STEPS] == pytest.approx(last, abs=0.3)
     assert checkpoint.steps(workdir / "checkpoints") == [4, 6]
     assert int(state.step) == STEPS
     model, params = rwkv_jax.load(workdir)
     assert model.dim == 32 and same(params, state.params)
-
-
-def test_training_learns(finished):
-    values = losses(finished[0])
-    assert values[1] == pytest.approx(np.log(256), rel=0.1) and values[STEPS] < values[1] - 0.3
-    assert losses(finished[0], "valid_loss_nats")[STEPS] == pytest.approx(values[STEPS], abs=0.3)
 
 
 def test_resume_is_bit_exact_and_cuts_the_log_back(finished, text, tmp_path):
@@ -103,16 +98,7 @@ def test_leap_of_the_loss_ends_the_run_and_its_batch_is_replayed_as_documented(
     assert names["nll_BT"].mean() == pytest.approx(values[-1], rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------ strategies
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
-def test_run_has_the_same_losses_under_another_strategy(strategy, finished, text, tmp_path):
-    state = train.run(training.config(text, strategy=strategy), tmp_path)
-    assert list(losses(tmp_path).values()) == pytest.approx(list(losses(finished[0]).values()), rel=1e-4)
-    like = jax.tree.map(np.asarray, jax.device_get(train.stored(state)))
-    assert checkpoint.restore(tmp_path / "checkpoints", like)[0] == STEPS
+# ------------------------------------------------------------------------------------------ segments
 
 
 @pytest.mark.slow

@@ -110,26 +110,14 @@ def test_losses_of_head_split_a_large_vocabulary_into_chunks(vocab_size, chunk, 
     assert str(jaxpr).count("= dot_general") == 3  # logits are computed once
 
 
-def _traced_step(vocab_size):
+def test_step_has_logits_of_one_chunk_with_a_multiple_of_8_columns():
     """A step on 2,048 tokens, the loss of 128 at a time."""
     fields = {"num_layers": 1, "dim": D, "receptance": False, "token_shift": False}
-    model, tx = models.build("rwkv4", vocab_size=vocab_size, **fields), optim.optimiser()
+    model, tx = models.build("rwkv4", vocab_size=117, **fields), optim.optimiser()
     state = jax.eval_shape(train.make_init(model, tx), jax.random.key(0))
     shape = lambda length, dtype: jax.ShapeDtypeStruct((8, length), dtype)
     rows = {"tokens": shape(257, jnp.int32), "mask": shape(256, bool)}
-    step = jax.jit(train.make_step(model, tx, loss_chunk=128), donate_argnums=0)
-    return step.trace(state, rows, jax.ShapeDtypeStruct((), jnp.float32))
-
-
-def test_step_has_logits_of_one_chunk_with_a_multiple_of_8_columns():
-    assert max(_tokens_with_logits(_traced_step(117).jaxpr, 120)) == 128
-
-
-@pytest.mark.slow
-def test_step_has_the_memory_of_one_chunk_of_logits():
-    """Logits, their softmax and its cotangent live together for 128 tokens of 2,048."""
-    traced = _traced_step(NEOX)
-    assert max(_tokens_with_logits(traced.jaxpr, NEOX + 3)) == 128
-    memory = traced.lower().compile().memory_analysis()
-    parameters = 2 * D * NEOX * 4  # head and embedding: their gradients and what the optimiser makes of them
-    assert memory.temp_size_in_bytes < 3 * 128 * NEOX * 4 + 6 * parameters < 2048 * NEOX * 4
+    jaxpr = jax.make_jaxpr(train.make_step(model, tx, loss_chunk=128))(
+        state, rows, jax.ShapeDtypeStruct((), jnp.float32)
+    )
+    assert max(_tokens_with_logits(jaxpr, 120)) == 128

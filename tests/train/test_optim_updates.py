@@ -3,42 +3,41 @@
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from small import drawn, make
 
+from rwkv_jax.models import KINDS
 from rwkv_jax.train import optim
 
 
-def test_exponential_schedule_is_constant_between_warmup_and_decay():
-    lr = optim.schedule("exponential", 1e-3, 1e-5, steps=100, warmup=10, decay_start=80)
+def test_schedules_rise_to_their_rate_and_end_at_lr_end():
+    fields = {"lr": 1e-3, "lr_end": 1e-5, "steps": 100, "warmup": 10}
+    lr = optim.schedule("exponential", **fields, decay_start=80)
     assert lr(0) == pytest.approx(1e-4) and lr(9) == lr(50) == lr(79 - 1) == 1e-3
     assert lr(99) == pytest.approx(1e-5) and lr(89) == pytest.approx(1e-4, rel=1e-6)
-
-
-def test_constant_schedule_is_constant_after_warmup():
-    lr = optim.schedule("constant", 1e-3, 1e-5, steps=10, warmup=4)
-    assert [lr(i) for i in range(10)] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, *[1e-3] * 7])
-
-
-def test_cosine_schedule_rises_to_its_rate_and_falls_to_its_end():
-    cosine = optim.schedule("cosine", 1e-3, 1e-5, steps=100, warmup=10)
+    cosine = optim.schedule("cosine", **fields)
     assert cosine(99) == pytest.approx(1e-5) and cosine(54) == pytest.approx(5.05e-4, rel=1e-2)
-    rates = [cosine(i) for i in range(100)]
-    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    constant = optim.schedule("constant", **fields)
+    assert [constant(i) for i in (0, 4, 9, 99)] == pytest.approx([1e-4, 5e-4, 1e-3, 1e-3])
+
+
+def test_default_lr_lies_on_a_line_between_those_of_the_table_in_log_log():
+    (d1, lr1), (d2, lr2) = KINDS["rwkv4"].learning_rates[:2]
+    assert [optim.default_lr("rwkv4", dim) for dim in (1, d1, d2)] == pytest.approx([lr1, lr1, lr2])
+    assert optim.default_lr("rwkv4", d1**0.75 * d2**0.25) == pytest.approx(lr1**0.75 * lr2**0.25)
 
 
 def test_optimiser_applies_rates_and_decay_to_the_parameters_they_name():
-    """Multipliers 2 and 3 for the decays and bonuses; decoupled decay for matrices, nothing else."""
+    """Multipliers 2 and 3 for the decays and bonuses, 5 for the head; decoupled decay for matrices, nothing else."""
     _, params = drawn(make("rwkv4"))
     ones = jax.tree.map(np.ones_like, params)
-    tx = optim.optimiser(weight_decay=0.5, clip=0)
+    tx = optim.optimiser(weight_decay=0.5, clip=0, groups=(*optim.released_groups(), ("^head/", 5.0)))
     direction = jax.jit(lambda params: tx.update(ones, tx.init(params), params)[0])(params)
-    flat = lambda tree: {
-        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(tree)
-    }
-    values, directions = flat(params), flat(direction)
+    values, directions = flatten_dict(params, sep="/"), flatten_dict(direction, sep="/")
     assert sum(name.endswith(("time_decay", "time_first", "kernel", "embedding")) for name in values) > 4
     for name, d in directions.items():
-        factor = 2 if name.endswith("time_decay") else 3 if name.endswith("time_first") else 1
+        factors = {"time_decay": 2, "time_first": 3, "head/kernel": 5}
+        factor = next((x for ending, x in factors.items() if name.endswith(ending)), 1)
         decay = 0.5 * values[name] if name.endswith(("kernel", "embedding")) else 0
         assert np.allclose(d, factor * (1 + decay), rtol=1e-5), name
 

@@ -18,14 +18,13 @@ def _dtypes(tree):
     return {x.dtype for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_step_keeps_moments_and_sums_of_gradients_in_float32_and_parameters_in_bfloat16(accumulation):
+def test_step_keeps_moments_and_sums_of_gradients_in_float32_and_parameters_in_bfloat16():
     """But for time_decay and time_first, which are float32 in every model: rounded, they forget at other rates."""
     fields = FIELDS | {"scan": False, "receptance": False}
     model, tx = models.build("rwkv4", param_dtype="bfloat16", **fields), optim.optimiser()
     state = jax.eval_shape(train.make_init(model, tx), jax.random.key(0))
     rows = {"tokens": np.zeros((4, 5), np.int32), "mask": np.ones((4, 4), bool)}
-    mean = functools.partial(mean_gradient, model, Objective(accumulation=accumulation))
+    mean = functools.partial(mean_gradient, model, Objective(accumulation=2))
     gradient, loss, _ = jax.eval_shape(mean, state, rows)
     after, _ = jax.eval_shape(functools.partial(train.apply_gradient, tx), state, gradient, loss, jnp.float32(1))
     assert _dtypes(gradient) == _dtypes(after.opt_state) == {jnp.dtype("float32")}
@@ -75,13 +74,3 @@ def test_step_with_a_loss_or_gradient_that_is_not_finite_changes_nothing(loss, g
     after = _apply(state, grads, np.float32(loss))
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
     assert (int(after.step), int(after.skipped)) == (1, 1)
-
-
-def test_bfloat16_parameters_start_as_the_float32_ones_rounded():
-    @jax.jit
-    def starts(key):
-        model = functools.partial(models.build, "rwkv4", **FIELDS)
-        return [model(param_dtype=dtype).init(key, jnp.zeros((1, 1), int)) for dtype in ("bfloat16", "float32")]
-
-    for narrow, wide in zip(*map(jax.tree.leaves, starts(jax.random.key(0))), strict=True):
-        np.testing.assert_array_equal(narrow, np.asarray(wide).astype(narrow.dtype))
