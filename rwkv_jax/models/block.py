@@ -26,6 +26,9 @@ import jax.numpy as jnp
 from rwkv_jax.models.layers import LayerNorm, Linear, matmul
 
 
+RELEASED_EPSILON = 64e-5  # of the norm of each head, in all released code of RWKV-5, 6 and 7
+
+
 class Switches(dict):
     """A JSON object of switches that can be hashed, so that a model can be a static argument of `jax.jit`."""
 
@@ -46,7 +49,7 @@ class BlockConfig:
     num_layers: int
     hidden_dim: int | None = None  # None: the kind's own share of `dim`
     head_size: int = 64
-    head_norm_epsilon: float = 64e-5
+    head_norm_epsilon: float = RELEASED_EPSILON
     low_ranks: tuple[int, ...] | None = None  # None: the kind's own rule
     dtype: str = "float32"
     param_dtype: str = "float32"

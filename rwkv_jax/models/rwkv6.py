@@ -43,7 +43,9 @@ class TimeMix(nn.Module):
         w_BTD = -jnp.exp(decay_D + moved_BTD.astype(config.wide))
         u_HK = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), wide)
         r_BTHK, k_BTHK, v_BTHV, gate_BTD = rwkv5.projections(self, inputs)
-        wkv = lambda shared, rows: wkv6(*rows[:4], *shared, rows[4], reset_BT=rows[5], valid_BT=rows[6], impl=config.impl)
+        wkv = lambda shared, rows: wkv6(
+            *rows[:4], *shared, rows[4], reset_BT=rows[5], valid_BT=rows[6], impl=config.impl
+        )
         rows = (r_BTHK, split_heads(w_BTD, config), k_BTHK, v_BTHV, state, reset_BT, valid_BT)
         with jax.named_scope("wkv"):
             y_BTHV, state = on_own_rows(wkv)((u_HK,), rows)
@@ -54,8 +56,12 @@ class TimeMix(nn.Module):
         config, D, rank = self.config, self.config.dim, low_ranks(self.config)[0]
         up, down = depth_ratios(layer, config.num_layers)
         falls = lambda power, offset=0.0: lambda: 1 - mix_ramp(D, power, offset)()
-        ramps = dict.fromkeys("xwk", falls(down)) | {"v": falls(down, 0.3 * up)} | dict.fromkeys("rg", falls(0.5 * down))
-        mix = {letter: vector(self, f"time_maa_{letter}", ramp, D, config.param_dtype) for letter, ramp in ramps.items()}
+        ramps = (
+            dict.fromkeys("xwk", falls(down)) | {"v": falls(down, 0.3 * up)} | dict.fromkeys("rg", falls(0.5 * down))
+        )
+        mix = {
+            letter: vector(self, f"time_maa_{letter}", ramp, D, config.param_dtype) for letter, ramp in ramps.items()
+        }
         first = self.param("time_maa_w1", zeros, (D, 5 * rank), config.param_dtype)
         second = self.param("time_maa_w2", small_uniform, (5, rank, D), config.param_dtype)
         low = nn.tanh(config.product(shift(x_BTD, previous_BTD, mix["x"]), first))

@@ -140,7 +140,9 @@ def _backward(rule, saved, cotangents):
         dstate, found = rule.backward(state, tuple(tokens), reset_BC, dstate, dy_BHCV)
         valid_BC = None if valid_BP is None else lax.dynamic_slice_in_dim(valid_BP, start, chunk, 1)
         found = [x if valid_BC is None else jnp.where(valid_BC[:, None, :, None], x, 0) for x in found]
-        sums = [total + x.sum((0, 2)) for total, x in zip(sums, (x for x, c in zip(found, constant) if c), strict=True)]
+        sums = [
+            total + x.sum((0, 2)) for total, x in zip(sums, (x for x, c in zip(found, constant) if c), strict=True)
+        ]
         return (dstate, sums), [x.swapaxes(1, 2) for x, c in zip(found, constant, strict=True) if not c]
 
     sums = [jnp.zeros(x.shape, dtype) for x in operands if x.ndim == 2]

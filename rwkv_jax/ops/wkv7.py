@@ -113,7 +113,7 @@ def _chunk_forward(state, operands, reset_BC):
     C = r.shape[2]
     x, y = jnp.stack([a, r * jnp.exp(w)], axis=3), jnp.stack([b, k], axis=3)
     scores, decays = decayed_scores(x, y, w)
-    own = jnp.eye(C, dtype=r.dtype) * jnp.einsum("bhck,bhcqk->bhqc", r, y)[..., None]
+    own = jnp.where(jnp.eye(C, dtype=bool), (r[:, :, :, None] * y).sum(-1).swapaxes(2, 3)[..., None], 0)
     from_past = (x * jnp.exp(decays.before)[..., None, :]).swapaxes(2, 3)
     to_end = (y * jnp.exp(decays.after)[..., None, :]).swapaxes(2, 3)
     past = jnp.exp(decays.whole).mT * state
