@@ -29,8 +29,8 @@ _FIELDS = "rwkv_jax"  # where a .safetensors of ours has the fields of its model
 def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True) -> tuple[nn.Module, Any]:
     """Model and parameters from a file or folder, whose format is detected from its content.
 
-    It is an official `.pth` of RWKV-4, 5.2, 6 or 7; a `.safetensors` with official or transformers' names, or one of ours, with any
-    model; a folder of transformers' RwkvForCausalLM; or an rwkv.cpp file, FP32 or FP16. `rwkv_jax.load` takes a
+    It is an official `.pth` of RWKV-4, 5.2, 6 or 7; a `.safetensors` with official or transformers' names, or one of
+    ours, with any model; a folder of transformers' RwkvForCausalLM; or an rwkv.cpp file, FP32 or FP16. `rwkv_jax.load` takes a
     training workdir too.
 
     Args:
@@ -123,7 +123,7 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
 
 
 def _unreleased(model: nn.Module, format: str) -> str | None:
-    """The first thing in which a model differs from the released ones that a format can hold; None if there is none."""
+    """What in a model differs first from the released ones that a format can hold; None if nothing does."""
     others = [f"{name!r} layers" for name, kind, _ in model.unit if not kind.released]
     if len({name for name, _, _ in model.unit}) > 1:
         others.append("layers of several kinds")

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 
 from rwkv_jax.models.layers import LayerNorm, Linear, matmul
 
-
 RELEASED_EPSILON = 64e-5  # of the norm of each head, in all released code of RWKV-5, 6 and 7
 
 

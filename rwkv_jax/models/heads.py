@@ -52,7 +52,7 @@ def shift(x_BTD, previous_BTD, mix_D):
 
 
 def bonus_init(config: BlockConfig, up):
-    """A function that returns r0 (1 - n / (D - 1)) + 0.1 ((n + 1) mod 3 - 1) for channel n, r0 = l / (L - 1): [H, K]."""
+    """A function that returns r0 (1 - n / (D - 1)) + 0.1 ((n + 1) mod 3 - 1), [H, K], for channel n; r0 = l / (L - 1)."""
     D = config.dim
     n = jnp.arange(D)
     return lambda: (up * (1 - n / max(D - 1, 1)) + 0.1 * ((n + 1) % 3 - 1)).reshape(head_shape(config))

@@ -110,7 +110,7 @@ def hidden_dim(config: BlockConfig) -> int:
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
-    """6 for every weight of a matrix product, and of WKV three times the forward pass: 5 K V a head, read and write."""
+    """6 for every weight of a matrix product, and three times the forward pass of WKV: 5 K V a head."""
     D, K = config.dim, head_shape(config)[1]
     return 6 * (6 * D**2 + 2 * D * hidden_dim(config)) + 3 * 5 * D * K
 

@@ -8,11 +8,11 @@ Chunks of more than one token are products of matrices, whose entries are scores
 
     scores[t, i] = sum_K x_t y_i exp(sum_{i<j<t} w_j)        for i < t, else 0.
 
-The exponent has to be split between the factors of a product, and exp(-sum w) overflows as soon as the decays of a chunk
-multiply to less than 1e-38. `decayed_scores` therefore halves: scores between the later and the earlier half of a block
-factor at the border between them, where both exponents are sums of log decays, and so at most 0; each half is treated
-likewise. No exponent is a difference, so nothing overflows or cancels, whatever the decays. At 16 tokens this takes as
-long as factors that are centred in the chunk, which overflow, and is twice as exact (2-core CPU, K = 64, 2026-11-29).
+The exponent has to be split between the factors of a product, and exp(-sum w) overflows as soon as the decays of a
+chunk multiply to less than 1e-38. `decayed_scores` therefore halves: scores between the later and the earlier half of
+a block factor at the border between them, where both exponents are sums of log decays, and so at most 0; each half is
+treated likewise. No exponent is a difference, so nothing overflows or cancels, whatever the decays. At 16 tokens this
+takes as long as factors that are centred in the chunk, which overflow, and is up to twice as exact (2-core CPU, K 64).
 """
 
 from collections.abc import Callable
@@ -157,7 +157,7 @@ _recur.defvjp(_forward, _backward)
 
 
 def _whole_chunks(rule, operands, reset_BT, valid_BT):
-    """(tokens a chunk, first token of each, and the arrays with T rounded up to whole chunks, added tokens invalid)."""
+    """(tokens a chunk, first token of each, the arrays with T rounded up to whole chunks, added tokens invalid)."""
     B, T = operands[0].shape[:2]
     chunk = min(rule.chunk, 1 << (T - 1).bit_length())
     extra = -T % chunk
@@ -197,7 +197,7 @@ class Decays(NamedTuple):
 
 
 def decayed_scores(x_BHCPK, y_BHCQK, w_BHCK):
-    """(scores_BHPQCC, Decays) of a chunk: scores[p, q, t, i] = sum_K x_tp y_iq exp(sum_{i<j<t} w_j), i < t, else 0.
+    """(scores_BHPQCC, Decays): scores[p, q, t, i] = sum_K x_tp y_iq exp(sum_{i<j<t} w_j) for i < t, else 0.
 
     P and Q are how many left and right factors each token has. See the head of this file for the method.
     """
@@ -263,8 +263,8 @@ inverse.defvjp(_inverse_forward, _inverse_backward)
 def documents(reset_BC):
     """Which tokens of a chunk see each other: (same_BCC, past_BC, last_BC).
 
-    same[t, i]: both are of one document; past[t]: t's document has begun before the chunk; last[i]: i's document is the
-    one at the end of the chunk.
+    same[t, i]: both are of one document; past[t]: t's document has begun before the chunk; last[i]: i's document is
+    the one at the end of the chunk.
     """
     number_BC = jnp.cumsum(reset_BC, axis=1)
     return number_BC[:, :, None] == number_BC[:, None], number_BC == 0, number_BC == number_BC[:, -1:]

@@ -12,9 +12,9 @@ With dS = dL/dS_t, backward in time,
     dv_t = dS^T k_t + (sum_K r_t u k_t) dy_t          du   = sum_t r_t * k_t (v_t . dy_t)
     dw_t = exp(w_t) * sum_V dS * S_{t-1}              dL/dS_{t-1} = diag(exp(w_t)) dS + r_t dy_t^T
 
-There are two forms: `scan`, one token after the other, and `chunked`, products of matrices over 16 tokens, which is the
-one that trains. There is none that scans over all prefixes at once, as `wkv4` has: each prefix would be a K x V matrix
-in memory. At T 1,024 it took 6 to 9 times as long as the chunks, and 2 GB (2-core CPU, B 2, 8 heads of 64).
+There are two forms: `scan`, one token after the other, and `chunked`, products of matrices over 16 tokens, which is
+the one that trains. There is none that scans over all prefixes at once, as `wkv4` has: each prefix would be a K x V
+matrix in memory. At T 1,024 it took 6 to 9 times as long as the chunks, and 2 GB (2-core CPU, B 2, 8 heads of 64).
 """
 
 import jax.numpy as jnp
@@ -42,8 +42,8 @@ def wkv6(r_BTHK, w_BTHK, k_BTHK, v_BTHV, u_HK, state=None, *, reset_BT=None, val
             replaced.
 
     Returns:
-        y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in that of the accumulators: float32,
-        or float64 if an argument is.
+        y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in that of the accumulators:
+        float32, or float64 if an argument is.
 
     Raises:
         ValueError: an unknown form, or a shape that does not fit.
@@ -97,7 +97,7 @@ def _step_grads(state, token, dstate, dy):
 
 
 def _chunk_forward(state, operands, reset_BC):
-    """Y = (R e^before) S + A V,    S <- e^whole S + (K e^after)^T V,    A = scores of r and k, with u on the diagonal."""
+    """Y = (R e^before) S + A V,   S <- e^whole S + (K e^after)^T V,   A = scores of r and k, with u on the diagonal."""
     r, w, k, v, u = operands
     scores, decays = decayed_scores(r[..., None, :], k[..., None, :], w)
     scores = scores[:, :, 0, 0]

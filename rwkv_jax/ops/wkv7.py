@@ -5,16 +5,16 @@ For each head, with receptance r, key k, log decay w <= 0 and the pair a, b in R
     write   S_t = diag(exp(w_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T
     read    y_t = S_t^T r_t
 
-The token is written before it is read. RWKV-7 passes a = -kappa and b = kappa * alpha, kappa a key of length 1 and alpha
-the in-context learning rate of each channel: alpha of the value found at kappa is removed. Nothing here needs that
-form. With s_t = S_{t-1}^T a_t and dS = dL/dS_t, to which the read at t has added r_t dy_t^T, backward in time
+The token is written before it is read. RWKV-7 passes a = -kappa and b = kappa * alpha, kappa a key of length 1 and
+alpha the in-context learning rate of each channel: alpha of the value found at kappa is removed. Nothing here needs
+that form. With s_t = S_{t-1}^T a_t and dS = dL/dS_t, to which the read at t has added r_t dy_t^T, backward in time
 
     dr_t = exp(w_t) * S_{t-1} dy_t + b_t (s_t . dy_t) + k_t (v_t . dy_t)
     dw_t = exp(w_t) * sum_V dS * S_{t-1}        dk_t = dS v_t         dv_t = dS^T k_t
     da_t = S_{t-1} ds_t,  ds_t = dS^T b_t       db_t = dS s_t         dL/dS_{t-1} = diag(exp(w_t)) dS + a_t ds_t^T
 
-There are two forms: `scan`, one token after the other, and `chunked`, products of matrices over 16 tokens, which is the
-one that trains. There is none that scans over all prefixes at once, as `wkv4` has: the map of a prefix is a K x K
+There are two forms: `scan`, one token after the other, and `chunked`, products of matrices over 16 tokens, which is
+the one that trains. There is none that scans over all prefixes at once, as `wkv4` has: the map of a prefix is a K x K
 matrix, 57 times the arithmetic of the recurrence, and 32 KB a token and head of 64.
 """
 
@@ -42,8 +42,8 @@ def wkv7(r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state=None, *, reset_BT
             replaced.
 
     Returns:
-        y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in that of the accumulators: float32,
-        or float64 if an argument is.
+        y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in that of the accumulators:
+        float32, or float64 if an argument is.
 
     Raises:
         ValueError: an unknown form, or a shape that does not fit.

@@ -57,8 +57,8 @@ def optimiser(
 def clipped(largest: float) -> optax.GradientTransformation:
     """Gradients times min(1, largest / (norm + 1e-6)), with the norm of all together.
 
-    The released trainers' clip (torch, DeepSpeed). Without the 1e-6, as optax has it, 150 steps of RWKV-6 end 4e-4 nats
-    from theirs in float64, not 1e-11: Adam's epsilon does not scale with the gradient.
+    The released trainers' clip (torch, DeepSpeed). Without the 1e-6, as optax has it, 150 steps of RWKV-6 end 4e-4
+    nats from theirs in float64, not 1e-11: Adam's epsilon does not scale with the gradient.
     """
 
     def clip(updates, params=None):
