@@ -30,8 +30,8 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
     """Model and parameters from a file or folder, whose format is detected from its content.
 
     It is an official `.pth` of RWKV-4, 5.2, 6 or 7; a `.safetensors` with official or transformers' names, or one of
-    ours, with any model; a folder of transformers' RwkvForCausalLM; or an rwkv.cpp file, FP32 or FP16. `rwkv_jax.load` takes a
-    training workdir too.
+    ours, with any model; a folder of transformers' RwkvForCausalLM; or an rwkv.cpp file, FP32 or FP16. `rwkv_jax.load`
+    takes a training workdir too.
 
     Args:
       path: of a file or folder, or a name on the Hugging Face hub: see `locate`.

@@ -52,7 +52,7 @@ def shift(x_BTD, previous_BTD, mix_D):
 
 
 def bonus_init(config: BlockConfig, up):
-    """A function that returns r0 (1 - n / (D - 1)) + 0.1 ((n + 1) mod 3 - 1), [H, K], for channel n; r0 = l / (L - 1)."""
+    """A function that returns r0 (1 - n / (D - 1)) + 0.1 ((n + 1) mod 3 - 1) for channel n, [H, K]."""
     D = config.dim
     n = jnp.arange(D)
     return lambda: (up * (1 - n / max(D - 1, 1)) + 0.1 * ((n + 1) % 3 - 1)).reshape(head_shape(config))
@@ -79,8 +79,8 @@ class HeadNorm(nn.Module):
         wide = y_BTHK.astype(self.config.wide)
         centred = wide - wide.mean(-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.config.head_norm_epsilon)
-        y_BTD = normed.reshape(*y_BTHK.shape[:2], D) * scale_D.astype(wide.dtype) + bias_D.astype(wide.dtype)
-        return y_BTD.astype(self.config.dtype)
+        scale, bias = (x[None, None].astype(wide.dtype) for x in (scale_D, bias_D))
+        return (normed.reshape(*y_BTHK.shape[:2], D) * scale + bias).astype(self.config.dtype)
 
 
 def low_rank(module, name: str, x_BTD, rank: int, inner: Callable = lambda x: x, init=small_orthogonal):

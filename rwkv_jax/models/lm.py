@@ -49,7 +49,9 @@ CHOICES = {
 
 
 def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
-    """A model by name, "rwkv4" to "rwkv7", "transformer" or "lstm", with the fields of `LM`; `size` is one of the released sizes.
+    """A model by name, "rwkv4" to "rwkv7", "transformer" or "lstm", with the fields of `LM`.
+
+    `size` is one of the released sizes.
 
     `build("rwkv4", layers=("rwkv4", "attention"), ...)` is a hybrid of alternating layers. A switch of a kind of layer
     may be given by its own name: `build("rwkv4", receptance=False, ...)` is `variant={"receptance": False}`.

@@ -40,7 +40,7 @@ class TimeMix(nn.Module):
         wide = jnp.promote_types(config.param_dtype, jnp.float32)  # a bf16 decay would round memory away
         decay_D = vector(self, "time_decay", heads.decay_init(D, up), D, wide)
         moved_BTD = low_rank(self, "time_decay_w", inputs["w"], low_ranks(config)[1], nn.tanh, small_uniform)
-        w_BTD = -jnp.exp(decay_D + moved_BTD.astype(config.wide))
+        w_BTD = -jnp.exp(decay_D[None, None] + moved_BTD.astype(config.wide))
         u_HK = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), wide)
         r_BTHK, k_BTHK, v_BTHV, gate_BTD = rwkv5.projections(self, inputs)
         wkv = lambda shared, rows: wkv6(
@@ -67,7 +67,8 @@ class TimeMix(nn.Module):
         low = nn.tanh(config.product(shift(x_BTD, previous_BTD, mix["x"]), first))
         low_5BTR = jnp.moveaxis(low.reshape(*low.shape[:2], 5, rank), 2, 0)
         moved = [config.product(low_BTR, matrix) for low_BTR, matrix in zip(low_5BTR, second, strict=True)]
-        shifted = lambda letter, m_BTD: x_BTD + (previous_BTD - x_BTD) * (mix[letter].astype(x_BTD.dtype) + m_BTD)
+        total = lambda letter, m_BTD: mix[letter][None, None].astype(x_BTD.dtype) + m_BTD
+        shifted = lambda letter, m_BTD: x_BTD + (previous_BTD - x_BTD) * total(letter, m_BTD)
         return {letter: shifted(letter, m_BTD) for letter, m_BTD in zip(LETTERS, moved, strict=True)}
 
 

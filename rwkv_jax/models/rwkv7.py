@@ -55,7 +55,8 @@ class TimeMix(nn.Module):
         config, D, (H, K) = self.config, self.config.dim, head_shape(self.config)
         up, down = depth_ratios(layer, config.num_layers)
         rank_w, rank_a, rank_v, rank_g = low_ranks(config)
-        own = lambda name, value, shape=D: vector(self, name, value, shape, config.param_dtype)
+        own = lambda name, value: vector(self, name, value, D, config.param_dtype)
+        each = lambda name, value: own(name, value)[None, None].astype(config.dtype)
         # over all channels from -1/2 to 1/2, and over those of each head from -1 to 1, squared with the sign kept
         line = jnp.arange(D) / max(D - 1, 1) - 0.5
         within = (jnp.arange(D) % K - (K - 1) / 2) / max((K - 1) / 2, 0.5)
@@ -73,18 +74,20 @@ class TimeMix(nn.Module):
 
         bias = lambda: -6 + 6 * ((line + 0.5) ** (1 + up**0.3)) + 0.5 + 2.5 * curve
         w0_D = vector(self, "w0", bias, D, jnp.promote_types(config.param_dtype, jnp.float32))
-        w_BTD = -STRONGEST * nn.sigmoid(w0_D + low_rank(self, "w", x["w"], rank_w, nn.tanh).astype(config.wide))
-        a0_D = own("a0", lambda: -0.19 + 0.3 * curve + 0.4 * line)
-        a_BTD = nn.sigmoid(a0_D.astype(x_BTD.dtype) + low_rank(self, "a", x["a"], rank_a))
+        w_BTD = -STRONGEST * nn.sigmoid(
+            w0_D[None, None] + low_rank(self, "w", x["w"], rank_w, nn.tanh).astype(config.wide)
+        )
+        a0 = each("a0", lambda: -0.19 + 0.3 * curve + 0.4 * line)
+        a_BTD = nn.sigmoid(a0 + low_rank(self, "a", x["a"], rank_a))
         g_BTD = low_rank(self, "g", x["g"], rank_g, nn.sigmoid)
         if first_BTD is None:
             first_BTD = v_BTD
         else:
-            v0_D = own("v0", lambda: 0.73 - 0.4 * line)
-            v_BTD += (first_BTD - v_BTD) * nn.sigmoid(v0_D.astype(x_BTD.dtype) + low_rank(self, "v", x["v"], rank_v))
+            v0 = each("v0", lambda: 0.73 - 0.4 * line)
+            v_BTD += (first_BTD - v_BTD) * nn.sigmoid(v0 + low_rank(self, "v", x["v"], rank_v))
 
-        kappa_BTHK = unit(split_heads(k_BTD * own("k_k", lambda: 0.71 - 0.1 * line).astype(k_BTD.dtype), config))
-        k_BTD *= 1 + (a_BTD - 1) * own("k_a", lambda: jnp.full(D, 1.02)).astype(k_BTD.dtype)
+        kappa_BTHK = unit(split_heads(k_BTD * each("k_k", lambda: 0.71 - 0.1 * line), config))
+        k_BTD *= 1 + (a_BTD - 1) * each("k_a", lambda: jnp.full(D, 1.02))
         r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK = (split_heads(y, config) for y in (r_BTD, w_BTD, k_BTD, v_BTD, a_BTD))
         removed_BTHK = config.variant.removal * kappa_BTHK * a_BTHK
         wkv = lambda _, rows: wkv7(*rows[:7], reset_BT=rows[7], valid_BT=rows[8], impl=config.impl)
@@ -92,8 +95,8 @@ class TimeMix(nn.Module):
         with jax.named_scope("wkv"):
             y_BTHV, state = on_own_rows(wkv)((), rows)
         y_BTD = HeadNorm(config, name="ln_x")(y_BTHV, layer)
-        r_k_HK = own("r_k", lambda: jnp.full((H, K), -0.04), (H, K)).astype(x_BTD.dtype)
-        bonus_BTHV = (r_BTHK * k_BTHK * r_k_HK).sum(-1, keepdims=True) * v_BTHV
+        r_k_HK = vector(self, "r_k", lambda: jnp.full((H, K), -0.04), (H, K), config.param_dtype)
+        bonus_BTHV = (r_BTHK * k_BTHK * r_k_HK[None, None].astype(config.dtype)).sum(-1, keepdims=True) * v_BTHV
         o_BTD = config.linear(D, kernel_init=zeros, name="output")((y_BTD + bonus_BTHV.reshape(y_BTD.shape)) * g_BTD)
         return checkpoint_name(o_BTD, "att"), last_BD, state, first_BTD
 

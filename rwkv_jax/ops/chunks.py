@@ -140,9 +140,8 @@ def _backward(rule, saved, cotangents):
         dstate, found = rule.backward(state, tuple(tokens), reset_BC, dstate, dy_BHCV)
         valid_BC = None if valid_BP is None else lax.dynamic_slice_in_dim(valid_BP, start, chunk, 1)
         found = [x if valid_BC is None else jnp.where(valid_BC[:, None, :, None], x, 0) for x in found]
-        sums = [
-            total + x.sum((0, 2)) for total, x in zip(sums, (x for x, c in zip(found, constant) if c), strict=True)
-        ]
+        of_all = [x for x, c in zip(found, constant, strict=True) if c]
+        sums = [total + x.sum((0, 2)) for total, x in zip(sums, of_all, strict=True)]
         return (dstate, sums), [x.swapaxes(1, 2) for x, c in zip(found, constant, strict=True) if not c]
 
     sums = [jnp.zeros(x.shape, dtype) for x in operands if x.ndim == 2]
@@ -228,7 +227,7 @@ def decayed_scores(x_BHCPK, y_BHCQK, w_BHCK):
 
 @jax.custom_vjp
 def inverse(m_BHCC):
-    """(I - M)^-1 of a strictly lower triangular M, C a power of 2: the inverses of twice as large blocks in each round.
+    """(I - M)^-1 of a strictly lower triangular M, C a power of 2: blocks twice as large in each round.
 
     No powers of M: with keys that repeat they reach 1e17 at C = 64, while the inverse's entries stay near 1. XLA's
     triangular solve takes 70 times as long on a CPU.

@@ -97,7 +97,7 @@ def _step_grads(state, token, dstate, dy):
 
 
 def _chunk_forward(state, operands, reset_BC):
-    """Y = (R e^before) S + A V,   S <- e^whole S + (K e^after)^T V,   A = scores of r and k, with u on the diagonal."""
+    """Y = (R e^before) S + A V,   S <- e^whole S + (K e^after)^T V,   A = scores of r and k, u on the diagonal."""
     r, w, k, v, u = operands
     scores, decays = decayed_scores(r[..., None, :], k[..., None, :], w)
     scores = scores[:, :, 0, 0]

@@ -62,7 +62,7 @@ def clipped(largest: float) -> optax.GradientTransformation:
     """
 
     def clip(updates, params=None):
-        factor = jnp.minimum(1, largest / (optax.global_norm(updates) + 1e-6))
+        factor = jnp.minimum(1, largest / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda x: x * factor, updates)
 
     return optax.stateless(clip)
