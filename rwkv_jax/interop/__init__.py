@@ -22,7 +22,6 @@ __all__ = [
 ]  # fmt: skip
 
 FORMATS = ("pth", "safetensors", "huggingface", "rwkv.cpp")
-_HELD = {"huggingface": ("rwkv4",), "rwkv.cpp": ("rwkv4",)}  # versions that a format holds, where not all
 _FIELDS = "rwkv_jax"  # where a .safetensors of ours has the fields of its model, in the metadata
 
 
@@ -124,11 +123,8 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
 
 def _unreleased(model: nn.Module, format: str) -> str | None:
     """What in a model differs first from the released ones that a format can hold; None if nothing does."""
-    others = [f"{name!r} layers" for name, kind, _ in model.unit if not kind.released]
-    if len({name for name, _, _ in model.unit}) > 1:
-        others.append("layers of several kinds")
-    if format in _HELD and (kind := model.layers[0]) not in _HELD[format]:
-        others.append(f"{kind!r} layers")
+    others = [f"{name!r} layers" for name, kind, _ in model.unit if format not in kind.formats]
+    others += ["layers of several kinds"] if len({name for name, _, _ in model.unit}) > 1 else []
     switches = dict(model.variant) | ({} if model.embedding_norm else {"embedding_norm": False})
     if model.head_norm_epsilon != RELEASED_EPSILON:
         switches["head_norm_epsilon"] = model.head_norm_epsilon

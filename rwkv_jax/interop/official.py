@@ -91,8 +91,8 @@ def model_of(
 
 def _released_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The arguments of `build` for the released model that a state dict holds."""
-    kind = version_of(tensors)
     V, D = _matrix_shape(tensors, "emb.weight")
+    kind = version_of(tensors)
     F, _ = _matrix_shape(tensors, "blocks.0.ffn.key.weight")
     L = layer_count(tensors)
     fields = {"layers": (kind,), "vocab_size": V, "num_layers": L, "dim": D, "hidden_dim": F}

@@ -57,8 +57,8 @@ def _read(buffer) -> dict[str, np.ndarray]:
     tensors = without_prefix(tensors)
     if "emb.weight" not in tensors:
         raise ValueError(f"no RWKV weights: 'emb.weight' is not among the {len(tensors)} keys")
-    if (version := version_of(tensors)) != "rwkv4":
-        raise ValueError(f"rwkv.cpp weights of {KINDS[version].released}; of rwkv.cpp's files RWKV-4 is supported")
+    if "rwkv.cpp" not in (kind := KINDS[version_of(tensors)]).formats:
+        raise ValueError(f"{kind.released} weights; of rwkv.cpp's files only RWKV-4 is supported")
     found = (*tensors["emb.weight"].shape, layer_count(tensors))
     if found != (V, D, L):
         raise ValueError(f"damaged: its header says V, D, L = {(V, D, L)}, its tensors {found}")

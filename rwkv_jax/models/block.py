@@ -99,8 +99,10 @@ class Kind:
     observe: Callable = lambda params, sown: {}  # (layer's parameters, what it sowed) -> see `train.diagnostics`
     tuned_start: Callable | None = None  # config -> tree of [D] arrays that state tuning begins with; None: cannot
     tuned_state: Callable | None = None  # such a tree -> state of one layer, leaves without the batch axis
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of `LM`, where a model of this kind has another default
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # fields of `LM` by name of a released size
     released: str | None = None  # name of the version whose released files `interop` reads and writes
+    formats: Sequence[str] = ()  # of `interop.FORMATS`, those that hold models as released
 
 
 def make_variant(cls: type, given: Mapping[str, Any]):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models.block import BlockConfig
-from rwkv_jax.models.layers import observe, orthogonal, small_orthogonal, token_shift, vector
+from rwkv_jax.models.layers import observe, orthogonal, token_shift, vector
 
 zeros = nn.initializers.zeros
+SMALL = orthogonal(0.1, widened=False)  # of the outer matrix of a low-rank map
 FORGETS = 1e-3  # a channel that keeps less than this share of its state from one token to the next forgets at once
 
 
@@ -40,6 +41,18 @@ def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -
     H, K = head_shape(config)
     last = jnp.zeros((batch, config.dim), config.wide)
     return LayerState(last, jnp.zeros((batch, H, K, K), config.wide), last)
+
+
+def given_ranks(config: BlockConfig, rule: tuple[int, ...]) -> tuple[int, ...]:
+    """`config.low_ranks`, or those of a kind's rule where it is None.
+
+    Raises:
+        ValueError: they are not as many positive integers as the rule's.
+    """
+    ranks = rule if config.low_ranks is None else config.low_ranks
+    if len(ranks) != len(rule) or not all(isinstance(rank, int) and rank > 0 for rank in ranks):
+        raise ValueError(f"model field low_ranks is {ranks!r}, expected {len(rule)} positive integers")
+    return ranks
 
 
 def split_heads(x_BTD, config: BlockConfig):
@@ -83,7 +96,7 @@ class HeadNorm(nn.Module):
         return (normed.reshape(*y_BTHK.shape[:2], D) * scale + bias).astype(self.config.dtype)
 
 
-def low_rank(module, name: str, x_BTD, rank: int, inner: Callable = lambda x: x, init=small_orthogonal):
+def low_rank(module, name: str, x_BTD, rank: int, inner: Callable = lambda x: x, init=SMALL):
     """inner(x W_1) W_2 with the parameters `name`1 [D, rank], zero at the start, and `name`2 [rank, D]."""
     D, dtype = module.config.dim, module.config.param_dtype
     down = module.param(f"{name}1", zeros, (D, rank), dtype)
@@ -106,7 +119,7 @@ class ChannelMix(nn.Module):
         previous_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
         inputs = self.inputs(self, x_BTD, previous_BTD, layer)
         matrix = lambda name, F, init: self.config.linear(F, kernel_init=init, name=name)
-        k_BTF = checkpoint_name(matrix("key", self.hidden_dim, orthogonal())(inputs["k"]), "ffn_key")
+        k_BTF = checkpoint_name(matrix("key", self.hidden_dim, orthogonal(widened=False))(inputs["k"]), "ffn_key")
         observe(self, "active_F", lambda: (k_BTF > 0).any((0, 1)))
         o_BTD = checkpoint_name(matrix("value", self.config.dim, zeros)(jnp.square(nn.relu(k_BTF))), "ffn_value")
         if "r" in inputs:

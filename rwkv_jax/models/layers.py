@@ -61,19 +61,17 @@ class Linear(nn.Dense):
         return y + self.dot_general(low, b, None, precision=self.precision)
 
 
-def orthogonal(scale: float = 1.0):
-    """Orthogonal kernel [in, out] with gain scale * sqrt(max(1, out / in)) (RWKV-LM, `generate_init_weight`)."""
+def orthogonal(scale: float = 1.0, widened: bool = True):
+    """Orthogonal kernel [in, out] with gain scale * sqrt(max(1, out / in)) (RWKV-LM, `generate_init_weight`).
+
+    Not `widened`, the gain is `scale`: of channel mixing and the low-rank maps from RWKV-5 on.
+    """
 
     def init(key, shape, dtype=jnp.float32):
-        gain = scale * max(1.0, shape[1] / shape[0]) ** 0.5
+        gain = scale * (max(1.0, shape[1] / shape[0]) ** 0.5 if widened else 1)
         return _orthogonal(gain, key, shape, dtype)
 
     return init
-
-
-def small_orthogonal(key, shape, dtype=jnp.float32):
-    """Orthogonal with gain 0.1: the outer matrix of a low-rank map (RWKV-LM, RWKV-v7)."""
-    return _orthogonal(0.1, key, shape, dtype)
 
 
 # Jitted, and so traced once for a shape: linen evaluates the shape of every parameter's initialiser in every `apply`.

@@ -60,11 +60,12 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
         ValueError: naming the first field that is unknown, or has a value that it cannot have.
     """
     kind = kind_of_model(name)
-    chosen = {"layers": (kind,)} | overrides
+    chosen = {"layers": (kind,), **kind_of(kind).fields} | overrides
     if size is not None:
         check_choice("size", size, kind_of(kind).sizes)
         chosen = dict(kind_of(kind).sizes[size]) | chosen
-    chosen["layers"] = tuple(chosen["layers"])
+    for key in ("layers", "low_ranks"):
+        chosen[key] = None if chosen.get(key) is None else tuple(chosen[key])
     kinds = [kind_of(kind) for kind in chosen["layers"]]
     if not kinds:
         raise ValueError("model field layers is empty, expected kinds of layers")

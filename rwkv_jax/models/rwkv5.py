@@ -105,8 +105,8 @@ class Block(nn.Module):
 
 
 def hidden_dim(config: BlockConfig) -> int:
-    """F: 3.5 D, rounded down to a multiple of 32."""
-    return config.hidden_dim or int(3.5 * config.dim) // 32 * 32
+    """F: 3.5 D, rounded down to a multiple of 32, and at least that."""
+    return config.hidden_dim or max(32, int(3.5 * config.dim) // 32 * 32)
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
@@ -142,6 +142,8 @@ KIND = Kind(
     observe=observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
+    fields={"embedding_init": "v5"},
     sizes=SIZES,
+    formats=("pth",),
     released="RWKV-5.2",
 )

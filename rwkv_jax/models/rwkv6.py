@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rwkv_jax.models import heads, rwkv5
 from rwkv_jax.models.block import BlockConfig, Kind
-from rwkv_jax.models.heads import ChannelMix, LayerState, head_shape, low_rank, shift, split_heads
+from rwkv_jax.models.heads import ChannelMix, LayerState, given_ranks, head_shape, low_rank, shift, split_heads
 from rwkv_jax.models.layers import (
     batch_sharded,
     depth_ratios,
@@ -106,7 +106,7 @@ class Block(nn.Module):
 
 def low_ranks(config: BlockConfig) -> tuple[int, int]:
     """Widths of the low-rank maps of the mixes and of the decay: 32 and 64, doubled in the models of 7B and more."""
-    return config.low_ranks or (32, 64)
+    return given_ranks(config, (32, 64))
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
@@ -139,6 +139,8 @@ KIND = Kind(
     observe=observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
+    fields={"embedding_init": "v5"},
     sizes=SIZES,
+    formats=("pth",),
     released="RWKV-6",
 )

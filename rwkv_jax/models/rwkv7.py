@@ -15,7 +15,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models import heads
 from rwkv_jax.models.block import BlockConfig, Kind
-from rwkv_jax.models.heads import ChannelMix, HeadNorm, LayerState, head_shape, low_rank, shift, split_heads
+from rwkv_jax.models.heads import (
+    ChannelMix,
+    HeadNorm,
+    LayerState,
+    given_ranks,
+    head_shape,
+    low_rank,
+    shift,
+    split_heads,
+)
 from rwkv_jax.models.layers import (
     batch_sharded,
     depth_ratios,
@@ -142,7 +151,7 @@ def low_ranks(config: BlockConfig) -> tuple[int, int, int, int]:
 
     The rule of the current trainer (RWKV-LM, RWKV-v7/train_temp); released models have others, see `SIZES`.
     """
-    return config.low_ranks or tuple(max(32, 32 * round(f * config.dim**0.5 / 32)) for f in (2.5, 2.5, 1.7, 5))
+    return given_ranks(config, tuple(max(32, 32 * round(f * config.dim**0.5 / 32)) for f in (2.5, 2.5, 1.7, 5)))
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
@@ -184,6 +193,8 @@ KIND = Kind(
     observe=observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
+    fields={"embedding_init": "v5"},
     sizes=SIZES,
+    formats=("pth",),
     released="RWKV-7",
 )

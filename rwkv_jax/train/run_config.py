@@ -24,7 +24,7 @@ def default():
         if field.name in ("parent", "name", "layers", "variant", *model):
             continue
         optional = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
-        model[field.name] = placeholder(optional[0]) if optional else field.default
+        model[field.name] = placeholder(typing.get_origin(optional[0]) or optional[0]) if optional else field.default
     kinds = models.KINDS.values()
     model["variant"] = {name: placeholder(t) for kind in kinds for name, (t, _) in switches(kind.variant).items()}
     return ConfigDict(
