@@ -60,6 +60,8 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
         ValueError: naming the first field that is unknown, or has a value that it cannot have.
     """
     kind = kind_of_model(name)
+    defaults = {f.name: f.default for f in fields(LM)}
+    overrides = {k: v for k, v in overrides.items() if v is not None or defaults.get(k) is None}
     chosen = {"layers": (kind,), **kind_of(kind).fields} | overrides
     if size is not None:
         check_choice("size", size, kind_of(kind).sizes)
