@@ -133,13 +133,13 @@ def test_lm_in_bfloat16_has_logits_and_state_in_float32(kind):
         assert x.dtype in expected, path
 
 
-@pytest.mark.parametrize("kind", [kind for kind in AND_SLOWLY("rwkv4") if kind in PURE or not isinstance(kind, str)])
+@pytest.mark.parametrize("kind", ["rwkv4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in PURE[1:])])
 def test_lm_in_bfloat16_rounds_activations_and_not_logits(kind):
     _, params = made(kind)
     logits, _ = forward(make(kind, dtype="bfloat16"), params, tokens(B, T))
     exact, _ = forward(make(kind), params, tokens(B, T))
-    # about 20 roundings of 2^-9 in a row
-    assert 1e-4 < error_ratio(logits, exact) < 0.04
+    # about 20 roundings of 2^-9 in a row, and twice as many in RWKV-7, whose gates and low-rank maps are in a row too
+    assert 1e-4 < error_ratio(logits, exact) < (0.08 if kind == "rwkv7" else 0.04)
     # and none of the logits themselves
     assert np.any(np.asarray(logits) != np.asarray(logits).astype(jnp.bfloat16).astype(np.float32))
 
