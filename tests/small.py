@@ -12,8 +12,12 @@ V, D, L = 11, 8, 2
 KINDS = {
     "rwkv4": {"name": "rwkv4"},
     "transformer": {"name": "transformer", "token_shift": True},
+    "rwkv5": {"name": "rwkv5"},
+    "rwkv6": {"name": "rwkv6"},
+    "rwkv7": {"name": "rwkv7"},
     "lstm": {"name": "lstm"},
     "hybrid": {"name": "rwkv4", "layers": ("rwkv4", "attention"), "num_layers": 4},
+    "hybrid of three": {"name": "rwkv7", "layers": ("rwkv4", "rwkv7", "attention"), "num_layers": 6},
 }
 
 
@@ -41,7 +45,8 @@ def made(kind, **overrides):
     def draw(path, leaf):
         name, channels = path[-1].key, np.linspace(0, 1, leaf.shape[-1])
         starts = {"scale": 1.0, "time_decay": -5 + 8 * channels, "time_first": np.log(0.3)}
-        start = channels if name.startswith("time_mix") else starts.get(name, 0.0)
+        mixes = name.startswith(("time_mix", "time_maa", "x_")) and leaf.ndim < 3
+        start = channels if mixes else starts.get(name, 0.0)
         return (start + 0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
 
     return model, jax.tree_util.tree_map_with_path(draw, shapes_of(model))

@@ -5,16 +5,24 @@ import numpy as np
 from experiments import command
 from experiments.figures import plt, saved
 
-COLOURS = {"float64": "#c0392b", "float32": "#e67e22"}
+COLOURS = {
+    "float64": "#c0392b",
+    "RWKV-5.2, float64": "#8e44ad",
+    "RWKV-6, float64": "#2980b9",
+    "RWKV-7, float64": "#27ae60",
+    "float32": "#e67e22",
+}
 
 
 def draw(results, path) -> None:
     """Write the figure as PNG."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    theirs = np.array(results["kept_losses"])
-    steps = np.arange(1, len(theirs) + 1)
-    left.plot(steps, theirs, color="#bbbbbb", linewidth=4, label="released trainer")
-    left.plot(steps, results["cells"]["float64"]["losses"], color="#c0392b", linewidth=0.8, label="rwkv_jax, float64")
+    for name, theirs in results["kept_losses"].items():
+        steps = np.arange(1, len(theirs) + 1)
+        label = None if name != "float64" else "released trainer"
+        left.plot(steps, theirs, color="#cccccc", linewidth=4, label=label)
+        label = "RWKV-4, float64" if name == "float64" else name
+        left.plot(steps, results["cells"][name]["losses"], color=COLOURS[name], linewidth=0.8, label=label)
     for name, cell in results["cells"].items():
         differences = {"from kept": name, "from clone": f"float64, from {name}"}
         for key, label in differences.items():

@@ -5,16 +5,16 @@ those of BlinkDL's own `RWKV-v4neo/src/model.py`, rounding apart. Initial state,
 L2Wrap, learning-rate groups, clipping and Adam are one proof: leave one out, and the curves part by the rows named
 "without".
 
-    python -m experiments.trajectory.run                      against the kept trajectory of the released code
-    python -m experiments.trajectory.run --rwkv-lm=CLONE      and against a clone of BlinkDL/RWKV-LM, run here as it is
+    python -m experiments.trajectory.run                      against the kept trajectories of the released code
+    python -m experiments.trajectory.run --rwkv-lm=CLONE      and RWKV-4 against a clone of BlinkDL/RWKV-LM, run here
 
-The kept trajectory is tests/goldens/official_trajectory.npz: V 64, L 3, D 32, 4 rows of 48 tokens, Adam (0.9, 0.99,
-1e-8), lr 3e-3 times the groups 1, 2, 3, clip 1.0; its losses are the cross entropy before each step, its gradient
-norms those before clipping, its final tensors float32. A clone needs torch (requirements-live.txt), no GPU: see
-released.py.
+The kept trajectories are tests/goldens/official_trajectory*.npz, of RWKV-4, 5.2, 6 and 7: V 64, L 3, D 32 or 64, 4
+rows of 48 tokens, with the optimisers of `RECIPES`, the released groups and clip 1.0. Their losses are the cross
+entropy before each step, their gradient norms those before clipping, their final tensors float32. A clone needs torch
+(requirements-live.txt), no GPU: see released.py.
 
-Cost: a minute on 2 CPU cores. Reproduced: every loss within 1e-6 nats, every gradient norm within 1e-6 of its own
-size, every number of the final tensors within 1e-6, against the kept trajectory and the clone, where one is given.
+Cost: five minutes on 2 CPU cores. Reproduced: every loss within 1e-6 nats, every gradient norm within 1e-6 of its own
+size, every number of the final tensors within 1e-6, against the kept trajectories and the clone, where one is given.
 Contradicted: anything else. Deviations: tiny shapes, one seed; float64 where the released models trained in bfloat16.
 """
 
@@ -34,14 +34,24 @@ from rwkv_jax.interop import official
 from rwkv_jax.train import optim
 
 HERE = Path(__file__).parent
-GOLDEN = HERE.parents[1] / "tests" / "goldens" / "official_trajectory.npz"
-LR, WITHIN = 3e-3, 1e-6
+GOLDENS = HERE.parents[1] / "tests" / "goldens"
+WITHIN = 1e-6
+RECIPES = {  # of the released trainers: learning rate, and what the optimiser is not given by default
+    "rwkv4": (3e-3, {}),
+    "rwkv5": (1e-3, {}),
+    "rwkv6": (1e-3, {"weight_decay": 0.1}),
+    "rwkv7": (1e-3, {"weight_decay": 0.1, "eps": 1e-18}),
+}
 CELLS = {
     "float64": {},
+    "RWKV-5.2, float64": {"version": "rwkv5"},
+    "RWKV-6, float64": {"version": "rwkv6"},
+    "RWKV-7, float64": {"version": "rwkv7"},
     "float32": {"dtype": "float32"},
     "without L2Wrap": {"l2wrap": False},
     "without learning-rate groups": {"groups": ()},
 }
+VERSIONS = {name: its.get("version", "rwkv4") for name, its in CELLS.items() if name.endswith("float64")}
 
 
 @dataclass(frozen=True)
@@ -53,9 +63,9 @@ class Preset:
 PRESETS = {"smoke": Preset(steps=4, compared=("float64", "without L2Wrap")), "cpu": Preset()}
 
 
-def golden() -> dict:
+def golden(version="rwkv4") -> dict:
     """What the released trainer left: initial and final tensors, batches, losses, gradient norms."""
-    with np.load(GOLDEN) as arrays:
+    with np.load(GOLDENS / f"official_trajectory{'' if version == 'rwkv4' else version[-1]}.npz") as arrays:
         return dict(arrays)
 
 
@@ -64,26 +74,26 @@ def start(arrays) -> dict:
     return {k.removeprefix("init/"): x.astype(np.float64) for k, x in arrays.items() if k.startswith("init/")}
 
 
-def ours(steps, dtype="float64", l2wrap=True, groups=None):
+def ours(steps, version="rwkv4", dtype="float64", l2wrap=True, groups=None):
     """(losses, gradient norms, final tensors under their released names) of our step on the kept batches."""
-    arrays = golden()
+    arrays, (lr, recipe) = golden(version), RECIPES[version]
     with jax.enable_x64(dtype == "float64"):
         model, params = official.from_official(start(arrays), dtype=dtype)
-        tx, zero = optim.optimiser(groups=groups), jnp.zeros((), jnp.int32)
+        tx, zero = optim.optimiser(groups=groups, **recipe), jnp.zeros((), jnp.int32)
         state = train.TrainState(zero, params, tx.init(params), zero)
         step = jax.jit(train.make_step(model, tx, l2wrap=l2wrap))
         losses, norms = [], []
         for tokens_BT in arrays["tokens"][:steps].astype(np.int32):
             batch = {"tokens": tokens_BT, "mask": np.ones_like(tokens_BT[:, 1:], bool)}
-            state, values = step(state, batch, np.dtype(dtype).type(LR))
+            state, values = step(state, batch, np.dtype(dtype).type(lr))
             losses.append(float(values["loss_nats"]))
             norms.append(float(values["grad_norm"]))
         return np.array(losses), np.array(norms), official.to_official(state.params)
 
 
-def kept(steps):
+def kept(steps, version="rwkv4"):
     """The same of the released trainer; final tensors after the last of its steps only."""
-    arrays = golden()
+    arrays = golden(version)
     final = {k.removeprefix("final/"): x for k, x in arrays.items() if k.startswith("final/")}
     return arrays["losses"][:steps], arrays["grad_norms"][:steps], final if steps == len(arrays["losses"]) else None
 
@@ -95,7 +105,7 @@ def apart(a, b) -> dict:
     norm = np.abs(norms / their_norms - 1)
     found = {"loss_nats": loss.max(), "grad_norm_relative": norm.max()}
     if tensors and their_tensors:
-        found["final_tensors"] = max(np.abs(tensors[name] - x).max() for name, x in their_tensors.items())
+        found["final_tensors"] = max(np.abs(x - their_tensors[name]).max() for name, x in tensors.items())
     return {k: float(v) for k, v in found.items()} | {"loss_by_step": [float(f"{x:.3g}") for x in loss]}
 
 
@@ -103,8 +113,8 @@ def cells(preset, workdir, rwkv_lm):
     steps = preset.steps
 
     def against_kept(name):
-        found = ours(steps, **CELLS[name])
-        return {"losses": rounded(found[0]), "from kept": apart(found, kept(steps))}
+        found, version = ours(steps, **CELLS[name]), CELLS[name].get("version", "rwkv4")
+        return {"losses": rounded(found[0]), "from kept": apart(found, kept(steps, version))}
 
     asked = {name: partial(against_kept, name) for name in preset.compared}
     if rwkv_lm:
@@ -112,7 +122,7 @@ def cells(preset, workdir, rwkv_lm):
 
         def clone():
             arrays = golden()
-            theirs = released.trajectory(path, start(arrays), arrays["tokens"][:steps], LR)
+            theirs = released.trajectory(path, start(arrays), arrays["tokens"][:steps], RECIPES["rwkv4"][0])
             both = {"from clone": apart(ours(steps), theirs), "clone from kept": apart(theirs, kept(steps))}
             return {"losses": rounded(theirs[0])} | both
 
@@ -122,16 +132,7 @@ def cells(preset, workdir, rwkv_lm):
 
 def conclude(preset, values):
     clones = [name for name in values if name.startswith("clone")]
-    judged = {"the kept trajectory": values["float64"]["from kept"]}
-    judged |= {f"a clone run here ({name.split()[-1]})": values[name]["from clone"] for name in clones}
-    held = all(x <= WITHIN for its in judged.values() for k, x in its.items() if k != "loss_by_step")
-    row = {
-        "artefact": "The released trainer, step for step",
-        "paper": f"{preset.steps} steps of its model.py, float64",
-        "ours": "; ".join(f"from {name}: {_said(its)}" for name, its in judged.items()) + _others(preset, values),
-        "short": _said(judged["the kept trajectory"]),
-        "verdict": "reproduced" if held else "contradicted",
-    }
+    rows = [_row(preset, name, values, clones if name == "float64" else ()) for name in VERSIONS if name in values]
     not_run = {
         "artefact": "The same against a clone of RWKV-LM",
         "command": "python -m experiments.trajectory.run --rwkv-lm=CLONE",
@@ -139,8 +140,24 @@ def conclude(preset, values):
         "hours": 0.02,
         "why": "a clone has to be given",
     }
-    kept_losses = rounded(kept(preset.steps)[0])
-    return {"ledger": [row], "not_run": [] if clones else [not_run], "kept_losses": kept_losses}
+    kept_losses = {
+        name: rounded(kept(preset.steps, version)[0]) for name, version in VERSIONS.items() if name in values
+    }
+    return {"ledger": rows, "not_run": [] if clones else [not_run], "kept_losses": kept_losses}
+
+
+def _row(preset, name, values, clones):
+    judged = {"the kept trajectory": values[name]["from kept"]}
+    judged |= {f"a clone run here ({clone.split()[-1]})": values[clone]["from clone"] for clone in clones}
+    held = all(x <= WITHIN for its in judged.values() for k, x in its.items() if k != "loss_by_step")
+    others = _others(preset, values) if name == "float64" else ""
+    return {
+        "artefact": f"The released trainer{'' if name == 'float64' else ' of ' + name.split(',')[0]}, step for step",
+        "paper": f"{preset.steps} steps of its model.py, float64",
+        "ours": "; ".join(f"from {source}: {_said(its)}" for source, its in judged.items()) + others,
+        "short": _said(judged["the kept trajectory"]),
+        "verdict": "reproduced" if held else "contradicted",
+    }
 
 
 def rounded(losses) -> list[float]:
@@ -153,7 +170,9 @@ def _said(its) -> str:
 
 
 def _others(preset, values) -> str:
-    others = [f"{name} {values[name]['from kept']['loss_nats']:.0e}" for name in preset.compared if name != "float64"]
+    others = [
+        f"{name} {values[name]['from kept']['loss_nats']:.0e}" for name in preset.compared if name not in VERSIONS
+    ]
     return f" (largest difference of a loss: {', '.join(others)})"
 
 

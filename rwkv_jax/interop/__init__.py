@@ -15,6 +15,7 @@ from rwkv_jax import files
 from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_file, states
 from rwkv_jax.interop.fingerprint import fingerprint
 from rwkv_jax.interop.official import check, from_official, model_of, to_official
+from rwkv_jax.models.block import RELEASED_EPSILON
 
 __all__ = [
     "describe", "destination", "fingerprint", "from_official", "load", "locate", "save", "states", "to_official",
@@ -27,9 +28,9 @@ _FIELDS = "rwkv_jax"  # where a .safetensors of ours has the fields of its model
 def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True) -> tuple[nn.Module, Any]:
     """Model and parameters from a file or folder, whose format is detected from its content.
 
-    It is an official RWKV-4 `.pth`; a `.safetensors` with official or transformers' names, or one of ours, with any
-    model; a folder of transformers' RwkvForCausalLM; or an rwkv.cpp file, FP32 or FP16. `rwkv_jax.load` takes a
-    training workdir too.
+    It is an official `.pth` of RWKV-4, 5.2, 6 or 7; a `.safetensors` with official or transformers' names, or one of
+    ours, with any model; a folder of transformers' RwkvForCausalLM; or an rwkv.cpp file, FP32 or FP16. `rwkv_jax.load`
+    takes a training workdir too.
 
     Args:
       path: of a file or folder, or a name on the Hugging Face hub: see `locate`.
@@ -122,7 +123,7 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
       OSError: `path` cannot be written, or is a folder of something else.
     """
     path, format = destination(path, format)
-    if format != "safetensors" and (differs := _unreleased(model)):
+    if format != "safetensors" and (differs := _unreleased(model, format)):
         raise ValueError(f"{path}: {format} holds released models only, and this one has {differs}; use .safetensors")
     tensors = to_official(params)
     with formats.naming(f"{path}: params are not those of this model"):
@@ -133,10 +134,13 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
         {"pth": pth, "huggingface": huggingface, "rwkv.cpp": rwkv_cpp}[format].write(path, tensors)
 
 
-def _unreleased(model: nn.Module) -> str | None:
-    """The first field in which a model differs from the released ones; None if there is none."""
-    others = [f"{name!r} layers" for name, kind, _ in model.unit if not kind.released]
+def _unreleased(model: nn.Module, format: str) -> str | None:
+    """What in a model differs first from the released ones that a format can hold; None if nothing does."""
+    others = [f"{name!r} layers" for name, kind, _ in model.unit if format not in kind.formats]
+    others += ["layers of several kinds"] if len({name for name, _, _ in model.unit}) > 1 else []
     switches = dict(model.variant) | ({} if model.embedding_norm else {"embedding_norm": False})
+    if model.head_norm_epsilon != RELEASED_EPSILON:
+        switches["head_norm_epsilon"] = model.head_norm_epsilon
     return next(iter([*others, *(f"{name}={value!r}" for name, value in switches.items())]), None)
 
 

@@ -1,7 +1,7 @@
-"""BlinkDL's RWKV-4 state dicts and our parameters: the same names, translated by rule.
+"""BlinkDL's state dicts of RWKV-4, 5.2, 6 and 7, and our parameters: the same names, translated by rule.
 
-Theirs is flat, one entry a layer, with matrices [out, in], `time_mix_*` [1, 1, D] and ln0 inside block 0.
-Ours is a tree, layers stacked or one by one, with kernels [in, out] and `time_mix_*` [D].
+Theirs is flat, one entry a layer, with matrices [out, in], most vectors [1, 1, D] and ln0 inside block 0.
+Ours is a tree, layers stacked or one by one, with kernels [in, out] and vectors [D].
 """
 
 import functools
@@ -20,9 +20,21 @@ from tqdm import tqdm
 from rwkv_jax import files
 from rwkv_jax.interop import formats
 from rwkv_jax.models import KINDS, build, parameter_shapes
+from rwkv_jax.models.kinds import DEFAULT
 
-# Parts of names that tell a later version, in this order: 6 and 7 have ln_x too.
-_LATER_VERSIONS = {".att.r_k": "RWKV-7", ".att.time_maa": "RWKV-6", ".att.ln_x.": "RWKV-5"}
+# Vectors that are [1, 1, D] in a state dict, and the decay where there are mixes of RWKV-6 beside it.
+_LIFTED = re.compile(r"(time_mix_\w|time_maa_[a-z]|x_[a-z]|[wav]0|k_k|k_a)$")
+# Part of a released trainer's file of RWKV-7, and read by nothing: the first layer has no value residual.
+_UNUSED = re.compile(r"blocks\.0\.att\.v[012]$")
+# Parts of names that tell a version which is not supported.
+_OTHERS = {
+    ".ffn.s_emb": "RWKV-7 with deep embeddings",
+    "emb_x": "RWKV-7 with deep embeddings",
+    ".qkv.": "RWKV-7 with attention",
+    "rosa": "RWKV-8",
+    ".time_maa_rkvw": "RWKV-6b",
+    ".att.gate_w": "RWKV-6a",
+}
 
 
 def from_official(
@@ -32,11 +44,11 @@ def from_official(
     scan: bool = True,
     fields: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Any]:
-    """Model and parameters of a released RWKV-4 state dict, whose names and shapes tell all sizes.
+    """Model and parameters of a released state dict, whose names and shapes tell the version and all sizes.
 
     Args:
       tensors: arrays by official name, perhaps memory-mapped: each is read once, into its final place.
-      dtype: of the parameters; None keeps each tensor's own. `time_decay` and `time_first` are float32 at
+      dtype: of the parameters; None keeps each tensor's own. Decays and bonuses are float32 at
         least. Activations have the parameters' dtype (the head's, where they differ), but float32 for float16:
         a residual stream leaves float16's range (the released code halves it every 6 layers).
       sharding: None for the default device, one `jax.sharding.Sharding`, or a tree of them like the parameters.
@@ -65,7 +77,7 @@ def model_of(
     if chosen.get("num_layers") != L:  # before a model of a billion layers is built
         raise ValueError(f"model field num_layers is {chosen.get('num_layers')!r}, and there are {L} layers")
     try:
-        model = build("rwkv4", **{**chosen, "scan": scan})
+        model = build(DEFAULT, **{**chosen, "scan": scan})
         parameter_shapes(model)
     except Exception as error:  # a field of a wrong type can make a model raise nearly anything
         raise ValueError(f"its fields are not those of a model: {files.one_line(error)}") from error
@@ -78,12 +90,45 @@ def model_of(
     return model.clone(dtype=activation_dtype(stored), param_dtype=stored)
 
 
-def _released_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """The sizes of the RWKV-4 model that a state dict holds."""
-    refuse_later_versions(tensors)
+def _released_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The arguments of `build` for the released model that a state dict holds."""
     V, D = _matrix_shape(tensors, "emb.weight")
+    kind = version_of(tensors)
     F, _ = _matrix_shape(tensors, "blocks.0.ffn.key.weight")
-    return {"vocab_size": V, "num_layers": layer_count(tensors), "dim": D, "hidden_dim": F}
+    L = layer_count(tensors)
+    fields = {"layers": (kind,), "vocab_size": V, "num_layers": L, "dim": D, "hidden_dim": F}
+    width = lambda name, layer=0: _matrix_shape(tensors, f"blocks.{layer}.att.{name}")[1]
+    if kind == "rwkv5":
+        fields["head_size"] = width("time_decay")
+    elif kind == "rwkv6":
+        fields |= {"head_size": width("time_faaaa"), "low_ranks": (width("time_maa_w1") // 5, width("time_decay_w1"))}
+    elif kind == "rwkv7":
+        rank_v = width("v1", L - 1) if f"blocks.{L - 1}.att.v1" in tensors else width("a1")
+        fields |= {"head_size": width("r_k"), "low_ranks": (width("w1"), width("a1"), rank_v, width("g1"))}
+    return fields
+
+
+def version_of(tensors: Mapping[str, np.ndarray]) -> str:
+    """The kind of layer that a released state dict holds, by its names and shapes.
+
+    Raises:
+      ValueError: they are those of a version that is not supported.
+    """
+    for part, version in _OTHERS.items():
+        if (key := next((name for name in tensors if part in name), None)) is not None:
+            raise ValueError(f"{version} weights (they have {key!r}); RWKV-4, 5.2, 6 and 7 are supported")
+    has = lambda name: f"blocks.0.att.{name}" in tensors
+    if has("r_k"):
+        return "rwkv7"
+    if has("time_maa_x"):
+        return "rwkv6"
+    if not has("ln_x.weight"):
+        return "rwkv4"
+    decay = tensors.get("blocks.0.att.time_decay")
+    if not has("gate.weight") or decay is None or decay.ndim != 2 or decay.shape[1] == 1:
+        version = "5.1" if has("gate.weight") else "5.0"
+        raise ValueError(f"RWKV-{version} weights (one decay a head); RWKV-4, 5.2, 6 and 7 are supported")
+    return "rwkv5"
 
 
 def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | None, sharding: Any) -> Any:
@@ -96,7 +141,8 @@ def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | No
     order = sorted(shapes, key=lambda path: -math.prod(shapes[path].shape))
     for path in tqdm(order, "weights", unit="array", disable=None):
         names = _official_names(path, shapes[path].shape, len(model.layers), model.layers_apart)
-        layers = [_oriented(path, tensors[name]) for name in names]
+        one = shapes[path].shape[1:] if path[0] == "blocks" else shapes[path].shape
+        layers = [tensors[name].T if path[-1] == "kernel" else tensors[name].reshape(one) for name in names]
         kept = functools.reduce(jnp.promote_types, [x.dtype for x in layers])
         keeps = dtype is None and not _kept_wide("/".join(path))
         wanted = float_dtype(kept) if keeps else shapes[path].dtype
@@ -106,35 +152,26 @@ def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | No
 
 
 def to_official(params: Any) -> dict[str, np.ndarray]:
-    """The official state dict of RWKV-4 parameters in either layout: NumPy views, matrices [out, in].
+    """The official state dict of parameters in either layout: NumPy views, matrices [out, in].
 
-    Other kinds of layer are named by the same rule, for files of ours.
+    Kinds of layer without released weights are named by the same rule, for files of ours.
     """
     out = {}
     period = sum(name.startswith("block_") for name in params.get("blocks", {})) or 1
     apart = sum(name.startswith("blocks_") for name in params)
-    for path, x in flatten_dict(params).items():
+    leaves = flatten_dict(params)
+    for path, x in leaves.items():
         names = _official_names(path, x.shape, period, apart)
         layers = np.asarray(x) if path[0] == "blocks" else np.asarray(x)[None]
         for name, layer in zip(names, layers, strict=True):
-            out[name] = layer[None, None] if path[-1].startswith("time_mix") else _oriented(path, layer)
+            out[name] = layer.T if path[-1] == "kernel" else layer[None, None] if _lifted(path, leaves) else layer
     return out
 
 
 def without_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors without the prefix that DeepSpeed leaves on names."""
-    return {name.removeprefix("_forward_module."): x for name, x in tensors.items()}
-
-
-def refuse_later_versions(names: Iterable[str]) -> None:
-    """
-    Raises:
-      ValueError: one of the names tells RWKV-5, 6 or 7.
-    """
-    for part, version in _LATER_VERSIONS.items():
-        key = next((name for name in names if part in name), None)
-        if key is not None:
-            raise ValueError(f"{version} weights (they have {key!r}); only RWKV-4 is supported")
+    """The tensors without the prefix that DeepSpeed leaves on names, and without those that no version reads."""
+    named = {name.removeprefix("_forward_module."): x for name, x in tensors.items()}
+    return {name: x for name, x in named.items() if not _UNUSED.match(name)}
 
 
 def layer_count(names: Iterable[str]) -> int:
@@ -148,11 +185,11 @@ def check(tensors: Mapping[str, np.ndarray], model: nn.Module) -> None:
     Raises:
       ValueError: naming the first key that is missing, unknown, not of floats or of another shape.
     """
-    expected = {}
-    for path, leaf in flatten_dict(parameter_shapes(model)).items():
+    expected, leaves = {}, flatten_dict(parameter_shapes(model))
+    for path, leaf in leaves.items():
         shape = leaf.shape[1:] if path[0] == "blocks" else leaf.shape
         shape = shape[::-1] if path[-1] == "kernel" else shape
-        shape = (1, 1, *shape) if path[-1].startswith("time_mix") else shape
+        shape = (1, 1, *shape) if _lifted(path, leaves) else shape
         names = _official_names(path, leaf.shape, len(model.layers), model.layers_apart)
         expected |= dict.fromkeys(names, shape)
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
@@ -205,7 +242,7 @@ def activation_dtype(param_dtype: str) -> str:
 
 def _matrix_shape(tensors, name) -> tuple[int, int]:
     if name not in tensors:
-        raise ValueError(f"no RWKV-4 weights: {name!r} is not among the {len(tensors)} keys {list(tensors)[:3]}")
+        raise ValueError(f"no RWKV weights: {name!r} is not among the {len(tensors)} keys {list(tensors)[:3]}")
     if tensors[name].ndim != 2:
         raise ValueError(f"{name!r} has shape {tensors[name].shape}, expected a matrix")
     return tensors[name].shape
@@ -232,10 +269,10 @@ def _official_names(path: tuple[str, ...], shape: tuple[int, ...], period: int, 
     return [".".join([first, *rest])]
 
 
-def _oriented(path, x: np.ndarray) -> np.ndarray:
-    if path[-1] == "kernel":
-        return x.T
-    return x.reshape(-1) if path[-1].startswith("time_mix") else x
+def _lifted(path: tuple[str, ...], leaves: Mapping[tuple, Any]) -> bool:
+    """Whether a leaf is [1, 1, D] for each layer of a state dict. RWKV-4 and 6 have decays of one name, [D] in 4."""
+    of_rwkv6 = path[-1] == "time_decay" and (*path[:-1], "time_maa_x") in leaves
+    return of_rwkv6 or (len(path) > 2 and _LIFTED.match(path[-1]) is not None)
 
 
 def _part(names: list[str], layers: list[np.ndarray], stacked: bool, dtype, index: tuple[slice, ...]) -> np.ndarray:

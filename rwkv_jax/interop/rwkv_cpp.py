@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from rwkv_jax import files
 from rwkv_jax.interop import formats
-from rwkv_jax.interop.official import layer_count, refuse_later_versions, without_prefix
+from rwkv_jax.interop.official import layer_count, version_of, without_prefix
+from rwkv_jax.models import KINDS
 
 _DTYPES = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
 _QUANTISED = {2: "Q4_0", 3: "Q4_1", 4: "Q4_1_O", 5: "Q4_2", 6: "Q4_3", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}
@@ -54,9 +55,10 @@ def _read(buffer) -> dict[str, np.ndarray]:
         tensors[name] = np.ndarray(shape, dtype, buffer, position)
         position = end
     tensors = without_prefix(tensors)
-    refuse_later_versions(tensors)
     if "emb.weight" not in tensors:
-        raise ValueError(f"no RWKV-4 weights: 'emb.weight' is not among the {len(tensors)} keys")
+        raise ValueError(f"no RWKV weights: 'emb.weight' is not among the {len(tensors)} keys")
+    if "rwkv.cpp" not in (kind := KINDS[version_of(tensors)]).formats:
+        raise ValueError(f"{kind.released} weights; of rwkv.cpp's files only RWKV-4 is supported")
     found = (*tensors["emb.weight"].shape, layer_count(tensors))
     if found != (V, D, L):
         raise ValueError(f"damaged: its header says V, D, L = {(V, D, L)}, its tensors {found}")

@@ -23,7 +23,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rwkv_jax.models.layers import LayerNorm, Linear
+from rwkv_jax.models.layers import LayerNorm, Linear, matmul
+
+RELEASED_EPSILON = 64e-5  # of the norm of each head, in all released code of RWKV-5, 6 and 7
 
 
 class Switches(dict):
@@ -46,6 +48,8 @@ class BlockConfig:
     num_layers: int
     hidden_dim: int | None = None  # None: the kind's own share of `dim`
     head_size: int = 64
+    head_norm_epsilon: float = RELEASED_EPSILON
+    low_ranks: tuple[int, ...] | None = None  # None: the kind's own rule
     dtype: str = "float32"
     param_dtype: str = "float32"
     matmul_precision: str | None = None
@@ -62,6 +66,10 @@ class BlockConfig:
         """x W, without bias."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return Linear(features, precision=self.matmul_precision, **dtypes, **kw)
+
+    def product(self, x, matrix):
+        """x @ matrix, for a parameter that is no `Linear`."""
+        return matmul(x.astype(self.dtype), matrix.astype(self.dtype), None, self.matmul_precision)
 
     def norm(self, **kw) -> nn.LayerNorm:
         return LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, **kw)
@@ -91,8 +99,10 @@ class Kind:
     observe: Callable = lambda params, sown: {}  # (layer's parameters, what it sowed) -> see `train.diagnostics`
     tuned_start: Callable | None = None  # config -> tree of [D] arrays that state tuning begins with; None: cannot
     tuned_state: Callable | None = None  # such a tree -> state of one layer, leaves without the batch axis
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of `LM`, where a model of this kind has another default
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # fields of `LM` by name of a released size
     released: str | None = None  # name of the version whose released files `interop` reads and writes
+    formats: Sequence[str] = ()  # of `interop.FORMATS`, those that hold models as released
 
 
 def make_variant(cls: type, given: Mapping[str, Any]):

@@ -1,9 +1,16 @@
 """The kinds of layers that there are. To add one: a file beside this one, and a line here."""
 
-from rwkv_jax.models import attention, lstm, rwkv4
+from rwkv_jax.models import attention, lstm, rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_jax.models.block import Kind, check_choice
 
-KINDS = {"rwkv4": rwkv4.KIND, "attention": attention.KIND, "lstm": lstm.KIND}
+KINDS = {
+    "rwkv4": rwkv4.KIND,
+    "rwkv5": rwkv5.KIND,
+    "rwkv6": rwkv6.KIND,
+    "rwkv7": rwkv7.KIND,
+    "attention": attention.KIND,
+    "lstm": lstm.KIND,
+}
 MODELS = {"attention": "transformer"}  # what a model of one kind of layer is called, where not like the kind
 DEFAULT = "rwkv4"
 

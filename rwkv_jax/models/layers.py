@@ -61,11 +61,14 @@ class Linear(nn.Dense):
         return y + self.dot_general(low, b, None, precision=self.precision)
 
 
-def orthogonal(scale: float = 1.0):
-    """Orthogonal kernel [in, out] with gain scale * sqrt(max(1, out / in)) (RWKV-LM, `generate_init_weight`)."""
+def orthogonal(scale: float = 1.0, widened: bool = True):
+    """Orthogonal kernel [in, out] with gain scale * sqrt(max(1, out / in)) (RWKV-LM, `generate_init_weight`).
+
+    Not `widened`, the gain is `scale`: of channel mixing and the low-rank maps from RWKV-5 on.
+    """
 
     def init(key, shape, dtype=jnp.float32):
-        gain = scale * max(1.0, shape[1] / shape[0]) ** 0.5
+        gain = scale * (max(1.0, shape[1] / shape[0]) ** 0.5 if widened else 1)
         return _orthogonal(gain, key, shape, dtype)
 
     return init
@@ -159,13 +162,14 @@ def mix_ramp(dim: int, power, offset=0.0):
     return lambda: (jnp.arange(dim) / dim) ** power + offset
 
 
-def vector(module: nn.Module, name: str, value: Callable, dim: int, dtype):
-    """A parameter [dim] whose initial value is a formula, `value()`, traced where parameters are made."""
+def vector(module: nn.Module, name: str, value: Callable, shape: int | tuple[int, ...], dtype):
+    """A parameter whose initial value is a formula, `value()`, traced where parameters are made."""
+    shape = (shape,) if isinstance(shape, int) else shape
     if module.has_variable("params", name):
-        found_D = module.get_variable("params", name)
-        if found_D.shape != (dim,):
-            raise ValueError(f"{'/'.join((*module.path, name))} is {found_D.shape}, expected {(dim,)}")
-        return found_D
+        found = module.get_variable("params", name)
+        if found.shape != shape:
+            raise ValueError(f"{'/'.join((*module.path, name))} is {found.shape}, expected {shape}")
+        return found
     return module.param(name, lambda _: value().astype(dtype))
 
 

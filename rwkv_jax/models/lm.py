@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rwkv_jax.models.block import BlockConfig, Kind, Switches, check_choice, make_variant, switches
+from rwkv_jax.models.block import RELEASED_EPSILON, BlockConfig, Kind, Switches, check_choice, make_variant, switches
 from rwkv_jax.models.kinds import kind_of, kind_of_model
 from rwkv_jax.models.layers import LayerNorm, Linear, dropout, embedding_init, matmul, orthogonal
 
@@ -49,7 +49,9 @@ CHOICES = {
 
 
 def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
-    """A model by name, "rwkv4", "transformer" or "lstm", with the fields of `LM`; `size` is one of the released sizes.
+    """A model by name, "rwkv4" to "rwkv7", "transformer" or "lstm", with the fields of `LM`.
+
+    `size` is one of the released sizes.
 
     `build("rwkv4", layers=("rwkv4", "attention"), ...)` is a hybrid of alternating layers. A switch of a kind of layer
     may be given by its own name: `build("rwkv4", receptance=False, ...)` is `variant={"receptance": False}`.
@@ -58,11 +60,14 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
         ValueError: naming the first field that is unknown, or has a value that it cannot have.
     """
     kind = kind_of_model(name)
-    chosen = {"layers": (kind,)} | overrides
+    defaults = {f.name: f.default for f in fields(LM)}
+    overrides = {k: v for k, v in overrides.items() if v is not None or defaults.get(k) is None}
+    chosen = {"layers": (kind,), **kind_of(kind).fields} | overrides
     if size is not None:
         check_choice("size", size, kind_of(kind).sizes)
         chosen = dict(kind_of(kind).sizes[size]) | chosen
-    chosen["layers"] = tuple(chosen["layers"])
+    for key in ("layers", "low_ranks"):
+        chosen[key] = None if chosen.get(key) is None else tuple(chosen[key])
     kinds = [kind_of(kind) for kind in chosen["layers"]]
     if not kinds:
         raise ValueError("model field layers is empty, expected kinds of layers")
@@ -135,7 +140,9 @@ class LM(nn.Module):
     head_init: str = "orthogonal"  # released; "normal": standard deviation 0.02 (GPT-2)
     variant: Mapping[str, Any] = Switches()  # switches of the kinds of layers: see their `Variant`
     wkv_impl: str | None = None  # form of the kinds' operator, `impl` of `ops.wkv4` for instance
-    head_size: int = 64  # attention: K; a narrower model has one head
+    head_size: int = 64  # K, channels of a head, where there are heads; a narrower model has one
+    head_norm_epsilon: float = RELEASED_EPSILON  # of RWKV-5, 6 and 7; files of rwkv.cpp have 1e-5 for RWKV-5
+    low_ranks: tuple[int, ...] | None = None  # widths of the low-rank maps of RWKV-6 and 7; None: their own rules
     remat: str = "none"  # what the backward pass computes again, see `REMAT`
     scan: bool = True  # parameters stacked [L, ...], compile time independent of depth; False: one set a layer
 

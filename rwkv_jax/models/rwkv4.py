@@ -240,5 +240,6 @@ KIND = Kind(
     tuned_start=tuned_start,
     tuned_state=tuned_state,
     sizes=SIZES,
+    formats=("pth", "huggingface", "rwkv.cpp"),
     released="RWKV-4",
 )

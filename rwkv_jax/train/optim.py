@@ -43,7 +43,7 @@ def optimiser(
     if any(factor == 0 for _, factor in groups):
         adam = optax.masked(adam, lambda params: jax.tree.map(lambda f: bool(np.any(f)), factors(params, groups)))
     chain = optax.chain(
-        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        clipped(clip) if clip else optax.identity(),
         adam,
         optax.add_decayed_weights(weight_decay, mask=matrices) if weight_decay else optax.identity(),
         by_group,
@@ -52,6 +52,20 @@ def optimiser(
         lambda params: chain.init(wide(params)),
         lambda updates, state, params=None: chain.update(wide(updates), state, wide(params)),
     )
+
+
+def clipped(largest: float) -> optax.GradientTransformation:
+    """Gradients times min(1, largest / (norm + 1e-6)), with the norm of all together.
+
+    The released trainers' clip (torch, DeepSpeed). Without the 1e-6, as optax has it, 150 steps of RWKV-6 end 4e-4
+    nats from theirs in float64, not 1e-11: Adam's epsilon does not scale with the gradient.
+    """
+
+    def clip(updates, params=None):
+        factor = jnp.minimum(1, largest / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda x: x * factor, updates)
+
+    return optax.stateless(clip)
 
 
 def wide(tree):

@@ -19,11 +19,13 @@ def default():
 
     hints = typing.get_type_hints(models.LM)
     model = {"name": models.kinds.DEFAULT, "vocab_size": 256, "num_layers": 4, "dim": 128}
+    differs = {name for kind in models.KINDS.values() for name in kind.fields}  # defaults of some kinds
     for field in dataclasses.fields(models.LM):
         if field.name in ("parent", "name", "layers", "variant", *model):
             continue
         optional = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
-        model[field.name] = placeholder(optional[0]) if optional else field.default
+        optional = optional or [hints[field.name]] * (field.name in differs)
+        model[field.name] = placeholder(typing.get_origin(optional[0]) or optional[0]) if optional else field.default
     kinds = models.KINDS.values()
     model["variant"] = {name: placeholder(t) for kind in kinds for name, (t, _) in switches(kind.variant).items()}
     return ConfigDict(

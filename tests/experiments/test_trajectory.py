@@ -12,8 +12,9 @@ FEW = 12  # steps: all tensors get gradients from the third on, and Adam's momen
 
 
 @pytest.mark.parametrize("steps", [FEW, pytest.param(150, marks=pytest.mark.slow)])
-def test_trajectory_is_the_released_trainers(steps):
-    found = run.apart(run.ours(steps), run.kept(steps))
+@pytest.mark.parametrize("version", run.RECIPES)
+def test_trajectory_is_the_released_trainers(version, steps):
+    found = run.apart(run.ours(steps, version), run.kept(steps, version))
     assert len(found.pop("loss_by_step")) == steps
     assert len(found) == (3 if steps == 150 else 2)  # the final tensors are those of the last step
     assert max(found.values()) < run.WITHIN  # the file holds the tensors as float32
@@ -56,12 +57,12 @@ def test_released_trajectory_reports_why_another_program_does_not_run(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text("import lightning_of_tomorrow")
     assert released.source(tmp_path) == path
-    with np.load(run.GOLDEN) as golden:
-        tensors, tokens_NBT = run.start(golden), golden["tokens"][:1]
+    golden = run.golden()
+    tensors, tokens_NBT = run.start(golden), golden["tokens"][:1]
     with pytest.raises(
         ValueError, match=r"does not run as it did at commit .*No module named 'lightning_of_tomorrow'"
     ):
-        released.trajectory(path, tensors, tokens_NBT, run.LR)
+        released.trajectory(path, tensors, tokens_NBT, run.RECIPES["rwkv4"][0])
 
 
 @pytest.mark.live

@@ -128,7 +128,7 @@ HOSTILE = {
     cpp(struct.pack("<3i", 1, 2**30, 0)): "1 dimensions and a name of 1073741824 bytes",
     cpp(cpp_tensor(b"a", (32,), bytes(20), 99)): "'a' has data type 99, expected",
     cpp(EMB, V=4): r"V, D, L = \(4, 2, 1\), its tensors \(3, 2, 0\)",
-    cpp(cpp_tensor(b"blocks.0.att.r_k", (1,), bytes(4))): "RWKV-7 weights",
+    cpp(EMB, cpp_tensor(b"blocks.0.att.r_k", (1,), bytes(4))): "RWKV-7 weights; of rwkv.cpp's files only RWKV-4",
     cpp(EMB, cpp_tensor(b"blocks.0.att.time_decay", (2,), np.float32([-1, 0.5]).tobytes())): "is not negative everyw",
 }
 

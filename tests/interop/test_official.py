@@ -1,10 +1,15 @@
 """Official state dicts become our parameters and back, by name, layout and dtype."""
 
+import functools
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from small import forward
 from weights import DECAYS, D, F, L, V, assert_same_tensors, official, one_line, tiny
 
 from rwkv_jax import interop, models
@@ -62,7 +67,7 @@ def without(name):
     "tensors, message",
     [
         (without("blocks.1.att.key.weight"), r"key 'blocks.1.att.key.weight' is missing"),
-        (without("emb.weight"), r"no RWKV-4 weights: 'emb.weight' is not among the \d+ keys \['head.weight'"),
+        (without("emb.weight"), r"no RWKV weights: 'emb.weight' is not among the \d+ keys \['head.weight'"),
         (official() | {"head_q.weight": np.zeros((D, D))}, r"unknown key 'head_q.weight'"),
         (official() | {"blocks.7.ln1.bias": np.zeros(D)}, rf"key 'blocks.{L}.att.key.weight' is missing"),
         (
@@ -71,17 +76,58 @@ def without(name):
         ),
         (official() | {"emb.weight": np.zeros(D)}, r"'emb.weight' has shape \(8,\), expected a matrix"),
         (official() | {"ln_out.bias": np.zeros(D, np.int64)}, r"'ln_out.bias' has dtype int64, expected floating poi"),
-        (official() | {"blocks.0.att.ln_x.weight": np.zeros(D)}, r"RWKV-5 weights .*only RWKV-4 is supported"),
+        (official() | {"blocks.0.att.ln_x.weight": np.zeros(D)}, r"RWKV-5.0 weights .* 5.2, 6 and 7 are supported"),
         (
-            official() | {"blocks.0.att.time_maa_x": np.zeros(D), "blocks.0.att.ln_x.bias": np.zeros(D)},
-            r"RWKV-6 weights \(they have 'blocks.0.att.time_maa_x'\)",
+            official() | {f"blocks.0.att.{name}.weight": np.zeros(D) for name in ("ln_x", "gate")},
+            r"RWKV-5.1 weights \(one decay a head\)",
         ),
-        (
-            official() | {"blocks.0.att.ln_x.bias": np.zeros(D), "blocks.0.att.r_k": np.zeros((1, D))},
-            r"RWKV-7 weights \(they have 'blocks.0.att.r_k'\)",
-        ),
+        (official() | {"blocks.0.ffn.s_emb.weight": np.zeros(D)}, "RWKV-7 with deep embeddings weights"),
+        (official() | {"blocks.0.att.r_k": np.zeros((1, D))}, "no RWKV weights: 'blocks.0.att.a1' is not among"),
     ],
 )
 def test_official_state_dict_that_does_not_fit_is_named(tensors, message):
     with one_line(message):
         interop.from_official(tensors)
+
+
+# Tensors that the released trainers left, of 3 layers with 2 heads of 32 channels.
+TRAINED = {"rwkv5": None, "rwkv6": (32, 64), "rwkv7": (32, 32, 32, 32)}
+
+
+@functools.cache
+def trained(kind):
+    """(tensors after 150 steps of the released trainer, all arrays of the file)."""
+    with np.load(Path(__file__).parents[1] / "goldens" / f"official_trajectory{kind[-1]}.npz") as arrays:
+        arrays = dict(arrays)
+    return {k.removeprefix("final/"): x for k, x in arrays.items() if k.startswith("final/")}, arrays
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_later_versions_survive_the_round_trip_bit_exactly(kind):
+    tensors, _ = trained(kind)
+    for dtype in (np.float32, jnp.bfloat16):
+        narrow = {name: x.astype(dtype) for name, x in tensors.items()}
+        model, params = interop.from_official({f"_forward_module.{name}": x for name, x in narrow.items()})
+        assert (model.layers, model.num_layers, model.head_size) == ((kind,), 3, 32)
+        assert model.low_ranks == TRAINED[kind]
+        back = interop.to_official(params)
+        # the first layer of RWKV-7 has no value residual, and released files hold its matrices
+        assert narrow.keys() - back.keys() == {n for n in narrow if re.match(r"blocks\.0\.att\.v[012]$", n)}
+        wide = ("w0", "time_faaaa", "time_decay")
+        expected = {name: x.astype(np.float32) if name.endswith(wide) else x for name, x in narrow.items()}
+        assert_same_tensors(back, {name: expected[name] for name in back})
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_later_versions_compute_what_the_released_code_computes(kind):
+    """Logits of the trainer's model in float64, and the state of the `rwkv` package in float32."""
+    tensors, arrays = trained(kind)
+    model, params = interop.from_official(tensors)
+    logits, state = forward(model.clone(matmul_precision="highest"), params, np.int32(arrays["tokens"][0, :, :48]))
+    np.testing.assert_allclose(logits, arrays["logits_after"], atol=5e-6)
+    for i, layer in enumerate(state):
+        wkv = arrays[f"state_after/blocks.{i}.att.wkv"]
+        wkv = wkv.swapaxes(1, 2) if kind == "rwkv7" else wkv  # that package has [value, key] for this version
+        np.testing.assert_allclose(layer.wkv[0], wkv, atol=2e-5)
+        for ours, theirs in ((layer.att_last, "att"), (layer.ffn_last, "ffn")):
+            np.testing.assert_allclose(ours[0], arrays[f"state_after/blocks.{i}.{theirs}.shift"], atol=2e-6)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
+from rwkv_jax.interop import to_official
 from rwkv_jax.models import build, unstack
 from rwkv_jax.models.layers import LayerNorm, embedding_init, orthogonal
 from rwkv_jax.models.rwkv4 import kernel_init
@@ -255,3 +257,25 @@ def test_printed_initialiser_leaves_channel_mixing_without_a_gradient():
     for alive in with_gradient(matrix_init="printed"):
         assert not alive & ffn
     assert f"blocks_{L - 1}.att.value.kernel" in alive  # time mixing learns even so
+
+
+@pytest.mark.parametrize("kind", ["rwkv5", "rwkv6", "rwkv7"])
+def test_later_versions_start_as_the_released_trainers(kind):
+    """Beside the tensors that a released trainer began with: vectors are equal, matrices have the same gains."""
+    with np.load(Path(__file__).parents[1] / "goldens" / f"official_trajectory{kind[-1]}.npz") as arrays:
+        theirs = {k.removeprefix("init/"): x for k, x in arrays.items() if k.startswith("init/")}
+    ranks = (32,) * 4 if kind == "rwkv7" else None
+    model = build(kind, vocab_size=64, dim=64, num_layers=3, head_size=32, low_ranks=ranks)
+    ours = to_official(init(model, 0))
+    assert theirs.keys() - ours.keys() == {f"blocks.0.att.v{i}" for i in range(3)} & theirs.keys()
+    drawn = lambda name: name.endswith((".weight", "2")) and ".ln" not in name and "ln_" not in name
+    for name, x in ours.items():
+        if name == "emb.weight" or name.endswith(("maa_w2", "decay_w2")):  # uniform
+            np.testing.assert_allclose(
+                [x.std(), abs(x).max()], [theirs[name].std(), abs(theirs[name]).max()], rtol=0.1
+            )
+        elif drawn(name):
+            gains = [np.linalg.svd(tensor, compute_uv=False) for tensor in (x, theirs[name])]
+            np.testing.assert_allclose(*gains, rtol=2e-3, err_msg=name)  # those of RWKV-6 are rounded to 12 bits
+        else:
+            np.testing.assert_allclose(x, theirs[name], atol=ROUNDING, err_msg=name)

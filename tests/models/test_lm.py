@@ -14,7 +14,7 @@ from small import KINDS, D, L, V, forward, made, make, one_by_one, shapes_of, to
 from rwkv_jax import generate
 from rwkv_jax.models import build, kind_of, parameter_shapes, stack, unstack
 
-PURE = [kind for kind in KINDS if kind != "hybrid"]
+PURE = [kind for kind in KINDS if not kind.startswith("hybrid")]
 AND_SLOWLY = lambda *fast: [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 B, T = 12, 16  # one shape in nearly all tests: a program compiled once serves them all
 NONE, ALL = np.zeros((B, T), bool), np.ones((B, T), bool)
@@ -79,14 +79,16 @@ def test_stack_and_unstack_are_inverse(kind):
     layers = unstack(params)
     spec = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert spec(shapes_of(make(kind, scan=False))) == spec(layers)
-    stacked = jax.jit(stack, static_argnames="period")(layers, period=len(model.layers))
+    stacked = jax.jit(stack, static_argnames=("period", "apart"))(
+        layers, period=len(model.layers), apart=model.layers_apart
+    )
     jax.tree.map(np.testing.assert_array_equal, stacked, params)
 
 
 # ---------------------------------------------------------------------------------------- one computation
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", AND_SLOWLY(*(KINDS.keys() - {"rwkv5"})))  # rwkv6 has all of its code
 def test_lm_with_and_without_masks_or_a_past_is_one_computation(kind):
     """Stacked layers: without a past, after an empty past, and with masks that mask nothing."""
     model, params = made(kind)
@@ -131,13 +133,13 @@ def test_lm_in_bfloat16_has_logits_and_state_in_float32(kind):
         assert x.dtype in expected, path
 
 
-@pytest.mark.parametrize("kind", [kind for kind in AND_SLOWLY("rwkv4") if kind != "hybrid"])
+@pytest.mark.parametrize("kind", ["rwkv4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in PURE[1:])])
 def test_lm_in_bfloat16_rounds_activations_and_not_logits(kind):
     _, params = made(kind)
     logits, _ = forward(make(kind, dtype="bfloat16"), params, tokens(B, T))
     exact, _ = forward(make(kind), params, tokens(B, T))
-    # about 20 roundings of 2^-9 in a row
-    assert 1e-4 < error_ratio(logits, exact) < 0.04
+    # about 20 roundings of 2^-9 in a row, and twice as many in RWKV-7, whose gates and low-rank maps are in a row too
+    assert 1e-4 < error_ratio(logits, exact) < (0.08 if kind == "rwkv7" else 0.04)
     # and none of the logits themselves
     assert np.any(np.asarray(logits) != np.asarray(logits).astype(jnp.bfloat16).astype(np.float32))
 

@@ -19,7 +19,7 @@ def test_lm_fields_survive_json(kind):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ({"name": "rwkv"}, "unknown model name 'rwkv': did you mean 'rwkv4'?"),
+        ({"name": "transformr"}, "unknown model name 'transformr': did you mean 'transformer'?"),
         ({"size": "169M"}, "unknown size '169M': did you mean '169m'?"),
         ({"vocab_sise": 5}, "unknown model field 'vocab_sise': did you mean 'vocab_size'?"),
         ({"layers": ["rwkv4", "atention"]}, "unknown kind of layer 'atention': did you mean 'attention'?"),

@@ -1,0 +1,149 @@
+"""RWKV-5.2, "Eagle" (arXiv:2404.05892, sections 3 and 4.1), as the released code computes it, under released names.
+
+Each head keeps a matrix of keys and values where RWKV-4 keeps one weighted average a channel. Keys and receptance are
+used as they are, without exponential and sigmoid, and the output passes a norm of each head and a gate.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from rwkv_jax.models import heads
+from rwkv_jax.models.block import BlockConfig, Kind
+from rwkv_jax.models.heads import ChannelMix, HeadNorm, LayerState, head_shape, split_heads
+from rwkv_jax.models.layers import (
+    batch_sharded,
+    depth_ratios,
+    dropout,
+    lerp,
+    mix_ramp,
+    observe,
+    on_own_rows,
+    orthogonal,
+    token_shift,
+    vector,
+)
+from rwkv_jax.ops.wkv6 import FORMS, wkv6
+
+zeros = nn.initializers.zeros
+
+
+class TimeMix(nn.Module):
+    """o_t = W_o (norm(wkv_t) * silu(g_t)), with r, k, v, g from the current and the previous token."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, last_BD, state, reset_BT, valid_BT, layer):
+        config, D = self.config, self.config.dim
+        up, down = depth_ratios(layer, config.num_layers)
+        ramps = {"k": mix_ramp(D, down), "v": mix_ramp(D, down, 0.3 * up)}
+        ramps |= {"r": mix_ramp(D, 0.5 * down), "g": mix_ramp(D, 0.5 * down)}
+        previous_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
+        inputs = _mixed(self, ramps, x_BTD, previous_BTD)
+
+        wide = jnp.promote_types(config.param_dtype, jnp.float32)  # a bf16 decay would round memory away
+        decay = lambda: heads.decay_init(D, up)().reshape(head_shape(config))
+        w_HK = -jnp.exp(vector(self, "time_decay", decay, head_shape(config), wide))
+        u_HK = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), wide)
+        r_BTHK, k_BTHK, v_BTHV, gate_BTD = projections(self, inputs)
+        wkv = lambda shared, rows: wkv6(
+            rows[0], shared[0], *rows[1:3], shared[1], rows[3], reset_BT=rows[4], valid_BT=rows[5], impl=config.impl
+        )
+        with jax.named_scope("wkv"):
+            y_BTHV, state = on_own_rows(wkv)((w_HK, u_HK), (r_BTHK, k_BTHK, v_BTHV, state, reset_BT, valid_BT))
+        return output(self, y_BTHV, gate_BTD, layer), last_BD, state
+
+
+def projections(module, inputs):
+    """(r, k, v by heads, the gate) of RWKV-5 and 6."""
+    D, config = module.config.dim, module.config
+    gains = {"receptance": 1.0, "key": 0.1, "value": 1.0, "gate": 0.1}
+    matrix = lambda name: config.linear(D, kernel_init=orthogonal(gains[name]), name=name)(inputs[name[0]])
+    r, k, v, g = (checkpoint_name(matrix(name), name) for name in ("receptance", "key", "value", "gate"))
+    observe(module, "k_max", lambda: jnp.abs(k).max())
+    return *(split_heads(x, config) for x in (r, k, v)), nn.silu(g)
+
+
+def output(module, y_BTHV, gate_BTD, layer):
+    """W_o (norm(y) * gate)."""
+    normed_BTD = HeadNorm(module.config, name="ln_x")(y_BTHV, layer)
+    matrix = module.config.linear(module.config.dim, kernel_init=zeros, name="output")
+    return checkpoint_name(matrix(normed_BTD * gate_BTD), "att")
+
+
+def _mixed(module, ramps, x_BTD, previous_BTD):
+    D, dtype = module.config.dim, module.config.param_dtype
+    mix = {letter: vector(module, f"time_mix_{letter}", ramp, D, dtype) for letter, ramp in ramps.items()}
+    return {letter: lerp(x_BTD, previous_BTD, mix_D) for letter, mix_D in mix.items()}
+
+
+def _channel_inputs(module, x_BTD, previous_BTD, layer):
+    ramp = mix_ramp(module.config.dim, depth_ratios(layer, module.config.num_layers)[1])
+    return _mixed(module, {"k": ramp, "r": ramp}, x_BTD, previous_BTD)
+
+
+class Block(nn.Module):
+    """x + TimeMix(ln1(x)), then x + ChannelMix(ln2(x)). Token shift sees the normed input."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, state, reset_BT, valid_BT, layer):
+        config = self.config
+        att_last, wkv, ffn_last = state or (None, None, None)
+        att = TimeMix(config, name="att")
+        ffn = ChannelMix(config, _channel_inputs, hidden_dim(config), name="ffn")
+        ln1, ln2 = config.norm(name="ln1"), config.norm(name="ln2")
+        x_BTD = batch_sharded(x_BTD)
+        h_BTD, att_last, wkv = att(ln1(x_BTD), att_last, wkv, reset_BT, valid_BT, layer)
+        x_BTD = dropout(self, x_BTD + h_BTD, config.dropout)
+        h_BTD, ffn_last = ffn(ln2(x_BTD), ffn_last, reset_BT, valid_BT, layer)
+        x_BTD = batch_sharded(dropout(self, x_BTD + h_BTD, config.dropout))
+        return x_BTD, LayerState(att_last, wkv, ffn_last)
+
+
+def hidden_dim(config: BlockConfig) -> int:
+    """F: 3.5 D, rounded down to a multiple of 32, and at least that."""
+    return config.hidden_dim or max(32, int(3.5 * config.dim) // 32 * 32)
+
+
+def flops(config: BlockConfig, seq_len: int) -> float:
+    """6 for every weight of a matrix product, and three times the forward pass of WKV: 5 K V a head."""
+    D, K = config.dim, head_shape(config)[1]
+    return 6 * (6 * D**2 + 2 * D * hidden_dim(config)) + 3 * 5 * D * K
+
+
+def observed(params, sown) -> dict:
+    keeps = jnp.exp(-jnp.exp(params["att"]["time_decay"]))
+    dead = {"forgetting": jnp.mean(keeps < heads.FORGETS), "inactive": 1 - sown["ffn"]["active_F"].mean()}
+    return {"k_max": sown["att"]["k_max"], "dead_channels": dead}
+
+
+WORLD = {"vocab_size": 65536}
+SIZES = {  # the released World models
+    "0.1b": WORLD | {"num_layers": 12, "dim": 768},
+    "0.4b": WORLD | {"num_layers": 24, "dim": 1024},
+    "1.5b": WORLD | {"num_layers": 24, "dim": 2048},
+    "3b": WORLD | {"num_layers": 32, "dim": 2560},
+    "7b": WORLD | {"num_layers": 32, "dim": 4096},
+}
+
+KIND = Kind(
+    block=Block,
+    init_state=heads.init_state,
+    flops=flops,
+    learning_rates=((1024, 4e-4), (2048, 3e-4), (2560, 2e-4), (4096, 1.5e-4)),  # of the released models
+    forms=FORMS,
+    recomputed={"outputs": 8.5, "block": 13},
+    groups=((r"/time_decay$", 2.0),),
+    kept_wide=r"/time_(decay|faaaa)$",  # rounding them rounds long memory away
+    observe=observed,
+    tuned_start=heads.tuned_start,
+    tuned_state=heads.tuned_state,
+    fields={"embedding_init": "v5"},
+    sizes=SIZES,
+    formats=("pth",),
+    released="RWKV-5.2",
+)

@@ -1,0 +1,200 @@
+"""RWKV-7, "Goose" (arXiv:2503.14456), as the released code computes it, under released names.
+
+The state of a head is a memory that each token corrects: it removes some of what is found at its key before it writes
+there (`ops.wkv7`). Where paper and code disagree, code wins: the gate of the value residual weighs the first layer's
+value, not the own one.
+"""
+
+import math
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from rwkv_jax.models import heads
+from rwkv_jax.models.block import BlockConfig, Kind
+from rwkv_jax.models.heads import (
+    ChannelMix,
+    HeadNorm,
+    LayerState,
+    given_ranks,
+    head_shape,
+    low_rank,
+    shift,
+    split_heads,
+)
+from rwkv_jax.models.layers import (
+    batch_sharded,
+    depth_ratios,
+    dropout,
+    mix_ramp,
+    observe,
+    on_own_rows,
+    orthogonal,
+    token_shift,
+    vector,
+)
+from rwkv_jax.ops.wkv7 import FORMS, wkv7
+
+zeros = nn.initializers.zeros
+STRONGEST = math.exp(-0.5)  # of all log decays: a channel keeps more than exp(-STRONGEST) = 0.545 of itself in a step
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Ablation switches; the defaults are the released model."""
+
+    removal: float = 1.0  # times what the key removes; 2: a transition can swap and negate (eigenvalues to -1)
+
+
+class TimeMix(nn.Module):
+    """o_t = W_o ((norm(wkv_t) + bonus_t) * g_t), with inputs x + (x_{t-1} - x) mu.
+
+    log w = -exp(-1/2) sigmoid(w0 + tanh(x_w w1) w2)     a = sigmoid(a0 + x_a a1 a2)     g = sigmoid(x_g g1) g2
+    v <- v + (v_first - v) sigmoid(v0 + x_v v1 v2)       in all layers but the first
+    kappa = k * k_k, of length 1 in each head            k <- k (1 + (a - 1) k_a)         bonus = (sum_K r k r_k) v
+    """
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, last_BD, state, reset_BT, valid_BT, layer, first_BTD):
+        config, D, (H, K) = self.config, self.config.dim, head_shape(self.config)
+        up, down = depth_ratios(layer, config.num_layers)
+        rank_w, rank_a, rank_v, rank_g = low_ranks(config)
+        own = lambda name, value: vector(self, name, value, D, config.param_dtype)
+        each = lambda name, value: own(name, value)[None, None].astype(config.dtype)
+        # over all channels from -1/2 to 1/2, and over those of each head from -1 to 1, squared with the sign kept
+        line = jnp.arange(D) / max(D - 1, 1) - 0.5
+        within = (jnp.arange(D) % K - (K - 1) / 2) / max((K - 1) / 2, 0.5)
+        curve = within * jnp.abs(within)
+
+        previous_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
+        powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+        falls = lambda power: lambda: 1 - mix_ramp(D, power * down)()
+        x = {c: shift(x_BTD, previous_BTD, own(f"x_{c}", falls(power))) for c, power in powers.items()}
+
+        gains = {"receptance": 1.0, "key": 0.1, "value": 1.0}
+        matrix = lambda name: config.linear(D, kernel_init=orthogonal(gains[name]), name=name)(x[name[0]])
+        r_BTD, k_BTD, v_BTD = (checkpoint_name(matrix(name), name) for name in gains)
+        observe(self, "k_max", lambda: jnp.abs(k_BTD).max())
+
+        bias = lambda: -6 + 6 * ((line + 0.5) ** (1 + up**0.3)) + 0.5 + 2.5 * curve
+        w0_D = vector(self, "w0", bias, D, jnp.promote_types(config.param_dtype, jnp.float32))
+        w_BTD = -STRONGEST * nn.sigmoid(
+            w0_D[None, None] + low_rank(self, "w", x["w"], rank_w, nn.tanh).astype(config.wide)
+        )
+        a0 = each("a0", lambda: -0.19 + 0.3 * curve + 0.4 * line)
+        a_BTD = nn.sigmoid(a0 + low_rank(self, "a", x["a"], rank_a))
+        g_BTD = low_rank(self, "g", x["g"], rank_g, nn.sigmoid)
+        if first_BTD is None:
+            first_BTD = v_BTD
+        else:
+            v0 = each("v0", lambda: 0.73 - 0.4 * line)
+            v_BTD += (first_BTD - v_BTD) * nn.sigmoid(v0 + low_rank(self, "v", x["v"], rank_v))
+
+        kappa_BTHK = unit(split_heads(k_BTD * each("k_k", lambda: 0.71 - 0.1 * line), config))
+        k_BTD *= 1 + (a_BTD - 1) * each("k_a", lambda: jnp.full(D, 1.02))
+        r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK = (split_heads(y, config) for y in (r_BTD, w_BTD, k_BTD, v_BTD, a_BTD))
+        removed_BTHK = config.variant.removal * kappa_BTHK * a_BTHK
+        wkv = lambda _, rows: wkv7(*rows[:7], reset_BT=rows[7], valid_BT=rows[8], impl=config.impl)
+        rows = (r_BTHK, w_BTHK, k_BTHK, v_BTHV, -kappa_BTHK, removed_BTHK, state, reset_BT, valid_BT)
+        with jax.named_scope("wkv"):
+            y_BTHV, state = on_own_rows(wkv)((), rows)
+        y_BTD = HeadNorm(config, name="ln_x")(y_BTHV, layer)
+        r_k_HK = vector(self, "r_k", lambda: jnp.full((H, K), -0.04), (H, K), config.param_dtype)
+        bonus_BTHV = (r_BTHK * k_BTHK * r_k_HK[None, None].astype(config.dtype)).sum(-1, keepdims=True) * v_BTHV
+        o_BTD = config.linear(D, kernel_init=zeros, name="output")((y_BTD + bonus_BTHV.reshape(y_BTD.shape)) * g_BTD)
+        return checkpoint_name(o_BTD, "att"), last_BD, state, first_BTD
+
+
+def unit(x_BTHK):
+    """x / max(|x|, 1e-12) for each head, with a gradient at 0 that is finite, as torch's `normalize` has it."""
+    wide = x_BTHK.astype(jnp.promote_types(x_BTHK.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.maximum(jnp.square(wide).sum(-1, keepdims=True), 1e-24))).astype(x_BTHK.dtype)
+
+
+def _channel_inputs(module, x_BTD, previous_BTD, layer):
+    D, power = module.config.dim, depth_ratios(layer, module.config.num_layers)[1] ** 4
+    mix_D = vector(module, "x_k", lambda: 1 - mix_ramp(D, power)(), D, module.config.param_dtype)
+    return {"k": shift(x_BTD, previous_BTD, mix_D)}
+
+
+class Block(nn.Module):
+    """x + TimeMix(ln1(x)), then x + ChannelMix(ln2(x)); the first layer hands its values up to all later ones."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, state, reset_BT, valid_BT, layer, first_BTD):
+        config = self.config
+        att_last, wkv, ffn_last = state or (None, None, None)
+        att = TimeMix(config, name="att")
+        ffn = ChannelMix(config, _channel_inputs, hidden_dim(config), name="ffn")
+        ln1, ln2 = config.norm(name="ln1"), config.norm(name="ln2")
+        x_BTD = batch_sharded(x_BTD)
+        h_BTD, att_last, wkv, first_BTD = att(ln1(x_BTD), att_last, wkv, reset_BT, valid_BT, layer, first_BTD)
+        x_BTD = dropout(self, x_BTD + h_BTD, config.dropout)
+        h_BTD, ffn_last = ffn(ln2(x_BTD), ffn_last, reset_BT, valid_BT, layer)
+        x_BTD = batch_sharded(dropout(self, x_BTD + h_BTD, config.dropout))
+        return x_BTD, LayerState(att_last, wkv, ffn_last), first_BTD
+
+
+def hidden_dim(config: BlockConfig) -> int:
+    return config.hidden_dim or 4 * config.dim
+
+
+def low_ranks(config: BlockConfig) -> tuple[int, int, int, int]:
+    """Widths of the low-rank maps of w, a, v and g: multiples of 32 near 2.5, 2.5, 1.7 and 5 times the root of D.
+
+    The rule of the current trainer (RWKV-LM, RWKV-v7/train_temp); released models have others, see `SIZES`.
+    """
+    return given_ranks(config, tuple(max(32, 32 * round(f * config.dim**0.5 / 32)) for f in (2.5, 2.5, 1.7, 5)))
+
+
+def flops(config: BlockConfig, seq_len: int) -> float:
+    """6 for every weight of a matrix product, and of WKV three times the forward pass: 9 K V a head."""
+    D, K = config.dim, head_shape(config)[1]
+    return 6 * (4 * D**2 + 2 * D * hidden_dim(config) + 2 * D * sum(low_ranks(config))) + 3 * 9 * D * K
+
+
+def observed(params, sown) -> dict:
+    return {"k_max": sown["att"]["k_max"], "dead_channels": {"inactive": 1 - sown["ffn"]["active_F"].mean()}}
+
+
+def _size(num_layers, dim, ranks, vocab_size=65536):
+    return {"vocab_size": vocab_size, "num_layers": num_layers, "dim": dim, "low_ranks": ranks}
+
+
+SIZES = {  # released: World models by their size, and those trained on the Pile
+    "0.1b": _size(12, 768, (64, 64, 32, 128)),
+    "0.4b": _size(24, 1024, (64, 64, 32, 128)),
+    "1.5b": _size(24, 2048, (96, 96, 64, 256)),
+    "2.9b": _size(32, 2560, (96, 96, 64, 320)),
+    "7.2b": _size(32, 4096, (128, 128, 96, 480)),
+    "169m": _size(12, 768, (64, 64, 32, 128), 50304),
+    "421m": _size(24, 1024, (64, 64, 32, 128), 50304),
+    "1b5": _size(24, 2048, (96, 96, 64, 256), 50304),
+}
+
+KIND = Kind(
+    block=Block,
+    init_state=heads.init_state,
+    flops=flops,
+    learning_rates=((768, 6e-4), (1024, 4e-4), (2048, 3e-4), (4096, 1.5e-4)),
+    variant=Variant,
+    forms=FORMS,
+    shares_first=True,
+    recomputed={"outputs": 7, "block": 12},
+    groups=((r"/w0$", 2.0),),
+    kept_wide=r"/w0$",  # rounding it rounds long memory away
+    observe=observed,
+    tuned_start=heads.tuned_start,
+    tuned_state=heads.tuned_state,
+    fields={"embedding_init": "v5"},
+    sizes=SIZES,
+    formats=("pth",),
+    released="RWKV-7",
+)
