@@ -27,7 +27,7 @@ def get_config(arg="lora"):
     config = run_config.default()
     for name in ("vocab_size", "num_layers", "dim", "head_size"):
         config.model[name] = placeholder(int)
-    config.model.embedding_norm = placeholder(bool)
+    config.model.embedding_norm, config.model.head_norm_epsilon = placeholder(bool), placeholder(float)
     config.tokenizer = placeholder(str)
     config.finetune.method = method
     config.optim.update(lr=RATES[method], schedule="cosine")

@@ -24,7 +24,7 @@ from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import metrics
 from rwkv_jax.train.workdir import FREE_FIELDS
 
-CODE = 1  # raise it with a change of the code that changes what runs compute: kept ones are then computed again
+CODE = 2  # raise it with a change of the code that changes what runs compute: kept ones are then computed again
 # What training does not depend on. Evaluations do count: results keep them.
 FREE = {*FREE_FIELDS, "tokenizer"} - {"eval_every", "eval_tokens", "finetune.model"}
 flat = partial(flatten_dict, sep=".")  # {"a.b": value} of nested or dotted fields

@@ -307,7 +307,7 @@ def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
     split = _held_out(data, tokenizer, max_tokens)
-    tokenizers.warn_if_small(tokenizer, model.vocab_size)
+    tokenizers.warn_if_small(tokenizer.name, tokenizer.vocab_size, model.vocab_size)
 
     def numbers(nats_N):
         text = np.delete(nats_N, split.starts)

@@ -71,21 +71,23 @@ def check_output(path) -> None:
 
     Its folder does not exist or may not be written to, or the path is that of a folder or a device.
     """
-    _check_writable(_beside_file(Path(path)))
+    _check_writable(_beside_file(Path(path)), path)
 
 
 def check_output_folder(path) -> None:
     """Raise OSError where no folder could be made, or the one that exists may not be written to; leaves nothing."""
     path = Path(path).absolute()
     nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-    _check_writable(nearest / f".{os.getpid()}.tmp")
+    _check_writable(nearest / f".{os.getpid()}.tmp", path)
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(beside: Path, path: Path) -> None:
     try:
-        path.touch()
+        beside.touch()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from None
     finally:
-        path.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 def _beside_file(path: Path) -> Path:

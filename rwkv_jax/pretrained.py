@@ -68,7 +68,7 @@ class RWKVForCausalLM:
         model, params = runs.load(path, dtype=dtype, sharding=sharding, scan=False)
         try:
             found = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
-            tokenizers.warn_if_small(found, model.vocab_size)
+            tokenizers.warn_if_small(found.name, found.vocab_size, model.vocab_size)
         except (OSError, ValueError) as error:
             if tokenizer is not None:
                 raise

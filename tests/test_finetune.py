@@ -11,7 +11,7 @@ import training
 
 import rwkv_jax
 from rwkv_jax import finetune
-from rwkv_jax.train import methods
+from rwkv_jax.train import assemble, methods, run_config
 from rwkv_jax.train.methods import Method
 
 D = small.D
@@ -104,3 +104,12 @@ def test_finetune_command_reports_mistakes_in_one_line(tmp_path, base, capsys):
         assert finetune.main([str(x) for x in arguments]) == 2
         assert capsys.readouterr().err.startswith("error: ")
     assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_fine_tuning_takes_sizes_that_no_default_tells_from_the_weights(tmp_path):
+    fields = {"vocab_size": 256, "num_layers": 2, "dim": 16, "head_size": 8, "low_ranks": (2, 3, 4, 5)}
+    weights = tmp_path / "m.safetensors"
+    model = rwkv_jax.build("rwkv7", head_norm_epsilon=1e-5, **fields)
+    rwkv_jax.save(weights, *small.drawn(model))
+    config = run_config.read("configs/finetune.py", [f"--config.finetune.model={weights}"])
+    assert run_config.check(assemble.completed(config)).unit == model.unit

@@ -21,7 +21,7 @@ from rwkv_jax.data.corpus import READ, Document, Source, splitter
 
 PLAIN = {"text": "text", "prompt": ""}  # the fields where the user names none
 # A whole word: devices.jsonl and testimonials.jsonl are no splits.
-_SPLIT_NAME = re.compile(r"(?:(train)|(valid|validation|val|dev)|(test))(?![^\W\d_])", re.IGNORECASE)
+_SPLIT_NAME = re.compile(r"(?:(train)|(valid|validation|val|dev)|(test))(?:set)?(?![^\W\d_])", re.IGNORECASE)
 
 
 def source(path: Path, text: str, prompt: str) -> Source | None:

@@ -404,12 +404,12 @@ def of_model(path, vocab_size: int) -> str:
     return name
 
 
-def warn_if_small(tokenizer: Tokenizer, vocab_size: int) -> None:
+def warn_if_small(name: str, num_tokens: int, vocab_size: int) -> None:
     """Print one line on stderr where over a tenth of a model's tokens are beyond the tokenizer's: no padding is that
     long, so the model may have learned another tokenizer's."""
-    if 10 * tokenizer.vocab_size < 9 * vocab_size:
-        sizes = f"has {tokenizer.vocab_size} tokens, the model {vocab_size}"
-        print(f"tokenizer {tokenizer.name} {sizes}, whose others have no text: is it the model's?", file=sys.stderr)
+    if 10 * num_tokens < 9 * vocab_size:
+        sizes = f"has {num_tokens} tokens, the model {vocab_size}"
+        print(f"tokenizer {name} {sizes}: the others have no text, is it the model's?", file=sys.stderr)
 
 
 def carried(folder: Path) -> str | None:

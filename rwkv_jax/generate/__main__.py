@@ -38,7 +38,7 @@ def _load(name, tokenizer):
     model, params = runs.load(path, scan=False)
     tokenizer = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
     check_tokenizer(tokenizer, model)
-    tokenizers.warn_if_small(tokenizer, model.vocab_size)
+    tokenizers.warn_if_small(tokenizer.name, tokenizer.vocab_size, model.vocab_size)
     return model, params, tokenizer
 
 

@@ -109,16 +109,14 @@ def chat(model, params, tokenizer, template: Template, conversation: Conversatio
         elif re.search("[\ud800-\udfff]", line):  # what is left of bytes that are not UTF-8
             print("error: the message is not UTF-8, and was not read", flush=True)
         elif command:
-            if command == "/retry":
-                conversation, line = past.pop()
+            before, line = past[-1] if command == "/retry" else (conversation, line)
             try:
-                text = prompt(template, line, conversation)
-                after = say(model, params, tokenizer, conversation, text, seed + num_replies, **settings)
+                text = prompt(template, line, before)
+                conversation = say(model, params, tokenizer, before, text, seed + num_replies, **settings)
             except ValueError as error:  # what the tokenizer cannot encode
                 _report(error)
                 continue
-            past.append((conversation, line))
-            conversation = after
+            past[len(past) - (command == "/retry") :] = [(before, line)]
             num_replies += 1
 
 

@@ -22,8 +22,8 @@ from rwkv_jax.interop import formats
 from rwkv_jax.models import KINDS, build, parameter_shapes
 from rwkv_jax.models.kinds import DEFAULT
 
-# Vectors that are [1, 1, D] in a state dict, and the decay where there are mixes of RWKV-6 beside it.
-_LIFTED = re.compile(r"(time_mix_\w|time_maa_[a-z]|x_[a-z]|[wav]0|k_k|k_a)$")
+# Vectors that are [1, 1, D] in a state dict; see `_lifted` for one more.
+_VECTORS = re.compile(r"(time_mix_\w|time_maa_[a-z]|x_[a-z]|[wav]0|k_k|k_a)$")
 # Part of a released trainer's file of RWKV-7, and read by nothing: the first layer has no value residual.
 _UNUSED = re.compile(r"blocks\.0\.att\.v[012]$")
 # Parts of names that tell a version which is not supported.
@@ -96,7 +96,7 @@ def _released_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     kind = version_of(tensors)
     F, _ = _matrix_shape(tensors, "blocks.0.ffn.key.weight")
     L = layer_count(tensors)
-    fields = {"layers": (kind,), "vocab_size": V, "num_layers": L, "dim": D, "hidden_dim": F}
+    fields = {**KINDS[kind].fields, "layers": (kind,), "vocab_size": V, "num_layers": L, "dim": D, "hidden_dim": F}
     width = lambda name, layer=0: _matrix_shape(tensors, f"blocks.{layer}.att.{name}")[1]
     if kind == "rwkv5":
         fields["head_size"] = width("time_decay")
@@ -272,7 +272,7 @@ def _official_names(path: tuple[str, ...], shape: tuple[int, ...], period: int, 
 def _lifted(path: tuple[str, ...], leaves: Mapping[tuple, Any]) -> bool:
     """Whether a leaf is [1, 1, D] for each layer of a state dict. RWKV-4 and 6 have decays of one name, [D] in 4."""
     of_rwkv6 = path[-1] == "time_decay" and (*path[:-1], "time_maa_x") in leaves
-    return of_rwkv6 or (len(path) > 2 and _LIFTED.match(path[-1]) is not None)
+    return of_rwkv6 or (len(path) > 2 and _VECTORS.match(path[-1]) is not None)
 
 
 def _part(names: list[str], layers: list[np.ndarray], stacked: bool, dtype, index: tuple[slice, ...]) -> np.ndarray:

@@ -97,8 +97,11 @@ class Kind:
     decayed: str = r"/kernel$"  # parameters with weight decay
     kept_wide: str | None = None  # parameters that stay float32 at least, whatever the others are
     observe: Callable = lambda params, sown: {}  # (layer's parameters, what it sowed) -> see `train.diagnostics`
-    tuned_start: Callable | None = None  # config -> tree of [D] arrays that state tuning begins with; None: cannot
+    tuned_start: Callable | None = None  # config -> tree of arrays that state tuning begins with; None: cannot
     tuned_state: Callable | None = None  # such a tree -> state of one layer, leaves without the batch axis
+    low_ranks: Callable | None = (
+        None  # config -> widths of its low-rank maps; ValueError where the given ones do not fit
+    )
     fields: Mapping[str, Any] = field(default_factory=dict)  # of `LM`, where a model of this kind has another default
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # fields of `LM` by name of a released size
     released: str | None = None  # name of the version whose released files `interop` reads and writes

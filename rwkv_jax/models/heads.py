@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from rwkv_jax.models.block import BlockConfig
+from rwkv_jax.models.block import RELEASED_EPSILON, BlockConfig
 from rwkv_jax.models.layers import observe, orthogonal, token_shift, vector
 
 zeros = nn.initializers.zeros
@@ -53,6 +53,11 @@ def given_ranks(config: BlockConfig, rule: tuple[int, ...]) -> tuple[int, ...]:
     if len(ranks) != len(rule) or not all(isinstance(rank, int) and rank > 0 for rank in ranks):
         raise ValueError(f"model field low_ranks is {ranks!r}, expected {len(rule)} positive integers")
     return ranks
+
+
+def unseen(config: BlockConfig) -> float | None:
+    """What no shape tells of a model: the epsilon of its heads' norm, where it is not the released one."""
+    return None if config.head_norm_epsilon == RELEASED_EPSILON else config.head_norm_epsilon
 
 
 def split_heads(x_BTD, config: BlockConfig):
@@ -101,7 +106,8 @@ def low_rank(module, name: str, x_BTD, rank: int, inner: Callable = lambda x: x,
     D, dtype = module.config.dim, module.config.param_dtype
     down = module.param(f"{name}1", zeros, (D, rank), dtype)
     up = module.param(f"{name}2", init, (rank, D), dtype)
-    return module.config.product(inner(module.config.product(x_BTD, down)), up)
+    inside = checkpoint_name(module.config.product(x_BTD, down), "low_rank")
+    return checkpoint_name(module.config.product(inner(inside), up), "low_rank")
 
 
 class ChannelMix(nn.Module):

@@ -32,7 +32,17 @@ REMAT = {
     "none": None,  # everything is kept
     "block": (),  # the input of each layer: the whole layer runs twice
     "outputs": OUTPUTS,  # no recurrence or attention twice, of 13 D^2 of matrix products 8 D^2
-    "matmuls": (*OUTPUTS, "query", "key", "value", "receptance", "ffn_key", "ffn_receptance"),  # none twice
+    "matmuls": (
+        *OUTPUTS,
+        "query",
+        "key",
+        "value",
+        "receptance",
+        "gate",
+        "low_rank",
+        "ffn_key",
+        "ffn_receptance",
+    ),  # none twice
 }
 # The loss is computed with a multiple of 8 columns of logits: with an odd number, such as 50,277, no row but the first
 # begins where a GPU can load 16 bytes at once, and the product ran at 216 TFLOP/s on an H100, not at 600.
@@ -67,7 +77,10 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
         check_choice("size", size, kind_of(kind).sizes)
         chosen = dict(kind_of(kind).sizes[size]) | chosen
     for key in ("layers", "low_ranks"):
-        chosen[key] = None if chosen.get(key) is None else tuple(chosen[key])
+        given_value = chosen.get(key)
+        if not isinstance(given_value, tuple | list | None):
+            raise ValueError(f"model field {key} is {given_value!r}, expected a list")
+        chosen[key] = None if given_value is None else tuple(given_value)
     kinds = [kind_of(kind) for kind in chosen["layers"]]
     if not kinds:
         raise ValueError("model field layers is empty, expected kinds of layers")
@@ -83,7 +96,15 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
     for key in given:
         check_choice("switch of model.variant", key, known)
     _check_fields(chosen, kinds)
-    return LM(**chosen, variant=_changed(given, kinds))
+    if chosen["low_ranks"] is not None and not any(kind.low_ranks for kind in kinds):
+        raise ValueError(
+            f"model field low_ranks is {chosen['low_ranks']!r}, expected None: no layer has low-rank maps"
+        )
+    model = LM(**chosen, variant=_changed(given, kinds))
+    for _, kind, config in model.unit if model.low_ranks is not None else ():
+        if kind.low_ranks:
+            kind.low_ranks(config)
+    return model
 
 
 def _check_fields(chosen, kinds):

@@ -136,6 +136,7 @@ KIND = Kind(
     flops=flops,
     learning_rates=((1024, 4e-4), (2048, 3e-4), (2560, 2e-4), (4096, 1.5e-4)),  # of the released models
     forms=FORMS,
+    unseen=heads.unseen,
     recomputed={"outputs": 8.5, "block": 13},
     groups=((r"/time_decay$", 2.0),),
     kept_wide=r"/time_(decay|faaaa)$",  # rounding them rounds long memory away

@@ -7,6 +7,7 @@ input add to what RWKV-5 has as constants.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models import heads, rwkv5
 from rwkv_jax.models.block import BlockConfig, Kind
@@ -64,17 +65,19 @@ class TimeMix(nn.Module):
         }
         first = self.param("time_maa_w1", zeros, (D, 5 * rank), config.param_dtype)
         second = self.param("time_maa_w2", small_uniform, (5, rank, D), config.param_dtype)
-        low = nn.tanh(config.product(shift(x_BTD, previous_BTD, mix["x"]), first))
+        low = nn.tanh(checkpoint_name(config.product(shift(x_BTD, previous_BTD, mix["x"]), first), "low_rank"))
         low_5BTR = jnp.moveaxis(low.reshape(*low.shape[:2], 5, rank), 2, 0)
         moved = [config.product(low_BTR, matrix) for low_BTR, matrix in zip(low_5BTR, second, strict=True)]
+        moved = [checkpoint_name(m_BTD, "low_rank") for m_BTD in moved]
         total = lambda letter, m_BTD: mix[letter][None, None].astype(x_BTD.dtype) + m_BTD
         shifted = lambda letter, m_BTD: x_BTD + (previous_BTD - x_BTD) * total(letter, m_BTD)
         return {letter: shifted(letter, m_BTD) for letter, m_BTD in zip(LETTERS, moved, strict=True)}
 
 
 def small_uniform(key, shape, dtype):
-    """Uniform in +-0.01."""
-    return jax.random.uniform(key, shape, dtype, -0.01, 0.01)
+    """Uniform in +-0.01; 16-bit parameters start as the float32 ones, rounded."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return jax.random.uniform(key, shape, wide, -0.01, 0.01).astype(dtype)
 
 
 def _channel_inputs(module, x_BTD, previous_BTD, layer):
@@ -133,6 +136,8 @@ KIND = Kind(
     flops=flops,
     learning_rates=((2048, 3e-4), (2560, 2e-4), (4096, 1.5e-4)),  # of the released models
     forms=FORMS,
+    unseen=heads.unseen,
+    low_ranks=low_ranks,
     recomputed={"outputs": 8.5, "block": 13},
     groups=((r"/time_decay$", 2.0),),
     kept_wide=r"/time_(decay|faaaa)$",  # rounding them rounds long memory away

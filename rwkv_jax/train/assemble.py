@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import jax
 
 from rwkv_jax import interop, models, runs
 from rwkv_jax.data import batches, mixture, tokenizers
@@ -16,7 +17,10 @@ from rwkv_jax.train.step import make_init, make_step
 from rwkv_jax.train.workdir import tokenizer
 
 # Fields that the weights decide; None in a config leaves them open.
-DECIDED_BY_WEIGHTS = ("vocab_size", "num_layers", "dim", "layers", "hidden_dim", "head_size", "embedding_norm")
+DECIDED_BY_WEIGHTS = (
+    *("vocab_size", "num_layers", "dim", "layers", "hidden_dim", "head_size", "embedding_norm"),
+    *("head_norm_epsilon", "low_ranks"),
+)
 
 
 class Run(NamedTuple):
@@ -53,6 +57,8 @@ def assembled(config, workdir: Path) -> Run:
             f"model.vocab_size is {model.vocab_size}, expected at least {corpus.vocab_size}, "
             f"the vocabulary of tokenizer {config.tokenizer!r}"
         )
+    if config.finetune.model and jax.process_index() == 0:
+        tokenizers.warn_if_small(corpus.tokenizer, corpus.vocab_size, model.vocab_size)
     if config.eval_tokens:
         corpus.held_out(config.eval_tokens)  # refused before training where it has no target
     shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
@@ -99,8 +105,6 @@ def completed(config):
         config.tokenizer = own or tokenizers.of_model(path, base.vocab_size)
     elif own and (config.tokenizer == "characters" or _vocabulary(config.tokenizer) != _vocabulary(own)):
         raise ValueError(f"tokenizer is {config.tokenizer!r}, and {path} comes with another: {own!r}")
-    elif config.tokenizer != "characters":
-        tokenizers.warn_if_small(tokenizers.get_tokenizer(config.tokenizer), base.vocab_size)
     config.finetune.model = str(path.absolute())
     return config
 

@@ -83,8 +83,10 @@ def factors(params, groups: Sequence):
     """
     rules = [(re.compile(_spelled_out(pattern)), factor) for pattern, factor in groups]
 
+    apart = _units_apart(params)
+
     def factor_of(path, x):
-        name, layers = _names(path, x)
+        name, layers = _names(path, x, apart)
         first = lambda *names: next((f for rule, f in rules if any(map(rule.search, names))), 1.0)
         each = [first(name, layer) for layer in layers] or [first(name)]
         if len(set(each)) == 1:
@@ -96,7 +98,8 @@ def factors(params, groups: Sequence):
 
 def check_groups(params, groups: Sequence) -> None:
     """ValueError where a rule matches nothing; not for the released ones, which other models' trees may lack."""
-    leaves = [_names(path, x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    apart = _units_apart(params)
+    leaves = [_names(path, x, apart) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     names = [name for name, layers in leaves for name in (name, *layers)]
     for pattern, _ in (rule for rule in groups if rule not in released_groups()):
         if not any(re.search(_spelled_out(pattern), name) for name in names):
@@ -118,12 +121,20 @@ def _name(path) -> str:
     return "/".join(str(getattr(p, "key", p)) for p in path)
 
 
-def _names(path, x) -> tuple[str, list[str]]:
-    """The path of a leaf, and those of its layers where it has some."""
+def _units_apart(params) -> int:
+    """How many repeating units stand before the stacked ones: see `LM.layers_apart`."""
+    if "blocks" not in params:
+        return 0
+    period = sum(name.startswith("block_") for name in params["blocks"]) or 1
+    return sum(name.startswith("blocks_") for name in params) // period
+
+
+def _names(path, x, apart: int) -> tuple[str, list[str]]:
+    """The path of a leaf, and those of its layers where it has some, stacked ones after the units that are apart."""
     name = _name(path)
     first, _, rest = name.partition("/")
     if first == "blocks":
-        return name, [f"blocks.{i}/{rest}" for i in range(x.shape[0])]
+        return name, [f"blocks.{apart + i}/{rest}" for i in range(x.shape[0])]
     return name, [name.replace("_", ".", 1)] if first.startswith("blocks_") else []
 
 

@@ -12,6 +12,13 @@ from rwkv_jax.models.block import switches
 from rwkv_jax.train import parallel
 
 
+def kind_defaults(name: str) -> dict:
+    """Fields of a model, named as for `build`, whose default its kind of layer may choose."""
+    defaults = {f.name: f.default for f in dataclasses.fields(models.LM)}
+    chosen = {name: defaults[name] for kind in models.KINDS.values() for name in kind.fields}
+    return chosen | dict(models.kind_of(models.kinds.kind_of_model(name)).fields)
+
+
 def default():
     """Every field of a run with its default: what files in `configs/` start from. None: chosen for the model."""
     from ml_collections import ConfigDict
@@ -19,12 +26,11 @@ def default():
 
     hints = typing.get_type_hints(models.LM)
     model = {"name": models.kinds.DEFAULT, "vocab_size": 256, "num_layers": 4, "dim": 128}
-    differs = {name for kind in models.KINDS.values() for name in kind.fields}  # defaults of some kinds
     for field in dataclasses.fields(models.LM):
         if field.name in ("parent", "name", "layers", "variant", *model):
             continue
         optional = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
-        optional = optional or [hints[field.name]] * (field.name in differs)
+        optional = optional or [hints[field.name]] * (field.name in kind_defaults(model["name"]))
         model[field.name] = placeholder(typing.get_origin(optional[0]) or optional[0]) if optional else field.default
     kinds = models.KINDS.values()
     model["variant"] = {name: placeholder(t) for kind in kinds for name, (t, _) in switches(kind.variant).items()}
@@ -224,7 +230,7 @@ def read(source: str, overrides=()):
         raise ValueError(" ".join(str(error).split())) from None
     if left:
         raise ValueError(f"unexpected argument {left[0]!r}")
-    for name in config.data:
+    for name in ("text", "prompt"):
         if f"config.data.{name}" in values:
             config.data[name] = command.unescaped(config.data[name])
     return values.config

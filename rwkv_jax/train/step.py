@@ -75,7 +75,8 @@ def make_step(model, tx, **options):
         new, values = apply_gradient(tx, state, grads, loss, lr)
         targets = batch["mask"].sum()
         values["targets"] = targets if axis_name is None else jax.lax.psum(targets, axis_name)
-        taken = new.skipped == state.skipped
+        # a batch without targets is skipped, and its text has been read all the same
+        taken = (new.skipped == state.skipped) | (values["targets"] == 0)
         return new.replace(carry=jax.tree.map(lambda x, old: jnp.where(taken, x, old), carry, state.carry)), values
 
     return step

@@ -65,6 +65,10 @@ def write_config(workdir, config, fields, corpus):
         flat = lambda r: _flatten({"config": r["config"], "corpus": r["corpus"]})
         absent = json.loads(json.dumps(run_config.default().to_dict()))  # fields younger than the workdir
         before, now = flat(old | {"config": absent}) | flat(old), flat(record)
+        for flat_record in (before, now):  # None is the default of the kind of layer
+            for name, value in run_config.kind_defaults(flat_record["config.model.name"]).items():
+                if flat_record.get(f"config.model.{name}") is None:
+                    flat_record[f"config.model.{name}"] = value
         changed = [
             f"{key.removeprefix('config.')} was {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(before | now)

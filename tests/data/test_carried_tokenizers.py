@@ -181,7 +181,7 @@ def test_tokenizer_far_smaller_than_the_vocabulary_is_told_in_one_line(tmp_path,
     """Wherever it meets a model; the padding of a vocabulary is no reason to."""
     tokenizer = get_tokenizer(byte_level(tmp_path / "small.json", TEXT))
     for padded in (300, 333):
-        warn_if_small(tokenizer, padded)
+        warn_if_small(tokenizer.name, tokenizer.vocab_size, padded)
     assert tokenizer.vocab_size == 300 and capsys.readouterr().err == ""
     rwkv_jax.save(tmp_path / "model.pth", *drawn(make("rwkv4", vocab_size=400)))
     arguments = [f"--model={tmp_path / 'model.pth'}", f"--tokenizer={tmp_path / 'small.json'}"]

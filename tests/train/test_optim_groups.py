@@ -30,6 +30,19 @@ def test_factors_are_those_of_the_first_rule_that_matches_a_leaf_or_a_layer():
     assert optim.factors(params, optim.released_groups())["blocks"]["att"]["time_first"] == 3.0
 
 
+def test_factors_number_layers_alike_where_the_first_stands_apart():
+    """That of RWKV-7, which hands its values up, is `blocks_0` in both layouts."""
+    model = small.make("rwkv7", num_layers=4)
+    shapes = [models.parameter_shapes(model), models.parameter_shapes(model.clone(scan=False))]
+    stacked, apart = (jax.tree.map(lambda x: np.zeros(x.shape, np.float32), its) for its in shapes)
+    rules = ((r"blocks\.0-1/att", 0.0), (r"blocks\.3/", 0.5))
+    optim.check_groups(stacked, rules)
+    of_layers = [optim.factors(apart, rules)[f"blocks_{i}"]["att"]["key"]["kernel"] for i in range(4)]
+    found = optim.factors(stacked, rules)
+    assert of_layers == [0, 0, 1, 0.5]
+    assert [found["blocks_0"]["att"]["key"]["kernel"], *found["blocks"]["att"]["key"]["kernel"].ravel()] == of_layers
+
+
 def test_frozen_part_is_not_moved_by_decay_and_has_no_moments():
     one = lambda *shape: np.ones(shape, np.float32)
     params = {"emb": {"embedding": one(3, 2)}, "blocks": {"att": {"key": {"kernel": one(2, 2, 2)}}}}
@@ -58,7 +71,7 @@ def test_frozen_stopped_stops_gradients_of_frozen_leaves_and_layers():
     jax.tree.map(np.testing.assert_array_equal, grads, expected)
 
 
-@pytest.mark.parametrize("name", ["rwkv4", "transformer", "lstm"])
+@pytest.mark.parametrize("name", [name for name in small.KINDS if not name.startswith("hybrid")])
 def test_rules_of_all_kinds_together_mean_for_a_kind_what_its_own_mean(name):
     """`models.block.Kind`: a parameter's name means the same in all kinds."""
     model = small.make(name, token_shift=True) if name == "transformer" else small.make(name)

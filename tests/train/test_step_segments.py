@@ -220,7 +220,14 @@ def test_step_that_is_not_finite_leaves_the_carry(model):
     moments = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, _params(model)))
     state = TrainState(zero, _params(model), moments, zero, carry=carry)
     step = jax.jit(train.make_step(model, tx))
-    bad, _ = step(state, _batch() | {"mask": np.zeros((B, T), bool)}, 1e-2)  # no target: 0 / 0
+    spoilt = _params(model) | {"head": jax.tree.map(lambda x: np.full_like(x, np.nan), _params(model)["head"])}
+    bad, _ = step(state.replace(params=spoilt), _batch(), 1e-2)
     assert bad.skipped == 1 and jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(bad.carry), carry))
     good, _ = step(state, _batch(), 1e-2)
     assert not np.array_equal(jax.tree.leaves(good.carry)[0], jax.tree.leaves(carry)[0])
+    # a batch without targets, such as a long prompt, trains nothing and is read all the same
+    silent, _ = step(state, _batch() | {"mask": np.zeros((B, T), bool)}, 1e-2)
+    assert silent.skipped == 1
+    jax.tree.map(
+        np.testing.assert_array_equal, *jax.device_get(((silent.params, silent.carry), (state.params, good.carry)))
+    )
