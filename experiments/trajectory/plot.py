@@ -16,7 +16,7 @@ COLOURS = {
 
 def draw(results, path) -> None:
     """Write the figure as PNG."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
     for name, theirs in results["kept_losses"].items():
         steps = np.arange(1, len(theirs) + 1)
         label = None if name != "float64" else "released trainer"
@@ -31,9 +31,9 @@ def draw(results, path) -> None:
                 style = {"linestyle": "--" if name.startswith("without") else ":" if key == "from clone" else "-"}
                 right.semilogy(steps, away, linewidth=0.9, color=COLOURS.get(name), label=label, **style)
     left.set(xlabel="step", ylabel="nats a token", title="loss: one curve on the other")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=7)
     right.set(xlabel="step", ylabel="nats a token", title="difference of the losses")
-    right.legend(frameon=False, fontsize=7)
+    right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     saved(figure, path)
 
 
