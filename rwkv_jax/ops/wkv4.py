@@ -266,9 +266,10 @@ def _associative_backward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT, dy_BTD,
     """The cotangents obey a linear recurrence with known factors: `past`, the weight that each token left its past."""
     k, v, dy = (x.astype(state.num.dtype) for x in (k_BTD, v_BTD, dy_BTD))
     before_BTD, (_, _, after_scale) = _associative_states(w, k, v, state, reset_BT, valid_BT)
-    past, now = jnp.exp((before_BTD.log_scale - after_scale) + w[None]), jnp.exp(k - after_scale)
-    if valid_BT is not None:
-        past, now = choose_states(valid_BT, (past, now), (jnp.ones_like(past), jnp.zeros_like(now)))
+    # padding leaves the state as it is, but merged in another order, perhaps at another scale
+    decay = w[None] if valid_BT is None else jnp.where(valid_BT[..., None], w[None], 0)
+    past, now = jnp.exp((before_BTD.log_scale - after_scale) + decay), jnp.exp(k - after_scale)
+    now = now if valid_BT is None else jnp.where(valid_BT[..., None], now, 0)
 
     zeros_BTD = (jnp.zeros_like(v), jnp.zeros_like(v))
     _, reads_BTD = token_grads(u[None], k, v, dy, before_BTD, past, now, zeros_BTD)

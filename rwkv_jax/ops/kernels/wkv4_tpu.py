@@ -259,9 +259,10 @@ def _backward_kernel(w_ref, u_ref, k_ref, v_ref, starts_ref, dy_ref, dfinal_ref,
         _, reset, valid = _group(w, kind_ref, rows, k.shape)
         *before, after_scale = (states_ref[j, rows, :] for j in range(4))
         before = WKV4State(*before)
-        past, now = jnp.exp((before.log_scale - after_scale) + w), jnp.exp(k - after_scale)
-        if valid is not None:
-            past, now = jnp.where(valid, past, 1.0), jnp.where(valid, now, 0.0)
+        # padding leaves the state as it is, but merged in another order, perhaps at another scale
+        decay = w if valid is None else jnp.where(valid, w, 0.0)
+        past, now = jnp.exp((before.log_scale - after_scale) + decay), jnp.exp(k - after_scale)
+        now = now if valid is None else jnp.where(valid, now, 0.0)
         zeros = jnp.zeros_like(k)
         _, reads = token_grads(u, k, v, dy, before, past, now, (zeros, zeros))
         factor, reads = (past, reads) if reset is None else _choose(reset, (zeros, (zeros, zeros)), (past, reads))
