@@ -147,7 +147,8 @@ def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | No
         keeps = dtype is None and not _kept_wide("/".join(path))
         wanted = float_dtype(kept) if keeps else shapes[path].dtype
         read = functools.partial(_part, names, layers, path[0] == "blocks", wanted)
-        params[path] = place(read, shapes[path].shape, shardings[path])
+        # Waited for: on a busy machine the copies of several leaves would be in memory at a time.
+        params[path] = jax.block_until_ready(place(read, shapes[path].shape, shardings[path]))
     return unflatten_dict(params)
 
 
