@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models.block import RELEASED_EPSILON, BlockConfig
-from rwkv_jax.models.layers import observe, orthogonal, token_shift, vector
+from rwkv_jax.models.layers import batch_sharded, dropout, observe, orthogonal, token_shift, vector
 
 zeros = nn.initializers.zeros
 SMALL = orthogonal(0.1, widened=False)  # of the outer matrix of a low-rank map
@@ -132,6 +132,27 @@ class ChannelMix(nn.Module):
             r_BTD = matrix("receptance", self.config.dim, zeros)(inputs["r"])
             o_BTD = nn.sigmoid(checkpoint_name(r_BTD, "ffn_receptance")) * o_BTD
         return o_BTD, last_BD
+
+
+def pre_norm(block, att, ffn, x_BTD, state, reset_BT, valid_BT, layer, *first):
+    """x + att(ln1(x)), then x + ffn(ln2(x)), for the block that calls it; token shift sees the normed input.
+
+    Returns what a block returns. `first` is what `att` takes and returns beside, if anything.
+    """
+    config = block.config
+    att_last, wkv, ffn_last = state or (None, None, None)
+    ln1, ln2 = config.norm(name="ln1"), config.norm(name="ln2")
+    x_BTD = batch_sharded(x_BTD)
+    h_BTD, att_last, wkv, *first = att(ln1(x_BTD), att_last, wkv, reset_BT, valid_BT, layer, *first)
+    x_BTD = dropout(block, x_BTD + h_BTD, config.dropout)
+    h_BTD, ffn_last = ffn(ln2(x_BTD), ffn_last, reset_BT, valid_BT, layer)
+    x_BTD = batch_sharded(dropout(block, x_BTD + h_BTD, config.dropout))
+    return x_BTD, LayerState(att_last, wkv, ffn_last), *first
+
+
+def observed(params, sown) -> dict:
+    """What diagnostics report of a layer whose decay depends on the text."""
+    return {"k_max": sown["att"]["k_max"], "dead_channels": {"inactive": 1 - sown["ffn"]["active_F"].mean()}}
 
 
 def tuned_start(config: BlockConfig) -> dict:

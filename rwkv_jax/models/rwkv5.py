@@ -11,11 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models import heads
 from rwkv_jax.models.block import BlockConfig, Kind
-from rwkv_jax.models.heads import ChannelMix, HeadNorm, LayerState, head_shape, split_heads
+from rwkv_jax.models.heads import ChannelMix, HeadNorm, head_shape, pre_norm, split_heads
 from rwkv_jax.models.layers import (
-    batch_sharded,
     depth_ratios,
-    dropout,
     lerp,
     mix_ramp,
     observe,
@@ -91,17 +89,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, state, reset_BT, valid_BT, layer):
-        config = self.config
-        att_last, wkv, ffn_last = state or (None, None, None)
-        att = TimeMix(config, name="att")
-        ffn = ChannelMix(config, _channel_inputs, hidden_dim(config), name="ffn")
-        ln1, ln2 = config.norm(name="ln1"), config.norm(name="ln2")
-        x_BTD = batch_sharded(x_BTD)
-        h_BTD, att_last, wkv = att(ln1(x_BTD), att_last, wkv, reset_BT, valid_BT, layer)
-        x_BTD = dropout(self, x_BTD + h_BTD, config.dropout)
-        h_BTD, ffn_last = ffn(ln2(x_BTD), ffn_last, reset_BT, valid_BT, layer)
-        x_BTD = batch_sharded(dropout(self, x_BTD + h_BTD, config.dropout))
-        return x_BTD, LayerState(att_last, wkv, ffn_last)
+        att = TimeMix(self.config, name="att")
+        ffn = ChannelMix(self.config, _channel_inputs, hidden_dim(self.config), name="ffn")
+        return pre_norm(self, att, ffn, x_BTD, state, reset_BT, valid_BT, layer)
 
 
 def hidden_dim(config: BlockConfig) -> int:

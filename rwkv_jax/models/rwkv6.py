@@ -11,11 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models import heads, rwkv5
 from rwkv_jax.models.block import BlockConfig, Kind
-from rwkv_jax.models.heads import ChannelMix, LayerState, given_ranks, head_shape, low_rank, shift, split_heads
+from rwkv_jax.models.heads import ChannelMix, given_ranks, head_shape, low_rank, pre_norm, shift, split_heads
 from rwkv_jax.models.layers import (
-    batch_sharded,
     depth_ratios,
-    dropout,
     mix_ramp,
     on_own_rows,
     token_shift,
@@ -94,17 +92,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, state, reset_BT, valid_BT, layer):
-        config = self.config
-        att_last, wkv, ffn_last = state or (None, None, None)
-        att = TimeMix(config, name="att")
-        ffn = ChannelMix(config, _channel_inputs, rwkv5.hidden_dim(config), name="ffn")
-        ln1, ln2 = config.norm(name="ln1"), config.norm(name="ln2")
-        x_BTD = batch_sharded(x_BTD)
-        h_BTD, att_last, wkv = att(ln1(x_BTD), att_last, wkv, reset_BT, valid_BT, layer)
-        x_BTD = dropout(self, x_BTD + h_BTD, config.dropout)
-        h_BTD, ffn_last = ffn(ln2(x_BTD), ffn_last, reset_BT, valid_BT, layer)
-        x_BTD = batch_sharded(dropout(self, x_BTD + h_BTD, config.dropout))
-        return x_BTD, LayerState(att_last, wkv, ffn_last)
+        att = TimeMix(self.config, name="att")
+        ffn = ChannelMix(self.config, _channel_inputs, rwkv5.hidden_dim(self.config), name="ffn")
+        return pre_norm(self, att, ffn, x_BTD, state, reset_BT, valid_BT, layer)
 
 
 def low_ranks(config: BlockConfig) -> tuple[int, int]:
@@ -118,16 +108,11 @@ def flops(config: BlockConfig, seq_len: int) -> float:
     return rwkv5.flops(config, seq_len) + 6 * 2 * config.dim * (5 * mixes + decay)
 
 
-def observed(params, sown) -> dict:
-    return {"k_max": sown["att"]["k_max"], "dead_channels": {"inactive": 1 - sown["ffn"]["active_F"].mean()}}
-
-
-WORLD = {"vocab_size": 65536}
 SIZES = {  # the released World models
-    "1.6b": WORLD | {"num_layers": 24, "dim": 2048},
-    "3b": WORLD | {"num_layers": 32, "dim": 2560},
-    "7b": WORLD | {"num_layers": 32, "dim": 4096, "low_ranks": (64, 128)},
-    "14b": WORLD | {"num_layers": 61, "dim": 4096, "low_ranks": (64, 128)},
+    "1.6b": rwkv5.WORLD | {"num_layers": 24, "dim": 2048},
+    "3b": rwkv5.WORLD | {"num_layers": 32, "dim": 2560},
+    "7b": rwkv5.WORLD | {"num_layers": 32, "dim": 4096, "low_ranks": (64, 128)},
+    "14b": rwkv5.WORLD | {"num_layers": 61, "dim": 4096, "low_ranks": (64, 128)},
 }
 
 KIND = Kind(
@@ -141,7 +126,7 @@ KIND = Kind(
     recomputed={"outputs": 8.5, "block": 13},
     groups=((r"/time_decay$", 2.0),),
     kept_wide=r"/time_(decay|faaaa)$",  # rounding them rounds long memory away
-    observe=observed,
+    observe=heads.observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
     fields={"embedding_init": "v5"},

@@ -18,17 +18,15 @@ from rwkv_jax.models.block import BlockConfig, Kind
 from rwkv_jax.models.heads import (
     ChannelMix,
     HeadNorm,
-    LayerState,
     given_ranks,
     head_shape,
     low_rank,
+    pre_norm,
     shift,
     split_heads,
 )
 from rwkv_jax.models.layers import (
-    batch_sharded,
     depth_ratios,
-    dropout,
     mix_ramp,
     observe,
     on_own_rows,
@@ -129,17 +127,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, state, reset_BT, valid_BT, layer, first_BTD):
-        config = self.config
-        att_last, wkv, ffn_last = state or (None, None, None)
-        att = TimeMix(config, name="att")
-        ffn = ChannelMix(config, _channel_inputs, hidden_dim(config), name="ffn")
-        ln1, ln2 = config.norm(name="ln1"), config.norm(name="ln2")
-        x_BTD = batch_sharded(x_BTD)
-        h_BTD, att_last, wkv, first_BTD = att(ln1(x_BTD), att_last, wkv, reset_BT, valid_BT, layer, first_BTD)
-        x_BTD = dropout(self, x_BTD + h_BTD, config.dropout)
-        h_BTD, ffn_last = ffn(ln2(x_BTD), ffn_last, reset_BT, valid_BT, layer)
-        x_BTD = batch_sharded(dropout(self, x_BTD + h_BTD, config.dropout))
-        return x_BTD, LayerState(att_last, wkv, ffn_last), first_BTD
+        att = TimeMix(self.config, name="att")
+        ffn = ChannelMix(self.config, _channel_inputs, hidden_dim(self.config), name="ffn")
+        return pre_norm(self, att, ffn, x_BTD, state, reset_BT, valid_BT, layer, first_BTD)
 
 
 def hidden_dim(config: BlockConfig) -> int:
@@ -158,10 +148,6 @@ def flops(config: BlockConfig, seq_len: int) -> float:
     """6 for every weight of a matrix product, and of WKV three times the forward pass: 9 K V a head."""
     D, K = config.dim, head_shape(config)[1]
     return 6 * (4 * D**2 + 2 * D * hidden_dim(config) + 2 * D * sum(low_ranks(config))) + 3 * 9 * D * K
-
-
-def observed(params, sown) -> dict:
-    return {"k_max": sown["att"]["k_max"], "dead_channels": {"inactive": 1 - sown["ffn"]["active_F"].mean()}}
 
 
 def _size(num_layers, dim, ranks, vocab_size=65536):
@@ -192,7 +178,7 @@ KIND = Kind(
     recomputed={"outputs": 7, "block": 12},
     groups=((r"/w0$", 2.0),),
     kept_wide=r"/w0$",  # rounding it rounds long memory away
-    observe=observed,
+    observe=heads.observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
     fields={"embedding_init": "v5"},

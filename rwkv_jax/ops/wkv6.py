@@ -14,7 +14,7 @@ With dS = dL/dS_t, backward in time,
 
 There are two forms: `scan`, one token after the other, and `chunked`, products of matrices over 16 tokens, which is
 the one that trains. There is none that scans over all prefixes at once, as `wkv4` has: each prefix would be a K x V
-matrix in memory. At T 1,024 it took 6 to 9 times as long as the chunks, and 2 GB (2-core CPU, B 2, 8 heads of 64).
+matrix in memory. An outside trial at T 1,024 took 6 to 9 times as long as chunks, and 2 GB (CPU, B 2, 8 heads of 64).
 """
 
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def wkv6(r_BTHK, w_BTHK, k_BTHK, v_BTHV, u_HK, state=None, *, reset_BT=None, val
 
 
 def suited_form(platform: str, T: int) -> str:
-    """The fastest form on a platform, for a number of tokens."""
+    """ "scan" for one token, else "chunked", on every platform: crossovers are not measured yet."""
     return "scan" if T == 1 else "chunked"
 
 
