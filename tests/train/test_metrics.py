@@ -100,6 +100,7 @@ def test_wandb_offline_keeps_its_run_over_a_restart(tmp_path, monkeypatch):
                 write({"step": start + step, "loss_nats": 0.5, "k_max": [1.0], "batch_hash": "a"})
             assert wandb.run.summary["loss_nats"] == 0.5 and wandb.run.summary["k_max/0"] == 1.0
             assert wandb.run.id == (tmp_path / "wandb_id").read_text()
+    wandb.teardown()  # `finish` returns before W&B's own process has closed the file; this waits until it has ended
     files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert [path.stem for path in files] == [f"run-{(tmp_path / 'wandb_id').read_text()}"] * 2
     assert all(path.stat().st_size > 100 for path in files)
