@@ -9,10 +9,13 @@ Chunks of more than one token are products of matrices, whose entries are scores
     scores[t, i] = sum_K x_t y_i exp(sum_{i<j<t} w_j)        for i < t, else 0.
 
 The exponent has to be split between the factors of a product, and exp(-sum w) overflows as soon as the decays of a
-chunk multiply to less than 1e-38. `decayed_scores` therefore halves: scores between the later and the earlier half of
-a block factor at the border between them, where both exponents are sums of log decays, and so at most 0; each half is
-treated likewise. No exponent is a difference, so nothing overflows or cancels, whatever the decays. At 16 tokens this
-takes as long as factors that are centred in the chunk, which overflow, and is up to twice as exact (2-core CPU, K 64).
+chunk multiply to less than 1e-38. `factors` therefore halves: scores between the later and the earlier half of a block
+factor at the border between them, where both exponents are sums of log decays, and so at most 0; each half is treated
+likewise. No exponent is a difference, so nothing overflows or cancels, whatever the decays.
+
+Factors that are centred in the chunk overflow, are half as exact, and save a fifth of the time of a training pass.
+On a CPU small products reach a tenth of the peak whatever their form; chunks of 32 take 1.3 times as long as those of
+16 (2 cores, B 4, T 1,024, 8 heads of 64).
 """
 
 from collections.abc import Callable
@@ -21,34 +24,27 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 # float32 products are float32 on accelerators too: one bfloat16 pass is 3e-3 off, and SA of `wkv7` feeds on itself.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Rule(NamedTuple):
     """How one chunk is computed; operands are [B, H, C, .] in the dtype of the accumulators.
 
-    forward:   (state_BHKV, operands, reset_BC or None) -> (state_BHKV, y_BHCV)
-    backward:  (state_BHKV, operands, reset_BC or None, dstate_BHKV, dy_BHCV) -> (dstate_BHKV, cotangents of operands)
+    forward:   (state_BHKV, operands, reset_BC or None) -> (state_BHKV, y_BHCV, what backward needs of it: a tuple)
+    backward:  (state_BHKV, operands, reset_BC or None, that tuple, dstate_BHKV, dy_BHCV)
+               -> (dstate_BHKV, cotangents of operands)
     chunk:     C, a power of 2
     """
 
     forward: Callable
     backward: Callable
     chunk: int
-
-
-def by_chunk(forward: Callable, chunk: int) -> Rule:
-    """The rule of a forward pass, whose backward pass computes each chunk again and differentiates it."""
-
-    def backward(state, operands, reset_BC, dstate, dy_BHCV):
-        _, vjp = jax.vjp(lambda state, operands: forward(state, operands, reset_BC), state, operands)
-        return vjp((dstate, dy_BHCV))
-
-    return Rule(forward, backward, chunk)
 
 
 def by_token(step: Callable, step_grads: Callable, chunk: int) -> Rule:
@@ -68,9 +64,9 @@ def by_token(step: Callable, step_grads: Callable, chunk: int) -> Rule:
     def forward(state, operands, reset_BC):
         one = lambda state, x: step(start(state, x[1]), x[0])
         state, y_CBHV = lax.scan(one, state, tokens(operands, reset_BC), unroll=operands[0].shape[2] == 1)
-        return state, jnp.moveaxis(y_CBHV, 0, 2)
+        return state, jnp.moveaxis(y_CBHV, 0, 2), ()
 
-    def backward(state, operands, reset_BC, dstate, dy_BHCV):
+    def backward(state, operands, reset_BC, _, dstate, dy_BHCV):
         tokens_C, reset_C = tokens(operands, reset_BC)
 
         def recompute(state, x):
@@ -92,11 +88,12 @@ def by_token(step: Callable, step_grads: Callable, chunk: int) -> Rule:
 
 
 # Compiled once for its shapes where it is called outside of `jax.jit`, and traced once for all layers where inside.
-@partial(jax.jit, static_argnums=0)
-def recur(rule: Rule, operands: tuple, state_BHKV, reset_BT=None, valid_BT=None):
-    """(y_BTHV, state after the last token) of a rule over T tokens.
+@partial(jax.jit, static_argnums=(0, 1))
+def recur(plain: Rule, trained: Rule, operands: tuple, state_BHKV, reset_BT=None, valid_BT=None):
+    """(y_BTHV, state after the last token) over T tokens.
 
     Args:
+        plain, trained: the rule where no gradient is asked for, and the one where one is.
         operands: arrays [B, T, H, .], or [H, .] for what is the same in every token. At least the first is of the
             former kind. All are zero in tokens that are not valid, which have to leave the state untouched then.
         state_BHKV: before the first token; its dtype is that of the accumulators.
@@ -104,51 +101,51 @@ def recur(rule: Rule, operands: tuple, state_BHKV, reset_BT=None, valid_BT=None)
     """
     if reset_BT is not None and valid_BT is not None:
         reset_BT = reset_BT & valid_BT
-    return _recur(rule, operands, state_BHKV, reset_BT, valid_BT)
+    return _recur(plain, trained, operands, state_BHKV, reset_BT, valid_BT)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recur(rule, operands, state, reset_BT, valid_BT):
-    return _forward(rule, operands, state, reset_BT, valid_BT)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recur(plain, trained, operands, state, reset_BT, valid_BT):
+    return _forward(plain, plain, operands, state, reset_BT, valid_BT)[0]
 
 
-def _forward(rule, operands, state, reset_BT, valid_BT):
+def _forward(_, rule, operands, state, reset_BT, valid_BT):
     T, dtype = operands[0].shape[1], state.dtype
     chunk, starts, padded, reset_BP, valid_BP = _whole_chunks(rule, operands, reset_BT, valid_BT)
 
-    def one_chunk(state, start):
+    def one_chunk(carry, start):
+        state, y_BPHV = carry
         tokens, reset_BC = _read(padded, reset_BP, valid_BP, start, chunk, dtype)
-        new, y_BHCV = rule.forward(state, tokens, reset_BC)
-        return new, (y_BHCV.swapaxes(1, 2), state)
+        new, y_BHCV, kept = rule.forward(state, tokens, reset_BC)
+        return (new, _written(y_BPHV, y_BHCV, start)), (state, kept)
 
-    final, (y_MBCHV, starts_MBHKV) = lax.scan(one_chunk, state, starts, unroll=len(starts) == 1)
-    y_BTHV, starts_MBHKV = checkpoint_name((_joined(y_MBCHV, T), starts_MBHKV), "mixed")
-    return (y_BTHV, final), (operands, starts_MBHKV, reset_BT, valid_BT)
+    y_BPHV = jnp.zeros((*padded[0].shape[:3], state.shape[-1]), dtype)
+    (final, y_BPHV), saved = lax.scan(one_chunk, (state, y_BPHV), starts, unroll=len(starts) == 1)
+    y_BTHV, saved = checkpoint_name((y_BPHV[:, :T], saved), "mixed")
+    return (y_BTHV, final), (operands, saved, reset_BT, valid_BT)
 
 
-def _backward(rule, saved, cotangents):
-    operands, starts_MBHKV, reset_BT, valid_BT = saved
+def _backward(_, rule, residuals, cotangents):
+    operands, saved, reset_BT, valid_BT = residuals
     dy_BTHV, dstate = cotangents
     T, dtype = operands[0].shape[1], dstate.dtype
     chunk, starts, padded, reset_BP, valid_BP = _whole_chunks(rule, (*operands, dy_BTHV), reset_BT, valid_BT)
     constant = [x.ndim == 2 for x in operands]
 
-    def one_chunk(carry, start_and_state):
-        dstate, sums = carry
-        start, state = start_and_state
+    def one_chunk(carry, start_and_saved):
+        dstate, found = carry
+        start, (state, kept) = start_and_saved
         (*tokens, dy_BHCV), reset_BC = _read(padded, reset_BP, valid_BP, start, chunk, dtype)
-        dstate, found = rule.backward(state, tuple(tokens), reset_BC, dstate, dy_BHCV)
+        dstate, here = rule.backward(state, tuple(tokens), reset_BC, kept, dstate, dy_BHCV)
         valid_BC = None if valid_BP is None else lax.dynamic_slice_in_dim(valid_BP, start, chunk, 1)
-        found = [x if valid_BC is None else jnp.where(valid_BC[:, None, :, None], x, 0) for x in found]
-        of_all = [x for x, c in zip(found, constant, strict=True) if c]
-        sums = [total + x.sum((0, 2)) for total, x in zip(sums, of_all, strict=True)]
-        return (dstate, sums), [x.swapaxes(1, 2) for x, c in zip(found, constant, strict=True) if not c]
+        here = [x if valid_BC is None else jnp.where(valid_BC[:, None, :, None], x, 0) for x in here]
+        add = lambda total, x, c: total + x.sum((0, 2)) if c else _written(total, x, start)
+        return (dstate, list(map(add, found, here, constant))), None
 
-    sums = [jnp.zeros(x.shape, dtype) for x in operands if x.ndim == 2]
-    carry, each = lax.scan(one_chunk, (dstate, sums), (starts, starts_MBHKV), reverse=True, unroll=len(starts) == 1)
-    dstate, sums = carry
-    sums, each = iter(sums), iter(each)
-    found = (next(sums) if c else _joined(next(each), T) for c in constant)
+    found = [jnp.zeros(x.shape, dtype) for x in padded[:-1]]
+    each = (starts, saved)
+    (dstate, found), _ = lax.scan(one_chunk, (dstate, found), each, reverse=True, unroll=len(starts) == 1)
+    found = (d if c else d[:, :T] for d, c in zip(found, constant, strict=True))
     return tuple(d.astype(x.dtype) for d, x in zip(found, operands, strict=True)), dstate, None, None
 
 
@@ -181,48 +178,99 @@ def _read(operands, reset_BT, valid_BT, start, chunk, dtype):
     return tuple(map(read, operands)), part(reset_BT)
 
 
-def _joined(x_MBCHV, T):
-    """[B, T, H, V] of chunks."""
-    M, B, C, H, V = x_MBCHV.shape
-    return x_MBCHV.swapaxes(0, 1).reshape(B, M * C, H, V)[:, :T]
+def _written(x_BPHD, part_BHCD, start):
+    return lax.dynamic_update_slice_in_dim(x_BPHD, part_BHCD.swapaxes(1, 2), start, 1)
 
 
-class Decays(NamedTuple):
-    """Log decays summed over parts of a chunk, all at most 0: before each token, after each token, over the whole."""
+class Factors(NamedTuple):
+    """What the tokens of a chunk do to each other and to the state, without the values: P reads and Q writes a token.
 
-    before: jax.Array  # [..., C, K] sum_{j<t} w_j
-    after: jax.Array  # [..., C, K] sum_{j>t} w_j
-    whole: jax.Array  # [..., 1, K]
-
-
-def decayed_scores(x_BHCPK, y_BHCQK, w_BHCK):
-    """(scores_BHPQCC, Decays): scores[p, q, t, i] = sum_K x_tp y_iq exp(sum_{i<j<t} w_j) for i < t, else 0.
-
-    P and Q are how many left and right factors each token has. See the head of this file for the method.
+    whole:   [B, H, 1, K]     decay of the state over the chunk
+    past:    [B, H, P C, K]   how each read sees the state before the chunk
+    end:     [B, H, Q C, K]   how the state after the chunk sees each write
+    scores:  [B, H, P C, Q C] how each read sees each write
     """
-    (B, H, C, P, K), Q = x_BHCPK.shape, y_BHCQK.shape[3]
-    # n blocks of one row each, of c tokens: their number is halved in every round
-    scores = jnp.zeros((B * H * C, 1, P, 1, Q), x_BHCPK.dtype)
-    before = after = jnp.zeros((B * H * C, 1, K), w_BHCK.dtype)
-    whole = w_BHCK.reshape(-1, 1, K)
-    c = 1
-    while c < C:
-        halves = lambda x: (x.reshape(-1, 2, *x.shape[1:])[:, i] for i in (0, 1))
-        first_before, later_before = halves(before)
-        first_after, later_after = halves(after)
-        first_whole, later_whole = halves(whole)
-        first, later = halves(scores)
-        y = y_BHCQK.reshape(-1, 2, c, Q, K)[:, 0] * jnp.exp(first_after)[:, :, None]
-        x = x_BHCPK.reshape(-1, 2, c, P, K)[:, 1] * jnp.exp(later_before)[:, :, None]
-        across = matmul(x.reshape(-1, c * P, K), y.reshape(-1, c * Q, K).swapaxes(1, 2)).reshape(first.shape)
-        top = jnp.concatenate([first, jnp.zeros_like(across)], axis=3)
-        scores = jnp.concatenate([top, jnp.concatenate([across, later], axis=3)], axis=1)
-        before = jnp.concatenate([first_before, first_whole + later_before], axis=1)
-        after = jnp.concatenate([first_after + later_whole, later_after], axis=1)
-        whole = first_whole + later_whole
-        c *= 2
-    own = lambda x: x.reshape(B, H, *x.shape[1:])
-    return own(scores).transpose(0, 1, 3, 5, 2, 4), Decays(*map(own, (before, after, whole)))
+
+    whole: jax.Array
+    past: jax.Array
+    end: jax.Array
+    scores: jax.Array
+
+
+def factors(reads: tuple, writes: tuple, w_BHCK, own_BHCPQ, reset_BC=None) -> Factors:
+    """Factors of a chunk, by the method at the head of this file.
+
+    Args:
+        reads: P arrays [B, H, C, K]. One at t sees what i wrote decayed by exp(sum_{i<j<t} w_j).
+        writes: Q arrays [B, H, C, K].
+        w_BHCK: log decays, at most 0; -inf too.
+        own_BHCPQ: how reads see the writes of their own token.
+        reset_BC: True where a token sees nothing before itself.
+    """
+    before, after, whole, *borders = _decays(w_BHCK)
+    past, end = (jnp.stack([z * decay for z in zs], axis=2) for zs, decay in ((reads, before), (writes, after)))
+    scores = _scores(reads, writes, borders, own_BHCPQ)
+    if reset_BC is not None:  # numbers of documents, the first of which began before the chunk
+        number_BC = jnp.cumsum(reset_BC, axis=1)
+        whole = jnp.where(number_BC[:, -1, None, None, None] == 0, whole, 0)
+        past = jnp.where((number_BC == 0)[:, None, None, :, None], past, 0)
+        end = jnp.where((number_BC == number_BC[:, -1:])[:, None, None, :, None], end, 0)
+        same_BC1C = (number_BC[:, :, None] == number_BC[:, None])[:, :, None]
+        scores = jnp.where(same_BC1C[:, None, None], scores, 0)
+    B, H, P, C, Q, _ = scores.shape
+    rows = lambda z: z.reshape(B, H, -1, z.shape[-1])
+    return Factors(whole, rows(past), rows(end), scores.reshape(B, H, P * C, Q * C))
+
+
+def _decays(w_BHCK):
+    """Products of decays [B, H, C, K]: before each token, after each, over all ([B, H, 1, K]), and, for blocks of
+    4, 8, ... tokens, between each token and the border of the block's halves.
+
+    All exponents are one product with a matrix of 0 and 1. It takes no infinities: e^-10000 is 0 in float64 as well.
+    """
+    C = w_BHCK.shape[2]
+    t, j = np.mgrid[:C, :C]
+    rows = [j < t, j > t, np.ones((1, C), bool)]
+    for c in _halves(C)[1:]:  # between neighbours there is no decay
+        later = t // c % 2 == 1
+        rows.append((t // c == j // c) & np.where(later, j < t, j > t))
+    w_BHCK = jnp.maximum(w_BHCK, -1e4)
+    return [jnp.exp(_linear(x, w_BHCK)) for x in rows]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(matrix, x_BHCK):
+    """matrix x. Derived automatically, the backward pass transposes its operand, a tenth of the time of all."""
+    return matmul(jnp.asarray(matrix, x_BHCK.dtype), x_BHCK)
+
+
+_linear.defvjp(lambda matrix, x: (_linear(matrix, x), None), lambda matrix, _, dy: (_linear(matrix.T, dy),))
+
+
+def _halves(C):
+    """1, 2, 4, ... C/2."""
+    return [1 << i for i in range(C.bit_length() - 1)]
+
+
+def _scores(reads, writes, borders, own_BHCPQ):
+    """[B, H, P, C, Q, C]: blocks of one token, then of two, ... until one block is the chunk.
+
+    Reads and writes are lists, as a decay of all in one array has a sum over P for its gradient, which takes XLA's
+    CPU compiler longer than the products.
+    """
+    B, H, C, P, Q = own_BHCPQ.shape
+    scores = own_BHCPQ[:, :, :, :, None, :, None]
+    for c, decay in zip(_halves(C), [1, *borders], strict=False):
+        n = C // (2 * c)
+        half = lambda z, later: z.reshape(B, H, n, 2, c, -1)[:, :, :, later]  # noqa: B023
+        later_reads = jnp.concatenate([half(z * decay, 1) for z in reads], axis=3)
+        first_writes = jnp.concatenate([half(z * decay, 0) for z in writes], axis=3)
+        across = matmul(later_reads, first_writes.mT).reshape(B, H, n, P, c, Q, c)
+        blocks = scores.reshape(B, H, n, 2, P, c, Q, c)
+        first, later = blocks[:, :, :, 0], blocks[:, :, :, 1]
+        top = jnp.concatenate([first, jnp.zeros_like(across)], axis=-1)
+        scores = jnp.concatenate([top, jnp.concatenate([across, later], axis=-1)], axis=4)
+    return scores[:, :, 0]
 
 
 @jax.custom_vjp
@@ -257,13 +305,3 @@ def _inverse_backward(x, dx):
 
 
 inverse.defvjp(_inverse_forward, _inverse_backward)
-
-
-def documents(reset_BC):
-    """Which tokens of a chunk see each other: (same_BCC, past_BC, last_BC).
-
-    same[t, i]: both are of one document; past[t]: t's document has begun before the chunk; last[i]: i's document is
-    the one at the end of the chunk.
-    """
-    number_BC = jnp.cumsum(reset_BC, axis=1)
-    return number_BC[:, :, None] == number_BC[:, None], number_BC == 0, number_BC == number_BC[:, -1:]

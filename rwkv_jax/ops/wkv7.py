@@ -18,9 +18,12 @@ the one that trains. There is none that scans over all prefixes at once, as `wkv
 matrix, 57 times the arithmetic of the recurrence, and 32 KB a token and head of 64.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 
-from rwkv_jax.ops.chunks import by_chunk, by_token, decayed_scores, documents, inverse, matmul, recur
+from rwkv_jax.ops.chunks import Factors, Rule, by_token, einsum, factors, inverse, matmul, recur
 from rwkv_jax.ops.dispatch import accumulator_dtype, check_form, check_shapes, target_platform
 
 FORMS = ("scan", "chunked")
@@ -38,8 +41,8 @@ def wkv7(r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state=None, *, reset_BT
         reset_BT: True where a new document starts: the token sees nothing before itself.
         valid_BT: False where a token is padding: it leaves the state untouched, its y is 0 and takes no gradient (a
             reset there is ignored).
-        impl: "scan", "chunked", or None for the one that suits `target_platform()` and T. A named form is never
-            replaced.
+        impl: "scan", "chunked", or None for what suits `target_platform()` and T, with a gradient or without. A named
+            form is never replaced.
 
     Returns:
         y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in that of the accumulators:
@@ -65,13 +68,22 @@ def wkv7(r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state=None, *, reset_BT
     state = jnp.zeros((B, H, K, V), dtype) if state is None else state.astype(dtype)
     if T == 0:
         return v_BTHV, state
-    y_BTHV, state = recur(RULES[impl or suited_form(target_platform(), T)], operands, state, reset_BT, valid_BT)
+    plain, trained = (impl, impl) if impl else suited_forms(target_platform(), T)
+    y_BTHV, state = recur(RULES[plain], RULES[trained], operands, state, reset_BT, valid_BT)
     return y_BTHV.astype(v_BTHV.dtype), state
 
 
-def suited_form(platform: str, T: int) -> str:
-    """ "scan" for one token, else "chunked", on every platform: crossovers are not measured yet."""
-    return "scan" if T == 1 else "chunked"
+def suited_forms(platform: str, T: int) -> tuple[str, str]:
+    """The forms of a value alone and of a value with gradients.
+
+    Milliseconds of the scan / of chunks on 2 CPU cores, 12 (B 1) and 8 (B 4) heads of 64:
+
+        a value       B 1: T 1  0.03 / 0.06   T 256  4.5 / 9.5       B 4: T 1,024  59 / 93
+        gradients     B 1: T 1  0.3 / 0.5     T 16  5.0 / 2.1        B 4: T 1,024  575 / 318
+
+    Elsewhere nothing has been measured: a scan over tokens leaves an accelerator idle.
+    """
+    return "scan" if T == 1 or platform == "cpu" else "chunked", "scan" if T == 1 else "chunked"
 
 
 # ------------------------------------------------------------------------------------ scan over tokens
@@ -79,59 +91,72 @@ def suited_form(platform: str, T: int) -> str:
 
 def _step(state, token):
     r, w, k, v, a, b = token
-    s = (a[..., None] * state).sum(-2)
+    s = einsum("bhk,bhkv->bhv", a, state)
     state = jnp.exp(w)[..., None] * state + b[..., None] * s[..., None, :] + k[..., None] * v[..., None, :]
-    return state, (r[..., None] * state).sum(-2)
+    return state, einsum("bhk,bhkv->bhv", r, state)
 
 
 def _step_grads(state, token, dstate, dy):
     r, w, k, v, a, b = token
-    decay, s = jnp.exp(w), (a[..., None] * state).sum(-2)
+    decay, s = jnp.exp(w), einsum("bhk,bhkv->bhv", a, state)
     dstate = dstate + r[..., None] * dy[..., None, :]
     dot = lambda x, y: (x * y).sum(-1, keepdims=True)
-    dr = decay * (state * dy[..., None, :]).sum(-1) + b * dot(s, dy) + k * dot(v, dy)
+    by_key, by_value = partial(einsum, "bhkv,bhv->bhk"), partial(einsum, "bhkv,bhk->bhv")
+    dr = decay * by_key(state, dy) + b * dot(s, dy) + k * dot(v, dy)
     dw = decay * (dstate * state).sum(-1)
-    dk, db = (dstate * v[..., None, :]).sum(-1), (dstate * s[..., None, :]).sum(-1)
-    dv, ds = (dstate * k[..., None]).sum(-2), (dstate * b[..., None]).sum(-2)
-    da = (state * ds[..., None, :]).sum(-1)
+    dk, db = by_key(dstate, v), by_key(dstate, s)
+    dv, ds = by_value(dstate, k), by_value(dstate, b)
+    da = by_key(state, ds)
     return decay[..., None] * dstate + a[..., None] * ds[..., None, :], (dr, dw, dk, dv, da, db)
 
 
 # ------------------------------------------------------------------------------------ chunks of tokens
 
 
+def _factors(r, w, k, a, b, reset_BC):
+    """Reads a and r, writes b and k; r also sees its own token, and what is older decayed by it."""
+    own = jnp.stack([(r * b).sum(-1), (r * k).sum(-1)], axis=-1)
+    own = jnp.stack([jnp.zeros_like(own), own], axis=-2)
+    return factors((a, r * jnp.exp(w)), (b, k), w, own, reset_BC)
+
+
 def _chunk_forward(state, operands, reset_BC):
-    """What the tokens of a chunk find at their a, s_t = S_{t-1}^T a_t, depends on what earlier ones found:
+    """What the tokens of a chunk find at their a, s_t = S_{t-1}^T a_t, depends on what earlier ones found. With M_xy
+    the scores of reads x and writes y, strictly lower triangular for a:
 
-        SA = (A e^before) S + M_ab SA + M_ak V        =>    SA = (I - M_ab)^-1 ((A e^before) S + M_ak V)
-        Y  = (R e^w e^before) S + M_rb SA + M_rk V
-        S <- e^whole S + (B e^after)^T SA + (K e^after)^T V
-
-    where M_xy are `decayed_scores`, strictly lower triangular for a; a token's own write counts for r.
+        SA = past_a S + M_ab SA + M_ak V        =>    SA = X (past_a S + M_ak V),   X = (I - M_ab)^-1
+        Y  = past_r S + M_rb SA + M_rk V
+        S <- whole S + end_b^T SA + end_k^T V
     """
     r, w, k, v, a, b = operands
     C = r.shape[2]
-    x, y = jnp.stack([a, r * jnp.exp(w)], axis=3), jnp.stack([b, k], axis=3)
-    scores, decays = decayed_scores(x, y, w)
-    own = jnp.where(jnp.eye(C, dtype=bool), (r[:, :, :, None] * y).sum(-1).swapaxes(2, 3)[..., None], 0)
-    from_past = (x * jnp.exp(decays.before)[..., None, :]).swapaxes(2, 3)
-    to_end = (y * jnp.exp(decays.after)[..., None, :]).swapaxes(2, 3)
-    past = jnp.exp(decays.whole).mT * state
-    if reset_BC is not None:
-        same, of_past, of_last = documents(reset_BC)
-        scores = jnp.where(same[:, None, None, None], scores, 0)
-        from_past = jnp.where(of_past[:, None, None, :, None], from_past, 0)
-        to_end = jnp.where(of_last[:, None, None, :, None], to_end, 0)
-        past = jnp.where(of_past[:, -1, None, None, None], past, 0)
-    (ab, ak), (rb, rk) = scores.transpose(2, 3, 0, 1, 4, 5)
-    flat = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
-    found = matmul(flat(from_past), state) + matmul(jnp.concatenate([ak, rk + own[:, :, 1]], axis=2), v)
-    sa = matmul(inverse(ab), found[:, :, :C])
-    y_BHCV = found[:, :, C:] + matmul(rb + own[:, :, 0], sa)
-    return past + matmul(flat(to_end).mT, jnp.concatenate([sa, v], axis=2)), y_BHCV
+    whole, past, end, m = _factors(r, w, k, a, b, reset_BC)
+    found = matmul(past, state) + matmul(m[:, :, :, C:], v)
+    x = inverse(m[:, :, :C, :C])
+    sa = matmul(x, found[:, :, :C])
+    y = found[:, :, C:] + matmul(m[:, :, C:, :C], sa)
+    state = whole.mT * state + matmul(end.mT, jnp.concatenate([sa, v], axis=2))
+    return state, y, (m, x, sa)
+
+
+def _chunk_backward(state, operands, reset_BC, kept, dstate, dy):
+    """With F = [past_a; past_r] S + [M_ak; M_rk] V, and dL/dM_ab = dF_a SA^T since SA = X F_a."""
+    r, w, k, v, a, b = operands
+    m, x, sa = kept
+    C = r.shape[2]
+    (whole, past, end, _), factors_vjp = jax.vjp(lambda *z: _factors(*z, reset_BC), r, w, k, a, b)
+    values = jnp.concatenate([sa, v], axis=2)
+    dvalues = matmul(end, dstate) + matmul(m[:, :, C:].mT, dy)
+    dfound_a = matmul(x.mT, dvalues[:, :, :C])
+    dv = dvalues[:, :, C:] + matmul(m[:, :, :C, C:].mT, dfound_a)
+    dfound = jnp.concatenate([dfound_a, dy], axis=2)
+    dwhole = (state * dstate).sum(-1)[:, :, None]
+    dfactors = Factors(dwhole, matmul(dfound, state.mT), matmul(values, dstate.mT), matmul(dfound, values.mT))
+    dr, dw, dk, da, db = factors_vjp(dfactors)
+    return whole.mT * dstate + matmul(past.mT, dfound), (dr, dw, dk, dv, da, db)
 
 
 RULES = {
     "scan": by_token(_step, _step_grads, 32),
-    "chunked": by_chunk(_chunk_forward, 16),
+    "chunked": Rule(_chunk_forward, _chunk_backward, 16),
 }

@@ -162,6 +162,15 @@ def test_form_computes_the_numbers_of_an_independent_float64_program(op, form):
     np.testing.assert_allclose(grads[1][0, 3, 0], dw, atol=1e-7)
 
 
+def test_wkv7_on_a_cpu_scans_for_values_and_trains_in_chunks():
+    operands, state = case("wkv7", 17)[1:3]
+    value = lambda impl: lambda *args: wkv7(*args, impl=impl)[0]
+    grads = lambda impl: jax.grad(lambda *args: value(impl)(*args).sum())
+    equal = lambda *pair: np.array_equal(*(jax.jit(f)(*operands, state) for f in pair))
+    assert equal(value(None), value("scan")) and not equal(value(None), value("chunked"))
+    assert equal(grads(None), grads("chunked")) and not equal(grads(None), grads("scan"))
+
+
 def test_inverse_is_exact_where_keys_repeat():
     C = 64
     rng = np.random.default_rng(0)
