@@ -14,6 +14,7 @@ __all__ = ["COLOURS", "draw", "panels", "plt", "saved", "titled"]
 # One colour an arm, in every figure.
 COLOURS = {
     "rwkv4": "#c0392b",
+    "rwkv7": "#e67e22",
     "transformer": "#2c3e50",
     "transformer+shift": "#2980b9",
     "transformer, no cache": "#7f8c8d",

@@ -12,7 +12,7 @@ from rwkv_jax.files import read_json, user_path
 def render(results) -> str:
     """One column an arm, then the levels that counting reaches and what the numbers are."""
     arms, preset = results["arms"], results["preset"]
-    best = {"rwkv4": "state carried", "transformer": "sliding window", "transformer+shift": "sliding window"}
+    best = lambda arm: "sliding window" if arm.startswith("transformer") else "state carried"
     rows = [
         ("", list(arms)),
         ("parameters", [f"{a['parameters']:,}" for a in arms.values()]),
@@ -22,7 +22,7 @@ def render(results) -> str:
         ("bits/byte, windows", [f"{a['bits_per_byte']:.3f}" for a in arms.values()]),
         *[row for other in next(iter(arms.values()))["minus"] for row in _against(other, arms)],
         ("bits/byte, best practice", [f"{a['best_practice_bits_per_byte']:.3f}" for a in arms.values()]),
-        ("  which is", [best[arm] for arm in arms]),
+        ("  which is", [best(arm) for arm in arms]),
         ("training tokens/s", [f"{a['tokens_per_second']:,.0f}" for a in arms.values()]),
         ("  share of matmul peak", [f"{100 * a['share_of_peak']:.0f} %" for a in arms.values()]),
     ]
