@@ -65,8 +65,8 @@ def official(dtype=np.float32, num_layers=L):
 @functools.cache
 def tiny(dtype="float32", scan=True, kind="rwkv4", **fields):
     """(model, params) as `load` returns the model of an official file with weights of `dtype`."""
-    sizes = {"vocab_size": V, "num_layers": L, "dim": D, "hidden_dim": F} | RELEASED[kind]
-    model, params = drawn(rwkv_jax.build(kind, **sizes, **fields))
+    sizes = {"vocab_size": V, "num_layers": L, "dim": D, "hidden_dim": F}
+    model, params = drawn(rwkv_jax.build(kind, **(sizes | RELEASED[kind] | fields)))
     keeps = lambda path: path[-1].key in KEPT_WIDE
     params = jax.tree.map_with_path(lambda path, x: x if keeps(path) else x.astype(jnp.dtype(dtype)), params)
     model = model.clone(scan=scan, dtype="float32" if dtype == "float16" else dtype, param_dtype=dtype)
