@@ -111,6 +111,19 @@ def test_rwkv_cpp_keeps_decays_of_rwkv5_that_float32_rounds_to_0_and_1(tmp_path)
     assert np.isfinite(found).all() and np.abs(found - decays)[3:6].max() < 1e-4
 
 
+def test_rwkv_cpp_decays_of_an_rwkv5_file_survive_reading_and_writing(tmp_path):
+    rwkv_jax.save(tmp_path / "m", *tiny(kind="rwkv5", head_norm_epsilon=1e-5), format="rwkv.cpp")
+    content, decays = (
+        (tmp_path / "m").read_bytes(),
+        np.float32([1e-30, 0.003, 0.05, 0.13, 0.21, 0.6, 0.9973, 1 - 2**-24]),
+    )
+    before = tensors_of(tmp_path / "m")["blocks.0.att.time_decay"].tobytes()
+    (tmp_path / "m").write_bytes(content.replace(before, decays.tobytes()))
+    rwkv_jax.save(tmp_path / "again", *rwkv_jax.load(tmp_path / "m"), format="rwkv.cpp")
+    found = tensors_of(tmp_path / "again")["blocks.0.att.time_decay"].ravel()
+    assert np.abs(found - decays).max() < 3e-8 and found[4:].tobytes() == decays[4:].tobytes()
+
+
 def test_rwkv_cpp_file_of_one_head_is_read_as_its_converter_squeezes_it(tmp_path):
     """[K, 1] for [H, K, 1]."""
     tensors, _ = trained("rwkv5")
