@@ -206,9 +206,10 @@ def _stored(name: str, tensors: Mapping[str, np.ndarray], kind: str) -> np.ndarr
         return x.reshape(*tensors[name.replace("time_decay", "time_faaaa")].shape, 1)
     if name.endswith(".time_faaaa"):
         return x[..., None]
+    if name.endswith(".att.x_r"):
+        return np.stack([np.asarray(tensors[f"{name[:-1]}{c}"])[0] for c in _MIXES])
     if ".att.x_" in name:
-        mixes = [np.asarray(tensors[f"{name[:-1]}{c}"])[0] for c in _MIXES]
-        return np.stack(mixes) if name.endswith("x_r") else None
+        return None
     if ".time_" in name and VECTORS.match(name):
         return x.reshape(-1)
     return x.swapaxes(-2, -1) if _TRANSPOSED.match(name) else x
