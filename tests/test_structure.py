@@ -158,7 +158,8 @@ def test_kinds_of_layers_are_named_in_their_own_files_and_the_weight_tables_only
     """What other code knows of a kind stands in its record: see `models/block.py`."""
     from rwkv_jax.models import KINDS
 
-    own = {f"models/{name}.py" for name in ("kinds", *KINDS)} | {"interop/official.py", "interop/huggingface.py"}
+    own = {f"models/{name}.py" for name in ("kinds", *KINDS)}
+    own |= {f"interop/{name}.py" for name in ("official", "huggingface", "fla", "rwkv_cpp")}
     name, wrong = re.compile(rf"\b({'|'.join(KINDS)})\b"), []
     for path in SOURCES:
         if path.is_relative_to(ROOT / "rwkv_jax") and path.relative_to(ROOT / "rwkv_jax").as_posix() not in own:

@@ -1,8 +1,9 @@
-"""Tiny RWKV-4 weights that no program initialises, and comparisons of tensors bit for bit."""
+"""Tiny weights that no program initialises, and comparisons of tensors bit for bit."""
 
 import contextlib
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,14 @@ from small import drawn
 import rwkv_jax
 
 V, L, D, F = 11, 2, 8, 24
-DECAYS = ("time_decay", "time_first")  # float32 in every model
+DECAYS = ("time_decay", "time_first")  # float32 in every model, with the next two of later versions
+KEPT_WIDE = (*DECAYS, "time_faaaa", "w0")
+RELEASED = {  # fields of `tiny` by kind
+    "rwkv4": {},
+    "rwkv5": {"head_size": 4},
+    "rwkv6": {"head_size": 4, "low_ranks": (3, 5)},
+    "rwkv7": {"head_size": 4, "low_ranks": (3, 5, 2, 6)},
+}
 NAMES = {
     "pth": "m.pth",
     "safetensors": "m.safetensors",
@@ -55,14 +63,22 @@ def official(dtype=np.float32, num_layers=L):
 
 
 @functools.cache
-def tiny(dtype="float32", scan=True):
+def tiny(dtype="float32", scan=True, kind="rwkv4", **fields):
     """(model, params) as `load` returns the model of an official file with weights of `dtype`."""
-    fields = {"vocab_size": V, "num_layers": L, "dim": D, "hidden_dim": F}
-    model, params = drawn(rwkv_jax.build("rwkv4", **fields))
-    keeps = lambda path: path[-1].key in DECAYS
+    sizes = {"vocab_size": V, "num_layers": L, "dim": D, "hidden_dim": F}
+    model, params = drawn(rwkv_jax.build(kind, **(sizes | RELEASED[kind] | fields)))
+    keeps = lambda path: path[-1].key in KEPT_WIDE
     params = jax.tree.map_with_path(lambda path, x: x if keeps(path) else x.astype(jnp.dtype(dtype)), params)
     model = model.clone(scan=scan, dtype="float32" if dtype == "float16" else dtype, param_dtype=dtype)
     return model, params if scan else rwkv_jax.unstack(params)
+
+
+@functools.cache
+def trained(kind):
+    """(tensors after 150 steps of the released trainer, all arrays of the file): 3 layers, 2 heads of 32 channels."""
+    with np.load(Path(__file__).parent / "goldens" / f"official_trajectory{kind[-1]}.npz") as arrays:
+        arrays = dict(arrays)
+    return {k.removeprefix("final/"): x for k, x in arrays.items() if k.startswith("final/")}, arrays
 
 
 def write_workdir(path, model, params, *steps):

@@ -29,8 +29,10 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
     """Model and parameters from a file or folder, whose format is detected from its content.
 
     It is an official `.pth` of RWKV-4, 5.2, 6 or 7; a `.safetensors` with official or transformers' names, or one of
-    ours, with any model; a folder of transformers' RwkvForCausalLM; or an rwkv.cpp file, FP32 or FP16. `rwkv_jax.load`
-    takes a training workdir too.
+    ours, with any model; a folder for transformers, of its RwkvForCausalLM (RWKV-4) or flash-linear-attention's
+    RWKV7ForCausalLM; or an rwkv.cpp file of any of these versions, FP32 or FP16. `rwkv_jax.load` takes a training
+    workdir too. The model computes what the code does that the file is for: RWKV-5.2 in files of rwkv.cpp has another
+    `head_norm_epsilon` than as released.
 
     Args:
       path: of a file or folder, or a name on the Hugging Face hub: see `locate`.
@@ -44,9 +46,9 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
       ValueError: what is there is damaged, or is none of these.
     """
     path = locate(path)
-    tensors, fields = _read(path)
+    tensors, fields, epsilon = _read(path)
     with formats.naming(path):
-        loaded = from_official(tensors, dtype, sharding, scan, fields)
+        loaded = from_official(tensors, dtype, sharding, scan, fields, epsilon)
     if path.is_dir():
         huggingface.report_rescaling(path, tensors)
     return loaded
@@ -55,13 +57,14 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
 def describe(path) -> nn.Module:
     """The model that `load` would return for `path`, without reading its parameters; the same errors."""
     path = locate(path)
-    tensors, fields = _read(path)
+    tensors, fields, epsilon = _read(path)
     with formats.naming(path):
-        return model_of(tensors, fields=fields)
+        return model_of(tensors, fields=fields, head_norm_epsilon=epsilon)
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    """The tensors of a file or folder by official name, and the model's fields where the file is one of ours."""
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None, float]:
+    """The tensors of a file or folder by official name, the model's fields where the file is one of ours, and the
+    epsilon of the heads' norm in the code that it is for."""
     fields = None
     if path.is_dir():
         tensors = huggingface.read(path)
@@ -70,9 +73,13 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
         if _FIELDS in metadata:
             with formats.naming(f"{path}: its metadata {_FIELDS!r}"):
                 fields = files.parse_json(metadata[_FIELDS])
+    elif kind == "rwkv.cpp":
+        tensors = rwkv_cpp.read(path)
+        return tensors, fields, rwkv_cpp.head_norm_epsilon(tensors)
     else:
-        tensors = pth.read(path) if kind == "pth" else rwkv_cpp.read(path)
-    return huggingface.named_officially(tensors), fields
+        tensors = pth.read(path)
+    tensors, epsilon = huggingface.named_officially(tensors)
+    return tensors, fields, epsilon
 
 
 def locate(path) -> Path:
@@ -115,8 +122,8 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
 
     Args:
       format: "pth", the official state dict; "safetensors", the same tensors and the model's fields, for any model;
-        "huggingface", a folder for transformers; "rwkv.cpp", float16 if the parameters are, else float32. None takes
-        it from the suffix of `path`: .pth, .safetensors, or none for a folder.
+        "huggingface", a folder for transformers, of RWKV-4 or 7; "rwkv.cpp", float16 if the parameters are, else
+        float32. None takes it from the suffix of `path`: .pth, .safetensors, or none for a folder.
 
     Raises:
       ValueError: the format is not supported, cannot hold this model, or `params` are not this model's.
@@ -130,8 +137,10 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
         check(tensors, model)
     if format == "safetensors":
         safetensors_file.write(path, tensors, {"format": "pt", _FIELDS: json.dumps(_fields(model))})
+    elif format == "pth":
+        pth.write(path, tensors)
     else:
-        {"pth": pth, "huggingface": huggingface, "rwkv.cpp": rwkv_cpp}[format].write(path, tensors)
+        {"huggingface": huggingface, "rwkv.cpp": rwkv_cpp}[format].write(path, tensors, model.head_norm_epsilon)
 
 
 def _unreleased(model: nn.Module, format: str) -> str | None:
@@ -139,7 +148,7 @@ def _unreleased(model: nn.Module, format: str) -> str | None:
     others = [f"{name!r} layers" for name, kind, _ in model.unit if format not in kind.formats]
     others += ["layers of several kinds"] if len({name for name, _, _ in model.unit}) > 1 else []
     switches = dict(model.variant) | ({} if model.embedding_norm else {"embedding_norm": False})
-    if model.head_norm_epsilon != RELEASED_EPSILON:
+    if format == "pth" and model.head_norm_epsilon != RELEASED_EPSILON:  # the other formats know more of it
         switches["head_norm_epsilon"] = model.head_norm_epsilon
     return next(iter([*others, *(f"{name}={value!r}" for name, value in switches.items())]), None)
 

@@ -1,7 +1,9 @@
-"""Folders of transformers' RwkvForCausalLM and the hub that shares them; neither torch nor transformers is needed.
+"""Folders for transformers, and the hub that shares them; neither torch nor transformers is needed.
 
-A folder is `config.json` beside `model.safetensors` or `pytorch_model.bin`, each perhaps in parts that an index
-names. Beware: transformers' `save_pretrained`, called after a forward pass in evaluation with its default
+They hold RWKV-4 for its own RwkvForCausalLM, or RWKV-7 for flash-linear-attention's, see `fla`. A folder is
+`config.json` beside `model.safetensors` or `pytorch_model.bin`, each perhaps in parts that an index names.
+
+Beware: transformers' `save_pretrained` of RWKV-4, called after a forward pass in evaluation with its default
 `rescale_every` of 6, stores weights from layer 6 on divided by 2, 4, ... and says so nowhere, so that neither
 transformers nor this module reads back the model that was saved. Loading says so where the sizes of the weights tell.
 Folders written here ask for no rescaling, unless the weights are float16, whose range needs it.
@@ -18,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_jax import files
-from rwkv_jax.interop import formats, pth, safetensors_file
-from rwkv_jax.interop.official import layer_count, without_prefix
+from rwkv_jax.interop import fla, formats, pth, safetensors_file
+from rwkv_jax.interop.official import layer_count, version_of, without_prefix
+from rwkv_jax.models.block import RELEASED_EPSILON
 
 SHARD_BYTES = 5 * 10**9  # of tensors in one file
 # Where `read` looks for weights, and their parts.
@@ -41,6 +44,7 @@ _RENAMED = {
     "time_mix_r": "time_mix_receptance",
 }
 _CARRIED = {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-5}  # by our model; also what is not written
+_TYPES = {"rwkv": ("RWKV-4", _CARRIED), "rwkv7": ("RWKV-7", fla.CARRIED)}  # by model_type of a config.json
 
 
 def to_transformers(name: str) -> str:
@@ -60,13 +64,20 @@ def to_official_name(name: str) -> str:
     return name
 
 
-def named_officially(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors by official name, which may come by transformers' names or with DeepSpeed's prefix."""
-    return {to_official_name(name): x for name, x in without_prefix(tensors).items()}
+def named_officially(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
+    """Tensors by official name, which may come by a name of transformers or with DeepSpeed's prefix.
+
+    Returns them with the epsilon of the heads' norm in the code whose names they had.
+    """
+    tensors = without_prefix(tensors)
+    if fla.names(tensors):
+        tensors = fla.from_fla(tensors)
+        return tensors, fla.head_norm_epsilon(tensors) if "blocks.0.att.r_k" in tensors else RELEASED_EPSILON
+    return {to_official_name(name): x for name, x in tensors.items()}, RELEASED_EPSILON
 
 
 def read(folder) -> dict[str, np.ndarray]:
-    """The tensors in a folder by official name: views of its memory-mapped files.
+    """The tensors in a folder by the names that they have there: views of its memory-mapped files.
 
     Raises:
       ValueError: it is of another kind or of a variant that our model cannot carry, a file is damaged or missing.
@@ -79,17 +90,20 @@ def read(folder) -> dict[str, np.ndarray]:
     tensors = {}
     for path in _parts(present) if present.suffix == ".json" else [present]:
         tensors |= pth.read(path) if formats.format_of(path) == "pth" else safetensors_file.read(path)[0]
-    return named_officially(tensors)
+    return tensors
 
 
 def _check_config(path: Path) -> None:
     config = files.read_json(path)
-    if config.get("model_type") != "rwkv":
-        raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; only 'rwkv' (RWKV-4) is supported")
-    width = config.get("hidden_size")
-    for key, carried in {**_CARRIED, "attention_hidden_size": width}.items():
-        if config.get(key) not in (None, carried):
-            raise ValueError(f"{path}: {key} is {config[key]!r:.99}; RWKV-4 as released has {carried!r:.99}")
+    found = config.get("model_type")
+    if not isinstance(found, str) or found not in _TYPES:
+        known = " and ".join(f"{name!r} ({version})" for name, (version, _) in _TYPES.items())
+        raise ValueError(f"{path}: model_type is {found!r:.99}; only {known} are supported")
+    version, carried = _TYPES[found]
+    width = {"attention_hidden_size": config.get("hidden_size")}
+    for key, value in {**carried, **width}.items():
+        if config.get(key) not in (None, value):
+            raise ValueError(f"{path}: {key} is {config[key]!r:.99}; {version} as released has {value!r:.99}")
 
 
 def report_rescaling(folder, tensors: Mapping[str, np.ndarray]) -> None:
@@ -99,11 +113,12 @@ def report_rescaling(folder, tensors: Mapping[str, np.ndarray]) -> None:
     they change from layer to layer around.
 
     Args:
-        tensors: those of `read`.
+        tensors: those of `read`, by official name.
     """
-    every = files.read_json(Path(folder) / "config.json").get("rescale_every", 6)  # transformers' default
+    config = files.read_json(Path(folder) / "config.json")
+    every = config.get("rescale_every", 6)  # transformers' default
     first = range(every, layer_count(tensors), every) if isinstance(every, int) and every > 2 else ()
-    if not first:
+    if not first or config["model_type"] != "rwkv":
         return
     sizes = {name: _log2_sizes(tensors, name) for name in ("att.output", "ffn.value")}
     if all(_halves(size_L, layer) for size_L in sizes.values() for layer in first):
@@ -141,23 +156,35 @@ def _parts(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def write(folder, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write official RWKV-4 tensors as a folder that `RwkvForCausalLM.from_pretrained` loads, whole or not at all.
+def write(folder, tensors: Mapping[str, np.ndarray], epsilon: float = RELEASED_EPSILON) -> None:
+    """Write official tensors of RWKV-4 or 7 as a folder that `from_pretrained` loads, whole or not at all.
 
     Over an earlier folder of this kind, whose other files (a tokenizer) are kept.
+
+    Args:
+      epsilon: of the heads' norm of their model.
 
     Raises:
       FileExistsError: something else is there.
       FileNotFoundError: the folder in which it goes does not exist.
+      ValueError: the model would be computed with another epsilon.
     """
     folder = Path(folder)
     check_folder(folder)
+    of_fla = version_of(tensors) == "rwkv7"
+    its = fla.head_norm_epsilon(tensors) if of_fla else RELEASED_EPSILON
+    if epsilon != its:
+        raise ValueError(
+            f"{folder}: transformers would compute this model with head_norm_epsilon={its}, "
+            f"and it has {epsilon}; use .safetensors"
+        )
+    config = fla.config(tensors) if of_fla else _config(tensors)
+    tensors = fla.to_fla(tensors) if of_fla else {to_transformers(name): x for name, x in tensors.items()}
     with files.written_folder(folder) as new:
         if folder.is_dir():
             weights = shutil.ignore_patterns("config.json", *_WEIGHTS, *_PARTS)
             shutil.copytree(folder, new, symlinks=True, ignore=weights, dirs_exist_ok=True)
-        (new / "config.json").write_text(json.dumps(_config(tensors), indent=2) + "\n")
-        tensors = {to_transformers(name): x for name, x in tensors.items()}
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         from huggingface_hub import split_state_dict_into_shards_factory  # here, because it imports an HTTP client
 
         parts = split_state_dict_into_shards_factory(
@@ -182,7 +209,7 @@ def check_folder(folder: Path) -> None:
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        known = files.read_json(folder / "config.json").get("model_type") == "rwkv"
+        known = files.read_json(folder / "config.json").get("model_type") in list(_TYPES)
     except (ValueError, OSError):
         known = False
     if not known:

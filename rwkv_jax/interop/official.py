@@ -20,10 +20,11 @@ from tqdm import tqdm
 from rwkv_jax import files
 from rwkv_jax.interop import formats
 from rwkv_jax.models import KINDS, build, parameter_shapes
+from rwkv_jax.models.block import RELEASED_EPSILON
 from rwkv_jax.models.kinds import DEFAULT
 
-# Vectors that are [1, 1, D] in a state dict; see `_lifted` for one more.
-_VECTORS = re.compile(r"(time_mix_\w|time_maa_[a-z]|x_[a-z]|[wav]0|k_k|k_a)$")
+# Vectors that are [1, 1, D] in a state dict, by the last part of their names; see `_lifted` for one more.
+VECTORS = re.compile(r"(?:.*\.)?(time_mix_\w|time_maa_[a-z]|x_[a-z]|[wav]0|k_k|k_a)$")
 # Part of a released trainer's file of RWKV-7, and read by nothing: the first layer has no value residual.
 _UNUSED = re.compile(r"blocks\.0\.att\.v[012]$")
 # Parts of names that tell a version which is not supported.
@@ -43,6 +44,7 @@ def from_official(
     sharding: Any = None,
     scan: bool = True,
     fields: Mapping[str, Any] | None = None,
+    head_norm_epsilon: float = RELEASED_EPSILON,
 ) -> tuple[nn.Module, Any]:
     """Model and parameters of a released state dict, whose names and shapes tell the version and all sizes.
 
@@ -55,13 +57,14 @@ def from_official(
       scan: layers stacked [L, ...], or one set of parameters a layer.
       fields: arguments of `build`, perhaps from a stranger's file: `tensors` are then those of this model, of any
         kind, as `to_official` names them.
+      head_norm_epsilon: of the code that the tensors are for, which none of them tells. `fields` have their own.
 
     Raises:
       ValueError: weights of another version; a key is missing, unknown, not of floats or of another shape; `fields`
         are not those of a model; a number is beyond the range of `dtype`.
     """
     tensors = without_prefix(tensors)
-    model = model_of(tensors, dtype, scan, fields)
+    model = model_of(tensors, dtype, scan, fields, head_norm_epsilon)
     return model, _placed(tensors, model, dtype, sharding)
 
 
@@ -70,9 +73,10 @@ def model_of(
     dtype: str | None = None,
     scan: bool = True,
     fields: Mapping[str, Any] | None = None,
+    head_norm_epsilon: float = RELEASED_EPSILON,
 ) -> nn.Module:
     """The model of `from_official`; no tensor is read."""
-    chosen = _released_fields(tensors) if fields is None else fields
+    chosen = _released_fields(tensors) | {"head_norm_epsilon": head_norm_epsilon} if fields is None else fields
     L = layer_count(tensors)
     if chosen.get("num_layers") != L:  # before a model of a billion layers is built
         raise ValueError(f"model field num_layers is {chosen.get('num_layers')!r}, and there are {L} layers")
@@ -126,8 +130,8 @@ def version_of(tensors: Mapping[str, np.ndarray]) -> str:
         return "rwkv4"
     decay = tensors.get("blocks.0.att.time_decay")
     if not has("gate.weight") or decay is None or decay.ndim != 2 or decay.shape[1] == 1:
-        version = "5.1" if has("gate.weight") else "5.0"
-        raise ValueError(f"RWKV-{version} weights (one decay a head); RWKV-4, 5.2, 6 and 7 are supported")
+        found = "5.1 weights (one decay a head)" if has("gate.weight") else "5.0 weights (5.1 in rwkv.cpp's count)"
+        raise ValueError(f"RWKV-{found}; RWKV-4, 5.2, 6 and 7 are supported")
     return "rwkv5"
 
 
@@ -273,7 +277,7 @@ def _official_names(path: tuple[str, ...], shape: tuple[int, ...], period: int, 
 def _lifted(path: tuple[str, ...], leaves: Mapping[tuple, Any]) -> bool:
     """Whether a leaf is [1, 1, D] for each layer of a state dict. RWKV-4 and 6 have decays of one name, [D] in 4."""
     of_rwkv6 = path[-1] == "time_decay" and (*path[:-1], "time_maa_x") in leaves
-    return of_rwkv6 or (len(path) > 2 and _VECTORS.match(path[-1]) is not None)
+    return of_rwkv6 or (len(path) > 2 and VECTORS.match(path[-1]) is not None)
 
 
 def _part(names: list[str], layers: list[np.ndarray], stacked: bool, dtype, index: tuple[slice, ...]) -> np.ndarray:

@@ -135,6 +135,6 @@ KIND = Kind(
     tuned_state=heads.tuned_state,
     fields={"embedding_init": "v5"},
     sizes=SIZES,
-    formats=("pth",),
+    formats=("pth", "rwkv.cpp"),
     released="RWKV-5.2",
 )

@@ -131,6 +131,6 @@ KIND = Kind(
     tuned_state=heads.tuned_state,
     fields={"embedding_init": "v5"},
     sizes=SIZES,
-    formats=("pth",),
+    formats=("pth", "rwkv.cpp"),
     released="RWKV-6",
 )

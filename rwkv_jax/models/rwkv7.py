@@ -183,6 +183,6 @@ KIND = Kind(
     tuned_state=heads.tuned_state,
     fields={"embedding_init": "v5"},
     sizes=SIZES,
-    formats=("pth",),
+    formats=("pth", "huggingface", "rwkv.cpp"),
     released="RWKV-7",
 )

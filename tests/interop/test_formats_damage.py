@@ -15,31 +15,54 @@ from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_fi
 
 FILES = {"pth": "m.pth", "safetensors": "m.safetensors", "huggingface": "m/model.safetensors", "rwkv.cpp": "m.bin"}
 FILES |= {"config": "m/config.json", "index": "m/model.safetensors.index.json"}
-# Tiny tensors, of which every reader takes a few: most bytes of a file are those of its header.
-SHAPES = {"emb.weight": (3, 2), "blocks.0.att.time_decay": (2,), "blocks.0.att.time_mix_k": (1, 1, 2)}
-SHAPES |= {"blocks.0.ffn.key.weight": (4, 2), "head.weight": (3, 2)}
-TENSORS = {name: np.arange(1, 1 + np.prod(shape), dtype=np.float32).reshape(shape) for name, shape in SHAPES.items()}
+# Tiny tensors of each version, of which every reader takes a few: most bytes of a file are those of its header.
+OF_ALL = {"blocks.0.ffn.key.weight": (4, 2), "head.weight": (3, 2)}
+OF_LATER = {"blocks.0.att.ln_x.weight": (2,), "blocks.0.att.gate.weight": (2, 2), "blocks.0.att.time_decay": (1, 2)}
+OWN = {
+    "4": {"blocks.0.att.time_decay": (2,), "blocks.0.att.time_mix_k": (1, 1, 2)},
+    "5": OF_LATER | {"blocks.0.att.time_faaaa": (1, 2), "blocks.0.att.receptance.weight": (2, 2)},
+    "6": {
+        "blocks.0.att.time_maa_x": (1, 1, 2),
+        "blocks.0.att.time_faaaa": (1, 2),
+        "blocks.0.att.time_maa_w2": (5, 1, 2),
+    }
+    | {"blocks.0.att.time_decay": (1, 1, 2)},
+    "7": {"blocks.0.att.r_k": (1, 2)}
+    | {f"blocks.0.att.x_{c}": (1, 1, 2) for c in "rwkvag"}
+    | {f"blocks.0.att.{c}1": (2, 1) for c in "wag"},
+}
+# Which version in which file, and the cuts of it that leave out whole tensors only. rwkv.cpp's header says how many
+# layers follow, not how many tensors: it may end after any but the first, and those that tell the version.
+CASES = [(file, "4", 0) for file in FILES if file != "rwkv.cpp"] + [
+    (file, "7", 0) for file in ("huggingface", "config")
+]
+CASES += [("rwkv.cpp", "4", 3), ("rwkv.cpp", "5", 4), ("rwkv.cpp", "6", 5), ("rwkv.cpp", "7", 6)]
 
 
-@pytest.fixture(scope="module", params=FILES)
+def tensors(version):
+    shapes = {"emb.weight": (3, 2)} | OWN[version] | OF_ALL
+    return {name: np.arange(1, 1 + np.prod(shape), dtype=np.float32).reshape(shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}")
 def place(request, tmp_path_factory):
-    """(file to damage, its valid content, what to load, the cuts that leave out whole tensors only)"""
-    folder = tmp_path_factory.mktemp("damaged")
-    path = folder / FILES[request.param]
-    if request.param == "pth":
+    """(file to damage, its valid content, what to load, how many cuts leave out whole tensors only)"""
+    name, version, whole_tensors = request.param
+    folder, held = tmp_path_factory.mktemp("damaged"), tensors(version)
+    path = folder / FILES[name]
+    if name == "pth":
         path.write_bytes((Path(__file__).parents[1] / "goldens" / "torch.pth").read_bytes())
-    elif request.param == "safetensors":
-        safetensors_file.write(path, TENSORS, {"format": "pt"})
-    elif request.param == "rwkv.cpp":
-        rwkv_cpp.write(path, TENSORS)
+    elif name == "safetensors":
+        safetensors_file.write(path, held, {"format": "pt"})
+    elif name == "rwkv.cpp":
+        rwkv_cpp.write(path, held)
     else:
-        huggingface.write(path.parent, TENSORS)
-    if request.param == "index":
+        huggingface.write(path.parent, held, 2e-5 if version == "7" else 64e-5)
+    if name == "index":
         (path.parent / "model.safetensors").rename(path.parent / "part.safetensors")
         names = list(safetensors_file.read(path.parent / "part.safetensors")[0])
         path.write_text(json.dumps({"weight_map": dict.fromkeys(names, "part.safetensors")}))
-    # rwkv.cpp's header says how many layers follow, not how many tensors: it may end after any of the last layer.
-    return path, path.read_bytes(), folder / FILES[request.param].split("/")[0], 3 * (request.param == "rwkv.cpp")
+    return path, path.read_bytes(), folder / FILES[name].split("/")[0], whole_tensors
 
 
 def error_of(path):
@@ -58,8 +81,9 @@ def error_of(path):
 
 def read(path):
     readers = {"pth": pth.read, "rwkv.cpp": rwkv_cpp.read, "safetensors": lambda path: safetensors_file.read(path)[0]}
-    reader = huggingface.read if path.is_dir() else readers[formats.format_of(path)]
-    return [x.tobytes() for x in reader(path).values()]
+    found = huggingface.read(path) if path.is_dir() else readers[formats.format_of(path)](path)
+    found = huggingface.named_officially(found)[0] if path.is_dir() else found
+    return [x.tobytes() for x in found.values()]
 
 
 def test_damaged_file_cut_anywhere_is_an_error(place):
@@ -72,10 +96,10 @@ def test_damaged_file_cut_anywhere_is_an_error(place):
                 incomplete.append(damaged)
         path.write_bytes(content)
         assert error_of(root) is None
-    assert len(incomplete) == whole_tensors
+    assert len(incomplete) <= whole_tensors
     for damaged in incomplete:
         path.write_bytes(damaged)
-        with one_line(r"key '\S+' is missing|is not among the \d keys"):
+        with one_line(r"key '\S+' is missing|is not among the \d+ keys"):
             rwkv_jax.load(root)
 
 
@@ -113,6 +137,9 @@ def cpp_tensor(name, shape, numbers=b"", dtype=0):
 
 
 EMB = cpp_tensor(b"emb.weight", (3, 2), bytes(24))
+LN_X = cpp_tensor(b"blocks.0.att.ln_x.weight", (2,), bytes(8))
+GATE = cpp_tensor(b"blocks.0.att.gate.weight", (2, 2), bytes(16))
+R_K = cpp_tensor(b"blocks.0.att.r_k", (1, 2), bytes(8))
 HOSTILE = {
     (2**60).to_bytes(8, "little") + b"{}": "truncated or damaged: .* header too large",
     safetensors(entry([2**40], 0, 2**42)): "truncated or damaged: .* file not fully covered",
@@ -128,8 +155,15 @@ HOSTILE = {
     cpp(struct.pack("<3i", 1, 2**30, 0)): "1 dimensions and a name of 1073741824 bytes",
     cpp(cpp_tensor(b"a", (32,), bytes(20), 99)): "'a' has data type 99, expected",
     cpp(EMB, V=4): r"V, D, L = \(4, 2, 1\), its tensors \(3, 2, 0\)",
-    cpp(EMB, cpp_tensor(b"blocks.0.att.r_k", (1,), bytes(4))): "RWKV-7 weights; of rwkv.cpp's files only RWKV-4",
     cpp(EMB, cpp_tensor(b"blocks.0.att.time_decay", (2,), np.float32([-1, 0.5]).tobytes())): "is not negative everyw",
+    cpp(EMB, LN_X, GATE, cpp_tensor(b"blocks.0.att.time_decay", (1, 2, 1), np.float32([0.5, 1.5]).tobytes())): (
+        "is not from 0 to 1 everywhere"
+    ),
+    cpp(EMB, LN_X, cpp_tensor(b"blocks.0.att.time_decay", (2, 1, 1), bytes(8))): (
+        r"RWKV-5.0 weights \(5.1 in rwkv.cpp's count\); RWKV-4, 5.2, 6 and 7 are supported"
+    ),
+    cpp(EMB, R_K, cpp_tensor(b"blocks.0.att.x_rwkvag", (5, 1, 2), bytes(40))): "shape .5, 1, 2., expected 6 rows",
+    cpp(EMB, R_K, cpp_tensor(b"blocks.0.att.w1", (2,), bytes(8))): "'blocks.0.ffn.key.weight' is not among",
 }
 
 

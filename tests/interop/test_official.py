@@ -1,8 +1,6 @@
 """Official state dicts become our parameters and back, by name, layout and dtype."""
 
-import functools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from small import forward
-from weights import DECAYS, D, F, L, V, assert_same_tensors, official, one_line, tiny
+from weights import DECAYS, D, F, L, V, assert_same_tensors, official, one_line, tiny, trained
 
 from rwkv_jax import interop, models
 
@@ -92,14 +90,6 @@ def test_official_state_dict_that_does_not_fit_is_named(tensors, message):
 
 # Tensors that the released trainers left, of 3 layers with 2 heads of 32 channels.
 TRAINED = {"rwkv5": None, "rwkv6": (32, 64), "rwkv7": (32, 32, 32, 32)}
-
-
-@functools.cache
-def trained(kind):
-    """(tensors after 150 steps of the released trainer, all arrays of the file)."""
-    with np.load(Path(__file__).parents[1] / "goldens" / f"official_trajectory{kind[-1]}.npz") as arrays:
-        arrays = dict(arrays)
-    return {k.removeprefix("final/"): x for k, x in arrays.items() if k.startswith("final/")}, arrays
 
 
 @pytest.mark.parametrize("kind", TRAINED)
