@@ -11,6 +11,10 @@ generation: a 12 x 768 RWKV-4 with V 50,277 decodes at least 2 times, and reads 
 ops: WKV forward and backward at B 4, T 1,024, D 512 takes at most 0.35 of the time of autodiff through a plain scan, 3
 times its own forward pass, and a quarter of the temporary memory; time a token from 32k to 128k within 25 %. Three
 times its own forward pass is an aim: 3.3 on 2026-11-24.
+rwkv7: wkv6 and wkv7 beside autodiff of a plain scan (5 times as fast wanted); a step of RWKV-7, 6 x 512, beside
+RWKV-4, the transformer and, where it is installed (Python 3.12), jax-linear-attention (1.8 wanted); 12 x 768 with V
+65,536 beside the `rwkv` package (1.5 wanted); time a token after 131,072 tokens. Runs by name only: the package has
+one interface for RWKV-7 and another for the rest, and takes one of them a process.
 startup: seconds of tracing, lowering and compiling a training step, a prompt and a decode step, and of the commands up
 to their first step or token, the token beside that of the `rwkv` package. `--against=PATH`, a checkout of an earlier
 commit, measures that too. Runs by name only.
@@ -23,7 +27,7 @@ measures training. Both ran once on an H100, see experiments/README.md. No TPU h
     python -m experiments.speed.pile
 
     make speed
-    python -m experiments.speed.run [--suite=train|decode|ops|generation|startup] [--smoke] [--out=DIR]
+    python -m experiments.speed.run [--suite=train|decode|ops|generation|rwkv7|startup] [--smoke] [--out=DIR]
     python -m experiments.speed.plot
 
 Needs requirements-live.txt. Cost: about 30 minutes on 2 cores, startup 10, which nothing else may use meanwhile.
@@ -36,12 +40,19 @@ from pathlib import Path
 
 from experiments import stamp
 from experiments.command import write_json
-from experiments.speed import decode, generation, ops, startup, train
+from experiments.speed import decode, generation, ops, rwkv7, startup, train
 from rwkv_jax import files
 from rwkv_jax.files import read_json, user_path
 
-SUITES = {"train": train, "decode": decode, "ops": ops, "generation": generation, "startup": startup}
-BY_NAME_ONLY = ("startup",)
+SUITES = {
+    "train": train,
+    "decode": decode,
+    "ops": ops,
+    "generation": generation,
+    "rwkv7": rwkv7,
+    "startup": startup,
+}
+BY_NAME_ONLY = ("rwkv7", "startup")
 
 
 def line(row: dict) -> str:
@@ -53,7 +64,7 @@ def line(row: dict) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.speed.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=SUITES, help="one of them; default: all but startup in turn")
+    parser.add_argument("--suite", choices=SUITES, help="one of them; default: all but rwkv7 and startup in turn")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes, numbers without meaning")
     parser.add_argument("--out", type=user_path, default=Path(__file__).parent, help="folder of results.json")
     parser.add_argument(
@@ -75,7 +86,7 @@ def main(argv=None) -> int:
     path = args.out / "results.json"
     for suite in [args.suite] if args.suite else [name for name in SUITES if name not in BY_NAME_ONLY]:
         results = SUITES[suite].run(args.smoke, **options.get(suite, {}))
-        beside = [line(row) for row in results["rows"]] if suite in ("train", "generation") else []
+        beside = [line(row) for row in results["rows"]] if suite in ("train", "generation", "rwkv7") else []
         print("\n".join(beside + SUITES[suite].report(results)), flush=True)
         whole = read_json(path) if path.exists() else {}
         write_json(path, whole | {suite: results | {"stamp": stamp.stamp()}})

@@ -76,24 +76,33 @@ def build(name, shape):
     return rwkv_jax.build(name, **{k: shape[k] for k in ("num_layers", "dim", "vocab_size", "dtype")})
 
 
+def whole_step(model, shape):
+    """(a training step as a function of tokens [B, T+1], finished when it returns, its bytes of temporaries)."""
+    tx, lr = optim.optimiser(), np.float32(1e-4)
+    state = jax.jit(train.make_init(model, tx))(jax.random.key(0))
+    batch = lambda tokens_BT: {"tokens": tokens_BT, "mask": np.ones_like(tokens_BT[:, 1:], bool)}
+    tokens_BT = np.zeros((shape["batch"], shape["seq_len"] + 1), np.int32)
+    step = jax.jit(train.make_step(model, tx), donate_argnums=0).lower(state, batch(tokens_BT), lr).compile()
+
+    def run(tokens_BT):
+        nonlocal state
+        state = jax.block_until_ready(step(state, batch(tokens_BT), lr))[0]
+
+    return run, step.memory_analysis().temp_size_in_bytes
+
+
 def programs(model, shape) -> dict:
     """The whole step and its parts as functions of tokens [B, T+1], finished when they return."""
     tx, lr = optim.optimiser(), np.float32(1e-4)
-    whole = jax.jit(train.make_step(model, tx), donate_argnums=0)
     descend = jax.jit(lambda state, *args: train.apply_gradient(tx, state, *args), donate_argnums=0)
-    state = jax.jit(train.make_init(model, tx))(jax.random.key(0))
-    other = jax.tree.map(jnp.copy, state)
-    gradients = itertools.cycle([noise(state.params, seed, 1e-3) for seed in range(2)])
-
-    def step(tokens_BT):
-        nonlocal state
-        batch = {"tokens": tokens_BT, "mask": np.ones_like(tokens_BT[:, 1:], bool)}
-        state = jax.block_until_ready(whole(state, batch, lr))[0]
+    other = jax.jit(train.make_init(model, tx))(jax.random.key(0))
+    gradients = itertools.cycle([noise(other.params, seed, 1e-3) for seed in range(2)])
 
     def optimiser(_):
         nonlocal other
         other = jax.block_until_ready(descend(other, next(gradients), np.float32(1.0), lr))[0]
 
+    step, _ = whole_step(model, shape)
     return {"step": step, "optimiser": optimiser, "operator": both_passes(*operators(model, shape))}
 
 
