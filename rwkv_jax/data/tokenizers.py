@@ -421,7 +421,8 @@ def carried(folder: Path) -> str | None:
     # What the config names may have stayed behind when the folder moved; what lies in the folder has not.
     candidates = [folder / name] if isinstance(name, str) else []
     candidates += [folder / TOKENIZER_FILE, folder / WORLD_FILE]
-    return next((str(file) for file in candidates if file.is_file()), name)
+    found = (str(file) for file in candidates if file.is_file())
+    return next(found, name if isinstance(name, str) else None)
 
 
 def _find_neox(beside: Path) -> str:
