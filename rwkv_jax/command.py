@@ -33,7 +33,6 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
         KeyboardInterrupt       130, after the line `interrupted`
         no memory left          2, after "error: out of memory; ", the advice `out_of_memory` and what was asked for
         ValueError, OSError     2, after "error: " and the message: the user's mistakes
-        OverflowError           the same: a number that no array can have
         BrokenPipeError         0, without a line, where nobody reads stdout any more: `... | head`
 
     Other exceptions pass.
@@ -53,7 +52,7 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
             except KeyboardInterrupt:
                 print(interrupted, file=sys.stderr)
                 return 130
-            except (MemoryError, RuntimeError, ValueError, OSError, OverflowError) as error:
+            except (MemoryError, RuntimeError, ValueError, OSError) as error:
                 if isinstance(error, BrokenPipeError) and _stdout_lost_its_reader():
                     os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # for what is left to flush
                     return 0

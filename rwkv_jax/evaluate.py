@@ -169,8 +169,8 @@ def best_practice(model, params, tokens, starts, seq_len: int, batch_size: int) 
 
 
 def _check(model, tokens, starts, seq_len, batch_size):
-    if min(seq_len, batch_size) < 1:
-        raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}, expected at least 1")
+    if not 1 <= min(seq_len, batch_size) <= max(seq_len, batch_size) < 2**31:
+        raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}, expected at least 1, and below 2^31")
     if len(tokens) < 2:
         raise ValueError(f"nothing to predict in {len(tokens)} tokens, expected at least 2")
     if (largest := int(np.max(tokens))) >= model.vocab_size:
@@ -217,10 +217,11 @@ def _at(starts, lengths, positions):
 
 
 def perplexity(nats) -> float:
-    """exp(mean of `nats`), per token; ValueError where there are none."""
+    """exp(mean of `nats`), per token, inf beyond 709 nats; ValueError where there are none."""
     if np.size(nats) == 0:
         raise ValueError("no tokens to take a perplexity of")
-    return float(np.exp(np.mean(nats, dtype=np.float64)))
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.mean(nats, dtype=np.float64)))
 
 
 def bits_per_byte(nats, num_bytes) -> float:
