@@ -127,6 +127,10 @@ PACKED = {
     "xz": lzma.compress,
     "zip": zipped,
     "tar": tarred,
+    "compress": lambda data: b"\x1f\x9d\x90" + data,
+    "lzip": lambda data: b"LZIP\x01\x0c" + data,
+    "lzma": lambda data: lzma.compress(data, format=lzma.FORMAT_ALONE),
+    "pdf": lambda data: b"%PDF-1.7\n" + data,
     "zstd": lambda data: b"\x28\xb5\x2f\xfd" + data,
     "parquet": lambda data: b"PAR1\x15\x04" + data + b"PAR1",
 }
