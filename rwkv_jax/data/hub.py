@@ -5,8 +5,10 @@ train, validation and test are the three splits; `splitter` takes those that are
 are fields or templates, as for JSONL. Name a revision where the dataset may change: the cache does not notice it.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from rwkv_jax.data import contents, jsonl
 from rwkv_jax.data.corpus import Source
@@ -22,25 +24,36 @@ def source(spec: str, text: str, prompt: str) -> Source:
         ValueError: the spec has another form.
     """
     name, *rest = spec.removeprefix(PREFIX).split(":")
-    name, _, revision = name.partition("@")
+    folder, rest = _folder(name, rest)
+    name, _, revision = (name, "", "") if folder else name.partition("@")
     if not name or len(rest) > 2 or not all(rest):
         raise ValueError(f"corpus is {spec!r}, expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
     make = jsonl.maker(text, prompt)
     identity = [spec, text, prompt]
-    if (path := user_path(name)).is_dir():
-        name, title = str(path), contents.absolute(path).name
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        identity += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    if folder and re.search(r"[*?\[\]]", str(folder.resolve())):
+        raise ValueError(f"corpus {spec}: the library takes *, ?, [ and ] in a folder's name for a pattern: rename it")
+    if folder:
+        title = contents.absolute(folder).name
+        entries = sorted(file for file in folder.rglob("*") if file.is_file())
+        identity += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in entries]
     else:
         title = name.replace("/", "-")
     config, split = [None, None, *rest][-2:]
     tally = Counter()
 
     def documents():
-        found = _load(spec, name, config, split, revision or None)
-        return jsonl.documents(((part, _records(spec, part, rows)) for part, rows in found.items()), make, tally)
+        parts = _load(spec, str(folder or name), config, split, revision or None)
+        return jsonl.documents(((part, _records(spec, part, rows)) for part, rows in parts.items()), make, tally)
 
     return Source(title, identity, None, documents, tally, bool(prompt))
+
+
+def _folder(name: str, rest: list[str]) -> tuple[Path | None, list[str]]:
+    """The folder of this machine that is meant, whose name may hold colons and @, and the parts of the spec after it."""
+    for end in range(len(rest) + 1 if name else 0):
+        if (path := user_path(":".join([name, *rest[:end]]))).is_dir():
+            return path, rest[end:]
+    return None, rest
 
 
 def _load(spec: str, name: str, config: str | None, split: str | None, revision: str | None) -> dict:
