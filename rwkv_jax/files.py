@@ -5,7 +5,9 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +28,22 @@ def user_path(path) -> Path:
     if f"{expanded}/".startswith("~/"):
         raise ValueError(f"{text} begins with the home folder, and there is none: set HOME, or name the whole path")
     return Path(expanded)
+
+
+@contextlib.contextmanager
+def plainly_named(folder: Path) -> Iterator[Path]:
+    """Yield an absolute path to an existing folder of plain characters, a link where its own holds others.
+
+    For libraries that take a path for a pattern, as Orbax does, or only UTF-8, as TensorStore and JAX's profiler do.
+    """
+    folder = folder.absolute()
+    if re.fullmatch(r"[\w/.,=+ -]+", str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rwkv_jax-") as elsewhere:
+        link = Path(elsewhere, "folder")
+        link.symlink_to(folder)
+        yield link
 
 
 @contextlib.contextmanager

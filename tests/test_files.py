@@ -59,6 +59,18 @@ def test_sources_read_json_by_the_guarded_reader_alone():
     assert {path.name for path in sources if pattern.search(path.read_text())} == {"files.py"}
 
 
+@pytest.mark.parametrize("name", ["a*[b]?", "\udce4", "c:d@e", "\\"])
+def test_folder_of_any_name_has_a_plain_one(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    with files.plainly_named(folder) as plain:
+        assert re.fullmatch(r"[\w/. -]+", str(plain)) and str(plain).isascii()
+        (plain / "x").touch()
+    assert (folder / "x").exists() and not plain.exists()
+    with files.plainly_named(tmp_path) as plain:
+        assert plain == tmp_path
+
+
 def test_written_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x"
     for content in (b"first", b"second"):

@@ -39,8 +39,14 @@ def test_load_stacks_the_layers_of_a_run_without_scan(tmp_path):
         ('{"model": {"vocab_size": 11}}', r"config.json: expected .*KeyError\('name'\)"),
         ('{"model": {"name": "rwkv4", "vocab_size": 11, "num_layers": 2, "dim": 8}}', "no valid checkpoint"),
         ('{"model": {"name": ["rwkv4"]}}', "config.json: unhashable type"),
-        ('{"model": {"name": "rwkv4", "vocab_size": 11, "num_layers": 2, "dim": "8"}}', "config.json: model field dim"),
-        ('{"model": {"name": "rwkv4", "dim": 8, "num_layers": 2, "vocab_size": 2e9}}', "config.json: .*vocab_size is 2"),
+        (
+            '{"model": {"name": "rwkv4", "vocab_size": 11, "num_layers": 2, "dim": "8"}}',
+            "config.json: model field dim",
+        ),
+        (
+            '{"model": {"name": "rwkv4", "dim": 8, "num_layers": 2, "vocab_size": 2e9}}',
+            "config.json: .*vocab_size is 2",
+        ),
     ],
 )
 def test_load_names_what_is_wrong_with_a_workdir(tmp_path, config, message):

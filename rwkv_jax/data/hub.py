@@ -49,7 +49,7 @@ def source(spec: str, text: str, prompt: str) -> Source:
 
 
 def _folder(name: str, rest: list[str]) -> tuple[Path | None, list[str]]:
-    """The folder of this machine that is meant, whose name may hold colons and @, and the parts of the spec after it."""
+    """The folder of this machine that is meant, whose name may hold colons and @, and the rest of the spec."""
     for end in range(len(rest) + 1 if name else 0):
         if (path := user_path(":".join([name, *rest[:end]]))).is_dir():
             return path, rest[end:]
