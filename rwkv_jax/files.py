@@ -50,10 +50,12 @@ def plainly_named(folder: Path) -> Iterator[Path]:
 def written(path) -> Iterator[BinaryIO]:
     """Yield a file to write, which replaces `path` at the end, synchronised; after an error `path` is as it was.
 
+    A link stays, and what it leads to is replaced.
+
     Raises:
       OSError: as from `check_output`.
     """
-    path = Path(path)
+    path = _followed(path)
     beside = _beside_file(path)
     try:
         with beside.open("wb") as file:
@@ -67,8 +69,11 @@ def written(path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def written_folder(path) -> Iterator[Path]:
-    """Yield a folder to fill, which replaces `path` at the end; after an error `path` is as it was."""
-    path = Path(path)
+    """Yield a folder to fill, which replaces `path` at the end; after an error `path` is as it was.
+
+    A link stays, and what it leads to is replaced.
+    """
+    path = _followed(path)
     beside = _beside(path)
     old = beside.with_suffix(".old")
     try:
@@ -89,7 +94,7 @@ def check_output(path) -> None:
 
     Its folder does not exist or may not be written to, or the path is that of a folder or a device.
     """
-    _check_writable(_beside_file(Path(path)), path)
+    _check_writable(_beside_file(_followed(path)), path)
 
 
 def check_output_folder(path) -> None:
@@ -97,6 +102,10 @@ def check_output_folder(path) -> None:
     path = Path(path).absolute()
     nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     _check_writable(nearest / f".{os.getpid()}.tmp", path)
+
+
+def _followed(path) -> Path:
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def _check_writable(beside: Path, path: Path) -> None:
