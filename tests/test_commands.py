@@ -4,6 +4,7 @@ import argparse
 import importlib
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,3 +139,18 @@ def test_every_command_ends_as_reported(path, monkeypatch, capsys):
     assert main([]) == 2
     assert capsys.readouterr() == ("", "error: a b\n")
     assert path.read_text().endswith("    command.end(main())\n")
+
+
+def test_every_script_of_the_experiments_ends_as_reported():
+    """But for two, which a measurement or a person who chooses a rate runs."""
+    folder = PACKAGE.parent / "experiments"
+    scripts = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.py")}
+    scripts = {name: text for name, text in scripts.items() if '__name__ == "__main__"' in text}
+    ends = r"\n    (end\((command\.)?main|study\.main|command\.(redraw|print_table))\([^\n]*\n$"
+    assert len(scripts) > 30
+    assert {n for n, text in scripts.items() if not re.search(ends, text)} == {
+        "speed/startup.py",
+        "context/copying.py",
+    }
+    undecorated = [n for n, text in scripts.items() if "    end(main())" in text and "@reported(" not in text]
+    assert undecorated == ["ledger.py", "trajectory/run.py"]  # of other commands; and a call of `command.main`

@@ -11,7 +11,6 @@ are validation.
 import argparse
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from matplotlib.ticker import EngFormatter
 
 from experiments.figures import plt
 from rwkv_jax import files, hardware, models
-from rwkv_jax.command import reported
+from rwkv_jax.command import end, reported
 from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import metrics, run_config
 
@@ -164,4 +163,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())
