@@ -15,6 +15,7 @@ from rwkv_jax.data.corpus import Source
 from rwkv_jax.files import user_path
 
 PREFIX = "hf:"
+_SECONDS = 5  # without an answer, after which there is no network
 
 
 def source(spec: str, text: str, prompt: str) -> Source:
@@ -56,12 +57,26 @@ def _folder(name: str, rest: list[str]) -> tuple[Path | None, list[str]]:
     return None, rest
 
 
+def is_reached() -> bool:
+    """Return whether the hub answers at all: its libraries ask for minutes where nobody does."""
+    from huggingface_hub import constants  # here, because it imports an HTTP client
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except Exception:  # of whatever HTTP library is underneath
+        return False
+    return True
+
+
 def _load(spec: str, name: str, config: str | None, split: str | None, revision: str | None) -> dict:
     """Return the rows of each split by its name."""
     try:
         import datasets  # optional: it brings pandas and pyarrow
     except ImportError:
         raise ValueError(f"corpus {spec} needs another package: pip install datasets") from None
+    if not Path(name).is_dir() and not is_reached():
+        raise OSError(f"corpus {spec}: the hub was not reached")
     try:
         found = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
     except OSError as error:

@@ -66,7 +66,11 @@ def test_hub_error_of_the_library_is_one_line(monkeypatch, error, expected):
         raise error("no answer")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(hub, "is_reached", lambda: True)
     with pytest.raises(expected, match=r"^corpus hf:a/b: no answer$"):
+        prepare("hf:a/b")
+    monkeypatch.setattr(hub, "is_reached", lambda: False)
+    with pytest.raises(OSError, match=r"^corpus hf:a/b: the hub was not reached$"):
         prepare("hf:a/b")
 
 
