@@ -70,6 +70,29 @@ def test_reported_command_is_silent_where_nobody_reads_its_output(unbuffered):
         assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
+def test_reported_command_names_devices_that_are_not_here(monkeypatch, capsys):
+    def devices():
+        raise cause
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(AssertionError):  # the devices are there
+        ended(AssertionError(), capsys)
+    monkeypatch.setattr(jax, "devices", devices)
+    for cause in (AssertionError(), RuntimeError("Unable to initialize backend 'cuda'")):
+        wrapped = ValueError("a.pth: its fields are not those of a model")
+        wrapped.__cause__ = cause
+        for error in (cause, wrapped):
+            line = "error: JAX_PLATFORMS is 'cuda', and JAX finds no such device here\n"
+            assert ended(error, capsys) == (2, line)
+    assert ended(ValueError("a"), capsys) == (2, "error: a\n")
+
+
+def test_command_ends_with_its_code_where_its_output_is_closed():
+    program = f"{sys.executable} -c 'from rwkv_jax import command; command.end(2)'"
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        assert subprocess.run(f"{program} {closed}", shell=True).returncode == 2
+
+
 @pytest.mark.parametrize(
     "name, functions, shared",
     [("generate", (generate.decode.checked_draws, generate.sampler), 11), ("data", (data.prepare,), 3)],
