@@ -18,7 +18,8 @@ from rwkv_jax.interop.official import check, from_official, model_of, to_officia
 from rwkv_jax.models.block import RELEASED_EPSILON
 
 __all__ = [
-    "describe", "destination", "fingerprint", "from_official", "load", "locate", "save", "states", "to_official",
+    "check_format", "describe", "destination", "fingerprint", "from_official", "load", "locate", "save", "states",
+    "to_official",
 ]  # fmt: skip
 
 FORMATS = ("pth", "safetensors", "huggingface", "rwkv.cpp")
@@ -44,10 +45,11 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
       ValueError: what is there is damaged, or is none of these.
     """
     path = locate(path)
-    tensors, fields = _read(path)
+    found, fields = _read(path)
+    tensors = huggingface.named_officially(found)
     with formats.naming(path):
         loaded = from_official(tensors, dtype, sharding, scan, fields)
-    if path.is_dir():
+    if path.is_dir() or huggingface.are_named_by_transformers(found):
         huggingface.report_rescaling(path, tensors)
     return loaded
 
@@ -57,11 +59,11 @@ def describe(path) -> nn.Module:
     path = locate(path)
     tensors, fields = _read(path)
     with formats.naming(path):
-        return model_of(tensors, fields=fields)
+        return model_of(huggingface.named_officially(tensors), fields=fields)
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    """The tensors of a file or folder by official name, and the model's fields where the file is one of ours."""
+    """The tensors of a file or folder by its own names, and the model's fields where the file is one of ours."""
     fields = None
     if path.is_dir():
         tensors = huggingface.read(path)
@@ -72,7 +74,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
                 fields = files.parse_json(metadata[_FIELDS])
     else:
         tensors = pth.read(path) if kind == "pth" else rwkv_cpp.read(path)
-    return huggingface.named_officially(tensors), fields
+    return tensors, fields
 
 
 def locate(path) -> Path:
@@ -123,8 +125,7 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
       OSError: `path` cannot be written, or is a folder of something else.
     """
     path, format = destination(path, format)
-    if format != "safetensors" and (differs := _unreleased(model, format)):
-        raise ValueError(f"{path}: {format} holds released models only, and this one has {differs}; use .safetensors")
+    check_format(path, format, model)
     tensors = to_official(params)
     with formats.naming(f"{path}: params are not those of this model"):
         check(tensors, model)
@@ -132,6 +133,12 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
         safetensors_file.write(path, tensors, {"format": "pt", _FIELDS: json.dumps(_fields(model))})
     else:
         {"pth": pth, "huggingface": huggingface, "rwkv.cpp": rwkv_cpp}[format].write(path, tensors)
+
+
+def check_format(path, format: str, model: nn.Module) -> None:
+    """Raise ValueError where `format` cannot hold this model, of which no parameter is needed."""
+    if format != "safetensors" and (differs := _unreleased(model, format)):
+        raise ValueError(f"{path}: {format} holds released models only, and this one has {differs}; use .safetensors")
 
 
 def _unreleased(model: nn.Module, format: str) -> str | None:
