@@ -52,7 +52,9 @@ def visible(folder: Path, tally: Counter) -> list[tuple[str, Path]]:
     for parent, folders, names in os.walk(folder, onerror=_raise):
         tally["files", "hidden"] += sum(name.startswith(".") for name in (*folders, *names))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        tally["files", "linked folder"] += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
+        tally["files", "linked folder, not followed"] += sum(
+            os.path.islink(os.path.join(parent, name)) for name in folders
+        )
         for path in (Path(parent, name) for name in names if not name.startswith(".")):
             if not path.is_file():
                 tally["files", "neither file nor folder"] += 1
