@@ -24,7 +24,7 @@ from pathlib import Path
 
 from experiments import ledger, stamp
 from rwkv_jax import files
-from rwkv_jax.command import reported
+from rwkv_jax.command import end, reported
 from rwkv_jax.files import read_json, to_json, user_path
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
@@ -113,9 +113,22 @@ def draw(name: str, path: Path) -> Path:
 
 def redraw(name: str) -> None:
     """Draw the committed figures of an experiment again: `python -m experiments.NAME.plot`."""
-    for path in (ledger.HERE / name / file for file in ("results.json", "gpu.json")):
-        if path.exists():
-            print(f"written: {draw(name, path)}")
+
+    def redrawn(argv) -> None:
+        for path in (ledger.HERE / name / file for file in ("results.json", "gpu.json")):
+            if path.exists():
+                print(f"written: {draw(name, path)}")
+
+    end(reported()(redrawn)())
+
+
+def print_table(render: Callable, folder: Path) -> None:
+    """Print the table of a results file, by default the committed one: `python -m experiments.NAME.table [FILE]`."""
+
+    def printed(argv) -> None:
+        print(render(read_json(user_path(sys.argv[1] if len(sys.argv) > 1 else folder / "results.json"))))
+
+    end(reported()(printed)())
 
 
 def claim(artefact: str, paper: str, ours: str, verdict: str, **short: str) -> dict:

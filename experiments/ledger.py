@@ -15,6 +15,7 @@ from pathlib import Path
 
 from experiments import engineering
 from experiments.engineering import hardware, table
+from rwkv_jax.command import end
 from rwkv_jax.files import read_json
 
 HERE = Path(__file__).parent
@@ -168,4 +169,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -18,7 +18,6 @@ So the same command resumes after a kill, and another arm or seed costs its own 
 
 import argparse
 import inspect
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,7 @@ from ml_collections import ConfigDict
 from experiments import command, ledger, measures, stamp, statistics, sweeps
 from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
 from rwkv_jax import data, files, hardware, train
-from rwkv_jax.command import reported
+from rwkv_jax.command import end, reported
 from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import optim, run_config
 
@@ -301,7 +300,7 @@ def main(**fields) -> None:
     script, doc = Path(caller["__file__"]).absolute(), inspect.cleandoc(caller["__doc__"] or "A study.")
     run = reported(command.STOPPED)(lambda _: _main(script, doc, Study(**fields)))
     if code := run():
-        sys.exit(code)
+        end(code)
 
 
 def _main(script: Path, doc: str, study: Study) -> None:

@@ -14,9 +14,7 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,7 +71,7 @@ def save_async(folder, step: int, tree: Any, keep: int = 2) -> Future:
         unsaved.set_exception(OSError(f"{folder / str(step)}: not saved: {problem}"))
         return unsaved
     with contextlib.ExitStack() as stack:
-        partial = stack.enter_context(_as_orbax_takes_it(folder)) / f"{step}.partial"
+        partial = stack.enter_context(files.plainly_named(folder)) / f"{step}.partial"
         orbax = stack.enter_context(ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()))
         orbax.save(partial, args=ocp.args.PyTreeSave(tree))
         saved = jax.tree.map(lambda x: x if hasattr(x, "dtype") else np.asarray(x), tree)
@@ -99,18 +97,6 @@ def _prepare(folder: Path, tree: Any) -> str:
     except OSError as error:
         return str(error)
     return f"it takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free" if free < needed else ""
-
-
-@contextlib.contextmanager
-def _as_orbax_takes_it(folder: Path) -> Iterator[Path]:
-    """Yield a path to `folder` of plain characters: Orbax globs its paths, and TensorStore takes only UTF-8."""
-    if re.fullmatch(r"[\w/.,=+@ -]+", str(folder)):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="rwkv_jax-") as elsewhere:
-        link = Path(elsewhere, "checkpoints")
-        link.symlink_to(folder)
-        yield link
 
 
 def _complete(held, orbax, written: Path, saved: Any, folder: Path, step: int, keep: int) -> None:
@@ -197,7 +183,7 @@ def restore(
     path = folder / str(step)
     abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
     item = jax.tree.map(abstract, like if key is None else {key: like})
-    with _as_orbax_takes_it(folder) as plain, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    with files.plainly_named(folder) as plain, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         stored = {k: v for k, v in dict(_stored(orbax, plain / str(step), path)).items() if k not in drop}
         _check(path, stored if key is None else {key: stored[key]} if key in stored else {}, item)
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)

@@ -32,8 +32,8 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
 
         KeyboardInterrupt       130, after the line `interrupted`
         no memory left          2, after "error: out of memory; ", the advice `out_of_memory` and what was asked for
+        no device for JAX       2, after "error: JAX_PLATFORMS is ", where that asks for what is not here
         ValueError, OSError     2, after "error: " and the message: the user's mistakes
-        OverflowError           the same: a number that no array can have
         BrokenPipeError         0, without a line, where nobody reads stdout any more: `... | head`
 
     Other exceptions pass.
@@ -53,13 +53,15 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
             except KeyboardInterrupt:
                 print(interrupted, file=sys.stderr)
                 return 130
-            except (MemoryError, RuntimeError, ValueError, OSError, OverflowError) as error:
+            except (MemoryError, RuntimeError, ValueError, OSError, AssertionError) as error:
                 if isinstance(error, BrokenPipeError) and _stdout_lost_its_reader():
                     os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # for what is left to flush
                     return 0
                 if is_out_of_memory(error):
                     message = ": ".join([f"out of memory; {out_of_memory}", *str(error).splitlines()[:1]])
-                elif isinstance(error, RuntimeError):
+                elif _lacks_its_devices(error):
+                    message = f"JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']!r}, and JAX finds no such device here"
+                elif isinstance(error, RuntimeError | AssertionError):
                     raise
                 else:
                     message = " ".join(str(error).split())
@@ -79,7 +81,7 @@ def end(code: int) -> NoReturn:
     """
     if not code:
         sys.exit()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # either may have been closed: `>&-`
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(code)
@@ -95,6 +97,21 @@ def is_out_of_memory(error: Exception) -> bool:
     """True for the error of Python, NumPy and the system, and for that of XLA on any device."""
     told = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY"))
     return told or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+
+
+def _lacks_its_devices(error: Exception | None) -> bool:
+    """True where an error came of JAX_PLATFORMS, which JAX tells by an AssertionError or a RuntimeError."""
+    if not os.environ.get("JAX_PLATFORMS") or "jax" not in sys.modules:
+        return False
+    while error is not None and not isinstance(error, AssertionError | RuntimeError):
+        error = error.__cause__
+    if error is None:
+        return False
+    try:
+        sys.modules["jax"].devices()
+    except (AssertionError, RuntimeError):
+        return True
+    return False
 
 
 def _stdout_lost_its_reader() -> bool:

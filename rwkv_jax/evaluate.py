@@ -15,6 +15,7 @@ can be compared token by token. Entry 0 is NaN because nothing precedes it; no o
 import argparse
 import heapq
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from rwkv_jax import command, data, files, interop, runs
-from rwkv_jax.data import contents, tokenizers
+from rwkv_jax.data import contents, tokenfiles, tokenizers
 
 POSITIONS = 128  # logits [B, POSITIONS, V] exist at one time
 SEGMENTS = (4, 32, 128, 512)  # lengths that `continuations` reads at one time: few, because each is compiled
@@ -169,8 +170,8 @@ def best_practice(model, params, tokens, starts, seq_len: int, batch_size: int) 
 
 
 def _check(model, tokens, starts, seq_len, batch_size):
-    if min(seq_len, batch_size) < 1:
-        raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}, expected at least 1")
+    if not 1 <= min(seq_len, batch_size) <= max(seq_len, batch_size) < 2**31:
+        raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}, expected at least 1, and below 2^31")
     if len(tokens) < 2:
         raise ValueError(f"nothing to predict in {len(tokens)} tokens, expected at least 2")
     if (largest := int(np.max(tokens))) >= model.vocab_size:
@@ -217,10 +218,11 @@ def _at(starts, lengths, positions):
 
 
 def perplexity(nats) -> float:
-    """exp(mean of `nats`), per token; ValueError where there are none."""
+    """exp(mean of `nats`), per token, inf beyond 709 nats; ValueError where there are none."""
     if np.size(nats) == 0:
         raise ValueError("no tokens to take a perplexity of")
-    return float(np.exp(np.mean(nats, dtype=np.float64)))
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.mean(nats, dtype=np.float64)))
 
 
 def bits_per_byte(nats, num_bytes) -> float:
@@ -271,6 +273,8 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> data.Split:
     def blocks(file):
         nonlocal num_read
         while block := file.read(1 << 20):
+            if not num_read:
+                contents.expect_plain(path, block)
             num_read += len(block)
             yield block
 
@@ -296,8 +300,20 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> data.Split:
     return data.Split(tokens, np.zeros(1, np.int64), (str(path),), num_bytes)
 
 
+def _expect_text(path: Path) -> None:
+    """Raise ValueError or OSError for what holds no text, before a model is loaded."""
+    if path.is_dir() or tokenfiles.find(path):
+        what = "is a folder" if path.is_dir() else "holds tokens"
+        raise ValueError(f"{path} {what}, expected a file of text")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file, expected text")
+    contents.expect_plain(path)
+    if path.is_file() and contents.is_json_lines(path):
+        print(f"{path} holds JSON lines, read as text: braces and names of fields count too", file=sys.stderr)
+
+
 def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
-    contents.expect_plain(files.user_path(data))
+    _expect_text(files.user_path(data))
     folder = interop.locate(path)
     model, params = runs.load(folder)
     name = tokenizer or tokenizers.of_model(folder, model.vocab_size)

@@ -5,7 +5,9 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,13 +31,31 @@ def user_path(path) -> Path:
 
 
 @contextlib.contextmanager
+def plainly_named(folder: Path) -> Iterator[Path]:
+    """Yield an absolute path to an existing folder of plain characters, a link where its own holds others.
+
+    For libraries that take a path for a pattern, as Orbax does, or only UTF-8, as TensorStore and JAX's profiler do.
+    """
+    folder = folder.absolute()
+    if re.fullmatch(r"[\w/.,=+ -]+", str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rwkv_jax-") as elsewhere:
+        link = Path(elsewhere, "folder")
+        link.symlink_to(folder)
+        yield link
+
+
+@contextlib.contextmanager
 def written(path) -> Iterator[BinaryIO]:
     """Yield a file to write, which replaces `path` at the end, synchronised; after an error `path` is as it was.
+
+    A link stays, and what it leads to is replaced.
 
     Raises:
       OSError: as from `check_output`.
     """
-    path = Path(path)
+    path = _followed(path)
     beside = _beside_file(path)
     try:
         with beside.open("wb") as file:
@@ -49,8 +69,11 @@ def written(path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def written_folder(path) -> Iterator[Path]:
-    """Yield a folder to fill, which replaces `path` at the end; after an error `path` is as it was."""
-    path = Path(path)
+    """Yield a folder to fill, which replaces `path` at the end; after an error `path` is as it was.
+
+    A link stays, and what it leads to is replaced.
+    """
+    path = _followed(path)
     beside = _beside(path)
     old = beside.with_suffix(".old")
     try:
@@ -71,7 +94,7 @@ def check_output(path) -> None:
 
     Its folder does not exist or may not be written to, or the path is that of a folder or a device.
     """
-    _check_writable(_beside_file(Path(path)), path)
+    _check_writable(_beside_file(_followed(path)), path)
 
 
 def check_output_folder(path) -> None:
@@ -79,6 +102,10 @@ def check_output_folder(path) -> None:
     path = Path(path).absolute()
     nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     _check_writable(nearest / f".{os.getpid()}.tmp", path)
+
+
+def _followed(path) -> Path:
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def _check_writable(beside: Path, path: Path) -> None:

@@ -89,7 +89,7 @@ def export(workdir, destination) -> None:
 
 def merge(base, adapters, destination) -> None:
     """Merge adapters into the weights at `base`, and write the result to another file or folder."""
-    interop.destination(destination)
+    interop.check_format(*interop.destination(destination), runs.describe(base))
     model, params = runs.load(base)
     interop.save(destination, model, lora.merge(params, *load_adapters(adapters, model, params)))
 

@@ -37,7 +37,7 @@ import numpy as np
 from rwkv_jax import evaluate, generate, interop, runs
 from rwkv_jax.data import SEPARATOR, tokenizers
 from rwkv_jax.generate.context import Context, begin
-from rwkv_jax.generate.decode import chunks
+from rwkv_jax.generate.decode import checked_ids, chunks
 from rwkv_jax.generate.text import Stream
 
 
@@ -175,7 +175,7 @@ class RWKVForCausalLM:
         if any(is_text) and not all(is_text):
             raise ValueError("the prompts are texts and ids, expected one or the other")
         ids = [self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return ids, single, all(is_text)
+        return [checked_ids(one, self.model.vocab_size) for one in ids], single, all(is_text)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -36,8 +36,10 @@ def describe(path) -> nn.Module:
 def trained_length(path) -> int:
     """Tokens of a training sequence of the model at `path`: the workdir's own, else those of the released models."""
     config = files.user_path(path) / "config.json"
-    record = files.read_json(config) if config.is_file() else {}
-    return record.get("seq_len", RELEASED_LENGTH)
+    length = (files.read_json(config) if config.is_file() else {}).get("seq_len", RELEASED_LENGTH)
+    if type(length) is not int or length < 1:
+        raise ValueError(f"{config}: seq_len is {length!r}, expected a positive integer")
+    return length
 
 
 class Run(NamedTuple):
@@ -55,7 +57,10 @@ class Run(NamedTuple):
 
     @property
     def model(self) -> nn.Module:
-        return build(self.name, **self.fields)
+        try:
+            return build(self.name, **self.fields)
+        except Exception as error:  # a field of a wrong type can make `build` raise nearly anything
+            raise ValueError(f"{self.path / 'config.json'}: {files.one_line(error)}") from error
 
     def base(self) -> Any:
         """The parameters that a run by "lora" or "state" has left as they were.

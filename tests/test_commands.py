@@ -4,6 +4,7 @@ import argparse
 import importlib
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,14 +44,13 @@ def ended(error, capsys, **lines):
         (jax.errors.JaxRuntimeError(f"{ON_A_DEVICE}\nmore"), 2, f"error: out of memory; lower b: {ON_A_DEVICE}"),
         (ValueError(ON_A_DEVICE), 2, f"error: out of memory; lower b: {ON_A_DEVICE}"),  # as libraries wrap it
         (OSError(12, "Cannot allocate"), 2, "error: out of memory; lower b: [Errno 12] Cannot allocate"),
-        (OverflowError("int too large"), 2, "error: int too large"),
     ],
 )
 def test_reported_command_ends_with_one_line_and_an_exit_code(error, code, line, capsys):
     assert ended(error, capsys, interrupted="kept", out_of_memory="lower b") == (code, f"{line}\n")
 
 
-@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL: a"), KeyError("a")])
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL: a"), KeyError("a"), OverflowError("a")])
 def test_reported_command_raises_what_is_not_the_users_mistake(error, capsys):
     with pytest.raises(type(error)):
         ended(error, capsys)
@@ -68,6 +68,29 @@ def test_reported_command_is_silent_where_nobody_reads_its_output(unbuffered):
     with subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_reported_command_names_devices_that_are_not_here(monkeypatch, capsys):
+    def devices():
+        raise cause
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(AssertionError):  # the devices are there
+        ended(AssertionError(), capsys)
+    monkeypatch.setattr(jax, "devices", devices)
+    for cause in (AssertionError(), RuntimeError("Unable to initialize backend 'cuda'")):
+        wrapped = ValueError("a.pth: its fields are not those of a model")
+        wrapped.__cause__ = cause
+        for error in (cause, wrapped):
+            line = "error: JAX_PLATFORMS is 'cuda', and JAX finds no such device here\n"
+            assert ended(error, capsys) == (2, line)
+    assert ended(ValueError("a"), capsys) == (2, "error: a\n")
+
+
+def test_command_ends_with_its_code_where_its_output_is_closed():
+    program = f"{sys.executable} -c 'from rwkv_jax import command; command.end(2)'"
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        assert subprocess.run(f"{program} {closed}", shell=True).returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -139,3 +162,18 @@ def test_every_command_ends_as_reported(path, monkeypatch, capsys):
     assert main([]) == 2
     assert capsys.readouterr() == ("", "error: a b\n")
     assert path.read_text().endswith("    command.end(main())\n")
+
+
+def test_every_script_of_the_experiments_ends_as_reported():
+    """But for two, which a measurement or a person who chooses a rate runs."""
+    folder = PACKAGE.parent / "experiments"
+    scripts = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.py")}
+    scripts = {name: text for name, text in scripts.items() if '__name__ == "__main__"' in text}
+    ends = r"\n    (end\((command\.)?main|study\.main|command\.(redraw|print_table))\([^\n]*\n$"
+    assert len(scripts) > 30
+    assert {n for n, text in scripts.items() if not re.search(ends, text)} == {
+        "speed/startup.py",
+        "context/copying.py",
+    }
+    undecorated = [n for n, text in scripts.items() if "    end(main())" in text and "@reported(" not in text]
+    assert undecorated == ["ledger.py", "trajectory/run.py"]  # of other commands; and a call of `command.main`

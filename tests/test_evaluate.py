@@ -145,3 +145,7 @@ def test_paired_difference_leaves_out_documents_without_text():
     split = Split(np.array([0, 1, 2, 0, 0, 3, 4]), np.array([0, 3, 4]), (), 4)
     difference, low, high = evaluate.paired_difference(np.full(7, 2.0), np.ones(7), split)
     assert difference == pytest.approx(1 / np.log(2)) == low == high
+
+
+def test_perplexity_beyond_the_range_of_a_float_is_infinite_without_a_warning():
+    assert evaluate.perplexity([1e4]) == np.inf

@@ -123,6 +123,22 @@ def test_evaluate_command_writes_json_of_a_model_that_is_not_finite(case, workdi
     assert report["windows"] == report["best_practice"] == {"bits_per_byte": None, "perplexity": None}
 
 
+def test_held_out_refuses_a_pipe_of_compressed_text():
+    reader, writer = os.pipe()
+    os.write(writer, gzip.compress(b"text"))
+    os.close(writer)
+    with pytest.raises(ValueError, match=r"^/dev/fd/\d+ is gzip, not text: decompress it first$"):
+        evaluate._held_out(f"/dev/fd/{reader}", get_tokenizer("bytes"), None)
+    os.close(reader)
+
+
+def test_evaluate_says_that_it_reads_json_lines_as_text(case, workdir, tmp_path, capsys):
+    (tmp_path / "a.json").write_text('{"text": "a"}\n' * 9)
+    assert evaluate.main([f"--model={workdir}", f"--data={tmp_path / 'a.json'}"]) == 0
+    out, err = capsys.readouterr()
+    assert "126 bytes" in out and err.startswith(f"{tmp_path / 'a.json'} holds JSON lines") and err.count("\n") == 1
+
+
 def test_held_out_refuses_tokens_without_text(tmp_path):
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     library.decoder = tokenizers.decoders.Replace("b", "")
@@ -136,6 +152,7 @@ def test_evaluate_command_reports_mistakes_in_one_line(workdir, case, text, tmp_
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"K\xe4se")
     (tmp_path / "packed.txt").write_bytes(gzip.compress(b"text"))
+    np.save(tmp_path / "a.npy", np.arange(9))
     for size in (10, 300):
         library = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(size)}, unk_token="0"))
         library.save(str(tmp_path / f"{size}.json"))
@@ -147,9 +164,14 @@ def test_evaluate_command_reports_mistakes_in_one_line(workdir, case, text, tmp_
         ({"data": tmp_path / "empty.txt"}, "empty.txt is empty"),
         ({"data": tmp_path / "latin.txt", "tokenizer": tmp_path / "10.json"}, "latin.txt is not UTF-8"),
         ({"data": tmp_path / "packed.txt"}, "packed.txt is gzip, not text: decompress it first"),
+        ({"data": tmp_path / "a.npy"}, "a.npy holds tokens, expected a file of text"),
+        ({"data": tmp_path}, "is a folder, expected a file of text"),
+        ({"data": tmp_path / "absent"}, "absent: no such file, expected text"),
         ({"tokenizer": tmp_path / "300.json"}, "has 300 tokens, the model only 256"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"seq_len": -1}, "seq_len is -1"),
+        ({"seq_len": 2**70}, "seq_len is 1180591620717411303424"),
+        ({"batch_size": 2**70}, "batch_size 1180591620717411303424, expected at least 1, and below 2^31"),
     ):
         assert evaluate.main([f"--{name}={value}" for name, value in (good | change).items()]) == 2
         out, err = capsys.readouterr()

@@ -59,6 +59,18 @@ def test_sources_read_json_by_the_guarded_reader_alone():
     assert {path.name for path in sources if pattern.search(path.read_text())} == {"files.py"}
 
 
+@pytest.mark.parametrize("name", ["a*[b]?", "\udce4", "c:d@e", "\\"])
+def test_folder_of_any_name_has_a_plain_one(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    with files.plainly_named(folder) as plain:
+        assert re.fullmatch(r"[\w/. -]+", str(plain)) and str(plain).isascii()
+        (plain / "x").touch()
+    assert (folder / "x").exists() and not plain.exists()
+    with files.plainly_named(tmp_path) as plain:
+        assert plain == tmp_path
+
+
 def test_written_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x"
     for content in (b"first", b"second"):
@@ -74,6 +86,26 @@ def test_written_file_appears_whole_or_not_at_all(tmp_path):
         files.written(tmp_path / "absent/x"),
     ):
         pass
+
+
+def test_what_is_written_through_a_link_is_where_it_leads(tmp_path):
+    (tmp_path / "disk" / "old").mkdir(parents=True)
+    for name, target in (("file", "a"), ("folder", "old"), ("new", "absent")):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / target)
+    files.check_output(tmp_path / "file")
+    with files.written(tmp_path / "file") as file:
+        file.write(b"content")
+    for name in ("folder", "new"):
+        with files.written_folder(tmp_path / name) as folder:
+            (folder / "inside").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "file", "folder", "new"]
+    assert all((tmp_path / name).is_symlink() for name in ("file", "folder", "new"))
+    found = sorted(path.relative_to(tmp_path / "disk").as_posix() for path in tmp_path.rglob("disk/**/*"))
+    assert found == ["a", "absent", "absent/inside", "old", "old/inside"]
+    assert (tmp_path / "disk" / "a").read_bytes() == b"content"
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere" / "a")
+    with one_line("nowhere: no such folder; cannot write a there", FileNotFoundError):
+        files.check_output(tmp_path / "lost")
 
 
 def test_written_file_never_replaces_a_folder_or_a_device(tmp_path):

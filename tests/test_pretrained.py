@@ -168,6 +168,10 @@ def test_pretrained_names_mistakes():
         (lm().score, (["text", "", "a"],), "nothing to score"),
         (lm().embed, ("",), "nothing to embed"),
         (lm().score, (["a", "b"], lm().read("text")), "the context holds 1 texts"),
+        (lm().score, ([72, 256],), "holds token 256, expected ids from 0 to 255"),
+        (lm().score, ([-1],), "holds token -1"),  # which NumPy would count from the end
+        (lm().embed, ([1.5],), "expected ids"),
+        (lm().embed, ([[72], [2**40]],), "holds token 1099511627776"),
     ):
         with pytest.raises(ValueError, match=message):
             use(*arguments)

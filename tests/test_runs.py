@@ -38,6 +38,15 @@ def test_load_stacks_the_layers_of_a_run_without_scan(tmp_path):
         ('{"vocab_size": 11}', r"config.json: expected \{\"model\".*KeyError\('model'\)"),
         ('{"model": {"vocab_size": 11}}', r"config.json: expected .*KeyError\('name'\)"),
         ('{"model": {"name": "rwkv4", "vocab_size": 11, "num_layers": 2, "dim": 8}}', "no valid checkpoint"),
+        ('{"model": {"name": ["rwkv4"]}}', "config.json: unhashable type"),
+        (
+            '{"model": {"name": "rwkv4", "vocab_size": 11, "num_layers": 2, "dim": "8"}}',
+            "config.json: model field dim",
+        ),
+        (
+            '{"model": {"name": "rwkv4", "dim": 8, "num_layers": 2, "vocab_size": 2e9}}',
+            "config.json: .*vocab_size is 2",
+        ),
     ],
 )
 def test_load_names_what_is_wrong_with_a_workdir(tmp_path, config, message):
@@ -61,3 +70,7 @@ def test_trained_length_is_the_workdirs_or_that_of_the_released_models(tmp_path)
     assert runs.trained_length(tmp_path) == 48
     (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
     assert runs.trained_length(tmp_path) == 1024
+    for length in ('"x"', "0", "null", "1.5"):
+        (tmp_path / "config.json").write_text(f'{{"seq_len": {length}}}')
+        with one_line("config.json: seq_len is .*, expected a positive integer"):
+            runs.trained_length(tmp_path)

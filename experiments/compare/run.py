@@ -34,7 +34,7 @@ from experiments.runs import trained
 from experiments.speed import decode
 from experiments.study import MODELS
 from rwkv_jax import data, evaluate, files, hardware, train
-from rwkv_jax.command import reported
+from rwkv_jax.command import end, reported
 from rwkv_jax.data import batches
 from rwkv_jax.files import user_path
 from rwkv_jax.models.kinds import kind_of_model
@@ -242,4 +242,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

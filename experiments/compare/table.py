@@ -3,10 +3,9 @@
 python -m experiments.compare.table [results.json]
 """
 
-import sys
 from pathlib import Path
 
-from rwkv_jax.files import read_json, user_path
+from experiments import command
 
 
 def render(results) -> str:
@@ -78,5 +77,4 @@ def _bytes(n):
 
 
 if __name__ == "__main__":
-    path = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
-    print(render(read_json(path)))
+    command.print_table(render, Path(__file__).parent)

@@ -11,7 +11,7 @@ are validation.
 import argparse
 import itertools
 import json
-import sys
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter
 
 from experiments.figures import plt
 from rwkv_jax import files, hardware, models
-from rwkv_jax.command import reported
+from rwkv_jax.command import end, reported
 from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import metrics, run_config
 
@@ -114,16 +114,18 @@ def draw(runs, drawn, path, axis="tokens", smooth=0) -> None:
     figure, panels = plt.subplots(1, len(drawn), figsize=(1 + 5 * len(drawn), 4), squeeze=False, layout="constrained")
     colours = plt.colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
     for metric, panel in zip(drawn, panels.flat, strict=True):
-        for run, colour in zip(runs, colours, strict=True):
+        for number, (run, colour) in enumerate(zip(runs, colours, strict=True)):
             x_N, y_N = points(run, metric, axis)
-            panel.plot(x_N, smoothed(points(run, metric), smooth), color=colour, label=run.name)
+            panel.plot(x_N, smoothed(points(run, metric), smooth), color=colour, label=str(number))
             if smooth:
                 panel.plot(x_N, y_N, color=colour, linewidth=0.5, alpha=0.25)
             panel.plot(*points(run, f"valid_{metric}", axis), color=colour, **VALIDATION)
         panel.xaxis.set_major_formatter(EngFormatter())
         panel.set(xlabel=AXES[axis], ylabel=metric.replace("_", " "))
         panel.grid(alpha=0.3)
-    panels[0, 0].legend(frameon=False, fontsize=8)
+    legend = panels[0, 0].legend(frameon=False, fontsize=8)
+    for text, run in zip(legend.get_texts(), runs, strict=True):  # a name may hold $, which begins a formula
+        text.set(text=os.fsencode(run.name).decode(errors="replace"), parse_math=False)
     beside = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(beside, dpi=150, format=path.suffix[1:] or "png")
@@ -164,4 +166,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -32,7 +32,6 @@ transformer, not BLOOM, OPT, GPT-Neo or Pythia; the paper does not say whether i
 """
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +47,7 @@ from experiments import command, study
 from experiments.inference import conclusions
 from experiments.speed.decode import at_context, greedy, memory_bytes, state_bytes, total_bytes
 from rwkv_jax import generate, models, train
+from rwkv_jax.command import end
 from rwkv_jax.train import optim
 
 HERE = Path(__file__).parent
@@ -276,4 +276,4 @@ def cells(preset, workdir):
 
 
 if __name__ == "__main__":
-    sys.exit(command.main(HERE, __doc__, PRESETS, cells, conclusions.conclude))
+    end(command.main(HERE, __doc__, PRESETS, cells, conclusions.conclude))

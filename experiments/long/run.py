@@ -29,6 +29,7 @@ from tqdm import tqdm
 from experiments import stamp
 from experiments.command import draw, write_json
 from rwkv_jax import files, models, train
+from rwkv_jax.command import end, reported
 from rwkv_jax.files import to_json, user_path
 from rwkv_jax.train import optim
 
@@ -75,6 +76,7 @@ def _two_steps(seq_len, segments, stop_gradient):
     }
 
 
+@reported()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
@@ -104,4 +106,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

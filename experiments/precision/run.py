@@ -42,6 +42,7 @@ from experiments.precision import peers, plot, table
 from experiments.precision.bounds import STEPS, bound
 from experiments.precision.judge import exact
 from rwkv_jax import files
+from rwkv_jax.command import end, reported
 from rwkv_jax.files import user_path
 from rwkv_jax.ops import wkv4
 
@@ -170,6 +171,7 @@ def claims(rows):
     return [(f"{form}, {dtype}: largest error over its bound", max(x), 1.0) for (form, dtype), x in found.items()]
 
 
+@reported()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.precision.run", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="short sequences: seconds instead of minutes")
@@ -194,4 +196,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -3,10 +3,9 @@
 python -m experiments.precision.table [results.json]
 """
 
-import sys
 from pathlib import Path
 
-from rwkv_jax.files import read_json, user_path
+from experiments import command
 
 HEADS = {"y": "y", "w": "grad w", "u": "grad u", "k": "grad k", "v": "grad v"}
 
@@ -48,5 +47,4 @@ def _line(row, suffix):
 
 
 if __name__ == "__main__":
-    path = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
-    print(render(read_json(path)))
+    command.print_table(render, Path(__file__).parent)

@@ -19,7 +19,6 @@ Known deviations: a byte model of 115 thousand parameters after 0.8 M bytes, one
 1,000 bytes is there from the initialiser: training had windows of 128.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +29,7 @@ import numpy as np
 from experiments import command
 from experiments.runs import trained
 from rwkv_jax import data
+from rwkv_jax.command import end
 from rwkv_jax.train import optim, run_config
 
 HERE = Path(__file__).parent
@@ -146,4 +146,4 @@ def verdict(far: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.main(HERE, __doc__, PRESETS, cells, conclude))
+    end(command.main(HERE, __doc__, PRESETS, cells, conclude))

@@ -20,6 +20,7 @@ import jax
 from experiments import stamp
 from experiments.command import write_json
 from rwkv_jax import files
+from rwkv_jax.command import end, reported
 from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import run_config
 from rwkv_jax.train.rehearse import rehearse, table
@@ -35,11 +36,12 @@ ROWS = [
 SMOKE = [("v5e:2x2", ["configs/tiny.py", "--config.strategy=fsdp"])]
 
 
-def main():
+@reported()
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a small model, to see that it runs")
     parser.add_argument("--out", type=user_path, default=HERE, help="folder of results.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
     files.check_output_folder(args.out)
     path = args.out / "results.json"
@@ -56,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    end(main())

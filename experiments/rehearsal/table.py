@@ -3,10 +3,9 @@
 python -m experiments.rehearsal.table [results.json]
 """
 
-import sys
 from pathlib import Path
 
-from rwkv_jax.files import read_json, user_path
+from experiments import command
 
 HEADS = (
     "model",
@@ -57,10 +56,5 @@ def _footer(rows):
         yield f"Made {date} with jax {jax} and a libtpu that says: {compiler}. The commands are in results.json."
 
 
-def main():
-    path = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
-    print(render(read_json(path)))
-
-
 if __name__ == "__main__":
-    main()
+    command.print_table(render, Path(__file__).parent)

@@ -12,7 +12,6 @@ Writes DIR/pile.json. Cost: 4 minutes on an H100. `--smoke` is for CPUs: tiny mo
 import argparse
 import gc
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from experiments import stamp
 from experiments.command import write_json
 from rwkv_jax import files, hardware, train
+from rwkv_jax.command import end, reported
 from rwkv_jax.files import to_json, user_path
 from rwkv_jax.train import optim, run_config
 
@@ -97,6 +97,7 @@ def measure(batch, seq_len, steps, model, init, step, compile_seconds) -> dict:
     }
 
 
+@reported()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.speed.pile", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
@@ -130,4 +131,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.ticker import PercentFormatter
 
 from experiments.figures import plt, saved
+from rwkv_jax.command import end, reported
 from rwkv_jax.files import read_json, user_path
 
 MARKERS = "osD^vP*X"
@@ -78,10 +79,16 @@ def _finish(figure, results, title, path):
 
 DRAW = {"ops": draw_ops, "startup": draw_startup}
 
-if __name__ == "__main__":
+
+@reported()
+def main(argv=None) -> None:
     source = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
     folder = user_path(sys.argv[2] if len(sys.argv) > 2 else source.parent)
     measured = read_json(source)
     for suite, draw in DRAW.items():
         if suite in measured:
             draw(measured[suite], folder / f"{suite}.png")
+
+
+if __name__ == "__main__":
+    end(main())

@@ -35,13 +35,13 @@ Needs requirements-live.txt. Cost: about 30 minutes on 2 cores, startup 10, whic
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from experiments import stamp
 from experiments.command import write_json
 from experiments.speed import decode, generation, ops, rwkv7, startup, train
 from rwkv_jax import files
+from rwkv_jax.command import end, reported
 from rwkv_jax.files import read_json, user_path
 
 SUITES = {
@@ -62,6 +62,7 @@ def line(row: dict) -> str:
     return f"{row['what']}: {', '.join(sides)}, ratio {row['ratio']:.2f}{wanted}"
 
 
+@reported()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.speed.run", description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=SUITES, help="one of them; default: all but rwkv7 and startup in turn")
@@ -94,4 +95,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

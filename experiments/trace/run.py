@@ -27,7 +27,6 @@ Deviations: a model of a few layers that knows nothing but the answers to its fa
 each weighted by its effect where that is above zero.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +41,7 @@ from experiments import command, stamp, sweeps, tasks
 from experiments.statistics import told, verdict
 from experiments.trace import averages, facts, tracing
 from rwkv_jax import interop
+from rwkv_jax.command import end
 from rwkv_jax.data import tokenizers
 from rwkv_jax.files import read_json
 
@@ -238,4 +238,4 @@ if __name__ == "__main__":
         "model": "weights to trace too: a .pth, a folder, or whatever else rwkv_jax.load reads",
         "facts": "JSON list of subject, prompt and attribute to trace them on",
     }
-    sys.exit(command.main(HERE, __doc__, PRESETS, cells, conclude, sweep, options))
+    end(command.main(HERE, __doc__, PRESETS, cells, conclude, sweep, options))

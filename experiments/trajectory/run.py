@@ -18,7 +18,6 @@ size, every number of the final tensors within 1e-6, against the kept trajectori
 Contradicted: anything else. Deviations: tiny shapes, one seed; float64 where the released models trained in bfloat16.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 from experiments import command
 from experiments.trajectory import released
 from rwkv_jax import train
+from rwkv_jax.command import end
 from rwkv_jax.interop import official
 from rwkv_jax.train import optim
 
@@ -182,4 +182,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

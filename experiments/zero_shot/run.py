@@ -25,7 +25,6 @@ without.
 
 import importlib.metadata
 import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from tqdm import tqdm
 import rwkv_jax
 from experiments import command
 from rwkv_jax import evaluate, harness
+from rwkv_jax.command import end
 from rwkv_jax.data import SEPARATOR, tokenizers
 from rwkv_jax.files import read_json
 
@@ -193,4 +193,4 @@ def conclude(preset: Preset, values: dict) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(command.main(Path(__file__).parent, __doc__, PRESETS, cells, conclude))
+    end(command.main(Path(__file__).parent, __doc__, PRESETS, cells, conclude))

@@ -31,6 +31,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if args.write and args.prompt:
         raise ValueError("--write with --prompt: Megatron files cannot mark tokens of a prompt")
+    if args.write and args.json:
+        raise ValueError("--write with --json, which reports what a corpus holds: expected one or the other")
     if args.write:
         num_documents = to_megatron(args.source, args.tokenizer, args.write, args.text)
         print(f"{num_documents:,} documents written to {args.write}.bin and {args.write}.idx")

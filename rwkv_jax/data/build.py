@@ -81,10 +81,12 @@ def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") ->
     uint16 where that holds the vocabulary, else int32.
 
     Args:
-        source: text or JSONL, as for `prepare`.
+        source: text or JSONL, as for `prepare`. ValueError where it holds tokens already.
     """
     for ending in (".bin", ".idx"):
         check_output(megatron.with_ending(user_path(prefix), ending))
+    if (path := _path(source)) and tokenfiles.find(path):
+        raise ValueError(f"{source} holds tokens, expected text")
     encoder = get_tokenizer(tokenizer)
     found = _find(source, tokenizer, text, "")
     documents = (

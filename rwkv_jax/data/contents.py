@@ -25,8 +25,12 @@ _PACKED = {
     b"\x28\xb5\x2f\xfd": ("zstd", _DECOMPRESS),
     b"\x04\x22\x4d\x18": ("lz4", _DECOMPRESS),
     b"PK\x03\x04": ("zip", _UNPACK),
+    b"\x1f\x9d": ("compress", _DECOMPRESS),
+    b"LZIP\x01": ("lzip", _DECOMPRESS),
+    b"]\0\0": ("lzma", _DECOMPRESS),
     b"7z\xbc\xaf\x27\x1c": ("7z", _UNPACK),
     b"Rar!\x1a\x07": ("rar", _UNPACK),
+    b"%PDF-": ("pdf", "extract its text first"),
     b"PAR1\x15": ("parquet", "hf:FOLDER reads the parquet files of a folder"),
     b"ARROW1\0\0": ("arrow", "hf:FOLDER reads the arrow files of a folder"),
 }
@@ -48,7 +52,9 @@ def visible(folder: Path, tally: Counter) -> list[tuple[str, Path]]:
     for parent, folders, names in os.walk(folder, onerror=_raise):
         tally["files", "hidden"] += sum(name.startswith(".") for name in (*folders, *names))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        tally["files", "linked folder"] += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
+        tally["files", "linked folder, not followed"] += sum(
+            os.path.islink(os.path.join(parent, name)) for name in folders
+        )
         for path in (Path(parent, name) for name in names if not name.startswith(".")):
             if not path.is_file():
                 tally["files", "neither file nor folder"] += 1
@@ -65,23 +71,30 @@ def _raise(error: OSError):
 
 def packing(path: Path) -> str | None:
     """The format of a file that is compressed or an archive, None for others."""
-    found = _packed(path)
+    found = _packed(_head(path))
     return found and found[0]
 
 
-def _packed(path: Path) -> tuple[str, str] | None:
+def _head(path: Path) -> bytes:
     with open(path, "rb") as file:
-        head = file.read(_TAR_AT + len(_TAR))
-    if head[_TAR_AT:] == _TAR and b"\0" in head:
+        return file.read(_TAR_AT + len(_TAR))
+
+
+def _packed(head: bytes) -> tuple[str, str] | None:
+    if head[_TAR_AT : _TAR_AT + len(_TAR)] == _TAR and b"\0" in head:
         return "tar", _UNPACK
     if head.startswith(b"BZh") and head[4:10] != b"1AY&SY":  # three letters may begin a text
         return None
     return next((found for magic, found in _PACKED.items() if head.startswith(magic)), None)
 
 
-def expect_plain(path: Path) -> None:
-    """Raise ValueError for a file that is compressed or an archive. A pipe, of which nothing is read here, is none."""
-    if path.is_file() and (found := _packed(path)):
+def expect_plain(path: Path, head: bytes | None = None) -> None:
+    """Raise ValueError for a file that is compressed or an archive, told from its first bytes.
+
+    Of a pipe nothing is read here: what its reader has found at its beginning is `head`.
+    """
+    head = _head(path) if head is None and path.is_file() else head
+    if head and (found := _packed(head)):
         raise ValueError(f"{path} is {found[0]}, not text: {found[1]}")
 
 

@@ -9,6 +9,7 @@ The prompt precedes the text and is no target. The two are tokenized separately,
 whose text is empty are left out. Files may be compressed by gzip, bzip2 or xz.
 """
 
+import math
 import re
 import string
 from collections import Counter
@@ -91,6 +92,8 @@ def _value(record: dict, field: str) -> str:
     value = record[field]
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError(f"field {field!r} is {type(value).__name__}, expected text or a number")
+    if isinstance(value, float) and not math.isfinite(value):  # as pandas writes what is missing
+        raise ValueError(f"field {field!r} is {value}, expected text or a finite number")
     return str(value)
 
 

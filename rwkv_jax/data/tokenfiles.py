@@ -15,6 +15,7 @@ from tqdm import tqdm
 from rwkv_jax.data import cache, megatron
 from rwkv_jax.data.corpus import SEPARATOR, Corpus, Split
 from rwkv_jax.data.tokenizers import Tokenizer
+from rwkv_jax.files import one_line
 
 _BLOCK_TOKENS = 1 << 22
 _NPY = b"\x93NUMPY"
@@ -67,9 +68,12 @@ def read(path: Path, tokenizer: Tokenizer, tokenizer_id: str) -> Corpus:
 
 def _npy(path: Path):
     try:
-        tokens = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or not a .npy file: {error}") from None
+        with np.errstate(over="ignore"):  # of a size that no file has, which is refused
+            tokens = np.load(path, mmap_mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # the header is evaluated as Python, which can fail in any way
+        raise ValueError(f"{path} is damaged or not a .npy file: {one_line(error)}") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
         raise ValueError(f"{path} holds {tokens.dtype} {list(tokens.shape)}, expected integers of one dimension")
     return tokens, None

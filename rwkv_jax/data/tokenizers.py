@@ -18,6 +18,7 @@ added tokens, special or not, are found in any text, and its normaliser may chan
 """
 
 import ast
+import codecs
 import json
 import re
 import string
@@ -172,7 +173,8 @@ def get_tokenizer(name: str) -> Tokenizer:
         case "characters":
             return _tokenizer(str(name), _released_characters(path))
     try:
-        library = tokenizers.Tokenizer.from_buffer(path.read_bytes())  # a path need not be UTF-8
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # which editors put in front
+        library = tokenizers.Tokenizer.from_buffer(content)  # a path need not be UTF-8
         vocabulary = library.get_vocab()
         max(vocabulary.values())
     except Exception as error:  # the library raises nothing narrower
@@ -183,7 +185,7 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 def _format(path: Path) -> str:
     with path.open("rb") as file:
-        beginning = file.read(64).removeprefix(b"\xff\xfe").replace(b"\0", b"")
+        beginning = file.read(64).removeprefix(b"\xff\xfe").removeprefix(codecs.BOM_UTF8).replace(b"\0", b"")
     if re.match(rb"\d+ b?['\"]", beginning):
         return "world"
     if not re.match(rb'\s*\{\s*"\d+"\s*:', beginning):
@@ -197,7 +199,7 @@ def _format(path: Path) -> str:
 def _numbered(path: Path) -> dict:
     """The entries of {"0": ..., "1": ...} in UTF-8 or UTF-16."""
     data = path.read_bytes().removeprefix(b"\xff\xfe")
-    return files.parse_json(data.decode("utf-16le" if b"\0" in data[:64] else "utf-8"))
+    return files.parse_json(data.decode("utf-16le" if b"\0" in data[:64] else "utf-8-sig"))
 
 
 def _switch_off_settings(name: str, library: tokenizers.Tokenizer) -> None:
@@ -302,7 +304,7 @@ def _world(name: str, path: Path) -> WorldTokenizer:
     # The package decodes no bytes that are not UTF-8 and panics on ids without an entry: its file is read here too.
     token_bytes = [b""] * WorldTokenizer.vocab_size
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         for i, token in _world_json(text) if text.lstrip().startswith("{") else _world_lines(text):
             token_bytes[i] = token
     except (ValueError, SyntaxError, IndexError, AttributeError, TypeError, RecursionError, MemoryError) as error:
@@ -421,7 +423,8 @@ def carried(folder: Path) -> str | None:
     # What the config names may have stayed behind when the folder moved; what lies in the folder has not.
     candidates = [folder / name] if isinstance(name, str) else []
     candidates += [folder / TOKENIZER_FILE, folder / WORLD_FILE]
-    return next((str(file) for file in candidates if file.is_file()), name)
+    found = (str(file) for file in candidates if file.is_file())
+    return next(found, name if isinstance(name, str) else None)
 
 
 def _find_neox(beside: Path) -> str:

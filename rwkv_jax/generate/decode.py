@@ -144,10 +144,7 @@ def checked_draws(
     index_B = _whole_numbers("start", start, B)
     seed_B = _whole_numbers("seed", seed, B)
     stop_V = np.zeros(vocab_size, bool)
-    for token in stop_tokens:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"stop_tokens holds {token}, expected ids from 0 to {vocab_size - 1}")
-        stop_V[token] = True
+    stop_V[checked_ids(np.atleast_1d(stop_tokens), vocab_size, "stop_tokens")] = True
     history = sampling.history(prompts, vocab_size, penalty_decay, sampler)
     sampler = sampler if isinstance(sampler, Partial) else Partial(sampler)
     key_B = _keys(seed_B.astype(np.uint32), np.ndim(seed) == 0)
@@ -254,15 +251,22 @@ def generate_with_context(model, params, prompt_ids, *, context=None, **settings
 def as_prompts(prompts, vocab_size: int, context: Context | None) -> tuple[list[np.ndarray], bool]:
     """Return the ids of each prompt, and whether a single one was given. Without context, an empty one is token 0."""
     several = np.ndim(prompts) == 2 if hasattr(prompts, "ndim") else any(map(np.ndim, prompts))
-    given = [np.asarray(ids) for ids in (prompts if several else [prompts])]
-    for ids in given or [np.asarray(prompts)]:
-        if not given or ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise ValueError(f"the prompt is {ids.dtype} {ids.shape}, expected ids [T] or [B, T], or lists of ids")
-        wrong = ids[(ids < 0) | (ids >= vocab_size)]
-        if wrong.size:
-            raise ValueError(f"the prompt holds token {wrong[0]}, expected ids from 0 to {vocab_size - 1}")
+    given = [checked_ids(ids, vocab_size) for ids in (prompts if several else [prompts])]
+    if not given:
+        raise ValueError(f"there are no prompts in {prompts!r}, expected ids [T] or [B, T], or lists of ids")
     empty = np.zeros(1 if context is None else 0, np.int32)
-    return [ids.astype(np.int32) if ids.size else empty for ids in given], not several
+    return [ids if ids.size else empty for ids in given], not several
+
+
+def checked_ids(ids, vocab_size: int, what: str = "the prompt") -> np.ndarray:
+    """Return ids as an int32 array [T]; ValueError unless they are whole numbers in [0, V)."""
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"{what} is {ids.dtype} {ids.shape}, expected ids [T] or [B, T], or lists of ids")
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size:
+        raise ValueError(f"{what} holds token {wrong[0]}, expected ids from 0 to {vocab_size - 1}")
+    return ids.astype(np.int32)
 
 
 def _whole_numbers(name: str, value, B: int) -> np.ndarray:

@@ -41,7 +41,8 @@ from rwkv_jax.harness.requests import WINDOW, batches, score
 from rwkv_jax.pretrained import RWKVForCausalLM
 
 NAME = "rwkv_jax"  # by which lm_eval's own command knows the adapter
-SAMPLING = ("top_p", "top_k", "min_p", "typical_p")  # what a task may ask of a sampler besides the temperature
+# What a task may ask of a sampler besides the temperature.
+SAMPLING = ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @register_model(NAME)

@@ -18,7 +18,8 @@ from rwkv_jax.interop.official import check, from_official, model_of, to_officia
 from rwkv_jax.models.block import RELEASED_EPSILON
 
 __all__ = [
-    "describe", "destination", "fingerprint", "from_official", "load", "locate", "save", "states", "to_official",
+    "check_format", "describe", "destination", "fingerprint", "from_official", "load", "locate", "save", "states",
+    "to_official",
 ]  # fmt: skip
 
 FORMATS = ("pth", "safetensors", "huggingface", "rwkv.cpp")
@@ -46,10 +47,10 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
       ValueError: what is there is damaged, or is none of these.
     """
     path = locate(path)
-    tensors, fields, epsilon = _read(path)
+    found, fields, tensors, epsilon = _read(path)
     with formats.naming(path):
         loaded = from_official(tensors, dtype, sharding, scan, fields, epsilon)
-    if path.is_dir():
+    if path.is_dir() or huggingface.are_named_by_transformers(found):
         huggingface.report_rescaling(path, tensors)
     return loaded
 
@@ -57,14 +58,14 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
 def describe(path) -> nn.Module:
     """The model that `load` would return for `path`, without reading its parameters; the same errors."""
     path = locate(path)
-    tensors, fields, epsilon = _read(path)
+    _, fields, tensors, epsilon = _read(path)
     with formats.naming(path):
         return model_of(tensors, fields=fields, head_norm_epsilon=epsilon)
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None, float]:
-    """The tensors of a file or folder by official name, the model's fields where the file is one of ours, and the
-    epsilon of the heads' norm in the code that it is for."""
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None, dict[str, np.ndarray], float]:
+    """(tensors of a file or folder by its own names, the model's fields where the file is one of ours, the tensors by
+    official name, and the epsilon of the heads' norm in the code that they are for)."""
     fields = None
     if path.is_dir():
         tensors = huggingface.read(path)
@@ -75,11 +76,10 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None, flo
                 fields = files.parse_json(metadata[_FIELDS])
     elif kind == "rwkv.cpp":
         tensors = rwkv_cpp.read(path)
-        return tensors, fields, rwkv_cpp.head_norm_epsilon(tensors)
+        return tensors, fields, tensors, rwkv_cpp.head_norm_epsilon(tensors)
     else:
         tensors = pth.read(path)
-    tensors, epsilon = huggingface.named_officially(tensors)
-    return tensors, fields, epsilon
+    return tensors, fields, *huggingface.named_officially(tensors)
 
 
 def locate(path) -> Path:
@@ -130,8 +130,7 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
       OSError: `path` cannot be written, or is a folder of something else.
     """
     path, format = destination(path, format)
-    if format != "safetensors" and (differs := _unreleased(model, format)):
-        raise ValueError(f"{path}: {format} holds released models only, and this one has {differs}; use .safetensors")
+    check_format(path, format, model)
     tensors = to_official(params)
     with formats.naming(f"{path}: params are not those of this model"):
         check(tensors, model)
@@ -141,6 +140,12 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
         pth.write(path, tensors)
     else:
         {"huggingface": huggingface, "rwkv.cpp": rwkv_cpp}[format].write(path, tensors, model.head_norm_epsilon)
+
+
+def check_format(path, format: str, model: nn.Module) -> None:
+    """Raise ValueError where `format` cannot hold this model, of which no parameter is needed."""
+    if format != "safetensors" and (differs := _unreleased(model, format)):
+        raise ValueError(f"{path}: {format} holds released models only, and this one has {differs}; use .safetensors")
 
 
 def _unreleased(model: nn.Module, format: str) -> str | None:

@@ -5,7 +5,7 @@ import sys
 
 from rwkv_jax import command, runs
 from rwkv_jax.data import tokenizers
-from rwkv_jax.interop import FORMATS, destination, locate, save
+from rwkv_jax.interop import FORMATS, check_format, destination, locate, save
 
 
 @command.reported(out_of_memory="--dtype=bfloat16 needs half of float32")
@@ -18,6 +18,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     path, format = destination(args.destination, args.format)
     source = locate(args.source)
+    check_format(path, format, runs.describe(source))
     model, params = runs.load(source, dtype=args.dtype)
     save(path, model, params, format)
     if path.is_dir():

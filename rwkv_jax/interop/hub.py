@@ -7,6 +7,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from rwkv_jax import files
+from rwkv_jax.data import hub
 
 _NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<file>[\w-][\w./-]*\.(?:pth|safetensors|bin)))?")
 _BESIDE = ["*.json", "*.txt"]  # config and index, and what tokenizers are made of
@@ -31,11 +32,12 @@ def download(name: str) -> Path:
       OSError: it cannot be reached, or the download failed.
     """
     repo, file = _NAME.fullmatch(name).group("repo", "file")
+    from_cache = {"local_files_only": not hub.is_reached()}
     try:
         if file is not None:
-            return Path(huggingface_hub.hf_hub_download(repo, file))
+            return Path(huggingface_hub.hf_hub_download(repo, file, **from_cache))
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*_BESIDE, weights]))
+            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*_BESIDE, weights], **from_cache))
             if any(folder.glob(weights)):
                 return folder
     except errors.GatedRepoError as error:

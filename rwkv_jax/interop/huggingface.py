@@ -9,6 +9,7 @@ transformers nor this module reads back the model that was saved. Loading says s
 Folders written here ask for no rescaling, unless the weights are float16, whose range needs it.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -76,6 +77,10 @@ def named_officially(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.nd
     return {to_official_name(name): x for name, x in tensors.items()}, RELEASED_EPSILON
 
 
+def are_named_by_transformers(tensors: Mapping[str, np.ndarray]) -> bool:
+    return any(name.startswith("rwkv.") for name in tensors)
+
+
 def read(folder) -> dict[str, np.ndarray]:
     """The tensors in a folder by the names that they have there: views of its memory-mapped files.
 
@@ -106,24 +111,27 @@ def _check_config(path: Path) -> None:
             raise ValueError(f"{path}: {key} is {config[key]!r:.99}; {version} as released has {value!r:.99}")
 
 
-def report_rescaling(folder, tensors: Mapping[str, np.ndarray]) -> None:
+def report_rescaling(path, tensors: Mapping[str, np.ndarray]) -> None:
     """Say on stderr where weights look as if transformers had divided them by powers of 2: see the module's docstring.
 
     They do where, every `rescale_every` layers, both matrices that it divides become half as large, next to how much
     they change from layer to layer around.
 
     Args:
+        path: of the folder, or of the file of one.
         tensors: those of `read`, by official name.
     """
-    config = files.read_json(Path(folder) / "config.json")
+    path, config = Path(path), {}
+    with contextlib.suppress(OSError, ValueError):  # beside a file it may be anything, or missing
+        config = files.read_json((path if path.is_dir() else path.parent) / "config.json")
     every = config.get("rescale_every", 6)  # transformers' default
     first = range(every, layer_count(tensors), every) if isinstance(every, int) and every > 2 else ()
-    if not first or config["model_type"] != "rwkv":
+    if not first or config.get("model_type", "rwkv") != "rwkv":
         return
     sizes = {name: _log2_sizes(tensors, name) for name in ("att.output", "ffn.value")}
     if all(_halves(size_L, layer) for size_L in sizes.values() for layer in first):
         print(
-            f"{folder}: {' and '.join(sizes)} look divided by 2 from layer {every} on, 4 from {2 * every} on, ..., "
+            f"{path}: {' and '.join(sizes)} look divided by 2 from layer {every} on, 4 from {2 * every} on, ..., "
             "as transformers saves them after a forward pass: save before one, or with rescale_every = 0",
             file=sys.stderr,
         )

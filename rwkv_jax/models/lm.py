@@ -56,6 +56,8 @@ CHOICES = {
     "head_init": ("orthogonal", "normal"),
     "matmul_precision": (None, "default", "high", "highest"),
 }
+# Far beyond any model; parameters of these sizes have fewer bytes than an int64 counts, past which XLA aborts.
+LARGEST = {"vocab_size": 2**31 - 1, "num_layers": 2**16, "dim": 2**20, "hidden_dim": 2**22, "head_size": 2**20}
 
 
 def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
@@ -108,13 +110,10 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
 
 
 def _check_fields(chosen, kinds):
-    for key in ("vocab_size", "num_layers", "dim"):
-        if not isinstance(chosen.get(key), int) or chosen[key] < 1:
-            raise ValueError(f"model field {key} is {chosen.get(key)!r}, expected a positive integer")
-    for key in ("hidden_dim", "head_size"):
-        value = chosen.get(key)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"model field {key} is {value!r}, expected a positive integer")
+    for key, largest in LARGEST.items():
+        value, optional = chosen.get(key), key in ("hidden_dim", "head_size")
+        if not (value is None and optional) and (type(value) is not int or not 1 <= value <= largest):
+            raise ValueError(f"model field {key} is {value!r}, expected a positive integer, at most {largest}")
     if not 0 <= chosen.get("dropout", 0.0) < 1:
         raise ValueError(f"model field dropout is {chosen['dropout']!r}, expected a share from 0 to below 1")
     forms = dict.fromkeys(form for kind in kinds for form in kind.forms)

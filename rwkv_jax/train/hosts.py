@@ -16,6 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from rwkv_jax import command
+
+STOPPING = b"stopping: the step that is running, or compiling, ends and is saved first; Ctrl-C again ends at once\n"
 HEARTBEAT_SECONDS = 30  # without a sign of a host, after which the others end; JAX's default is 100
 
 _meetings = itertools.count()
@@ -143,6 +146,7 @@ def stop_signals():
     def request(signum, frame):
         if stop.is_set():
             raise KeyboardInterrupt
+        os.write(command.STDERR, STOPPING)  # at once, whatever else is being printed
         stop.set()
         if several:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX listens to, and tells the others

@@ -86,7 +86,8 @@ def _loop(this: Run, workdir, state, start, profile, log, stop):
                 state, seen = this.diagnose(state, placed, np.float32(lr))
                 log.diagnosed(step, seen)
             if profile and step == profile.start:
-                trace.enter_context(jax.profiler.trace(str(workdir / "profile")))
+                plain = trace.enter_context(files.plainly_named(workdir))
+                trace.enter_context(jax.profiler.trace(str(plain / "profile")))
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, values = this.step(state, placed, np.float32(lr))
             log.settle()  # the step before

@@ -93,7 +93,7 @@ def default():
     )
 
 
-_AT_LEAST = lambda low: (lambda x: x >= low, f"{low} or more")
+_AT_LEAST = lambda low: (lambda x: low <= x < 2**31, f"{low} or more, and below 2^31")
 _ABOVE_0 = (lambda x: 0 < x < math.inf, "a finite number above 0")
 _NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
 _SHARE = (lambda x: 0 <= x <= 1, "a share from 0 to 1")
@@ -110,7 +110,7 @@ RANGES = {
     "log_every": _AT_LEAST(0),
     "diagnostics_every": _AT_LEAST(0),
     "eval_every": _AT_LEAST(0),
-    "eval_tokens": (lambda x: x == 0 or x >= 2, "0, or 2 tokens and more"),
+    "eval_tokens": (lambda x: x == 0 or 2 <= x < 2**31, "0, or 2 tokens and more, below 2^31"),
     "save_every": _AT_LEAST(0),
     "keep": _AT_LEAST(1),
     "max_skipped": _AT_LEAST(0),
@@ -172,7 +172,7 @@ def _check_ranges(config):
             value = value[part]
         try:
             good = value is None or holds(value)
-        except (TypeError, ValueError, re.error):
+        except (TypeError, ValueError, re.error, OverflowError, RecursionError):  # the last two: of a pattern
             good = False
         if not good:
             raise ValueError(f"config field {name} is {value!r}, expected {expected}")

@@ -127,6 +127,10 @@ PACKED = {
     "xz": lzma.compress,
     "zip": zipped,
     "tar": tarred,
+    "compress": lambda data: b"\x1f\x9d\x90" + data,
+    "lzip": lambda data: b"LZIP\x01\x0c" + data,
+    "lzma": lambda data: lzma.compress(data, format=lzma.FORMAT_ALONE),
+    "pdf": lambda data: b"%PDF-1.7\n" + data,
     "zstd": lambda data: b"\x28\xb5\x2f\xfd" + data,
     "parquet": lambda data: b"PAR1\x15\x04" + data + b"PAR1",
 }
@@ -166,7 +170,8 @@ def test_folder_says_at_every_start_what_it_leaves_out(tmp_path, capsys):
     folder_of(tmp_path / "other", {"a.txt": prose(99)})
     (folder / "linked").symlink_to(tmp_path / "other")
     (folder / "broken").symlink_to(tmp_path / "nowhere")
-    reasons = "hidden: 2, linked folder: 1, neither file nor folder: 1, empty: 1, most lines in files before it: 3"
+    reasons = "hidden: 2, linked folder, not followed: 1, neither file nor folder: 1, empty: 1, "
+    reasons += "most lines in files before it: 3"
     line = f"{folder}: left out: 13 of 14 files ({reasons}, not UTF-8 text: 5)\n"
     for arguments in ([], [], ["--tokenizer=characters"], [f"--write={tmp_path / 'own'}"]):
         assert main([str(folder), *arguments]) == 0
@@ -190,7 +195,9 @@ def test_json_lines_say_how_many_objects_have_no_text(tmp_path, capsys):
 def test_folder_of_nothing_but_what_is_left_out_says_so(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/linked").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match=r"set is empty: .*; left out: 1 of 1 files \(linked folder: 1\)$"):
+    with pytest.raises(
+        ValueError, match=r"set is empty: .*; left out: 1 of 1 files \(linked folder, not followed: 1\)$"
+    ):
         prepare(str(tmp_path / "set"))
 
 

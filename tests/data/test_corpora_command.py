@@ -47,6 +47,8 @@ def test_corpora_command_writes_megatron_files(tmp_path, capsys):
     [
         (["nowhere"], "error: no corpus nowhere: expected"),
         (["a.jsonl", "--write=b", "--prompt=q"], "error: --write with --prompt"),
+        (["a.jsonl", "--write=b", "--json"], "error: --write with --json"),
+        ([str(GOLDENS / "binidx.bin"), "--write=b"], f"error: {GOLDENS / 'binidx.bin'} holds tokens, expected text"),
     ],
 )
 def test_corpora_command_reports_mistakes_in_one_line(capsys, arguments, line):

@@ -47,13 +47,30 @@ def test_hub_error_names_what_is_missing(folder):
         prepare(f"hf:{folder}", text="body")
 
 
+def test_hub_folder_may_hold_colons_and_at_but_no_pattern(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "_load", lambda spec, *arguments: asked.append(arguments) or {"train": []})
+    for name in ("me@home", "a:b", "[g]", "*"):
+        (tmp_path / name).mkdir()
+    for name in ("me@home", "a:b"):
+        assert list(hub.source(f"hf:{tmp_path / name}:train", "text", "").documents()) == []
+        assert asked.pop() == (str(tmp_path / name), None, "train", None)
+    for name in ("[g]", "*"):  # of the second the library read all the folders beside it
+        with pytest.raises(ValueError, match=r"takes \*, \?, \[ and \] in a folder's name for a pattern: rename it$"):
+            hub.source(f"hf:{tmp_path / name}", "text", "")
+
+
 @pytest.mark.parametrize(("error", "expected"), [(ConnectionError, OSError), (RuntimeError, ValueError)])
 def test_hub_error_of_the_library_is_one_line(monkeypatch, error, expected):
     def load_dataset(*args, **kwargs):
         raise error("no answer")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(hub, "is_reached", lambda: True)
     with pytest.raises(expected, match=r"^corpus hf:a/b: no answer$"):
+        prepare("hf:a/b")
+    monkeypatch.setattr(hub, "is_reached", lambda: False)
+    with pytest.raises(OSError, match=r"^corpus hf:a/b: the hub was not reached$"):
         prepare("hf:a/b")
 
 

@@ -45,6 +45,22 @@ def test_prepare_refuses_an_array_that_is_not_tokens(tmp_path, message):
     assert str(raised.value).startswith(f"{path} {message}") and "\n" not in str(raised.value)
 
 
+HEADER = "{{'descr': '<u2', 'fortran_order': False, 'shape': ({},)}}"
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["(" * 5000, "[1" + "+1" * 3000 + "]", HEADER.format("9" * 30), HEADER.format(f"{2**62}, 3")],
+    ids=["tokens", "depth", "number", "size"],
+)
+def test_header_that_python_cannot_evaluate_is_one_line(tmp_path, header):
+    path, content = tmp_path / "a.npy", header.encode() + b"\n"
+    path.write_bytes(b"\x93NUMPY\1\0" + len(content).to_bytes(2, "little") + content)
+    with pytest.raises(ValueError, match=r"a\.npy is damaged or not a \.npy file: ") as raised:
+        prepare(str(path))
+    assert "\n" not in str(raised.value)
+
+
 def test_array_cut_anywhere_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(200))
     content = (tmp_path / "a.npy").read_bytes()

@@ -293,9 +293,10 @@ def test_world_is_read_from_json(world, tmp_path):
             entries[i] = token.decode()
         except UnicodeDecodeError:
             entries[i] = list(token)
-    (tmp_path / "world.json").write_text(json.dumps(entries))
-    found = get_tokenizer(str(tmp_path / "world.json"))
-    assert found.token_bytes == world.token_bytes and found.encode(TEXT) == world.encode(TEXT)
+    for mark in ("", "\ufeff"):
+        (tmp_path / "world.json").write_text(mark + json.dumps(entries))
+        found = get_tokenizer(str(tmp_path / "world.json"))
+        assert found.token_bytes == world.token_bytes and found.encode(TEXT) == world.encode(TEXT)
 
 
 def test_world_vocabulary_of_another_kind_is_not_cut_inside_its_tokens(tmp_path):
@@ -327,6 +328,13 @@ def test_world_vocabulary_that_is_damaged_is_refused(line, tmp_path):
     (tmp_path / "vocab.txt").write_text(line)
     with pytest.raises(ValueError, match=r"vocab\.txt is not the World vocabulary: "):
         get_tokenizer(str(tmp_path / "vocab.txt"))
+
+
+def test_tokenizer_file_may_begin_with_a_byte_order_mark(tmp_path):
+    library = characters(["ab"]).library.to_str()
+    for name, content in (("library", library), ("characters", '{"0": "b", "1": "a"}')):
+        (tmp_path / name).write_text("\ufeff" + content)
+        assert get_tokenizer(str(tmp_path / name)).encode("ba") == ([3, 2] if name == "library" else [0, 1])
 
 
 def test_tokenizer_file_may_have_a_name_that_is_no_utf8(tmp_path):

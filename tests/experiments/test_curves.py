@@ -92,6 +92,17 @@ def test_figure_has_a_panel_for_each_nested_metric(whole, tmp_path, monkeypatch)
     plot.plt.close("all")
 
 
+def test_figure_names_runs_as_they_are_called(written, tmp_path, monkeypatch):
+    """To matplotlib $ begins a formula, and _ a name that no legend has."""
+    drawn = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    runs = [written(name, losses(5.0, 4.0)) for name in ("_a", "b$^{", "\udce4")]
+    assert plot.main([*runs, f"--output={tmp_path / 'x.png'}"]) == 0
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["_a", "b$^{", "\ufffd"]
+    monkeypatch.undo()
+    plot.plt.close("all")
+
+
 def test_smoothed_is_the_mean_over_neighbouring_steps():
     rng = np.random.default_rng(0)
     steps_N, y_N = np.cumsum(rng.integers(1, 9, 50)).astype(float), rng.standard_normal(50)

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from functools import partial
 
 import jax
@@ -62,6 +63,7 @@ def script(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(study.measures, "loss", loss, raising=False)
     monkeypatch.setattr(command, "draw", lambda name, path: path)
+    monkeypatch.setattr(study, "end", sys.exit)
     ran.clear()
 
     def call(*argv, name="run.py", seeds=2, swept=False, base=BASE, options=(), **arms):

@@ -162,6 +162,8 @@ def test_harness_generation_follows_the_settings_of_a_task(folder):
     assert generated({"max_gen_toks": 9, "until": greedy[3]}, "def") == [greedy[: greedy.index(greedy[3])]]
     same = {"max_gen_toks": 9, "do_sample": False, "temperature": 0.0, "num_beams": 1}
     assert generated(same, "def") == generated(same | {"temperature": 1}, "def") == [greedy]
+    (penalised,) = generated({"max_gen_toks": 9, "presence_penalty": 1e3}, "def")
+    assert penalised == lm.lm.generate("def", max_new_tokens=9, temperature=0, presence_penalty=1e3) != greedy
     with pytest.raises(ValueError, match="hold length_penalty, expected some of until, max_gen_toks"):
         generated({"length_penalty": 4}, "def")
 

@@ -94,6 +94,12 @@ def test_huggingface_folder_that_was_saved_after_a_forward_pass_is_reported(tmp_
     line = printed(True, rescale_every=every)
     assert line.startswith(f"{folder}: att.output and ffn.value look divided by 2 from layer {every} on")
     assert line.count("\n") == 1
+    (folder / "model.safetensors").rename(tmp_path / "alone.safetensors")  # its names are still transformers' own
+    rwkv_jax.load(tmp_path / "alone.safetensors")
+    (alone,) = capsys.readouterr().err.splitlines()
+    assert alone.startswith(
+        f"{tmp_path / 'alone.safetensors'}: att.output and ffn.value look divided by 2 from layer 6"
+    )
     assert printed(False, rescale_every=every) == ""
     assert printed(True, rescale_every=0) == printed(True, rescale_every=layers) == ""
 

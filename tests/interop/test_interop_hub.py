@@ -1,5 +1,8 @@
 """Names on the Hugging Face hub, from its local cache: nothing here reaches a network."""
 
+import socket
+import time
+
 import pytest
 from huggingface_hub import constants
 from small import drawn, make
@@ -7,6 +10,7 @@ from weights import assert_same_params, one_line, tiny
 
 import rwkv_jax
 from rwkv_jax import evaluate, interop
+from rwkv_jax.data import hub as corpora_hub
 from rwkv_jax.data import tokenizers
 from rwkv_jax.generate import __main__ as generate_command
 from rwkv_jax.interop import hub
@@ -60,6 +64,20 @@ def test_hub_model_comes_with_its_tokenizer_on_every_command_line(tmp_path, cach
     assert evaluate.main(["--model=org/folder", f"--data={tmp_path / 'text'}", "--seq_len=4"]) == 0
     out, err = capsys.readouterr()
     assert "bytes" in out and "guessed" not in err
+
+
+def test_hub_that_does_not_answer_is_one_line_within_seconds(tmp_path, cache, monkeypatch):
+    """A server that takes connections and is silent, as where a firewall drops what is sent; the library waits
+    minutes."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(corpora_hub, "_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for name in ("org/absent", "org/absent/m.pth"):
+            began = time.monotonic()
+            with one_line(f"{name}: no such file here, not in the hub's cache, and the hub was not reached", OSError):
+                rwkv_jax.load(name)
+            assert time.monotonic() - began < 10
 
 
 def test_hub_is_not_asked_for_local_names(tmp_path, monkeypatch):

@@ -28,6 +28,8 @@ def test_lm_fields_survive_json(kind):
         ({"embedding_init": "v4nea"}, "unknown model field embedding_init 'v4nea': did you mean 'v4neo'?"),
         ({"dim": None}, "model field dim is None, expected a positive integer"),
         ({"hidden_dim": 0}, "model field hidden_dim is 0, expected a positive integer"),
+        ({"dim": 2**30}, "model field dim is 1073741824, expected a positive integer, at most 1048576"),  # XLA aborts
+        ({"num_layers": True}, "model field num_layers is True, expected a positive integer"),
         ({"dropout": 1.0}, "model field dropout is 1.0, expected a share from 0 to below 1"),
         ({"variant": 5}, "model field variant is 5, expected switches by name"),
     ],

@@ -1,5 +1,6 @@
 """The loop around a step that costs nothing: its order of events, its log, and a run that is killed at any row."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -12,7 +13,7 @@ import training
 
 from rwkv_jax import checkpoint, hardware, models, train
 from rwkv_jax.data import batches, mixture
-from rwkv_jax.train import TrainState, assemble, metrics, progress, run_config
+from rwkv_jax.train import TrainState, assemble, hosts, metrics, progress, run_config
 
 
 @pytest.fixture
@@ -76,6 +77,17 @@ def test_loop_reads_the_metrics_of_a_step_after_dispatching_the_next(config, eve
     )
     rows = [row for row in metrics.logged(tmp_path / "run" / "metrics.jsonl") if "loss_nats" in row]
     assert [(row["step"], row["loss_nats"]) for row in rows] == [(2, 2), (4, 4), (6, 6)]
+
+
+def test_profile_of_a_workdir_whose_name_is_no_utf8_has_a_plain_path(config, events, tmp_path, monkeypatch):
+    def trace(path):
+        traced.append(path.encode().decode())  # as JAX's profiler does when the trace ends
+        return contextlib.nullcontext()
+
+    traced = []
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    train.run(config, tmp_path / "\udce4[a]", range(2, 4))
+    assert len(traced) == 1 and traced[0].endswith("/profile")
 
 
 def test_goodput_counts_every_moment_since_the_first_start(config, events, tmp_path, monkeypatch):
@@ -167,7 +179,7 @@ def test_step_is_traced_once_over_interruption_and_resume(toy, text, tmp_path, m
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signal_ends_the_run_after_its_step_saved(signum, runs, text, tmp_path, monkeypatch, capsys):
+def test_signal_ends_the_run_after_its_step_saved(signum, runs, text, tmp_path, monkeypatch, capfd):
     append = metrics.append
 
     def signalled(path, row):
@@ -180,7 +192,10 @@ def test_signal_ends_the_run_after_its_step_saved(signum, runs, text, tmp_path, 
         patch.setattr(metrics, "append", signalled)
         stopped = int(train.run(training.config(text), tmp_path).step)
     assert 3 <= stopped < training.STEPS and checkpoint.steps(tmp_path / "checkpoints")[-1] == stopped
-    assert f"stopped at step {stopped} of {training.STEPS}, saved" in capsys.readouterr().err
+    first, *_, last = capfd.readouterr().err.splitlines()
+    assert (
+        first == hosts.STOPPING.decode().rstrip() and f"stopped at step {stopped} of {training.STEPS}, saved" in last
+    )
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert training.same(train.run(training.config(text), tmp_path), runs.state)
     assert training.numbers(tmp_path) == training.numbers(runs.whole)
