@@ -189,7 +189,13 @@ SHAPES = (  # two heads at least: the package takes matrices of one for vectors
 def to_scale(kind, i):
     """(model, params, text, a tuned state), with matrices that keep the scale of what they multiply."""
     model, params = made(kind, **({"head_size": 64} | SHAPES[i]))
-    scaled = lambda path, x: x * np.float32(3 / x.shape[-2] ** 0.5) if path[-1].key == "kernel" else x
+    gains = {"kernel": 3, "1": 1, "2": 1}  # of full matrices and of low-rank ones
+
+    def scaled(path, x):
+        name = path[-1].key
+        gain = gains.get(name, gains.get(name[-1]))
+        return x if gain is None else x * np.float32(gain / x.shape[-2] ** 0.5)
+
     params = jax.tree_util.tree_map_with_path(scaled, params)
     text = np.random.default_rng(i).integers(0, model.vocab_size, 41).astype(np.int32)
     return model, params, text, tuned_of(model, seed=i)
