@@ -15,7 +15,7 @@ import numpy as np
 from rwkv_jax import files
 from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_file, states
 from rwkv_jax.interop.fingerprint import fingerprint
-from rwkv_jax.interop.official import check, from_official, model_of, to_official, without_prefix
+from rwkv_jax.interop.official import check, from_official, model_of, to_official
 from rwkv_jax.models.block import RELEASED_EPSILON
 
 __all__ = [
@@ -46,8 +46,6 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
     """
     path = locate(path)
     tensors, fields = _read(path)
-    if any(name.endswith(states.TIME_STATE) for name in tensors):
-        print(f"{path} holds tuned initial states, left out here: give it as a context, too", file=sys.stderr)
     with formats.naming(path):
         loaded = from_official(tensors, dtype, sharding, scan, fields)
     if path.is_dir():
@@ -60,7 +58,7 @@ def describe(path) -> nn.Module:
     path = locate(path)
     tensors, fields = _read(path)
     with formats.naming(path):
-        return model_of(without_prefix(tensors), fields=fields)
+        return model_of(tensors, fields=fields)
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
@@ -75,8 +73,10 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
                 fields = files.parse_json(metadata[_FIELDS])
     else:
         tensors = pth.read(path) if kind == "pth" else rwkv_cpp.read(path)
-    if tensors and all(name.endswith(states.TIME_STATE) for name in tensors):
-        raise ValueError(f"{path}: tuned initial states, not weights; give it as a context of their model")
+    if tuned := [name for name in tensors if name.endswith(states.TIME_STATE)]:
+        if len(tuned) == len(tensors):
+            raise ValueError(f"{path}: tuned initial states, not weights; give it as a context of their model")
+        print(f"{path} holds tuned initial states, left out here: give it as a context, too", file=sys.stderr)
     return huggingface.named_officially(tensors), fields
 
 
