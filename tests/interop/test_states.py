@@ -253,5 +253,5 @@ def test_states_carry_a_text_to_the_package_and_back(kind, tmp_path):
         before = generate.Context(read("end"), theirs["whole"][None, -1])
         settings = {"max_new_tokens": NUM_NEW, "temperature": 0, "stop_tokens": ()}
         ((new, *_), after) = generate.generate_with_context(model, params, [[]], context=before, **settings)
-        assert new == theirs["new"].tolist() and len(set(new)) > 5
+        assert new == theirs["new"].tolist() and len(set(new)) > 3  # no token for ever
         assert close(after.logits_BV[0], theirs["last"], 1e-4)
