@@ -4,13 +4,14 @@
 
     full     all parameters; rules of `optim.groups` freeze some of them, or some layers
     lora     low-rank adapters beside matrices (`models.lora`). `rwkv_jax.load(workdir)` merges them
-    state    the state before the first token (RWKV-4: 4 numbers a channel and layer). `load` gives the model as it was
+    state    the state before the first token (RWKV-4: 4 numbers a channel and layer; RWKV-5, 6 and 7: the matrices of
+             the heads, as released, while token shift begins at zero). `load` gives the model as it was
 
 What the last two learn can leave the workdir as one small file that belongs to the model, and only to it:
 
     python -m rwkv_jax.finetune export runs/lora adapters.safetensors
     python -m rwkv_jax.finetune merge BASE adapters.safetensors merged.pth        (any format of `rwkv_jax.save`)
-    python -m rwkv_jax.finetune export runs/state tuned.context
+    python -m rwkv_jax.finetune export runs/state tuned.context        (tuned.pth: as released, `time_state`)
     python -m rwkv_jax.generate --model=BASE --context=tuned.context --prompt="..."
 """
 
@@ -21,8 +22,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rwkv_jax import checkpoint, command, files, generate, interop, runs
-from rwkv_jax.data import SEPARATOR
-from rwkv_jax.interop import formats, safetensors_file
+from rwkv_jax.interop import formats, pth, safetensors_file, states
 from rwkv_jax.models import lora
 from rwkv_jax.train.methods import Method, tuned_state
 
@@ -31,9 +31,7 @@ FORMAT = "rwkv_jax adapters 1"
 
 def tuned_context(model, params, tuned) -> generate.Context:
     """Return the context after a tuned state and the separator, with which every document begins."""
-    wide = jnp.promote_types(model.dtype, jnp.float32)
-    before = generate.Context(tuned_state(model, tuned, 1), jnp.zeros((1, model.vocab_size), wide))
-    return generate.read(model, params, [[SEPARATOR]], before)
+    return generate.after_separator(model, params, tuned_state(model, tuned, 1))
 
 
 def save_adapters(path, model, params, adapters, alpha: float) -> None:
@@ -70,10 +68,13 @@ def load_adapters(path, model, params) -> tuple[dict, float]:
 def export(workdir, destination) -> None:
     """Write what a run by "lora" or "state" has learned as one file: adapters, or a context for `generate`.
 
+    A state's destination that ends in .pth becomes a file as released, which `generate` and the released code read.
+
     Raises:
-        ValueError: the run trained anything else.
+        ValueError: the run trained anything else, or a state that released files cannot hold.
     """
-    files.check_output(files.user_path(destination))
+    path = files.user_path(destination)
+    files.check_output(path)
     run = runs.read_run(workdir)
     if run.method == "full":
         raise ValueError(f"{workdir} is no run by lora or state: rwkv_jax.load gives all that it has learned")
@@ -82,9 +83,11 @@ def export(workdir, destination) -> None:
     shapes = jax.eval_shape(lambda params: method.split(model, params, jax.random.key(0))[0], params)
     _, trained = checkpoint.restore(run.path / "checkpoints", shapes, key="params")
     if method.name == "lora":
-        save_adapters(destination, model, params, trained, method.alpha)
+        save_adapters(path, model, params, trained, method.alpha)
+    elif path.suffix == ".pth":
+        pth.write(path, states.to_time_state(trained))
     else:
-        generate.save_context(destination, tuned_context(model, params, trained), model, params)
+        generate.save_context(path, tuned_context(model, params, trained), model, params)
 
 
 def merge(base, adapters, destination) -> None:
@@ -100,7 +103,7 @@ def main(argv=None) -> None:
         prog="python -m rwkv_jax.finetune", description="Files of what fine-tuning by lora or state has learned."
     )
     commands = parser.add_subparsers(required=True)
-    exports = commands.add_parser("export", help="a run's adapters, or its state as a context for rwkv_jax.generate")
+    exports = commands.add_parser("export", help="a run's adapters, or its state as a context; state.pth: as released")
     exports.set_defaults(call=export)
     exports.add_argument("workdir")
     exports.add_argument("destination")

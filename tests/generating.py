@@ -16,9 +16,10 @@ import rwkv_jax
 from rwkv_jax.generate import Context
 from rwkv_jax.generate.context import begin
 
-LAYERS = {"rwkv4": ("rwkv4",), "hybrid": ("rwkv4", "attention")}
+LAYERS = {"rwkv4": ("rwkv4",), "hybrid": ("rwkv4", "attention")} | {f"rwkv{i}": (f"rwkv{i}",) * 2 for i in (5, 6, 7)}
 # Caches of attention have fast tests of their own.
-KINDS = pytest.mark.parametrize("kind", ["rwkv4", pytest.param("hybrid", marks=pytest.mark.slow)])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in LAYERS if kind != "rwkv4"]
+KINDS = pytest.mark.parametrize("kind", ["rwkv4", *SLOW])
 FIELDS = {"vocab_size": 256, "dim": 16, "hidden_dim": 64}  # equal to what is loaded from a .pth
 B, LENGTH, SLOTS = 3, 544, 768  # of the pass over whole texts
 NEARLY_GREEDY = {"temperature": 1e-4}  # with the program that draws: temperature 0 is another one

@@ -54,6 +54,25 @@ def test_tuned_state_has_a_gradient_where_the_empty_one_has_none():
     assert not any(np.any(x) for x in jax.tree.leaves(of_empty))
 
 
+@pytest.mark.parametrize("kind", ["rwkv5", "rwkv6", "rwkv7"])
+def test_tuned_matrices_of_heads_have_a_gradient_at_zero_and_vectors_stay_zero(kind):
+    model, params = small.drawn(small.make(kind, scan=False), scale=0.2)
+    untuned = methods.untuned_state(model)
+    assert jax.tree.map(jnp.shape, untuned) == {"blocks": {"wkv": (small.L, 2, 4, 4)}}
+    assert not np.any(untuned["blocks"]["wkv"])
+    state = methods.tuned_state(model, _drawn(untuned), 3)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, jax.eval_shape(lambda: model.init_state(3)))
+    assert not any(np.any(layer.att_last) or np.any(layer.ffn_last) for layer in state)
+
+    @jax.jit
+    @jax.grad
+    def gradient(tuned):
+        bound, state = Method("state").bind(model, tuned, params, 2)
+        return model.apply({"params": bound}, small.tokens(2, 8), state)[0].std((1, 2)).sum()
+
+    assert np.all(gradient(untuned)["blocks"]["wkv"])
+
+
 def test_tuned_context_has_read_the_separator_after_the_tuned_state(base):
     model, params = base
     tuned = _drawn(methods.untuned_state(model))

@@ -12,6 +12,7 @@ import training
 
 import rwkv_jax
 from rwkv_jax import checkpoint, finetune, generate, train
+from rwkv_jax.interop import pth
 from rwkv_jax.models import lora
 from rwkv_jax.train import assemble, methods, run_config
 from rwkv_jax.train.methods import Method
@@ -101,6 +102,38 @@ def test_exported_state_is_a_context_for_generate(runs, base, tmp_path):
     ids = generate.generate(model, params, [[65, 66]], context=context, max_new_tokens=3, temperature=0)
     logits_BTV, _ = small.forward(model, params, np.array([[65, 66, *ids[0][:2]]]), context.state)
     assert ids[0] == np.asarray(logits_BTV)[0, 1:].argmax(-1).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rwkv5", "rwkv6", "rwkv7"])
+def test_state_run_of_later_versions_leaves_as_a_released_file(kind, text, tmp_path):
+    """Trained, exported in both forms, which are one context; the released one holds value-major matrices alone."""
+    model, params = small.drawn(rwkv_jax.build(kind, vocab_size=V, num_layers=L, dim=D, head_size=4), scale=0.2)
+    rwkv_jax.save(tmp_path / "base.pth", model, params)
+    base = model, params, str(tmp_path / "base.pth")
+    state = train.run(_config(base, text, "state"), tmp_path / "run")
+    assert training.same(state.frozen, params)
+    wkv_LHKV = np.asarray(state.params["blocks"]["wkv"])
+    assert all(np.any(wkv_HKV) for wkv_HKV in wkv_LHKV)
+    for name in ("tuned.pth", "tuned.context"):
+        assert finetune.main(["export", str(tmp_path / "run"), str(tmp_path / name)]) == 0
+    tensors = pth.read(tmp_path / "tuned.pth")
+    assert list(tensors) == [f"blocks.{i}.att.time_state" for i in range(L)]
+    for x, wkv_HKV in zip(tensors.values(), wkv_LHKV, strict=True):
+        np.testing.assert_array_equal(x, wkv_HKV.transpose(0, 2, 1))
+    released, ours = (
+        generate.load_context(tmp_path / name, model, params)[0] for name in ("tuned.pth", "tuned.context")
+    )
+    assert training.same(released, ours)
+
+
+@pytest.mark.slow
+def test_state_of_rwkv4_has_no_released_form(runs, tmp_path, capsys):
+    workdir, _ = runs("state")
+    capsys.readouterr()
+    assert finetune.main(["export", str(workdir), str(tmp_path / "tuned.pth")]) == 2
+    assert capsys.readouterr().err.startswith("error: no released form of a tuned state that has att_last")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

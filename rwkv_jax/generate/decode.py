@@ -44,6 +44,12 @@ def read(model, params, prompts, context: Context | None = None) -> Context:
     return prefill(model, params, prompts, context)
 
 
+def after_separator(model, params, state) -> Context:
+    """Return the context after a state, B = 1, and the separator, with which every document begins."""
+    no_logits_BV = jnp.zeros((1, model.vocab_size), jnp.promote_types(model.dtype, jnp.float32))
+    return read(model, params, [[SEPARATOR]], Context(state, no_logits_BV))
+
+
 def prefill(model, params, prompts: list[np.ndarray], context: Context | None, room: int = 0) -> Context:
     """Return what `read` does, of checked prompts and unstacked parameters, with caches for `room` more tokens."""
     context = begin(model, context, len(prompts), max(map(len, prompts)) + room)

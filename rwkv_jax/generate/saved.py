@@ -1,4 +1,4 @@
-"""Contexts as safetensors files, with their text and the fingerprint of their model."""
+"""Contexts as safetensors files, with their text and the fingerprint of their model; released tuned states."""
 
 import json
 from dataclasses import fields
@@ -9,7 +9,8 @@ import numpy as np
 
 from rwkv_jax import files
 from rwkv_jax.generate.context import CACHE_STEP, Context, cache_axes, check
-from rwkv_jax.interop import fingerprint, formats, safetensors_file
+from rwkv_jax.generate.decode import after_separator
+from rwkv_jax.interop import fingerprint, formats, pth, safetensors_file, states
 
 FORMAT = "rwkv_jax context 1"
 
@@ -28,6 +29,9 @@ def save_context(path, context: Context, model, params, text: str | None = None)
 def load_context(path, model, params) -> tuple[Context, str | None]:
     """Return the context at `path` and its text, None where it was saved without one.
 
+    A .pth with `time_state` tensors, alone or beside the weights, is a tuned state as released: its context is that
+    after the separator. Such a file does not tell its model, only its sizes.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not a context, is damaged, or is one of another model.
@@ -35,6 +39,12 @@ def load_context(path, model, params) -> tuple[Context, str | None]:
     path = files.user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a saved context")
+    with path.open("rb") as file:
+        is_released = file.read(len(formats.PTH)) == formats.PTH
+    if is_released:
+        tensors = pth.read(path)
+        with formats.naming(path):
+            return after_separator(model, params, states.from_time_state(model, tensors)), None
     arrays, metadata = safetensors_file.read(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a saved context, or one of another version: expected {FORMAT!r}")

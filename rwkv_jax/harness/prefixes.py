@@ -1,7 +1,7 @@
 """Contexts of many texts that share prefixes: each prefix is read once, and its state is forked.
 
 Few-shot questions share their examples, and questions about a passage share the passage. For RWKV a fork costs the
-state, 5 numbers a channel and layer, whatever the length of the prefix.
+state, of one size whatever the length of the prefix.
 """
 
 import itertools

@@ -5,6 +5,7 @@ Each format is a reader and a writer of tensors by name; `official` translates n
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,10 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None, dic
         return tensors, fields, tensors, rwkv_cpp.head_norm_epsilon(tensors)
     else:
         tensors = pth.read(path)
+    if tuned := [name for name in tensors if name.endswith(states.TIME_STATE)]:
+        if len(tuned) == len(tensors):
+            raise ValueError(f"{path}: tuned initial states, not weights; give it as a context of their model")
+        print(f"{path} holds tuned initial states, left out here: give it as a context, too", file=sys.stderr)
     return tensors, fields, *huggingface.named_officially(tensors)
 
 

@@ -25,8 +25,10 @@ from rwkv_jax.models.kinds import DEFAULT
 
 # Vectors that are [1, 1, D] in a state dict, by the last part of their names; see `_lifted` for one more.
 VECTORS = re.compile(r"(?:.*\.)?(time_mix_\w|time_maa_[a-z]|x_[a-z]|[wav]0|k_k|k_a)$")
-# Part of a released trainer's file of RWKV-7, and read by nothing: the first layer has no value residual.
-_UNUSED = re.compile(r"blocks\.0\.att\.v[012]$")
+# No parameters: the value residual of RWKV-7 in the first layer, which has none, and tuned initial states.
+_UNUSED = re.compile(r"blocks\.0\.att\.v[012]$|blocks\.\d+\.att\.time_state$")
+# The `rwkv` package tells the version and the heads by the names that it has met so far: these must come first.
+_TELLING = re.compile(r"blocks\.\d+\.att\.(time_maa_\w+|gate\.weight)$")
 # Parts of names that tell a version which is not supported.
 _OTHERS = {
     ".ffn.s_emb": "RWKV-7 with deep embeddings",
@@ -170,11 +172,11 @@ def to_official(params: Any) -> dict[str, np.ndarray]:
         layers = np.asarray(x) if path[0] == "blocks" else np.asarray(x)[None]
         for name, layer in zip(names, layers, strict=True):
             out[name] = layer.T if path[-1] == "kernel" else layer[None, None] if _lifted(path, leaves) else layer
-    return out
+    return dict(sorted(out.items(), key=lambda item: not _TELLING.match(item[0])))
 
 
 def without_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors without the prefix that DeepSpeed leaves on names, and without those that no version reads."""
+    """The tensors without the prefix that DeepSpeed leaves on names, and without those that are no parameters."""
     named = {name.removeprefix("_forward_module."): x for name, x in tensors.items()}
     return {name: x for name, x in named.items() if not _UNUSED.match(name)}
 

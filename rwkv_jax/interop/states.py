@@ -1,61 +1,119 @@
-"""An RWKV-4 state <-> the state of the `rwkv` package: a flat list of 5 L vectors [D], NumPy and float32.
+"""Recurrent states <-> those of the `rwkv` package, and tuned initial states <-> `time_state` of released files.
 
-Ours is a tuple of `models.rwkv4.LayerState`, one a layer, leaves [1, D]; theirs lists att_last, num, den, log_scale
-and ffn_last of each layer. In a channel that has read nothing (num = den = 0) any log_scale means the same: theirs is
--1e30 at the start, ours -1e38.
+A state of the package is a flat list of arrays without a batch axis, here NumPy and float32. Those of each layer:
+
+    RWKV-4      att_last, num, den, log_scale, ffn_last: vectors [D]
+    RWKV-5, 6   att_last [D], the matrices [H, K, V], ffn_last [D]
+    RWKV-7      att_last [D], the matrices [H, V, K], ffn_last [D]
+
+The package edits the arrays of RWKV-7 in place: give it copies of what you keep. In a channel of RWKV-4 that has read
+nothing (num = den = 0) any log_scale means the same: theirs is -1e30 at the start, ours -1e38.
+
+`time_state` is [H, V, K] in every version. It is the matrices alone: both vectors of a layer are zero before the text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from rwkv_jax.interop import formats
-from rwkv_jax.models.rwkv4 import LayerState
-from rwkv_jax.ops.wkv4 import EMPTY, WKV4State
+from rwkv_jax.models import unstack
+from rwkv_jax.models.block import Kind
+
+TIME_STATE = ".att.time_state"  # after the layer, in the names of a released file
 
 
-def to_rwkv(state) -> list[np.ndarray]:
-    """For `rwkv.model.RWKV.forward`, as tensors. ValueError unless the state is RWKV-4, finite and of batch 1."""
-    if not isinstance(state, Sequence) or not state or not all(isinstance(layer, LayerState) for layer in state):
-        raise ValueError("expected the state of an RWKV-4 model, a LayerState a layer")
-    leaves = [x for layer in jax.device_get(tuple(state)) for x in (layer.att_last, *layer.wkv, layer.ffn_last)]
-    values_NBD = _stacked(leaves, "leaves [B, D] of one shape", ndim=2)
-    if (B := values_NBD.shape[1]) != 1:
-        raise ValueError(f"the state has {B} rows, and theirs holds one: convert them one by one")
-    return list(_with_empty_scale(values_NBD[:, 0], -1e30))
-
-
-def from_rwkv(arrays: Sequence) -> tuple[LayerState, ...]:
-    """Our state, B = 1, from any arrays that NumPy reads, such as CPU tensors.
+def to_rwkv(model, state) -> list[np.ndarray]:
+    """Return the arrays of a state, which `rwkv.model.RWKV.forward` takes as tensors.
 
     Raises:
-      ValueError: `arrays` are not 5 L finite vectors of one length.
+      ValueError: the package does not run this model, or the state is not one of it, finite and of batch 1.
     """
-    values_ND = _stacked(arrays, "5 vectors [D] a layer", ndim=1)
-    if len(values_ND) % 5:
-        raise ValueError(f"the state has {len(values_ND)} vectors, expected 5 a layer")
-    values_L51D = _with_empty_scale(values_ND, EMPTY).reshape(-1, 5, 1, values_ND.shape[1])
-    return tuple(LayerState(att, WKV4State(num, den, scale), ffn) for att, num, den, scale, ffn in values_L51D)
+    kind, empty = _kind_and_empty(model)
+    state = jax.device_get(tuple(state) if isinstance(state, Sequence) else state)
+    if jax.tree.structure(state) != jax.tree.structure(empty):
+        raise ValueError(f"expected the state of this model, a tuple of {len(empty)} layers")
+    for x, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(empty), strict=True):
+        if np.shape(x)[1:] != wanted.shape:
+            raise ValueError(f"an array of the state is {np.shape(x)}, expected {(1, *wanted.shape)}")
+        if (B := len(x)) != 1:
+            raise ValueError(f"the state has {B} rows, and theirs holds one: convert them one by one")
+    arrays = [x for layer in jax.tree.map(lambda x: x[0], state) for x in kind.to_rwkv(layer)]
+    return [_checked(i, x) for i, x in enumerate(arrays)]
 
 
-def _stacked(arrays, expected: str, ndim: int) -> np.ndarray:
+def from_rwkv(model, arrays: Sequence) -> tuple:
+    """Return a state of this model, B = 1, from any arrays that NumPy reads, such as CPU tensors.
+
+    Raises:
+      ValueError: the package does not run this model, or `arrays` are not the finite ones of its state.
+    """
+    kind, empty = _kind_and_empty(model)
+    expected = [x.shape for layer in empty for x in kind.to_rwkv(layer)]
+    each = len(expected) // len(empty)
     try:
         arrays = [np.asarray(x) for x in arrays]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the state is not {expected}: {error}") from None
-    shapes = sorted({x.shape for x in arrays})
-    if len(shapes) != 1 or len(shapes[0]) != ndim or 0 in shapes[0]:
-        raise ValueError(f"the state has shapes {', '.join(map(str, shapes)) or 'none'}, expected {expected}")
-    values = formats.copied("the state", np.stack(arrays), np.empty((len(arrays), *arrays[0].shape), np.float32))
-    if not np.isfinite(values).all():
-        bad = next(i for i, x in enumerate(values) if not np.isfinite(x).all())
-        raise ValueError(f"array {bad} of the state holds values that are not finite")
-    return values
+        raise ValueError(f"the state is not a list of arrays: {error}") from None
+    if len(arrays) != len(expected):
+        raise ValueError(f"the state has {len(arrays)} arrays, expected {len(expected)}, {each} a layer")
+    for i, (x, shape) in enumerate(zip(arrays, expected, strict=True)):
+        if x.shape != shape:
+            raise ValueError(f"array {i} of the state is {x.shape}, expected {shape}")
+    arrays = [_checked(i, x) for i, x in enumerate(arrays)]
+    layers = tuple(kind.from_rwkv(arrays[i : i + each]) for i in range(0, len(arrays), each))
+    return jax.tree.map(lambda x: x[None], layers)
 
 
-def _with_empty_scale(values_ND: np.ndarray, empty_scale: float) -> np.ndarray:
-    values_ND = values_ND.copy()
-    num_LD, den_LD, scale_LD = values_ND[1::5], values_ND[2::5], values_ND[3::5]
-    scale_LD[(num_LD == 0) & (den_LD == 0)] = empty_scale
-    return values_ND
+def _kind_and_empty(model) -> tuple[Kind, tuple]:
+    """The kind of all layers, and the empty state as zeros without the batch axis."""
+    name, kind, _ = model.unit[0]
+    if kind.to_rwkv is None or any(other != name for other, _, _ in model.unit) or model.variant:
+        found = ", ".join([repr(name) for name, _, _ in model.unit] + [f"{k}={v!r}" for k, v in model.variant.items()])
+        raise ValueError(f"the rwkv package runs released RWKV models alone, and this one has {found}")
+    shapes = jax.eval_shape(lambda: model.init_state(1))
+    return kind, jax.tree.map(lambda x: np.zeros(x.shape[1:], np.float32), shapes)
+
+
+def _checked(i: int, x: np.ndarray) -> np.ndarray:
+    """A float32 copy."""
+    x = formats.copied(f"array {i} of the state", x, np.empty(x.shape, np.float32))
+    if not np.isfinite(x).all():
+        raise ValueError(f"array {i} of the state holds values that are not finite")
+    return x
+
+
+def to_time_state(tuned) -> dict[str, np.ndarray]:
+    """Return a tuned state, a tree as `Kind.tuned_start` of each layer, as the tensors of a released file.
+
+    Raises:
+      ValueError: it is that of a kind of layer for which no released file has one.
+    """
+    layers = unstack(jax.device_get(tuned))
+    if other := next((sorted(layer) for layer in layers.values() if layer.keys() != {"wkv"}), None):
+        raise ValueError(f"no released form of a tuned state that has {', '.join(other)}; expected matrices alone")
+    return {name.replace("_", ".") + TIME_STATE: layer["wkv"].swapaxes(1, 2) for name, layer in layers.items()}
+
+
+def from_time_state(model, tensors: Mapping[str, np.ndarray]) -> tuple:
+    """Return the state before the first token, B = 1, of a released file: `tensors` by name, of which others are left.
+
+    Raises:
+      ValueError: a layer's is missing or has another shape, or a layer's state cannot be tuned in this way.
+    """
+    layers = []
+    for i, (name, kind, config) in enumerate(model.every_layer):
+        start = jax.eval_shape(lambda k=kind, c=config: k.tuned_start(c)) if kind.tuned_start else {}
+        if start.keys() != {"wkv"}:
+            raise ValueError(f"no released file has a tuned state of {name!r} layers")
+        H, K, V = start["wkv"].shape
+        key = f"blocks.{i}{TIME_STATE}"
+        if key not in tensors:
+            raise ValueError(f"key {key!r} is missing, expected the tuned state of {len(model.every_layer)} layers")
+        if tensors[key].shape != (H, V, K):
+            raise ValueError(f"{key!r} has shape {tensors[key].shape}, expected {(H, V, K)}")
+        wkv_HKV = tensors[key].swapaxes(1, 2)
+        copy = formats.copied(key, wkv_HKV, np.empty(wkv_HKV.shape, start["wkv"].dtype))
+        layers.append(jax.tree.map(lambda x: np.asarray(x)[None], kind.tuned_state({"wkv": copy})))
+    return tuple(layers)

@@ -99,6 +99,8 @@ class Kind:
     observe: Callable = lambda params, sown: {}  # (layer's parameters, what it sowed) -> see `train.diagnostics`
     tuned_start: Callable | None = None  # config -> tree of arrays that state tuning begins with; None: cannot
     tuned_state: Callable | None = None  # such a tree -> state of one layer, leaves without the batch axis
+    to_rwkv: Callable | None = None  # such a state of NumPy arrays -> its list of arrays in the `rwkv` package
+    from_rwkv: Callable | None = None  # the inverse
     low_ranks: Callable | None = (
         None  # config -> widths of its low-rank maps; ValueError where the given ones do not fit
     )

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models.block import BlockConfig, Kind
@@ -29,7 +30,7 @@ from rwkv_jax.models.layers import (
     vector,
 )
 from rwkv_jax.ops import WKV4State, wkv4
-from rwkv_jax.ops.wkv4 import FORMS
+from rwkv_jax.ops.wkv4 import EMPTY, FORMS
 
 zeros = nn.initializers.zeros
 NOTHING = -1e30  # u of a current token that does not count: below any k and decay, above `ops.wkv4_algebra.EMPTY`
@@ -214,6 +215,21 @@ def tuned_state(tuned) -> LayerState:
     return LayerState(tuned.get("att_last"), wkv, tuned.get("ffn_last"))
 
 
+def to_rwkv(state: LayerState) -> list[np.ndarray]:
+    att_last, (num, den, log_scale), ffn_last = state
+    return [att_last, num, den, _with_scale(num, den, log_scale, -1e30), ffn_last]
+
+
+def from_rwkv(arrays) -> LayerState:
+    att_last, num, den, log_scale, ffn_last = arrays
+    return LayerState(att_last, WKV4State(num, den, _with_scale(num, den, log_scale, EMPTY)), ffn_last)
+
+
+def _with_scale(num, den, log_scale, empty):
+    """Any scale means the same where nothing has been read: that of the package's initial state, or of ours."""
+    return np.where((num == 0) & (den == 0), log_scale.dtype.type(empty), log_scale)
+
+
 NEOX = {"vocab_size": 50277}  # that of the GPT-NeoX-20B tokenizer
 SIZES = {  # the released models (Table 2)
     "169m": NEOX | {"num_layers": 12, "dim": 768},
@@ -239,6 +255,8 @@ KIND = Kind(
     observe=observed,
     tuned_start=tuned_start,
     tuned_state=tuned_state,
+    to_rwkv=to_rwkv,
+    from_rwkv=from_rwkv,
     sizes=SIZES,
     formats=("pth", "huggingface", "rwkv.cpp"),
     released="RWKV-4",

@@ -150,6 +150,16 @@ def flops(config: BlockConfig, seq_len: int) -> float:
     return 6 * (4 * D**2 + 2 * D * hidden_dim(config) + 2 * D * sum(low_ranks(config))) + 3 * 9 * D * K
 
 
+def to_rwkv(state: heads.LayerState) -> list:
+    """The `rwkv` package has the matrices of this version as [H, V, K]."""
+    return [state.att_last, state.wkv.swapaxes(1, 2), state.ffn_last]
+
+
+def from_rwkv(arrays) -> heads.LayerState:
+    att_last, wkv_HVK, ffn_last = arrays
+    return heads.LayerState(att_last, wkv_HVK.swapaxes(1, 2), ffn_last)
+
+
 def _size(num_layers, dim, ranks, vocab_size=65536):
     return {"vocab_size": vocab_size, "num_layers": num_layers, "dim": dim, "low_ranks": ranks}
 
@@ -181,6 +191,8 @@ KIND = Kind(
     observe=heads.observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
+    to_rwkv=to_rwkv,
+    from_rwkv=from_rwkv,
     fields={"embedding_init": "v5"},
     sizes=SIZES,
     formats=("pth", "huggingface", "rwkv.cpp"),

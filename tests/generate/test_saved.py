@@ -5,15 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from generating import assert_equal, case, filled, row, unstacked
+from generating import assert_equal, assert_near, case, filled, row, unstacked
+from small import forward
 
-from rwkv_jax.generate import load_context, save_context
-from rwkv_jax.interop import safetensors_file
+from rwkv_jax import interop
+from rwkv_jax.generate import Context, load_context, save_context
+from rwkv_jax.interop import pth, safetensors_file
+from rwkv_jax.models.heads import LayerState
 
-BOTH = pytest.mark.parametrize("kind", ["rwkv4", "hybrid"])
+KINDS = pytest.mark.parametrize("kind", ["rwkv4", "rwkv7", "hybrid"])
 
 
-@BOTH
+@KINDS
 def test_saved_context_survives_the_round_trip_bit_exactly(kind, tmp_path):
     """Whatever the layout of the parameters, and the length of its caches."""
     model, params = unstacked(kind)
@@ -30,7 +33,7 @@ def test_saved_context_survives_the_round_trip_bit_exactly(kind, tmp_path):
     assert_equal(found, row(context, 0))
 
 
-@BOTH
+@KINDS
 def test_saved_context_is_cast_to_the_dtype_of_the_model(kind, tmp_path):
     """And serves the model in either."""
     model, params = unstacked(kind)
@@ -70,7 +73,7 @@ def test_saved_context_of_another_model_is_refused(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-@BOTH
+@KINDS
 def test_saved_context_that_is_damaged_is_refused(kind, tmp_path):
     """Truncated anywhere, another file, and with any of its arrays missing, cut, or of another dtype or rank."""
     model, params = unstacked(kind)
@@ -103,3 +106,30 @@ def test_saved_context_that_is_damaged_is_refused(kind, tmp_path):
             changed = {other: np.ascontiguousarray(array) for other, array in (rest | changed).items()}
             safetensors.numpy.save_file(changed, path, metadata)
             assert_refused("bad is damaged: ")
+
+
+@pytest.mark.parametrize(
+    "kind", ["rwkv7", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rwkv5", "rwkv6"))]
+)
+def test_released_file_of_a_tuned_state_is_a_context_after_the_separator(kind, tmp_path, capsys):
+    """Alone in its file, and beside the weights."""
+    model, params = unstacked(kind)
+    rng = np.random.default_rng(0)
+    tensors = {f"blocks.{i}.att.time_state": rng.standard_normal((1, 16, 16), np.float32) for i in range(2)}
+    pth.write(tmp_path / "state.pth", tensors)
+    pth.write(tmp_path / "both.pth", interop.to_official(params) | tensors)
+    last = np.zeros((1, 16), np.float32)
+    before = tuple(LayerState(last, x.transpose(0, 2, 1)[None], last) for x in tensors.values())
+    logits_BTV, state = forward(model, params, np.zeros((1, 1), np.int32), before)
+    for name in ("state.pth", "both.pth"):
+        found, text = load_context(tmp_path / name, model, params)
+        assert text is None
+        assert_near(found, Context(state, logits_BTV[:, -1]))
+    assert interop.describe(tmp_path / "both.pth").layers == (kind,)
+    line = "both.pth holds tuned initial states, left out here: give it as a context, too\n"
+    assert capsys.readouterr().err == f"{tmp_path}/{line}"
+    with pytest.raises(ValueError, match=r"state\.pth: tuned initial states, not weights"):
+        interop.describe(tmp_path / "state.pth")
+    pth.write(tmp_path / "other.pth", {name: x[:, :8] for name, x in tensors.items()})
+    with pytest.raises(ValueError, match=r"other\.pth: 'blocks.0.att.time_state' has shape \(1, 8, 16\), expected"):
+        load_context(tmp_path / "other.pth", model, params)

@@ -151,6 +151,24 @@ def test_harness_puts_token_zero_before_contexts_where_asked(folder):
     assert ask(plain.loglikelihood, ("\n", "ab")) == ask(plain.loglikelihood, ("", "\nab"))
 
 
+@pytest.mark.parametrize("kind", ["rwkv4", "rwkv5", "rwkv6", "rwkv7"])
+def test_harness_answers_are_those_of_the_object_interface(kind, folder):
+    from rwkv_jax.harness import HarnessLM
+
+    model = rwkv_jax.build(kind, vocab_size=320, num_layers=2, dim=32, head_size=16)
+    lm = rwkv_jax.RWKVForCausalLM(*drawn(model, scale=0.3), get_tokenizer(str(folder / "tokenizer.json")))
+    harness = HarnessLM(lm, batch_size=2)
+    texts = [CORPUS[a:b].strip() for a, b in ((0, 40), (0, 25), (40, 90))]  # spaces at the end would move
+    rolling = ask(harness.loglikelihood_rolling, *((text,) for text in texts))
+    assert rolling == pytest.approx([float(lm.score(text).sum()) for text in texts], rel=1e-5)
+    found = ask(harness.loglikelihood, *((text, " x") for text in texts))
+    following = lm.tokenizer.encode(" x")
+    expected = [float(lm.score(following, lm.read(text)).sum()) for text in texts]
+    assert [nats for nats, _ in found] == pytest.approx(expected, rel=1e-5)
+    generated = ask(harness.generate_until, *((text, {"max_gen_toks": 9}) for text in texts))
+    assert generated == lm.generate(texts, max_new_tokens=9, temperature=0)
+
+
 def test_harness_generation_follows_the_settings_of_a_task(folder):
     lm = adapter(folder, batch_size=2)
     generated = lambda asked, *contexts: ask(lm.generate_until, *((context, asked) for context in contexts))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from small import forward
 from weights import DECAYS, D, F, L, V, assert_same_tensors, official, one_line, tiny, trained
 
@@ -106,6 +106,16 @@ def test_later_versions_survive_the_round_trip_bit_exactly(kind):
         wide = ("w0", "time_faaaa", "time_decay")
         expected = {name: x.astype(np.float32) if name.endswith(wide) else x for name, x in narrow.items()}
         assert_same_tensors(back, {name: expected[name] for name in back})
+
+
+@pytest.mark.parametrize("kind, telling", [("rwkv5", "gate.weight"), ("rwkv6", "att.time_maa")])
+def test_later_versions_are_written_in_an_order_by_which_the_package_detects_them(kind, telling):
+    """It has counted the heads of RWKV-5 and 6 by a decay's shape where the name that tells the version came after."""
+    _, params = interop.from_official(trained(kind)[0])
+    backwards = unflatten_dict(dict(reversed(flatten_dict(params).items())))
+    for tree in (params, backwards):
+        names = list(interop.to_official(tree))
+        assert max(names.index(n) for n in names if telling in n) < min(names.index(n) for n in names if "decay" in n)
 
 
 @pytest.mark.parametrize("kind", TRAINED)

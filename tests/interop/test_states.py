@@ -1,126 +1,257 @@
-"""RWKV-4 states as the `rwkv` package keeps them: the round trip, and texts that cross implementations."""
+"""States as the `rwkv` package keeps them, and tuned ones as released files do: round trips, mistakes, live judge."""
 
+import functools
+import json
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from small import D, L, drawn, forward, make
+from small import D, L, forward, made, make
 from weights import one_line
 
 import rwkv_jax
-from rwkv_jax.interop.states import from_rwkv, to_rwkv
+from rwkv_jax import generate, interop
+from rwkv_jax.interop import pth
+from rwkv_jax.interop.states import from_rwkv, from_time_state, to_rwkv, to_time_state
+from rwkv_jax.train import methods
+
+H, K = 2, 4  # of `small.make`
+KINDS = ("rwkv4", "rwkv5", "rwkv6", "rwkv7")
+LAYOUT = {
+    "rwkv4": [(D,)] * 5,  # att_xx, aa, bb, pp, ffn_xx
+    "rwkv5": [(D,), (H, K, K), (D,)],
+    "rwkv6": [(D,), (H, K, K), (D,)],
+    "rwkv7": [(D,), (H, K, K), (D,)],
+}
 
 
-def tiny(kind="rwkv4", **fields):
-    return drawn(make(kind, **fields))
-
-
-def layer_state(vectors):
-    """Of one layer, from att_last, num, den, log_scale and ffn_last."""
-    att_last, *wkv, ffn_last = vectors
-    return rwkv_jax.models.rwkv4.LayerState(att_last, rwkv_jax.ops.WKV4State(*wkv), ffn_last)
-
-
-def some_state(batch):
+def some_state(model, batch):
     rng = np.random.default_rng(batch)
-    vector = lambda: rng.standard_normal((batch, D), np.float32)
-    return tuple(layer_state([vector() for _ in range(5)]) for _ in range(L))
+    shapes = jax.eval_shape(lambda: model.init_state(batch))
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
 
 
 def same(a, b):
     return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-def test_state_survives_the_round_trip_in_the_documented_layout():
-    state = some_state(1)
-    arrays = to_rwkv(state)
-    assert same(from_rwkv(arrays), state) and same(from_rwkv(to_rwkv(jax.device_put(state))), state)
-    for i, layer in enumerate(state):  # att_xx, aa, bb, pp, ffn_xx
-        for theirs, ours in zip(arrays[5 * i : 5 * i + 5], (layer.att_last, *layer.wkv, layer.ffn_last), strict=True):
-            np.testing.assert_array_equal(theirs, ours[0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_survives_the_round_trip_in_the_documented_layout(kind):
+    model = make(kind)
+    state = some_state(model, 1)
+    arrays = to_rwkv(model, state)
+    assert [x.shape for x in arrays] == LAYOUT[kind] * L and {x.dtype for x in arrays} == {np.dtype(np.float32)}
+    assert same(from_rwkv(model, arrays), state) and same(
+        from_rwkv(model, to_rwkv(model, jax.device_put(state))), state
+    )
+    each = len(LAYOUT[kind])
+    for i, layer in enumerate(state):
+        expected = [x[0] for x in jax.tree.leaves(layer)]
+        if kind == "rwkv7":
+            expected[1] = expected[1].transpose(0, 2, 1)
+        for theirs, ours in zip(arrays[each * i : each * (i + 1)], expected, strict=True):
+            np.testing.assert_array_equal(theirs, ours)
 
 
 def test_state_that_has_read_nothing_is_the_initial_one_of_both():
-    model, _ = tiny()
+    model = make("rwkv4")
     empty = jax.device_get(jax.jit(lambda: model.init_state(1))())
     # The same past with any other scale, as a state that learns starts from.
     zero = tuple(layer._replace(wkv=layer.wkv._replace(log_scale=0 * layer.wkv.log_scale)) for layer in empty)
     for state in (empty, zero):
-        theirs = to_rwkv(state)
+        theirs = to_rwkv(model, state)
         assert (theirs[3] == np.float32(-1e30)).all()
-        assert same(from_rwkv(theirs), empty)
+        assert same(from_rwkv(model, theirs), empty)
 
 
 def test_state_that_cannot_be_converted_is_named():
-    state = some_state(1)
-    good = to_rwkv(state)
+    model = make("rwkv7")
+    state = some_state(model, 1)
+    good = to_rwkv(model, state)
     infinite = [good[0], np.full_like(good[1], np.inf), *good[2:]]
     for arrays, message in (
-        (good[:-1], rf"^the state has {5 * L - 1} vectors, expected 5 a layer$"),
-        ([], r"^the state has shapes none, expected "),
-        ([*good[:-1], good[-1][:-1]], r"^the state has shapes \(.*\), \(.*\), expected "),
-        ([x * 1e300 for x in map(np.float64, good)], r"^the state holds -?\d\S*e\+\d+, and the largest float32 is "),
+        (good[:-1], rf"^the state has {3 * L - 1} arrays, expected {3 * L}, 3 a layer$"),
+        ([], rf"^the state has 0 arrays, expected {3 * L}, 3 a layer$"),
+        ([*good[:-1], good[-1][:-1]], r"^array 5 of the state is \(7,\), expected \(8,\)$"),
+        ([good[0], [[1], [2, 3]], *good[2:]], r"^the state is not a list of arrays: "),
+        (
+            [x * 1e300 for x in map(np.float64, good)],
+            r"^array 0 of the state holds -?\d\S*e\+\d+, and the largest float3",
+        ),
         (infinite, r"^array 1 of the state holds values that are not finite$"),
     ):
         with one_line(message):
-            from_rwkv(arrays)
+            from_rwkv(model, arrays)
     with one_line(r"^the state has 2 rows, and theirs holds one"):
-        to_rwkv(some_state(2))
+        to_rwkv(model, some_state(model, 2))
     with one_line(r"^array 0 of the state holds values that are not finite$"):
-        to_rwkv((state[0]._replace(att_last=state[0].att_last + np.inf), *state[1:]))
-    hybrid = jax.eval_shape(lambda: make("hybrid").init_state(1, 8))
-    for other in (None, (), hybrid, state[0]):
-        with one_line(r"^expected the state of an RWKV-4 model, a LayerState a layer$"):
-            to_rwkv(other)
+        to_rwkv(model, (state[0]._replace(att_last=state[0].att_last + np.inf), *state[1:]))
+    for other in (None, (), state[0], some_state(make("rwkv4"), 1)):
+        with one_line(rf"^expected the state of this model, a tuple of {L} layers$"):
+            to_rwkv(model, other)
+    with one_line(r"^an array of the state is \(1, 1, 8, 8\), expected \(1, 2, 4, 4\)$"):
+        to_rwkv(model, some_state(make("rwkv7", head_size=8), 1))
+    for other, found in (
+        (make("hybrid"), "'rwkv4', 'attention'"),
+        (make("lstm"), "'lstm'"),
+        (make("rwkv4", token_shift=False), "'rwkv4', token_shift=False"),
+    ):
+        with one_line(rf"^the rwkv package runs released RWKV models alone, and this one has {found}$"):
+            from_rwkv(other, good)
+
+
+# ---- tuned states
+
+
+def tuned_of(model, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: methods.untuned_state(model))
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_tuned_state_survives_the_round_trip_value_major(kind):
+    model = make(kind)
+    tuned = tuned_of(model)
+    tensors = to_time_state(tuned)
+    assert list(tensors) == [f"blocks.{i}.att.time_state" for i in range(L)]
+    for i, x in enumerate(tensors.values()):
+        np.testing.assert_array_equal(x, tuned["blocks"]["wkv"][i].transpose(0, 2, 1))
+    others = {"head.weight": np.zeros(3)}  # of a file that holds the weights too
+    assert same(from_time_state(model, tensors | others), methods.tuned_state(model, tuned, 1))
+
+
+def test_tuned_state_that_released_files_lack_is_named():
+    model = make("rwkv6")
+    good = to_time_state(tuned_of(model))
+    with one_line(r"^key 'blocks.0.att.time_state' is missing, expected the tuned state of 2 layers$"):
+        from_time_state(model, {})
+    with one_line(r"^'blocks.0.att.time_state' has shape \(2, 4, 4\), expected \(1, 8, 8\)$"):
+        from_time_state(make("rwkv6", head_size=8), good)
+    with one_line(
+        r"^no released form of a tuned state that has att_last, ffn_last, log_den, value; expected matrices"
+    ):
+        to_time_state(tuned_of(make("rwkv4")))
+    for kind in ("rwkv4", "transformer"):
+        with one_line(r"^no released file has a tuned state of '(rwkv4|attention)' layers$"):
+            from_time_state(make(kind), good)
 
 
 # ---- live judge
 
 RWKV = """
-import os, sys
+import json, os, sys
 os.environ["RWKV_JIT_ON"] = os.environ["RWKV_CUDA_ON"] = "0"
+os.environ["RWKV_V7_ON"] = sys.argv[2]
 import numpy as np, torch
 from rwkv.model import RWKV
 
-folder = sys.argv[1]
-text, ours = np.load(folder + "/tokens.npy").tolist(), np.load(folder + "/ours.npz")
-model = RWKV(model=folder + "/model", strategy="cpu fp32")
-half = len(text) // 2
-_, theirs = model.forward(text[:half], None)
-given = lambda kind: [torch.from_numpy(ours[f"{kind}_{i}"]) for i in range(len(theirs))]
-whole, _ = model.forward(text, None, full_output=True)
-finished, _ = model.forward(text[half:], given("half"), full_output=True)
-started, _ = model.forward(text, given("empty"), full_output=True)
-np.savez(folder + "/theirs.npz", whole=whole, finished=finished, started=started,
-    **{f"half_{i}": x for i, x in enumerate(theirs)})
+for folder in json.loads(sys.argv[1]):
+    ours = np.load(folder + "/ours.npz")
+    text, num_new = ours["text"].tolist(), int(ours["num_new"])
+    model = RWKV(model=folder + "/model", strategy="cpu fp32")
+    clones = lambda state: [x.clone() for x in state]  # version 7 is edited in place
+    given = lambda kind: [torch.from_numpy(ours[f"{kind}_{i}"]) for i in range(sum(kind in k for k in ours))]
+
+    def greedy(logits, state):
+        new = []
+        for _ in range(num_new):
+            new.append(int(logits.argmax()))
+            logits, state = model.forward(new[-1:], state)
+        return new, logits
+
+    whole, state = model.forward(text, None, full_output=True)
+    results = {f"end_{i}": x for i, x in enumerate(clones(state))}
+    started, _ = model.forward(text, given("empty"), full_output=True)
+    half = len(text) // 2
+    _, state = model.forward(text[:half], None)
+    results |= {f"half_{i}": x for i, x in enumerate(clones(state))}
+    finished, state = model.forward(text[half:], given("half"), full_output=True)
+    new, last = greedy(finished[-1], state)
+    tuned, _ = model.forward(text, given("tuned"), full_output=True)
+    results |= {"whole": whole, "started": started, "finished": finished, "new": new, "last": last, "tuned": tuned}
+    if os.path.exists(folder + "/overlaid.pth"):
+        model = RWKV(model=folder + "/overlaid", strategy="cpu fp32")
+        results["overlaid"], _ = model.forward(text, None, full_output=True)
+    np.savez(folder + "/theirs.npz", **results)
 """
+NUM_NEW = 200
+SHAPES = (  # two heads at least: the package takes matrices of one for vectors
+    {"vocab_size": 40, "num_layers": 2, "dim": 64, "head_size": 32},
+    {"vocab_size": 300, "num_layers": 7, "dim": 128, "hidden_dim": 96},
+    {"vocab_size": 1000, "num_layers": 3, "dim": 192},
+)
+
+
+@functools.cache
+def to_scale(kind, i):
+    """(model, params, text, a tuned state), with matrices that keep the scale of what they multiply."""
+    model, params = made(kind, **({"head_size": 64} | SHAPES[i]))
+    gains = {"kernel": 3, "1": 1, "2": 1}  # of full matrices and of low-rank ones
+
+    def scaled(path, x):
+        name = path[-1].key
+        gain = gains.get(name, gains.get(name[-1]))
+        return x if gain is None else x * np.float32(gain / x.shape[-2] ** 0.5)
+
+    params = jax.tree_util.tree_map_with_path(scaled, params)
+    text = np.random.default_rng(i).integers(0, model.vocab_size, 41).astype(np.int32)
+    return model, params, text, tuned_of(model, seed=i)
+
+
+def close(actual, expected, tolerance=1e-5):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    return actual.shape == expected.shape and np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
+
+
+def write_for_the_package(folder, kind, i):
+    model, params, text, tuned = to_scale(kind, i)
+    folder.mkdir()
+    rwkv_jax.save(folder / "model.pth", model, params)
+    _, half = forward(model, params, text[None, : len(text) // 2])
+    states = {"half": half, "empty": model.init_state(1), "tuned": methods.tuned_state(model, tuned, 1)}
+    arrays = {f"{name}_{j}": x for name, state in states.items() for j, x in enumerate(to_rwkv(model, state))}
+    np.savez(folder / "ours.npz", text=text, num_new=NUM_NEW, **arrays)
+    if kind in ("rwkv5", "rwkv6"):  # of whose files alone the package reads `time_state`
+        pth.write(folder / "overlaid.pth", interop.to_official(params) | to_time_state(tuned))
+
+
+def read_back(model, arrays, name):
+    """The state whose arrays the package's program has saved as name_0, name_1, ..."""
+    count = sum(key.startswith(f"{name}_") for key in arrays)
+    return from_rwkv(model, [arrays[f"{name}_{j}"] for j in range(count)])
 
 
 @pytest.mark.live
-def test_state_carries_a_text_to_the_package_and_back(tmp_path):
-    model, params = tiny(vocab_size=32, num_layers=3, dim=96)
-    text = np.random.default_rng(3).integers(0, 32, 41).astype(np.int32)
-    half = len(text) // 2
-    rwkv_jax.save(tmp_path / "model.pth", model, params)
-    np.save(tmp_path / "tokens.npy", text)
-    _, ours = forward(model, params, text[None, :half])
-    given = {f"half_{i}": x for i, x in enumerate(to_rwkv(ours))}
-    given |= {f"empty_{i}": x for i, x in enumerate(to_rwkv(model.init_state(1)))}
-    np.savez(tmp_path / "ours.npz", **given)
-    run = subprocess.run([sys.executable, "-c", RWKV, tmp_path], capture_output=True, text=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_carry_a_text_to_the_package_and_back(kind, tmp_path):
+    """Logits, states, and greedy tokens after a text of which each side has read a half."""
+    folders = [tmp_path / str(i) for i in range(len(SHAPES))]
+    for i, folder in enumerate(folders):
+        write_for_the_package(folder, kind, i)
+    command = [sys.executable, "-c", RWKV, json.dumps([str(folder) for folder in folders]), str(int(kind == "rwkv7"))]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    theirs = dict(np.load(tmp_path / "theirs.npz"))
+    for i, folder in enumerate(folders):
+        model, params, text, tuned = to_scale(kind, i)
+        half, theirs = len(text) // 2, dict(np.load(folder / "theirs.npz"))
+        read = functools.partial(read_back, model, theirs)
+        whole_BTV, end = forward(model, params, text[None])
+        assert close(whole_BTV[0], theirs["whole"])
+        assert close(theirs["started"], whole_BTV[0]) and close(theirs["finished"], whole_BTV[0, half:])
+        assert close(forward(model, params, text[None, half:], read("half"))[0], whole_BTV[:, half:])
+        for ours, other in zip(jax.tree.leaves(end), jax.tree.leaves(read("end")), strict=True):
+            assert close(ours, other)
+        tuned_BTV, _ = forward(model, params, text[None], methods.tuned_state(model, tuned, 1))
+        assert close(theirs["tuned"], tuned_BTV[0]) and not close(whole_BTV, tuned_BTV, 1e-2)
+        if kind in ("rwkv5", "rwkv6"):
+            assert close(theirs["overlaid"], tuned_BTV[0])
 
-    def close(actual, expected):
-        actual, expected = np.asarray(actual), np.asarray(expected)
-        return actual.shape == expected.shape and np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
-
-    arrays = [theirs[f"half_{i}"] for i in range(5 * 3)]
-    whole_TV = theirs["whole"]
-    assert close(forward(model, params, text[None])[0][0], whole_TV)
-    assert close(theirs["finished"], whole_TV[half:]) and close(theirs["started"], whole_TV)
-    assert close(forward(model, params, text[None, half:], from_rwkv(arrays))[0][0], whole_TV[half:])
-    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(from_rwkv(arrays)), strict=True):
-        assert close(mine, other)
+        # our continuation of their state, theirs of ours
+        before = generate.Context(read("end"), theirs["whole"][None, -1])
+        settings = {"max_new_tokens": NUM_NEW, "temperature": 0, "stop_tokens": ()}
+        ((new, *_), after) = generate.generate_with_context(model, params, [[]], context=before, **settings)
+        assert new == theirs["new"].tolist() and len(set(new)) > 3  # no token for ever
+        assert close(after.logits_BV[0], theirs["last"], 1e-4)

@@ -129,10 +129,21 @@ def test_form_follows_the_recurrence_at_any_length(name, tokens):
             assert error_ratio(found, its) < limit
 
 
-# Sines as inputs, 4 channels, 7 tokens; loss sum(y) + sum(state).
+# Sines as inputs, 4 channels, 7 tokens, loss sum(y) + sum(state): y_T, sum(state), dw_3, sum(dstate); da_3
 SINES = {
-    wkv6: ([0.4417743, 2.8966940, 1.1079502, -2.3039432], -0.5324780, [0.0118831, -0.0817861, 0.1561657, -0.0043606]),
-    wkv7: ([0.4758018, 1.2072567, 0.1700777, -1.1162655], 0.3841573, [0.0350847, 0.0084402, -0.0081345, -0.2706683]),
+    wkv6: (
+        [0.4417743, 2.8966940, 1.1079502, -2.3039432],
+        -0.5324780,
+        [0.0118831, -0.0817861, 0.1561657, -0.0043606],
+        -2.5709046,
+    ),
+    wkv7: (
+        [0.4758018, 1.2072567, 0.1700777, -1.1162655],
+        0.3841573,
+        [0.0350847, 0.0084402, -0.0081345, -0.2706683],
+        -1.8901654,
+        [0.1380035, 0.0062943, 0.0364153, 0.1582225],
+    ),
 }
 
 
@@ -151,15 +162,19 @@ def test_form_computes_the_numbers_of_an_independent_float64_program(op, form):
         operands = sines(0), w, sines(1), sines(2), -unit, unit * of_sigmoid(sines(4))
     state = np.sin(8 + 0.7 * np.arange(4)[:, None] + 1.3 * j)[None, None]
 
-    def results(operands):
+    def results(operands, state):
         y, after = op(*operands, state, impl=form)
         return y.sum() + after.sum(), (y, after)
 
-    grads, (y, after) = jax.device_get(jax.jit(jax.grad(results, has_aux=True))(operands))
-    last, total, dw = SINES[op]
+    gradients = jax.jit(jax.grad(results, argnums=(0, 1), has_aux=True))
+    (grads, dstate), (y, after) = jax.device_get(gradients(operands, state))
+    last, total, dw, dstate_sum, *da = SINES[op]
     np.testing.assert_allclose(y[0, -1, 0], last, atol=1e-7)
     np.testing.assert_allclose(after.sum(), total, atol=1e-7)
     np.testing.assert_allclose(grads[1][0, 3, 0], dw, atol=1e-7)
+    np.testing.assert_allclose(dstate.sum(), dstate_sum, atol=1e-7)
+    for expected in da:
+        np.testing.assert_allclose(grads[4][0, 3, 0], expected, atol=1e-7)
 
 
 def test_wkv7_on_a_cpu_scans_for_values_and_trains_in_chunks():
