@@ -8,18 +8,22 @@ goes on from `configs/pile.py:14b` in runs/pile-14b, for 10, 100 and 100 billion
 paper gives neither the learning rate of these stages nor the batch: here the last rate of the pre-training, constant,
 and as many tokens a step as there. Cost: 1.75e22 FLOP for 14b, 9.1e21 for 7b. Not run here.
 
+`:rwkv7-169m-8192` likewise, and other models of RWKV-5, 6 and 7 in `configs/pile.py`: their windows begin at 4,096.
+
 The same in proportion for a CPU, bytes of the embedded corpus, from 128 tokens to 256, 512 and 1,024:
 
     for T in 128 256 512 1024; do
         python -m rwkv_jax.train --config=configs/extend.py:tiny-$T --workdir=runs/tiny-$T
     done
 
+and with `tiny-rwkv7` in the place of `tiny` for another model of `configs/tiny.py`.
+
 Cost: 1,660 + 50 + 500 + 500 steps of 2,048 bytes, a few minutes on 2 CPU cores.
 """
 
 from pathlib import Path
 
-from rwkv_jax.train import run_config
+from rwkv_jax.train import optim, run_config
 
 CONFIGS = Path(__file__).parent
 STAGES = {2048: 10e9, 4096: 100e9, 8192: 100e9}  # window: tokens
@@ -28,17 +32,20 @@ TINY = {128: 1660, 256: 50, 512: 500, 1024: 500}  # window: steps; as 332 to 10 
 
 def get_config(arg="tiny-256"):
     size, _, length = (arg or "tiny-256").rpartition("-")
-    windows = TINY if size == "tiny" else STAGES
+    short, _, name = size.partition("-")
+    first = run_config.read(f"{CONFIGS / 'tiny.py'}:{name}" if short == "tiny" else f"{CONFIGS / 'pile.py'}:{size}")
+    windows = TINY if short == "tiny" else [window for window in STAGES if window > first.seq_len]
     if not length.isdecimal() or int(length) not in windows:
         lengths = ", ".join(map(str, windows))
         raise ValueError(f"stage is {arg!r}, expected a size of configs/pile.py or 'tiny', then one of -{lengths}")
-    return _tiny(int(length)) if size == "tiny" else _pile(size, int(length))
+    return (_tiny if short == "tiny" else _pile)(first, size, int(length))
 
 
-def _pile(size, seq_len):
-    config = run_config.read(f"{CONFIGS / 'pile.py'}:{size}")
+def _pile(config, size, seq_len):
     tokens, trunk = config.batch_size * config.seq_len, f"runs/pile-{size}"
     for window, budget in STAGES.items():
+        if window <= config.seq_len:
+            continue
         start, config.steps = config.steps, config.steps + round(budget / tokens)
         if window == seq_len:
             break
@@ -48,13 +55,14 @@ def _pile(size, seq_len):
     return config.lock()
 
 
-def _tiny(seq_len):
-    config = run_config.default()
+def _tiny(config, size, seq_len):
     stages = list(TINY)
     before = stages[: stages.index(seq_len)]
     start = sum(TINY[window] for window in before)
     config.update(seq_len=seq_len, batch_size=2048 // seq_len, steps=start + TINY[seq_len], save_every=500)
     if before:
-        config.branch_from = f"runs/tiny-{before[-1]}/checkpoints/{start}"
-        config.optim.update(schedule="constant", lr=8e-4, lr_end=8e-4, warmup=0.0, decay=0.0)
+        config.branch_from = f"runs/{size}-{before[-1]}/checkpoints/{start}"
+        model = run_config.model_of(config)
+        lr = optim.default_lr(model.layers[0], model.dim) / 10  # where the first stage ends
+        config.optim.update(schedule="constant", lr=lr, lr_end=lr, warmup=0.0, decay=0.0)
     return config.lock()

@@ -93,6 +93,6 @@ def recomputed_flops_per_token(model) -> float:
     """FLOPs beside `flops_per_token` that `model.remat` costs: products with weights of the default hidden widths.
 
     `Kind.recomputed` has, for each choice in `models.lm.REMAT`, the products with D^2 weights that the backward pass
-    computes again; RWKV-4 has 13 in a layer's forward pass.
+    computes again; RWKV-4 has 13 in a layer's forward pass. Products with low-rank maps are not counted.
     """
     return sum(2 * model.dim**2 * kind.recomputed.get(model.remat, 0) for _, kind, _ in model.every_layer)

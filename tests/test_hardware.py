@@ -9,13 +9,17 @@ import pytest
 
 from rwkv_jax import hardware, models
 
-T = 32
-NAMES = ["rwkv4", "transformer"]
+T, L = 16, 2  # one chunk of the later versions' operators: XLA counts the body of a loop once, whatever its trips
+SLOWLY = lambda *names: [pytest.param(name, marks=pytest.mark.slow) for name in names]
+WKV = {"rwkv5": 4 * 64 + 3 * T, "rwkv6": 4 * 64 + 3 * T, "rwkv7": 8 * 64 + 12 * T}  # forward, times D a layer
+LOW_RANKS = {"rwkv6": 5 * 32 + 64, "rwkv7": 3 * 32 + 64}
 
 
 def _model(name, D, remat="none"):
-    """One layer: XLA counts the body of a loop once, whatever its trips."""
-    return models.build(name, vocab_size=512, num_layers=1, dim=D, scan=False, remat=remat)
+    low_ranks = (32, 32, 32, 64) if name == "rwkv7" else None  # the same at every D
+    return models.build(
+        name, vocab_size=512, num_layers=L, dim=D, head_size=64, low_ranks=low_ranks, scan=False, remat=remat
+    )
 
 
 @functools.cache
@@ -29,31 +33,35 @@ def _counted(name, D, remat="none"):
         return (logits_BTV**2).mean()
 
     flops = jax.jit(jax.grad(loss)).lower(params).cost_analysis()["flops"] / tokens_BT.size
-    return flops - (6 * D * T if name == "transformer" else 0)
+    return flops - (6 * D * T * L if name == "transformer" else 0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def _formula(name, D):
+    """`flops_per_token`; of RWKV-7 with WKV's forward pass once more, and without the first layer's v1 and v2."""
+    return hardware.flops_per_token(_model(name, D), T) + ((L * WKV[name] - 6 * 2 * 32) * D if name == "rwkv7" else 0)
+
+
+@pytest.mark.parametrize("name", ["rwkv4", "transformer", "rwkv7", *SLOWLY("rwkv5", "rwkv6")])
 def test_flops_per_token_are_those_that_xla_counts_in_an_unrolled_model(name):
     """Products of matrices to one in a thousand; everything, but for what is done by element: norms, lerps, gates and
     the loops of WKV, about 100 operations a channel forward and 200 backward. 300 D beside 78 D^2 is below 4 / D."""
     D = 128
     twice = lambda f: f(2 * D) - 2 * f(D)  # where what is proportional to D drops out
-    formula = lambda D: hardware.flops_per_token(_model(name, D), T)
-    counted = lambda D: _counted(name, D)
+    formula, counted = functools.partial(_formula, name), functools.partial(_counted, name)
     assert twice(formula) == pytest.approx(twice(counted), rel=1e-3)
     assert 0 < counted(2 * D) / formula(2 * D) - 1 < 4 / (2 * D)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "remat", ["outputs", *(pytest.param(x, marks=pytest.mark.slow) for x in ("matmuls", "block"))]
-)
+@pytest.mark.parametrize("name", ["rwkv4", "transformer", *SLOWLY("rwkv5", "rwkv6", "rwkv7")])
+@pytest.mark.parametrize("remat", ["outputs", *SLOWLY("matmuls", "block")])
 def test_recomputed_flops_per_token_are_those_that_xla_counts(name, remat):
-    """But for the forward pass by element, 100 D, and attention's own products, 4 D T."""
+    """But for the forward pass by element, 100 D a layer, attention's own products, 4 D T, those of WKV and those with
+    low-rank maps, 2 D for each of their two sides."""
     D = 128
     more = _counted(name, D, remat) - _counted(name, D)
     rest = more - hardware.recomputed_flops_per_token(_model(name, D, remat))
-    assert 0 < rest < D * (100 + (4 * T if name == "transformer" else 0))
+    own = {"transformer": 4 * T} | {kind: flops + 4 * LOW_RANKS.get(kind, 0) for kind, flops in WKV.items()}
+    assert 0 < rest < L * D * (100 + own.get(name, 0))
 
 
 def test_flops_per_token_equal_those_of_table_2_in_the_paper():

@@ -22,7 +22,7 @@ from rwkv_jax.models.layers import (
     token_shift,
     vector,
 )
-from rwkv_jax.ops.wkv6 import FORMS, wkv6
+from rwkv_jax.ops.wkv6 import FORMS, RULES, wkv6
 
 zeros = nn.initializers.zeros
 
@@ -100,9 +100,10 @@ def hidden_dim(config: BlockConfig) -> int:
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
-    """6 for every weight of a matrix product, and three times the forward pass of WKV: 5 K V a head."""
-    D, K = config.dim, head_shape(config)[1]
-    return 6 * (6 * D**2 + 2 * D * hidden_dim(config)) + 3 * 5 * D * K
+    """6 for every weight of a matrix product, and three times the products of WKV in chunks of C tokens: 4 K V + 3 C V
+    a head forward."""
+    D, K, C = config.dim, head_shape(config)[1], RULES["chunked"].chunk
+    return 6 * (6 * D**2 + 2 * D * hidden_dim(config)) + 3 * D * (4 * K + 3 * C)
 
 
 def observed(params, sown) -> dict:
@@ -124,10 +125,12 @@ KIND = Kind(
     block=Block,
     init_state=heads.init_state,
     flops=flops,
-    learning_rates=((1024, 4e-4), (2048, 3e-4), (2560, 2e-4), (4096, 1.5e-4)),  # of the released models
+    learning_rates=heads.RELEASED_RATES,
+    recipe=heads.RECIPE,
     forms=FORMS,
     unseen=heads.unseen,
     recomputed={"outputs": 8.5, "block": 13},
+    memory_traffic=126,
     groups=((r"/time_decay$", 2.0),),
     kept_wide=r"/time_(decay|faaaa)$",  # rounding them rounds long memory away
     observe=observed,

@@ -108,22 +108,25 @@ def flops(config: BlockConfig, seq_len: int) -> float:
     return rwkv5.flops(config, seq_len) + 6 * 2 * config.dim * (5 * mixes + decay)
 
 
-SIZES = {  # the released World models
+SIZES = {  # released: World models by their size, and the one trained on the Pile
     "1.6b": rwkv5.WORLD | {"num_layers": 24, "dim": 2048},
     "3b": rwkv5.WORLD | {"num_layers": 32, "dim": 2560},
     "7b": rwkv5.WORLD | {"num_layers": 32, "dim": 4096, "low_ranks": (64, 128)},
     "14b": rwkv5.WORLD | {"num_layers": 61, "dim": 4096, "low_ranks": (64, 128)},
+    "173m": {"vocab_size": 50304, "num_layers": 12, "dim": 768},
 }
 
 KIND = Kind(
     block=Block,
     init_state=heads.init_state,
     flops=flops,
-    learning_rates=((2048, 3e-4), (2560, 2e-4), (4096, 1.5e-4)),  # of the released models
+    learning_rates=heads.RELEASED_RATES,
+    recipe=heads.RECIPE,
     forms=FORMS,
     unseen=heads.unseen,
     low_ranks=low_ranks,
     recomputed={"outputs": 8.5, "block": 13},
+    memory_traffic=174,
     groups=((r"/time_decay$", 2.0),),
     kept_wide=r"/time_(decay|faaaa)$",  # rounding them rounds long memory away
     observe=heads.observed,

@@ -34,7 +34,7 @@ from rwkv_jax.models.layers import (
     token_shift,
     vector,
 )
-from rwkv_jax.ops.wkv7 import FORMS, wkv7
+from rwkv_jax.ops.wkv7 import FORMS, RULES, wkv7
 
 zeros = nn.initializers.zeros
 STRONGEST = math.exp(-0.5)  # of all log decays: a channel keeps more than exp(-STRONGEST) = 0.545 of itself in a step
@@ -145,9 +145,13 @@ def low_ranks(config: BlockConfig) -> tuple[int, int, int, int]:
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
-    """6 for every weight of a matrix product, and of WKV three times the forward pass: 9 K V a head."""
-    D, K = config.dim, head_shape(config)[1]
-    return 6 * (4 * D**2 + 2 * D * hidden_dim(config) + 2 * D * sum(low_ranks(config))) + 3 * 9 * D * K
+    """6 for every weight of a matrix product, and three times the products of WKV in chunks of C tokens: 8 K V +
+    12 C V a head forward, without what its backward pass computes again. The first layer, without v1 and v2,
+    counts alike.
+    """
+    D, K, C = config.dim, head_shape(config)[1], RULES["chunked"].chunk
+    matrices = 4 * D**2 + 2 * D * hidden_dim(config) + 2 * D * sum(low_ranks(config))
+    return 6 * matrices + 3 * D * (8 * K + 12 * C)
 
 
 def to_rwkv(state: heads.LayerState) -> list:
@@ -164,14 +168,16 @@ def _size(num_layers, dim, ranks, vocab_size=65536):
     return {"vocab_size": vocab_size, "num_layers": num_layers, "dim": dim, "low_ranks": ranks}
 
 
-SIZES = {  # released: World models by their size, and those trained on the Pile
+# Released: World models by their size, and those trained on the Pile, whose widths of the low-rank maps are those of
+# RWKV-LM's RWKV-v7/rwkv_v7_demo.py when it came with them.
+SIZES = {
     "0.1b": _size(12, 768, (64, 64, 32, 128)),
     "0.4b": _size(24, 1024, (64, 64, 32, 128)),
     "1.5b": _size(24, 2048, (96, 96, 64, 256)),
     "2.9b": _size(32, 2560, (96, 96, 64, 320)),
     "7.2b": _size(32, 4096, (128, 128, 96, 480)),
     "169m": _size(12, 768, (64, 64, 32, 128), 50304),
-    "421m": _size(24, 1024, (64, 64, 32, 128), 50304),
+    "421m": _size(24, 1024, (64, 64, 64, 128), 50304),
     "1b5": _size(24, 2048, (96, 96, 64, 256), 50304),
 }
 
@@ -179,13 +185,15 @@ KIND = Kind(
     block=Block,
     init_state=heads.init_state,
     flops=flops,
-    learning_rates=((64, 8e-3), (128, 4e-3), (256, 2e-3), (768, 6e-4), (1024, 4e-4), (2048, 3e-4), (4096, 1.5e-4)),
+    learning_rates=((64, 8e-3), (128, 4e-3), (256, 2e-3), *heads.RELEASED_RATES[1:]),
+    recipe=heads.RECIPE,
     variant=Variant,
     forms=FORMS,
     unseen=heads.unseen,
     low_ranks=low_ranks,
     shares_first=True,
-    recomputed={"outputs": 7, "block": 12},
+    recomputed={"outputs": 7, "block": 8},
+    memory_traffic=156,
     groups=((r"/w0$", 2.0),),
     kept_wide=r"/w0$",  # rounding it rounds long memory away
     observe=heads.observed,

@@ -15,7 +15,7 @@ GROUPS = (
     ("embedding", r"^emb/"),
     ("head", r"^head/"),
     ("norms", r"(^|/)ln\w+/"),
-    ("decays", r"/time_(decay|first)$"),
+    ("decays", r"/(time_(decay|first|faaaa)|w0)$"),
     ("time_mix", r"/att/"),
     ("channel_mix", r"/ffn/"),
 )

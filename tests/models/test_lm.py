@@ -58,10 +58,42 @@ TABLE_2 = {
 }
 
 
-def test_lm_released_sizes_have_the_parameters_of_table_2():
-    sizes = kind_of("rwkv4").sizes
-    shapes = {size: parameter_shapes(build("rwkv4", size=size)) for size in sizes}
-    assert {size: sum(x.size for x in jax.tree.leaves(its)) for size, its in shapes.items()} == TABLE_2
+# RWKV-5 from 0.4b and RWKV-6 to 3b: as printed in arXiv:2404.05892, Table 11. RWKV-7: the formula in RWKV-LM's README,
+# without the unused v0, v1, v2 of the first layer. The names of files round theirs: RWKV-x060-173m-pile,
+# RWKV-x070-Pile-421M (842 MB in bfloat16), RWKV-x060-World-14B.
+RELEASED = {
+    "rwkv4": TABLE_2,
+    "rwkv5": {
+        "0.1b": 192_807_936,
+        "0.4b": 461_721_600,
+        "1.5b": 1_577_754_624,
+        "3b": 3_062_999_040,
+        "7b": 7_518_044_160,
+    },
+    "rwkv6": {
+        "1.6b": 1_599_873_024,
+        "3b": 3_099_863_040,
+        "7b": 7_635_746_816,
+        "14b": 14_069_088_256,
+        "173m": 173_558_784,
+    },
+    "rwkv7": {
+        "0.1b": 191_034_624,
+        "0.4b": 450_767_872,
+        "1.5b": 1_527_404_544,
+        "2.9b": 2_947_735_040,
+        "7.2b": 7_199_141_888,
+        "169m": 167_638_272,
+        "421m": 421_080_064,
+        "1b5": 1_465_014_272,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+def test_lm_released_sizes_have_the_parameters_of_the_papers(kind):
+    shapes = {size: parameter_shapes(build(kind, size=size)) for size in kind_of(kind).sizes}
+    assert {size: sum(x.size for x in jax.tree.leaves(its)) for size, its in shapes.items()} == RELEASED[kind]
 
 
 @pytest.mark.parametrize("kind", ["rwkv4", "transformer", "hybrid"])

@@ -9,6 +9,7 @@ import small
 
 from rwkv_jax import models, train
 from rwkv_jax.train import optim
+from rwkv_jax.train.methods import Method
 
 
 def _zeros(num_layers):
@@ -58,6 +59,29 @@ def test_frozen_part_is_not_moved_by_decay_and_has_no_moments():
     assert not moved["emb"]["embedding"].any()
     assert moved["blocks"]["att"]["key"]["kernel"].all(axis=(1, 2)).tolist() == [False, True]
     assert sum(x.size for x in jax.tree.leaves(after.opt_state)) == 1 + 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "decay"),
+    [("rwkv7", "w0"), *(pytest.param(kind, "time_decay", marks=pytest.mark.slow) for kind in ("rwkv5", "rwkv6"))],
+)
+def test_step_moves_nothing_of_a_later_version_that_a_path_freezes(kind, decay):
+    model, params = small.drawn(small.make(kind, num_layers=3))
+    groups = ((r"^emb/", 0.0), (r"blocks\.0-1/", 0.0), (rf"/{decay}$", 0.0), (r"/ffn/key/", 0.5))
+    tx, zero, ids = optim.optimiser(weight_decay=0.1, groups=groups), np.zeros((), np.int32), small.tokens(2, 9)
+
+    @jax.jit
+    def step(params):
+        state = train.TrainState(zero, params, tx.init(params), zero)
+        batch = {"tokens": ids, "mask": np.ones((2, 8), bool)}
+        return train.make_step(model, tx, method=Method(groups=groups))(state, batch, np.float32(1e-2))[0].params
+
+    after = step(params)
+    moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), models.unstack(after), models.unstack(params))
+    assert not any(jax.tree.leaves([moved["emb"], moved["blocks_0"], moved["blocks_1"]]))
+    last = moved["blocks_2"]
+    assert last["att"].pop(decay) is False
+    assert all(jax.tree.leaves([last, moved["head"], moved["ln_out"]]))
 
 
 def test_frozen_stopped_stops_gradients_of_frozen_leaves_and_layers():

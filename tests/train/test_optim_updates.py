@@ -27,16 +27,34 @@ def test_default_lr_lies_on_a_line_between_those_of_the_table_in_log_log():
     assert optim.default_lr("rwkv4", d1**0.75 * d2**0.25) == pytest.approx(lr1**0.75 * lr2**0.25)
 
 
-def test_optimiser_applies_rates_and_decay_to_the_parameters_they_name():
-    """Multipliers 2 and 3 for the decays and bonuses, 5 for the head; decoupled decay for matrices, nothing else."""
-    _, params = drawn(make("rwkv4"))
+@pytest.mark.parametrize("kind", ["rwkv5", "rwkv6", "rwkv7"])
+def test_default_lr_of_later_versions_falls_with_the_width_from_that_of_the_smallest(kind):
+    rates = [optim.default_lr(kind, dim) for dim in (8, 32, 100, 128, 512, 768, 1000, 2048, 3000, 4096, 8192)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == rates[1] and rates[-2] == rates[-1] and 5e-5 < rates[-1] < 20e-5
+    assert 1e-3 < rates[3] < 2e-2  # of 128 channels
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("rwkv4", {"time_decay": 2, "time_first": 3}),
+        pytest.param("rwkv5", {"time_decay": 2}, marks=pytest.mark.slow),
+        pytest.param("rwkv6", {"time_decay": 2}, marks=pytest.mark.slow),
+        ("rwkv7", {"w0": 2}),
+    ],
+)
+def test_optimiser_applies_rates_and_decay_to_the_parameters_they_name(kind, own):
+    """Multipliers for decays and bonuses, 5 for the head; decoupled decay for matrices, nothing else: none for the
+    matrices of low-rank maps."""
+    _, params = drawn(make(kind))
     ones = jax.tree.map(np.ones_like, params)
     tx = optim.optimiser(weight_decay=0.5, clip=0, groups=(*optim.released_groups(), ("^head/", 5.0)))
     direction = jax.jit(lambda params: tx.update(ones, tx.init(params), params)[0])(params)
     values, directions = flatten_dict(params, sep="/"), flatten_dict(direction, sep="/")
-    assert sum(name.endswith(("time_decay", "time_first", "kernel", "embedding")) for name in values) > 4
+    assert all(any(name.endswith(ending) for name in values) for ending in (*own, "kernel", "embedding"))
     for name, d in directions.items():
-        factors = {"time_decay": 2, "time_first": 3, "head/kernel": 5}
+        factors = own | {"head/kernel": 5}
         factor = next((x for ending, x in factors.items() if name.endswith(ending)), 1)
         decay = 0.5 * values[name] if name.endswith(("kernel", "embedding")) else 0
         assert np.allclose(d, factor * (1 + decay), rtol=1e-5), name

@@ -53,9 +53,9 @@ class Run:
 
 
 @functools.cache
-def _run(strategy, accumulation, replicas):
+def _run(strategy, accumulation, replicas, model=MODEL):
     """One program for every test that looks at it. A large eps keeps Adam from turning rounding into +-lr."""
-    (model, params), tx, traces = drawn(MODEL), optim.optimiser(eps=1e-3), []
+    (model, params), tx, traces = drawn(model), optim.optimiser(eps=1e-3), []
     step = train.make_step(model, tx, accumulation=accumulation)
     zero = np.zeros((), np.int32)
 
@@ -91,9 +91,20 @@ def test_single_runs_on_the_default_device_and_commits_its_state_to_it():
         assert state["w"].devices() == {device} and state["w"].committed
 
 
+def _later(kind):
+    return models.build(kind, vocab_size=V, num_layers=3, dim=D, head_size=8, matmul_precision="highest")
+
+
+MODELS = [
+    pytest.param(MODEL, id="rwkv4"),
+    *(pytest.param(_later(kind), marks=pytest.mark.slow, id=kind) for kind in ("rwkv5", "rwkv6", "rwkv7")),
+]
+
+
 @pytest.mark.parametrize("run", [PMAP, FSDP], ids=str)
-def test_strategies_and_accumulation_agree_under_ragged_masks(run):
-    run, reference = _run(*run), _run(*SINGLE)
+@pytest.mark.parametrize("model", MODELS)
+def test_strategies_and_accumulation_agree_under_ragged_masks(model, run):
+    run, reference = _run(*run, model), _run(*SINGLE, model)
     for row, wanted in zip(run.rows[:2], reference.rows[:2], strict=True):
         assert row["loss_nats"] == pytest.approx(wanted["loss_nats"], rel=1e-6)
         assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
@@ -151,11 +162,13 @@ def test_fsdp_splits_the_largest_axis_but_never_that_of_layers(replicas, first):
     assert of_a_device == leaves | {"emb": (first, 12), "blocks": (64, 12 * first // 64, 5)}
 
 
-def test_fsdp_gathers_weights_and_leaves_the_batch_split():
-    run = _run(*FSDP)
+@pytest.mark.parametrize("model", MODELS)
+def test_fsdp_gathers_weights_and_leaves_the_batch_split(model):
+    run = _run(*FSDP, model)
     text = run.program.as_text()
     assert re.findall(r" all-gather\(", text)
-    assert not re.findall(rf"f32\[(?:{B},{T}|{B * T}),\d+\]\S* all-gather\(", text)  # activations of all rows
+    # activations of all rows, by channel or by head
+    assert not re.findall(rf"f32\[(?:{B},{T}|{B * T})(?:,\d+)+\]\S* all-gather\(", text)
     of_a_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run.state))
     assert run.program.memory_analysis().alias_size_in_bytes == of_a_device  # donated
 
