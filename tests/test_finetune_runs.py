@@ -83,6 +83,18 @@ def test_exported_adapters_merge_into_the_base(runs, base, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rwkv5", "rwkv6", "rwkv7"])
+def test_lora_run_on_a_later_version_loads_with_adapters_merged(kind, text, tmp_path):
+    model, params = small.drawn(rwkv_jax.build(kind, vocab_size=V, num_layers=3, dim=16, head_size=8), scale=0.2)
+    rwkv_jax.save(tmp_path / "base.pth", model, params)
+    state = train.run(_config((model, params, str(tmp_path / "base.pth")), text, "lora"), tmp_path / "run")
+    assert training.same(state.frozen, params)
+    assert all(np.any(x) for x in jax.tree.leaves(state.params))
+    _, merged = rwkv_jax.load(tmp_path / "run")
+    assert training.same(merged, lora.merge(jax.device_put(params), state.params, LORA.alpha))
+
+
+@pytest.mark.slow
 def test_state_run_trains_the_state_alone(runs, base):
     workdir, state = runs("state")
     assert training.same(state.frozen, base[1]) and training.same(rwkv_jax.load(workdir)[1], base[1])

@@ -141,9 +141,17 @@ def test_rehearse_names_a_slice_that_does_not_exist(capsys):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("target, replicas", [("v5e:2x2", 1), ("2xv5e:2x2", 2)])
-def test_rehearse_reports_the_memory_of_a_chip(target, replicas):
-    config = run_config.read("configs/tiny.py", ["--config.strategy=fsdp", f"--config.replicas={replicas}"])
+@pytest.mark.parametrize(
+    "name, target, replicas",
+    [
+        ("rwkv4", "v5e:2x2", 1),
+        ("rwkv4", "2xv5e:2x2", 2),
+        *((name, "v5e:2x2", 1) for name in ("rwkv5", "rwkv6", "rwkv7")),
+    ],
+)
+def test_rehearse_reports_the_memory_of_a_chip(name, target, replicas):
+    flags = ["--config.strategy=fsdp", f"--config.replicas={replicas}"]
+    config = run_config.read(f"configs/tiny.py:{name}", flags)
     row = rehearse.rehearse(config, target)
     memory, weights = row["memory"], 4 * row["parameters"]
     assert row["fits"] and row["chips"] == 4 * replicas
