@@ -64,7 +64,11 @@ def test_compare_smoke_writes_the_table_the_json_and_the_figure(tmp_path):
         assert arm["curve"][-1][0] == results["preset"]["tokens"]
         assert 0 < arm["share_of_peak"] < 1.5
     sizes = {name: [row["state_bytes"] for row in arm["decode"]] for name, arm in results["arms"].items()}
-    assert len(set(sizes["rwkv4"])) == 1 and len(set(sizes["rwkv7"])) == 1 and sizes["transformer"][-1] > sizes["transformer"][0]
+    assert (
+        len(set(sizes["rwkv4"])) == 1
+        and len(set(sizes["rwkv7"])) == 1
+        and sizes["transformer"][-1] > sizes["transformer"][0]
+    )
     assert table.render(results) in done.stdout
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
