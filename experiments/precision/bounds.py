@@ -41,5 +41,5 @@ def matrix_bound(form, T, slowest, strongest, summed=False):
     one; beyond 88 they vanish. 32 covers what is left of such sums, and the few operations per result. Gradients that
     are sums over tokens (`summed`: of u, and of w in RWKV-5) are added up in chunks of 16 or more.
     """
-    steps = np.minimum(T, 16 / np.maximum(slowest, np.finfo(np.float32).tiny)) / TOKENS[form]
+    steps = 16 / np.maximum(slowest, 16 / T) / TOKENS[form]
     return np.finfo(np.float32).eps * (2 * steps + np.minimum(88, strongest) + 32 + (T / 16 if summed else 0))

@@ -31,7 +31,7 @@ def exact5(r_TKH, w_KH, *others):
 def exact6(r_TKH, w_TKH, k_TKH, v_TVH, u_KH, state_KVH, dy_TVH, dstate_KVH):
     """{name: (value, magnitude)} of "y", the "final" state, and the gradients of sum(dy y) + sum(dstate final).
 
-    Gradients have the names of the operands: that of w is for each token, that of u over all. w is finite.
+    Gradients have the names of the operands: that of w is for each token, that of u over all.
     """
     r, w, k, v, u, state, dy, dstate = _float64(r_TKH, w_TKH, k_TKH, v_TVH, u_KH, state_KVH, dy_TVH, dstate_KVH)
     u = np.broadcast_to(u, r.shape)

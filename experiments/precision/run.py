@@ -25,7 +25,8 @@ kept in the dtype of the inputs (so in bfloat16, which is what writing the recur
 does); and transformers' loop for CPUs by autograd. That loop and "pallas", interpreted here, are left out beyond T
 1,024.
 
-Needs requirements-live.txt (transformers). Cost: 8 minutes on 2 busy cores, most of it compiling. Writes results.json and figure.png.
+Needs requirements-live.txt (transformers). Cost: 8 minutes on 2 busy cores, most of it compiling. Writes results.json
+and figure.png.
 """
 
 import argparse
