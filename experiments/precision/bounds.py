@@ -34,12 +34,19 @@ def bound(form, T, spread, summed=False):
 def matrix_bound(form, T, slowest, strongest, summed=False):
     """As `bound`, of `wkv6` and `wkv7`: eps (2 steps + min(88, strongest) + 32), of the magnitude in `judge_matrices`.
 
-    A state costs what it hands on about 2 eps: half for the product, half for the sum, 1 for the exponential, which is
-    off by the same amount in every step where the decay is constant, so that errors add up until the decay of the
-    `slowest` channel (its mean |log decay|) has made e^-16, about eps, of them. Within a chunk, exponents are sums of
-    log decays: a term is rounded relative to them, and all terms of the gradient of a `strongest` log decay have that
-    one; beyond 88 they vanish. 32 covers what is left of such sums, and the few operations per result. Gradients that
-    are sums over tokens (`summed`: of u, and of w in RWKV-5) are added up in chunks of 16 or more.
+    From one state to the next a term loses about 2 eps: half in the product, half in the sum, 1 in the exponential.
+    The scan rounds exp(w) alike in each step where the decay is constant, so its error grows with T, until the decay
+    of the `slowest` channel (its mean |log decay|) has left e^-16, about eps, of a term; keys 1,000 times as large as
+    others are within that.
+
+    In a chunk, exponents are sums of log decays and rounded relative to them. Every term of the gradient of a log
+    decay has that one in its exponent, the `strongest` being the worst; beyond 88 the term vanishes. 32 covers the
+    exponents of other terms, which are forgotten at 16, and the few operations per result. Gradients that are sums
+    over tokens (`summed`: of u, and of w in RWKV-5) are added up 16 or more at a time.
+
+    For WKV-7 it is assumed that tokens amplify an error no more than they amplify the state. Keys and rates can be
+    chosen so that without decay some directions grow a thousandfold in 64 tokens. A state that is kept out of those
+    has no such bound in any float32 form, since its errors are not kept out.
     """
     steps = 16 / np.maximum(slowest, 16 / T) / TOKENS[form]
     return np.finfo(np.float32).eps * (2 * steps + np.minimum(88, strongest) + 32 + (T / 16 if summed else 0))

@@ -1,9 +1,9 @@
 """Error of every form of WKV against float64, forward and backward, from one token to 100,000.
 
-Claim: whatever comes in, every form of WKV-4, of WKV-5 and 6 (`ops.wkv6`) and of WKV-7 computes in float32, and no
-element of y, of the state or of any gradient is further from its equation than its bound (`bounds`), a multiple of eps
-of its magnitude: `claims` has the largest share of that bound that was measured, at most 1. bfloat16 inputs add the
-rounding of their results and nothing else.
+Claim: every form of WKV-4, of WKV-5 and 6 (`ops.wkv6`) and of WKV-7 computes in float32, whatever comes in, and no
+element of y, of the state or of any gradient is further from its equation than its bound, a multiple of eps of its
+magnitude: `claims` has the largest share of that bound that was measured, at most 1. bfloat16 inputs add the rounding
+of their results and nothing else. `bounds` derives each, and names the inputs of WKV-7 for which there is none.
 
     make precision
     python -m experiments.precision.run [--smoke] [--out=DIR]
