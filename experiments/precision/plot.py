@@ -12,17 +12,16 @@ VECTORS = {
     "exact, rounded": {"color": "grey", "linestyle": ":"},
 }
 MATRICES = {"WKV-5": "#c0392b", "WKV-6": "#2980b9", "WKV-7": "#16a085"}
-LINES = {"scan": "-", "chunked": "--", "exact, rounded": ":"}
+LINES = {"scan": "-", "chunked": "--"}
 
-PANELS = (
-    ("float32", "y, worst channel, float32 inputs", lambda e: e["y"]["worst"]),
-    (
-        "float32",
-        "gradients, worst channel, of magnitude",
-        lambda e: max(x["worst_of_magnitude"] for name, x in e.items() if name not in ("y", "final")),
-    ),
-    ("bfloat16", "y, rms of the mildest inputs, bfloat16", lambda e: e["y"]["rms_of_mild"]),
+WORST = ("float32", "y, worst channel, float32 inputs", lambda row: row["errors"]["y"]["worst"])
+GRADIENTS = (
+    "float32",
+    "gradients, worst channel, of magnitude",
+    lambda row: max(x["worst_of_magnitude"] for name, x in row["errors"].items() if name not in ("y", "final")),
 )
+MILD = ("bfloat16", "y, rms where k ~ N(0, 1), bfloat16 inputs", lambda row: row["errors"]["y"]["rms_of_mild"])
+SHARE = ("float32", "largest error of all, of its bound", lambda row: max(row["share_of_bound"].values()))
 
 
 def draw(results, path) -> None:
@@ -33,13 +32,14 @@ def draw(results, path) -> None:
         for operator, color in MATRICES.items()
         for side, line in LINES.items()
     }
-    figure, axes = plt.subplots(2, len(PANELS), figsize=(13, 7.4), layout="constrained")
-    for row_of_axes, lines in zip(axes, (above, below), strict=True):
-        for axis, panel in zip(row_of_axes, PANELS, strict=True):
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.4), layout="constrained")
+    for row_of_axes, lines, last in zip(axes, (above, below), (MILD, SHARE), strict=True):
+        for axis, panel in zip(row_of_axes, (WORST, GRADIENTS, last), strict=True):
             _panel(axis, results["rows"], lines, *panel)
         row_of_axes[0].set_ylabel("relative error")
         row_of_axes[0].legend(frameon=False, fontsize=8, loc="upper left")
-        row_of_axes[2].legend(frameon=False, fontsize=8)
+    axes[0, 2].legend(frameon=False, fontsize=8)
+    axes[1, 2].set_ylim(1e-3, 1)
     axes[0, 0].annotate("WKV-4", (-0.22, 1.05), xycoords="axes fraction", weight="bold")
     axes[1, 0].annotate("WKV-5, 6, 7", (-0.22, 1.05), xycoords="axes fraction", weight="bold")
     stamp = results["stamp"]
@@ -50,7 +50,7 @@ def draw(results, path) -> None:
 def _panel(axis, rows, lines, dtype, title, error):
     for (operator, side), (label, style) in lines.items():
         shown = [r for r in rows if (r["operator"], r["side"], r["dtype"]) == (operator, side, dtype) and r["T"] > 1]
-        errors = [error(row["errors"]) for row in shown]
+        errors = [error(row) for row in shown]
         axis.plot([row["T"] for row in shown], errors, marker=".", label=label if shown else None, **style)
     axis.set(xlabel="tokens", xscale="log", yscale="log", title=title)
 
