@@ -3,7 +3,7 @@
 from experiments import command
 from experiments.figures import plt, saved
 
-STYLES = {
+VECTORS = {
     "scan": {"color": "#c0392b"},
     "associative": {"color": "#2980b9"},
     "pallas": {"color": "#16a085"},
@@ -11,32 +11,48 @@ STYLES = {
     "transformers": {"color": "#8e44ad", "linestyle": "--"},
     "exact, rounded": {"color": "grey", "linestyle": ":"},
 }
+MATRICES = {"WKV-5": "#c0392b", "WKV-6": "#2980b9", "WKV-7": "#16a085"}
+LINES = {"scan": "-", "chunked": "--"}
+
+WORST = ("float32", "y, worst channel, float32 inputs", lambda row: row["errors"]["y"]["worst"])
+GRADIENTS = (
+    "float32",
+    "gradients, worst channel, of magnitude",
+    lambda row: max(x["worst_of_magnitude"] for name, x in row["errors"].items() if name not in ("y", "final")),
+)
+MILD = ("bfloat16", "y, rms where k ~ N(0, 1), bfloat16 inputs", lambda row: row["errors"]["y"]["rms_of_mild"])
+SHARE = ("float32", "largest error of all, of its bound", lambda row: max(row["share_of_bound"].values()))
 
 
 def draw(results, path) -> None:
-    """Write the figure as PNG."""
-    panels = (
-        ("float32", "y, worst channel, float32 inputs", lambda e: e["y"]["worst"]),
-        (
-            "float32",
-            "gradients, worst channel, of magnitude",
-            lambda e: max(e[x]["worst_of_magnitude"] for x in "wukv"),
-        ),
-        ("bfloat16", "y, rms where k ~ N(0, 1), bfloat16 inputs", lambda e: e["y"]["rms_of_mild"]),
-    )
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.9), layout="constrained")
-    for axis, (dtype, title, error) in zip(axes, panels, strict=True):
-        for side, style in STYLES.items():
-            rows = [row for row in results["rows"] if row["dtype"] == dtype and row["side"] == side and row["T"] > 1]
-            errors = [error(row["errors"]) for row in rows]
-            axis.plot([row["T"] for row in rows], errors, marker=".", label=side if rows else None, **style)
-        axis.set(xlabel="tokens", xscale="log", yscale="log", title=title)
-    axes[0].set_ylabel("relative error")
-    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
-    axes[2].legend(frameon=False, fontsize=8)
+    """Write the figure as PNG: WKV-4 above, the operators of matrices below."""
+    above = {("WKV-4", side): (side, style) for side, style in VECTORS.items()}
+    below = {
+        (operator, side): (f"{operator} {side}", {"color": color, "linestyle": line})
+        for operator, color in MATRICES.items()
+        for side, line in LINES.items()
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.4), layout="constrained")
+    for row_of_axes, lines, last in zip(axes, (above, below), (MILD, SHARE), strict=True):
+        for axis, panel in zip(row_of_axes, (WORST, GRADIENTS, last), strict=True):
+            _panel(axis, results["rows"], lines, *panel)
+        row_of_axes[0].set_ylabel("relative error")
+        row_of_axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    axes[0, 2].legend(frameon=False, fontsize=8)
+    axes[1, 2].set_ylim(1e-3, 1)
+    axes[0, 0].annotate("WKV-4", (-0.22, 1.05), xycoords="axes fraction", weight="bold")
+    axes[1, 0].annotate("WKV-5, 6, 7", (-0.22, 1.05), xycoords="axes fraction", weight="bold")
     stamp = results["stamp"]
-    figure.suptitle(f"WKV-4 against float64; {', '.join(stamp['devices'])}, {stamp['date']}", fontsize=10)
+    figure.suptitle(f"WKV against float64; {', '.join(stamp['devices'])}, {stamp['date']}", fontsize=10)
     saved(figure, path)
+
+
+def _panel(axis, rows, lines, dtype, title, error):
+    for (operator, side), (label, style) in lines.items():
+        shown = [r for r in rows if (r["operator"], r["side"], r["dtype"]) == (operator, side, dtype) and r["T"] > 1]
+        errors = [error(row) for row in shown]
+        axis.plot([row["T"] for row in shown], errors, marker=".", label=label if shown else None, **style)
+    axis.set(xlabel="tokens", xscale="log", yscale="log", title=title)
 
 
 if __name__ == "__main__":

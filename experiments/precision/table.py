@@ -7,26 +7,20 @@ from pathlib import Path
 
 from experiments import command
 
-HEADS = {"y": "y", "w": "grad w", "u": "grad u", "k": "grad k", "v": "grad v"}
+HEADS = {"y": "y", "final": "final state"}  # others are gradients
 
 
 def render(results) -> str:
-    """Tables for each dtype of inputs, the bounds, and whether they hold. One token is in results.json alone."""
+    """Tables of each operator and dtype, its bound, and whether all hold. One token is in results.json alone."""
     lines = []
-    for dtype in dict.fromkeys(row["dtype"] for row in results["rows"]):
-        rows = [row for row in results["rows"] if row["dtype"] == dtype and row["T"] > 1]
-        for relative_to, suffix in (("the exact result", ""), ("its magnitude", "_of_magnitude")):
-            lines += [
-                f"{dtype} inputs: error relative to {relative_to}, rms over channels / worst channel",
-                "",
-                f"| T | form | {' | '.join(HEADS.values())} |{' of bound |' if suffix else ''}",
-                f"|---:|---|{'---|' * len(HEADS)}{'---:|' if suffix else ''}",
-                *(_line(row, suffix) for row in rows),
-                "",
-            ]
-    lines.append("Bound: eps (2 steps + spread of log weights + 16), eps T more for the gradients of w and u; steps:")
-    lines += [f"- {form}: {steps}" for form, steps in results["steps"].items()]
-    lines += ["", "| claim | measured | at most |", "|---|---:|---:|"]
+    for operator, bound in results["bounds"].items():
+        of_operator = [row for row in results["rows"] if row["operator"] == operator and row["T"] > 1]
+        for dtype in dict.fromkeys(row["dtype"] for row in of_operator):
+            rows = [row for row in of_operator if row["dtype"] == dtype]
+            lines += _tables(f"{operator}, {dtype} inputs: error", rows)
+        lines.append(f"Bound of {operator}: {bound['bound']}; steps:")
+        lines += [*(f"- {form}: {steps}" for form, steps in bound["steps"].items()), ""]
+    lines += ["| claim | measured | at most |", "|---|---:|---:|"]
     lines += [f"| {what} | {measured:.2g} | {most:g} |" for what, measured, most in results["claims"]]
     stamp = results["stamp"]
     lines += [
@@ -38,9 +32,24 @@ def render(results) -> str:
     return "\n".join(lines)
 
 
+def _tables(title, rows):
+    heads = [HEADS.get(name, f"grad {name}") for name in rows[0]["errors"]]
+    lines = []
+    for relative_to, suffix in (("the exact result", ""), ("its magnitude", "_of_magnitude")):
+        lines += [
+            f"{title} relative to {relative_to}, rms over channels / worst channel",
+            "",
+            f"| T | form | {' | '.join(heads)} |{' of bound |' if suffix else ''}",
+            f"|---:|---|{'---|' * len(heads)}{'---:|' if suffix else ''}",
+            *(_line(row, suffix) for row in rows),
+            "",
+        ]
+    return lines
+
+
 def _line(row, suffix):
-    errors = [row["errors"][name] for name in HEADS]
-    cells = [f"{e['rms' + suffix]:.0e} / {e['worst' + suffix]:.0e}" for e in errors]
+    pair = lambda e: (e["rms" + suffix], e["worst" + suffix])
+    cells = ["0" if None in pair(e) else "{:.0e} / {:.0e}".format(*pair(e)) for e in row["errors"].values()]
     if suffix:
         cells.append(f"{max(row['share_of_bound'].values()):.2g}" if "share_of_bound" in row else "")
     return f"| {row['T']:,} | {row['side']} | {' | '.join(cells)} |"

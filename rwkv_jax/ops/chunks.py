@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -229,22 +228,23 @@ def _decays(w_BHCK):
     All exponents are one product with a matrix of 0 and 1. It takes no infinities: e^-10000 is 0 in float64 as well.
     """
     C = w_BHCK.shape[2]
-    t, j = np.mgrid[:C, :C]
-    rows = [j < t, j > t, np.ones((1, C), bool)]
+    j = jnp.arange(C)
+    t = j[:, None]
+    rows = [j < t, j > t, jnp.ones((1, C), bool)]
     for c in _halves(C)[1:]:  # between neighbours there is no decay
         later = t // c % 2 == 1
-        rows.append((t // c == j // c) & np.where(later, j < t, j > t))
+        rows.append((t // c == j // c) & jnp.where(later, j < t, j > t))
     w_BHCK = jnp.maximum(w_BHCK, -1e4)
-    return [jnp.exp(_linear(x, w_BHCK)) for x in rows]
+    return [jnp.exp(_linear(x.astype(w_BHCK.dtype), w_BHCK)) for x in rows]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(matrix, x_BHCK):
+@jax.custom_vjp
+def _linear(matrix_RC, x_BHCK):
     """matrix x. Derived automatically, the backward pass transposes its operand, a tenth of the time of all."""
-    return matmul(jnp.asarray(matrix, x_BHCK.dtype), x_BHCK)
+    return matmul(matrix_RC, x_BHCK)
 
 
-_linear.defvjp(lambda matrix, x: (_linear(matrix, x), None), lambda matrix, _, dy: (_linear(matrix.T, dy),))
+_linear.defvjp(lambda matrix, x: (_linear(matrix, x), matrix), lambda matrix, dy: (None, matmul(matrix.T, dy)))
 
 
 def _halves(C):

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from judge import error_ratio, worst_ratio
-from operators import masks_of, run
+from operators import Sized, check, check_rounded, masks_of, run
 
+from experiments.precision.judge_matrices import exact5, exact6, exact7
+from experiments.precision.matrices import allowed
 from rwkv_jax.ops import wkv6, wkv7
 from rwkv_jax.ops.chunks import inverse
 from rwkv_jax.ops.wkv6 import FORMS
@@ -83,6 +85,43 @@ def expected(name, tokens=T, masks=None):
     with jax.enable_x64(True):
         wide = jax.tree.map(np.float64, (operands, state, dy))
         return jax.device_get(run(plain, None, (tokens,), *wide, MASKS if masks else none))
+
+
+def heads_last(name, dtype):
+    """`case` as the judge takes it, [T, K, B H], what has an axis of time rounded to `dtype`; the judge; operands."""
+    op, operands, state, dy = case(name)
+    over_time = lambda x: np.asarray(x.astype(dtype), np.float32).transpose(1, 3, 0, 2).reshape(T, x.shape[3], -1)
+    for_all = lambda x: np.tile(x.T, ROWS)
+    operands = [over_time(x) if x.ndim == 4 else for_all(x) for x in operands]
+    state = state.transpose(2, 3, 0, 1).reshape(K, V, -1)
+    judge = exact7 if op is wkv7 else exact5 if name == "constant decay" else exact6
+    return judge, (*operands, state, over_time(dy), np.zeros_like(state))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, jnp.float32) for name in CASES), ("constant decay", jnp.bfloat16), ("wkv7", jnp.bfloat16)],
+)
+def test_form_is_within_its_stated_bound(name, dtype, form):
+    """Every element, in two calls; experiments/precision has inputs of 100,000 tokens."""
+    op, operands, state, dy = case(name)
+    nothing = {"reset_BT": np.zeros((ROWS, T), bool), "valid_BT": np.ones((ROWS, T), bool)}
+    narrow = [x.astype(dtype) if x.ndim == 4 else x for x in operands]
+    dy = dy.astype(dtype).astype(np.float32)
+    y, after, (grads, dstate) = jax.device_get(run(op, form, (21, 16), narrow, state, dy, nothing))
+    names = "rwkvab" if op is wkv7 else "rwkvu"
+    judge, given = heads_last(name, dtype)
+    expected = judge(*given)
+    for found, result in zip((y, after, *grads, dstate), ("y", "final", *names, "state"), strict=True):
+        want = Sized(*(np.moveaxis(x, -1, 0) for x in expected[result]))  # heads first
+        bound = allowed(form, result, *given)[:, None]
+        if found.ndim == 2:  # for all rows
+            want = Sized(*(x.reshape(ROWS, H, K) for x in want)).over_rows(bound.reshape(ROWS, H, 1))
+            check(found, want, 1)
+        else:
+            found = found if result in ("final", "state") else found.swapaxes(1, 2)
+            (check if found.dtype == np.float32 else check_rounded)(found.reshape(want.value.shape), want, bound)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,66 @@
+"""What is judged: the operator of each version of RWKV, that of RWKV-5 being `ops.wkv6` with one decay for all tokens.
+
+Errors are told apart along the last axis of inputs and results: channels of WKV-4, heads of the others.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from experiments.precision import bounds, judge, judge_matrices, matrices, vectors
+
+
+class Operator(NamedTuple):
+    """inputs:    (T, dtype) -> a tuple
+    exact:     the inputs -> {name: (value, magnitude)}
+    sides:     (T, dtype) -> {side: the inputs -> {name: value}}; forms of the operator, and peers
+    allowed:   (form, name, the inputs) -> largest error of a float32 result, relative to its magnitude
+    rounded:   names of results in the dtype of the inputs
+    channels:  names along the last axis, kind of input by kind
+    decays:    how many each kind has; the first kind is the mild one
+    bound:     `allowed` in words
+    steps:     of each form in words
+    """
+
+    inputs: Callable
+    exact: Callable
+    sides: Callable
+    allowed: Callable
+    rounded: tuple
+    channels: list
+    decays: int
+    bound: str
+    steps: dict
+
+
+WKV4 = Operator(
+    inputs=vectors.inputs,
+    exact=judge.exact,
+    sides=vectors.sides,
+    allowed=vectors.allowed,
+    rounded=("y", "k", "v"),
+    channels=vectors.CHANNELS,
+    decays=len(vectors.LOG_DECAYS),
+    bound=bounds.BOUND,
+    steps={form: text for form, (text, _) in bounds.STEPS.items()},
+)
+WKV6 = Operator(
+    inputs=matrices.inputs6,
+    exact=judge_matrices.exact6,
+    sides=matrices.sides6,
+    allowed=matrices.allowed,
+    rounded=("y", "r", "k", "v"),
+    channels=matrices.HEADS6,
+    decays=len(matrices.DECAYS6),
+    bound=bounds.MATRIX_BOUND,
+    steps=bounds.MATRIX_STEPS,
+)
+WKV5 = WKV6._replace(inputs=matrices.inputs5, exact=judge_matrices.exact5)
+WKV7 = WKV6._replace(
+    inputs=matrices.inputs7,
+    exact=judge_matrices.exact7,
+    sides=matrices.sides7,
+    rounded=("y", "r", "k", "v", "a", "b"),
+    channels=matrices.HEADS7,
+    decays=len(matrices.DECAYS7),
+)
+OPERATORS = {"WKV-4": WKV4, "WKV-5": WKV5, "WKV-6": WKV6, "WKV-7": WKV7}
