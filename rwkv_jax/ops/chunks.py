@@ -228,8 +228,7 @@ def _decays(w_BHCK):
     All exponents are one product with a matrix of 0 and 1. It takes no infinities: e^-10000 is 0 in float64 as well.
     """
     C = w_BHCK.shape[2]
-    j = jnp.arange(C)
-    t = j[:, None]
+    t, j = jnp.indices((C, C))
     rows = [j < t, j > t, jnp.ones((1, C), bool)]
     for c in _halves(C)[1:]:  # between neighbours there is no decay
         later = t // c % 2 == 1
