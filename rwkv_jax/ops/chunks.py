@@ -18,6 +18,7 @@ On a CPU small products reach a tenth of the peak whatever their form; chunks of
 16 (2 cores, B 4, T 1,024, 8 heads of 64).
 """
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -225,16 +226,18 @@ def _decays(w_BHCK):
     """Products of decays [B, H, C, K]: before each token, after each, over all ([B, H, 1, K]), and, for blocks of
     4, 8, ... tokens, between each token and the border of the block's halves.
 
-    All exponents are one product with a matrix of 0 and 1. It takes no infinities: e^-10000 is 0 in float64 as well.
+    Exponents are products with a matrix of 0 and 1, which take no infinities: e^-10000 is 0 in float64 as well.
     """
-    C = w_BHCK.shape[2]
-    t, j = jnp.indices((C, C))
-    rows = [j < t, j > t, jnp.ones((1, C), bool)]
-    for c in _halves(C)[1:]:  # between neighbours there is no decay
-        later = t // c % 2 == 1
-        rows.append((t // c == j // c) & jnp.where(later, j < t, j > t))
-    w_BHCK = jnp.maximum(w_BHCK, -1e4)
-    return [jnp.exp(_linear(x.astype(w_BHCK.dtype), w_BHCK)) for x in rows]
+    tokens, w_BHCK = range(w_BHCK.shape[2]), jnp.maximum(w_BHCK, -1e4)
+
+    def products(is_counted):
+        """Of the decays of all j that is_counted(t, j), for each t."""
+        matrix = [[is_counted(t, j) for j in tokens] for t in tokens]
+        return jnp.exp(_linear(jnp.array(matrix, w_BHCK.dtype), w_BHCK))
+
+    border = lambda c: products(lambda t, j: t // c == j // c and (j < t if t // c % 2 else j > t))
+    borders = map(border, _halves(len(tokens))[1:])  # between neighbours there is no decay
+    return products(operator.gt), products(operator.lt), jnp.exp(w_BHCK.sum(2, keepdims=True)), *borders
 
 
 @jax.custom_vjp
