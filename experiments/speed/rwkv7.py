@@ -88,7 +88,7 @@ def operators(shape: dict, rounds: int) -> list[dict]:
     for name, op, plain in (("wkv6", wkv6, plain_wkv6), ("wkv7", wkv7, plain_wkv7)):
         forms = {form: lambda *x, op=op, form=form: op(*x, impl=form) for form in ("scan", "chunked")}
         sides, temporaries = {}, {}
-        draw = lambda seed, name=name: operands(name, seed, **shape)
+        draw = lambda seed, name=name: jax.block_until_ready(operands(name, seed, **shape))
         for form, f in (forms | {PLAIN: plain}).items():
             grads = jax.grad(lambda x, f=f: sum((z * z).sum() for z in f(*x)))
             programs = {"forward": lambda x, f=f: f(*x), "both": grads}

@@ -45,8 +45,8 @@ def head_shape(config: BlockConfig) -> tuple[int, int]:
 def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -> LayerState:
     """The empty past, zeros, of one size whatever `max_length`."""
     H, K = head_shape(config)
-    last = jnp.zeros((batch, config.dim), config.wide)
-    return LayerState(last, jnp.zeros((batch, H, K, K), config.wide), last)
+    zeros = lambda *shape: jnp.zeros(shape, config.wide)  # an array for each: a program may be given them to reuse
+    return LayerState(zeros(batch, config.dim), zeros(batch, H, K, K), zeros(batch, config.dim))
 
 
 def given_ranks(config: BlockConfig, rule: tuple[int, ...]) -> tuple[int, ...]:

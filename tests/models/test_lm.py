@@ -137,6 +137,8 @@ def test_lm_with_and_without_masks_or_a_past_is_one_computation(kind):
         assert_same(fresh, state)
     spec = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert spec(empty) == spec(state) == spec(make(kind, scan=False).init_state(B, T))
+    own = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(make(kind, scan=False).init_state(B, T))]
+    assert len(set(own)) == len(own)  # a program may be given them all to reuse
     assert isinstance(state, tuple) and len(state) == model.num_layers
     assert all(x.shape[0] == B and x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
 
