@@ -7,7 +7,7 @@ keeps its context bit for bit while other rows go on.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -136,7 +136,7 @@ def checked_draws(
     sampler: Callable | None = None,
     seed: int | Sequence[int] = 0,
     start: int | Sequence[int] = 0,
-    stop_tokens: Sequence[int] = (SEPARATOR,),
+    stop_tokens: Iterable[int] = (SEPARATOR,),
     penalty_decay: float = 1.0,
     **settings,
 ) -> Draws:
@@ -150,7 +150,8 @@ def checked_draws(
     index_B = _whole_numbers("start", start, B)
     seed_B = _whole_numbers("seed", seed, B)
     stop_V = np.zeros(vocab_size, bool)
-    stop_V[checked_ids(np.atleast_1d(stop_tokens), vocab_size, "stop_tokens")] = True
+    stops = list(stop_tokens) if isinstance(stop_tokens, Iterable) else [stop_tokens]
+    stop_V[checked_ids(stops, vocab_size, "stop_tokens")] = True
     history = sampling.history(prompts, vocab_size, penalty_decay, sampler)
     sampler = sampler if isinstance(sampler, Partial) else Partial(sampler)
     key_B = _keys(seed_B.astype(np.uint32), np.ndim(seed) == 0)

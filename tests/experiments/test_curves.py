@@ -92,12 +92,13 @@ def test_figure_has_a_panel_for_each_nested_metric(whole, tmp_path, monkeypatch)
     plot.plt.close("all")
 
 
-def test_figure_names_runs_as_they_are_called(written, tmp_path, monkeypatch):
+def test_figure_names_runs_as_they_are_called(written, tmp_path, monkeypatch, capsysbinary):
     """To matplotlib $ begins a formula, and _ a name that no legend has."""
     drawn = []
     monkeypatch.setattr(plot.plt, "close", drawn.append)
     runs = [written(name, losses(5.0, 4.0)) for name in ("_a", "b$^{", "\udce4")]
     assert plot.main([*runs, f"--output={tmp_path / 'x.png'}"]) == 0
+    assert b"written: " in capsysbinary.readouterr().out  # read here: pytest-xdist takes UTF-8 only
     assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["_a", "b$^{", "\ufffd"]
     monkeypatch.undo()
     plot.plt.close("all")
