@@ -128,7 +128,7 @@ def test_run_in_segments_resumes_with_what_its_rows_remember(text, tmp_path):
 
 
 def test_model_that_finds_no_memory_is_one_line(text, tmp_path, capsys):
-    assert main(training.arguments(text, tmp_path / "run", **{"model.dim": 10**7})) == 2
+    assert main(training.arguments(text, tmp_path / "run", **{"model.dim": 2**20})) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: out of memory; raise --config.accumulation, or lower")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
