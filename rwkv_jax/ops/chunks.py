@@ -1,8 +1,9 @@
 """Matrix-valued recurrences over chunks of tokens: what `wkv6` and `wkv7` share.
 
 A rule computes one chunk of C tokens from the state before it, and the cotangents of one chunk from those after it.
-`recur` runs a rule over any length, forward and backward, and keeps one state a chunk for the backward pass: memory
-is linear in T, and K V / C numbers a token and head beside the inputs.
+`recur` runs a rule over any length, forward and backward, and keeps for the backward pass one state a chunk and what
+the rule keeps: memory is linear in T. Beside the inputs that is K V / C numbers a token and head, and in chunks C more
+for `wkv6`, 5 C + V more for `wkv7`.
 
 Chunks of more than one token are products of matrices, whose entries are scores decayed between two tokens,
 
@@ -14,8 +15,8 @@ factor at the border between them, where both exponents are sums of log decays, 
 likewise. No exponent is a difference, so nothing overflows or cancels, whatever the decays.
 
 Factors that are centred in the chunk overflow, are half as exact, and save a fifth of the time of a training pass.
-On a CPU small products reach a tenth of the peak whatever their form; chunks of 32 take 1.3 times as long as those of
-16 (2 cores, B 4, T 1,024, 8 heads of 64).
+On a CPU the products of a chunk are small and reach an eighth of the peak; chunks of 32 take 1.3 times as long as
+those of 16 (2 cores, B 4, T 1,024, 8 heads of 64).
 """
 
 import operator
