@@ -255,6 +255,12 @@ def _halves(C):
     return [1 << i for i in range(C.bit_length() - 1)]
 
 
+def _half(z_BHCK, c, later):
+    """[B, H, n, c, K]: the earlier (0) or later (1) half of each block of 2c tokens."""
+    B, H, C, K = z_BHCK.shape
+    return z_BHCK.reshape(B, H, C // (2 * c), 2, c, K)[:, :, :, later]
+
+
 def _scores(reads, writes, borders, own_BHCPQ):
     """[B, H, P, C, Q, C]: blocks of one token, then of two, ... until one block is the chunk.
 
@@ -265,9 +271,8 @@ def _scores(reads, writes, borders, own_BHCPQ):
     scores = own_BHCPQ[:, :, :, :, None, :, None]
     for c, decay in zip(_halves(C), [1, *borders], strict=False):
         n = C // (2 * c)
-        half = lambda z, later: z.reshape(B, H, n, 2, c, -1)[:, :, :, later]  # noqa: B023
-        later_reads = jnp.concatenate([half(z * decay, 1) for z in reads], axis=3)
-        first_writes = jnp.concatenate([half(z * decay, 0) for z in writes], axis=3)
+        later_reads = jnp.concatenate([_half(z * decay, c, 1) for z in reads], axis=3)
+        first_writes = jnp.concatenate([_half(z * decay, c, 0) for z in writes], axis=3)
         across = matmul(later_reads, first_writes.mT).reshape(B, H, n, P, c, Q, c)
         blocks = scores.reshape(B, H, n, 2, P, c, Q, c)
         first, later = blocks[:, :, :, 0], blocks[:, :, :, 1]
