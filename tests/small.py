@@ -57,7 +57,8 @@ def drawn(model, seed=1, scale=0.5):
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        return (-4 if path[-1].key == "time_decay" else 0) + scale * rng.standard_normal(leaf.shape, np.float32)
+        drawn = scale * rng.standard_normal(leaf.shape, np.float32)
+        return ((-4 if path[-1].key == "time_decay" else 0) + drawn).astype(leaf.dtype)
 
     return model, jax.tree_util.tree_map_with_path(draw, shapes_of(model))
 

@@ -18,6 +18,7 @@ import numpy as np
 import rwkv_jax
 from experiments.speed.timing import medians
 from rwkv_jax import generate, hardware
+from rwkv_jax.models import attention
 
 # Half as deep as the 169M model, for which reading 131,072 tokens takes minutes and caching them 10 GB.
 FULL = {"num_layers": 6, "dim": 768, "vocab_size": 50277, "dtype": "float32", "tokens": 16, "rounds": 5}
@@ -120,7 +121,17 @@ def filled(state):
     """A state whose caches hold random keys and values in all slots."""
     noise = jax.jit(lambda x, key: jax.random.normal(key, x.shape, x.dtype), donate_argnums=0)
     keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(state))))
-    return jax.tree.map(lambda x: noise(x, next(keys)) if x.ndim == 4 else x, state)
+
+    def fill(x):
+        if not _is_cache(x):
+            return x
+        return x._replace(k_BHSK=noise(x.k_BHSK, next(keys)), v_BHSK=noise(x.v_BHSK, next(keys)))
+
+    return jax.tree.map(fill, state, is_leaf=_is_cache)
+
+
+def _is_cache(x):
+    return isinstance(x, attention.KVCache)
 
 
 def at_context(state, context):
@@ -131,8 +142,10 @@ def at_context(state, context):
 
 def state_bytes(state, context):
     """Bytes that hold the past: of caches the filled slots."""
-    share = lambda x: context / x.shape[2] if x.ndim == 4 else 1
-    return round(sum(share(x) * x.nbytes for x in jax.tree.leaves(state)))
+    held = total_bytes(state)
+    for cache in filter(_is_cache, jax.tree.leaves(state, is_leaf=_is_cache)):
+        held -= (1 - context / cache.k_BHSK.shape[2]) * total_bytes([cache.k_BHSK, cache.v_BHSK])
+    return round(held)
 
 
 def total_bytes(shapes):

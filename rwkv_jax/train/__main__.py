@@ -52,11 +52,10 @@ def _train(args, overrides) -> int:
         run(config, args.workdir, profile)
     except (hosts.SharedError, DivergedError) as error:  # of all hosts at the same step: they end together
         speaker = error.host if isinstance(error, hosts.SharedError) else 0
-        speaks = jax.process_index() == speaker
+        if jax.process_index() == speaker:  # before any of them can end, at which a launcher kills the others
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         jax.distributed.shutdown()
-        if not speaks:
-            return 2
-        raise ValueError(error) from error
+        return 2
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized() or command.is_out_of_memory(error):
             raise

@@ -66,12 +66,13 @@ def test_operator_timed_alone_runs_in_every_layer(name):
 
 
 def test_state_bytes_count_the_filled_slots():
-    """Keys and values of 12 layers; 5 numbers a channel for RWKV, whatever the context."""
+    """Keys and values of all layers; the state of RWKV, whatever the context."""
     fields = {"num_layers": 3, "dim": 128, "vocab_size": 32}
     cached = decode.rwkv_jax.build("transformer", **fields).init_state(2, max_length=256)
     lengths = 3 * 2 * 2 * 4
     assert decode.state_bytes(cached, 64) == 3 * 2 * (2 * 128 * 64) * 4 + lengths
-    assert decode.state_bytes(decode.rwkv_jax.build("rwkv4", **fields).init_state(2), 64) == 3 * 5 * 2 * 128 * 4
+    for kind, numbers in {"rwkv4": 5 * 128, "rwkv7": (64 + 2) * 128}.items():
+        assert decode.state_bytes(decode.rwkv_jax.build(kind, **fields).init_state(2), 64) == 3 * 2 * numbers * 4
 
 
 def test_filled_cache_is_random_and_stays_at_its_context():
