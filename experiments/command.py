@@ -13,7 +13,6 @@ over, which a change of the code asks for and a change of the preset does by its
 """
 
 import argparse
-import importlib
 import json
 import sys
 import tempfile
@@ -23,9 +22,10 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 from experiments import ledger, stamp
+from experiments.results import draw, write_json
 from rwkv_jax import files
-from rwkv_jax.command import end, reported
-from rwkv_jax.files import read_json, to_json, user_path
+from rwkv_jax.command import reported
+from rwkv_jax.files import read_json, user_path
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
 STAMPED = ("commit", "date", "jax", "processor", "cores", "xla_flags", "devices")  # of each cell
@@ -99,38 +99,6 @@ def main(
     return computed(argv)
 
 
-def draw(name: str, path: Path) -> Path:
-    """Draw the figure of a results file beside it: figure.png of results.json, gpu.png of gpu.json.
-
-    By `draw` of the experiment's plot.py, or that of every study where there is none.
-    """
-    own = name and (ledger.HERE / name / "plot.py").exists()
-    module = importlib.import_module(f"experiments.{name}.plot" if own else "experiments.figures")
-    figure = path.with_name("figure.png" if path.name == "results.json" else f"{path.stem}.png")
-    module.draw(read_json(path), figure)
-    return figure
-
-
-def redraw(name: str) -> None:
-    """Draw the committed figures of an experiment again: `python -m experiments.NAME.plot`."""
-
-    def redrawn(argv) -> None:
-        for path in (ledger.HERE / name / file for file in ("results.json", "gpu.json")):
-            if path.exists():
-                print(f"written: {draw(name, path)}")
-
-    end(reported()(redrawn)())
-
-
-def print_table(render: Callable, folder: Path) -> None:
-    """Print the table of a results file, by default the committed one: `python -m experiments.NAME.table [FILE]`."""
-
-    def printed(argv) -> None:
-        print(render(read_json(user_path(sys.argv[1] if len(sys.argv) > 1 else folder / "results.json"))))
-
-    end(reported()(printed)())
-
-
 def claim(artefact: str, paper: str, ours: str, verdict: str, **short: str) -> dict:
     """Return a row of the ledger; `short` is what the README says in place of a long `ours`."""
     return {"artefact": artefact, "paper": paper, "ours": ours, "verdict": verdict, **short}
@@ -171,10 +139,3 @@ def bare(values: dict) -> dict:
 def fields(preset) -> dict:
     """A preset as it reads in JSON."""
     return json.loads(json.dumps(asdict(preset) if is_dataclass(preset) else preset))
-
-
-def write_json(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(to_json(value, indent=1) + "\n")
-    beside.replace(path)

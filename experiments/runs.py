@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 
 import rwkv_jax
 from experiments import command, stamp
+from experiments.results import write_json
 from rwkv_jax import checkpoint, data, train
 from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import metrics
@@ -68,7 +69,7 @@ def kept(name: str, cell: Cell, folder: Path) -> dict:
     its = stamp.stamp()
     numbers |= {"wall_seconds": round(time.perf_counter() - began, 1), "jax": its["versions"]["jax"]}
     numbers |= {key: its[key] for key in command.STAMPED if key in its}
-    command.write_json(path, {"name": name, **cell.identity, "numbers": numbers})
+    write_json(path, {"name": name, **cell.identity, "numbers": numbers})
     return numbers
 
 

@@ -33,6 +33,7 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from experiments import command, ledger, measures, stamp, statistics, sweeps
+from experiments.results import draw, write_json
 from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
 from rwkv_jax import data, files, hardware, train
 from rwkv_jax.command import end, reported
@@ -331,8 +332,8 @@ def _main(script: Path, doc: str, study: Study) -> None:
         values = {name: kept(name, cell, folder) for name, cell in asked.items()}
         results = concluded(study, label, values) | ({} if args["publish"] else {"draft": True})
         path = path_of(out / script.name, label, args["publish"])
-        command.write_json(path, results | {"stamp": stamp.stamp()})
-        command.draw(script.parent.name if script.parents[1] == ledger.HERE else "", path)
+        write_json(path, results | {"stamp": stamp.stamp()})
+        draw(script.parent.name if script.parents[1] == ledger.HERE else "", path)
     if study.measure:
         print(table(study, results["table"]))
     for row in results.get("ledger", ()):

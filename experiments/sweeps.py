@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import stamp
-from experiments.command import write_json
+from experiments.results import write_json
 from rwkv_jax.files import read_json
 
 COMPARE = Path(__file__).parent / "compare" / "sweep.json"

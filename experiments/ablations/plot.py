@@ -1,10 +1,10 @@
 """The figure of results.json: that of every study."""
 
-from experiments import command
 from experiments.figures import draw
+from experiments.results import redraw
 
 __all__ = ["draw"]
 
 
 if __name__ == "__main__":
-    command.redraw("ablations")
+    redraw("ablations")

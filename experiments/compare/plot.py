@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from experiments import command
 from experiments.figures import COLOURS, plt, saved
+from experiments.results import redraw
 
 
 def draw(results, path) -> None:
@@ -48,4 +48,4 @@ def _smooth(y, window=5):
 
 
 if __name__ == "__main__":
-    command.redraw("compare")
+    redraw("compare")

@@ -27,9 +27,9 @@ import numpy as np
 
 import rwkv_jax
 from experiments import stamp, sweeps
-from experiments.command import write_json
 from experiments.compare import baselines, plot, table
 from experiments.measures import bits_per_byte, capped, held_out, level
+from experiments.results import write_json
 from experiments.runs import trained
 from experiments.speed import decode
 from experiments.study import MODELS

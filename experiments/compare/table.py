@@ -5,7 +5,7 @@ python -m experiments.compare.table [results.json]
 
 from pathlib import Path
 
-from experiments import command
+from experiments.results import print_table
 
 
 def render(results) -> str:
@@ -77,4 +77,4 @@ def _bytes(n):
 
 
 if __name__ == "__main__":
-    command.print_table(render, Path(__file__).parent)
+    print_table(render, Path(__file__).parent)

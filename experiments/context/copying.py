@@ -14,7 +14,7 @@ import numpy as np
 
 import rwkv_jax
 from experiments import stamp, tasks
-from experiments.command import write_json
+from experiments.results import write_json
 from rwkv_jax.files import read_json
 
 SWEEP = Path(__file__).with_name("sweep.json")

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from experiments import command
 from experiments.figures import COLOURS, panels, saved, titled
+from experiments.results import redraw
 
 ARMS = COLOURS | {"extended": "#e67e22", "control": "#f1c40f"}
 COPIES = {"copy": "rwkv4", "copy, extended": "extended", "copy, control": "control"}
@@ -40,4 +40,4 @@ def draw(results, path) -> None:
 
 
 if __name__ == "__main__":
-    command.redraw("context")
+    redraw("context")

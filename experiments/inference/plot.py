@@ -1,7 +1,7 @@
 """The figure of `results.json`: a token's cost against context, ratios beside the law, training against T."""
 
-from experiments import command
 from experiments.figures import COLOURS, panels, saved
+from experiments.results import redraw
 
 LINES = ("-", "--", ":")
 
@@ -68,4 +68,4 @@ def _training(axis, cells):
 
 
 if __name__ == "__main__":
-    command.redraw("inference")
+    redraw("inference")

@@ -1,7 +1,7 @@
 """The figure of `results.json`: memory of a training step against the length of its sequence."""
 
-from experiments import command
 from experiments.figures import plt, saved
+from experiments.results import redraw
 
 STYLES = {
     "whole": {"color": "#c0392b"},
@@ -27,4 +27,4 @@ def draw(results, path) -> None:
 
 
 if __name__ == "__main__":
-    command.redraw("long")
+    redraw("long")

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import stamp
-from experiments.command import draw, write_json
+from experiments.results import draw, write_json
 from rwkv_jax import files, models, train
 from rwkv_jax.command import end, reported
 from rwkv_jax.files import to_json, user_path

@@ -1,7 +1,7 @@
 """The figure of `results.json`: share right of rules and models, and the loss of the models against tokens."""
 
-from experiments import command
 from experiments.figures import COLOURS, plt, saved
+from experiments.results import redraw
 
 
 def draw(results, path) -> None:
@@ -32,4 +32,4 @@ def draw(results, path) -> None:
 
 
 if __name__ == "__main__":
-    command.redraw("lra")
+    redraw("lra")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import command, figures
+from experiments import figures
 from experiments.order.run import ARMS
+from experiments.results import redraw
 
 
 def draw(results: dict, path: Path) -> None:
@@ -26,4 +27,4 @@ def draw(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    command.redraw("order")
+    redraw("order")

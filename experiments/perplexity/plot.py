@@ -3,8 +3,8 @@
 import numpy as np
 from matplotlib.ticker import LogLocator
 
-from experiments import command
 from experiments.figures import COLOURS, panels, saved, titled
+from experiments.results import redraw
 
 AXES = {"tokens": (1e6, "training tokens, millions"), "flops": (1e12, "training TFLOP"), "seconds": (1, "seconds")}
 
@@ -44,4 +44,4 @@ def draw(results, path) -> None:
 
 
 if __name__ == "__main__":
-    command.redraw("perplexity")
+    redraw("perplexity")

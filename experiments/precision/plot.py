@@ -1,7 +1,7 @@
 """The figure of `results.json`: errors against the length of the sequence, from 17 tokens on."""
 
-from experiments import command
 from experiments.figures import plt, saved
+from experiments.results import redraw
 
 VECTORS = {
     "scan": {"color": "#c0392b"},
@@ -56,4 +56,4 @@ def _panel(axis, rows, lines, dtype, title, error):
 
 
 if __name__ == "__main__":
-    command.redraw("precision")
+    redraw("precision")

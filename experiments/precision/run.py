@@ -38,9 +38,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import stamp
-from experiments.command import write_json
 from experiments.precision import plot, table
 from experiments.precision.operators import OPERATORS
+from experiments.results import write_json
 from rwkv_jax import files
 from rwkv_jax.command import end, reported
 from rwkv_jax.files import user_path

@@ -5,7 +5,7 @@ python -m experiments.precision.table [results.json]
 
 from pathlib import Path
 
-from experiments import command
+from experiments.results import print_table
 
 HEADS = {"y": "y", "final": "final state"}  # others are gradients
 
@@ -56,4 +56,4 @@ def _line(row, suffix):
 
 
 if __name__ == "__main__":
-    command.print_table(render, Path(__file__).parent)
+    print_table(render, Path(__file__).parent)

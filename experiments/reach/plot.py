@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from experiments import command
 from experiments.figures import plt, saved
+from experiments.results import redraw
 
 
 def draw(results, path) -> None:
@@ -22,4 +22,4 @@ def draw(results, path) -> None:
 
 
 if __name__ == "__main__":
-    command.redraw("reach")
+    redraw("reach")

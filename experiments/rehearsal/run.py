@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from experiments import stamp
-from experiments.command import write_json
+from experiments.results import write_json
 from rwkv_jax import files
 from rwkv_jax.command import end, reported
 from rwkv_jax.files import read_json, user_path

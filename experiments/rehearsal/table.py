@@ -5,7 +5,7 @@ python -m experiments.rehearsal.table [results.json]
 
 from pathlib import Path
 
-from experiments import command
+from experiments.results import print_table
 
 HEADS = (
     "model",
@@ -57,4 +57,4 @@ def _footer(rows):
 
 
 if __name__ == "__main__":
-    command.print_table(render, Path(__file__).parent)
+    print_table(render, Path(__file__).parent)

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from experiments import command, figures
+from experiments import figures
+from experiments.results import redraw
 from experiments.scaling import fit
 
 
@@ -38,4 +39,4 @@ def draw(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    command.redraw("scaling")
+    redraw("scaling")

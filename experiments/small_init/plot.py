@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import LogLocator
 
-from experiments import command, figures
+from experiments import figures
+from experiments.results import redraw
 
 
 def draw(results: dict, path: Path) -> None:
@@ -37,4 +38,4 @@ def draw(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    command.redraw("small_init")
+    redraw("small_init")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import stamp
-from experiments.command import write_json
+from experiments.results import write_json
 from rwkv_jax import files, hardware, train
 from rwkv_jax.command import end, reported
 from rwkv_jax.files import to_json, user_path

@@ -38,7 +38,7 @@ import os
 from pathlib import Path
 
 from experiments import stamp
-from experiments.command import write_json
+from experiments.results import write_json
 from experiments.speed import decode, generation, ops, rwkv7, startup, train
 from rwkv_jax import files
 from rwkv_jax.command import end, reported

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from experiments import command
 from experiments.figures import panels, saved, titled
+from experiments.results import redraw
 
 COLORS = {"residual": "#2980b9", "state": "#c0392b", "both": "#2c3e50"}
 ROLES = ("last of subject", "after", "last")  # of the curves
@@ -43,4 +43,4 @@ def _curves(axis, cell, role):
 
 
 if __name__ == "__main__":
-    command.redraw("trace")
+    redraw("trace")

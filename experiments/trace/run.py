@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import rwkv_jax
 from experiments import command, stamp, sweeps, tasks
+from experiments.results import write_json
 from experiments.statistics import told, verdict
 from experiments.trace import averages, facts, tracing
 from rwkv_jax import interop
@@ -230,7 +231,7 @@ def sweep(preset: Preset, path: Path) -> None:
     steps = {}
     for lr in sweeps.search((8e-3, 1.6e-2, 3.2e-2), steps, lambda lr: learn(preset, lr)[2][-1][0]):
         print(f"lr {lr}: {steps[lr]} steps", flush=True)
-    command.write_json(path, {"steps": steps, "fields": command.fields(preset), "stamp": stamp.stamp()})
+    write_json(path, {"steps": steps, "fields": command.fields(preset), "stamp": stamp.stamp()})
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from experiments import command
 from experiments.figures import plt, saved
+from experiments.results import redraw
 
 COLOURS = {
     "float64": "#c0392b",
@@ -38,4 +38,4 @@ def draw(results, path) -> None:
 
 
 if __name__ == "__main__":
-    command.redraw("trajectory")
+    redraw("trajectory")

@@ -1,7 +1,7 @@
 """The figure of `results.json`: the paper's numbers against model size, of all tasks and of LAMBADA."""
 
-from experiments import command
 from experiments.figures import plt, saved
+from experiments.results import redraw
 
 COLOURS = {"RWKV-4": "C3", "Pythia": "C0", "GPT-Neo": "C2", "GPT-J": "C4", "GPT-NeoX": "C5"}
 PANELS = {"mean": "mean accuracy of 13 tasks, %", "lambada_openai": "LAMBADA, accuracy, %"}
@@ -22,4 +22,4 @@ def draw(results, path) -> None:
 
 
 if __name__ == "__main__":
-    command.redraw("zero_shot")
+    redraw("zero_shot")
