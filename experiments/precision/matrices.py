@@ -73,7 +73,7 @@ def _rounded(dtype, *arrays):
 
 
 def sides(op, names, T, dtype):
-    """What is measured: functions of the inputs, by name; `names` are those of the operands."""
+    """Functions of the inputs that are measured, by name; `names` are those of the operands."""
     return {form: partial(results, op, form, names) for form in TOKENS}
 
 

@@ -1,4 +1,4 @@
-"""What RWKV-5, 6 and 7 share: heads with a matrix for a state, their norm, channel mixing, and the tuned state."""
+"""Parts that RWKV-5, 6 and 7 share: heads with a matrix for a state, their norm, channel mixing, the tuned state."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,7 +23,7 @@ FORGETS = 1e-3  # a channel that keeps less than this share of its state from on
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers of the past: 2 D + D K numbers, whatever the length."""
+    """The past of a layer: 2 D + D K numbers, whatever the length."""
 
     att_last: jax.Array  # [B, D] last input of time mixing, after ln1
     wkv: jax.Array  # [B, H, K, V], float32 at least
@@ -45,8 +45,8 @@ def head_shape(config: BlockConfig) -> tuple[int, int]:
 def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -> LayerState:
     """The empty past, zeros, of one size whatever `max_length`."""
     H, K = head_shape(config)
-    zeros = lambda *shape: jnp.zeros(shape, config.wide)  # an array for each: a program may be given them to reuse
-    return LayerState(zeros(batch, config.dim), zeros(batch, H, K, K), zeros(batch, config.dim))
+    empty = lambda *shape: jnp.zeros(shape, config.wide)  # an array for each: a program may be given them to reuse
+    return LayerState(empty(batch, config.dim), empty(batch, H, K, K), empty(batch, config.dim))
 
 
 def given_ranks(config: BlockConfig, rule: tuple[int, ...]) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ def given_ranks(config: BlockConfig, rule: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def unseen(config: BlockConfig) -> float | None:
-    """What no shape tells of a model: the epsilon of its heads' norm, where it is not the released one."""
+    """The epsilon of the heads' norm, which no shape tells, where it is not the released one."""
     return None if config.head_norm_epsilon == RELEASED_EPSILON else config.head_norm_epsilon
 
 
@@ -157,12 +157,12 @@ def pre_norm(block, att, ffn, x_BTD, state, reset_BT, valid_BT, layer, *first):
 
 
 def observed(params, sown) -> dict:
-    """What diagnostics report of a layer whose decay depends on the text."""
+    """Diagnostics of a layer whose decay depends on the text."""
     return {"k_max": sown["att"]["k_max"], "dead_channels": {"inactive": 1 - sown["ffn"]["active_F"].mean()}}
 
 
 def tuned_start(config: BlockConfig) -> dict:
-    """What state tuning begins with: the empty matrices [H, K, V]. Tokens before the first stay zero, as released."""
+    """The start of state tuning: the empty matrices [H, K, V]. Tokens before the first stay zero, as released."""
     H, K = head_shape(config)
     return {"wkv": jnp.zeros((H, K, K), config.wide)}
 

@@ -149,7 +149,7 @@ class LM(nn.Module):
     num_layers: int
     dim: int
     layers: tuple[str, ...]  # one repeating unit of kinds, num_layers / len(layers) times: see `kinds.KINDS`
-    hidden_dim: int | None = None  # F: 4 D for RWKV-4, 4.5 D for attention, 1.28 D for LSTM: 13 D^2 a layer of all
+    hidden_dim: int | None = None  # F; None: the kind's own, of RWKV-7 4 D, of the others what makes 13 D^2 a layer
     dtype: str = "float32"  # activations; norms' statistics, WKV, logits and loss are float32 at least
     param_dtype: str = "float32"
     matmul_precision: str | None = None  # "highest": full float32 where the hardware would round the inputs
@@ -186,7 +186,7 @@ class LM(nn.Module):
 
     @property
     def layers_apart(self) -> int:
-        """How many layers, from the first on, have parameters of their own, `blocks_0`, ...; `blocks` stacks the rest.
+        """Number of layers, from the first on, with their own parameters, `blocks_0`, ...; `blocks` stacks the rest.
 
         All without `scan`. With it none, or the first unit where a layer in it hands values up to later ones: carried
         through the scan they would be kept once a layer for the backward pass, where as an input to all they are kept
@@ -198,7 +198,7 @@ class LM(nn.Module):
 
     @property
     def recurrent(self) -> bool:
-        """Whether the state of every layer has a fixed size, however long the past."""
+        """True if the state of every layer has a fixed size, however long the past."""
         return all(kind.cached is None for _, kind, _ in self.unit)
 
     def setup(self):
@@ -318,7 +318,7 @@ class LM(nn.Module):
         return nn.remat(layer, policy=jax.checkpoint_policies.save_only_these_names(*names), **kw)
 
     def _eager(self, *operands):
-        """Whether this is a plain forward pass, none of whose operands is traced."""
+        """True for a plain forward pass, none of whose operands is traced."""
         collecting = any(map(self.is_mutable_collection, ("params", "intermediates")))
         if collecting or (self.dropout and self.has_rng("dropout")):
             return False

@@ -38,7 +38,7 @@ FORGETS = 1e-3  # a channel that keeps less than this share of its sums from one
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers of the past: 5 numbers a channel, whatever the length."""
+    """The past of a layer: 5 numbers a channel, whatever the length."""
 
     att_last: jax.Array | None  # [B, D] last input of time mixing, after ln1; None without token shift
     wkv: WKV4State
@@ -199,7 +199,7 @@ def observed(params, sown) -> dict:
 
 
 def tuned_start(config: BlockConfig) -> dict:
-    """What state tuning begins with, [D] each: nearly the empty state, whose own gradient is zero.
+    """The start of state tuning, [D] each: nearly the empty state, whose own gradient is zero.
 
     value and log_den: num / den and log den at log_scale 0, beginning at 0 and -5, next to which any token's exp(k)
     counts. att_last and ffn_last: what token shift takes for the token before the first.

@@ -121,8 +121,8 @@ def _factors(r, w, k, a, b, reset_BC):
 
 
 def _chunk_forward(state, operands, reset_BC):
-    """What the tokens of a chunk find at their a, s_t = S_{t-1}^T a_t, depends on what earlier ones found. With M_xy
-    the scores of reads x and writes y, strictly lower triangular for a:
+    """Y and the state after the chunk. What a token finds at its a, a row s_t = S_{t-1}^T a_t of SA, depends on what
+    earlier ones found. With M_xy the scores of reads x and writes y, strictly lower triangular for a:
 
         SA = past_a S + M_ab SA + M_ak V        =>    SA = X (past_a S + M_ak V),   X = (I - M_ab)^-1
         Y  = past_r S + M_rb SA + M_rk V
