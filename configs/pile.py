@@ -35,8 +35,9 @@ TABLE = {
 }
 MINI_EPOCHS, WINDOWS = 8043, 40320
 
-LATER, TOKENS = ("rwkv5", "rwkv6", "rwkv7"), 332_115_325_534
-# of these, by width: lr, last lr
+TOKENS = 332_115_325_534
+LATER = ("rwkv5", "rwkv6", "rwkv7")
+# of LATER, by width: lr, last lr
 RATES = {768: (8e-4, 3e-5), 1024: (4e-4, 2e-5), 2048: (3e-4, 2e-5), 2560: (2e-4, 1.5e-5), 4096: (1.5e-4, 1e-5)}
 
 

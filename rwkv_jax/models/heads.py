@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models.block import RELEASED_EPSILON, BlockConfig
-from rwkv_jax.models.layers import batch_sharded, dropout, observe, orthogonal, token_shift, vector
+from rwkv_jax.models.layers import batch_sharded, dropout, mix_ramp, observe, orthogonal, token_shift, vector
 
 zeros = nn.initializers.zeros
 SMALL = orthogonal(0.1, widened=False)  # of the outer matrix of a low-rank map
@@ -19,7 +19,6 @@ RELEASED_RATES = ((32, 4e-3), (768, 6e-4), (1024, 4e-4), (2048, 3e-4), (2560, 2e
 # RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh. With an epsilon of 1e-8 the inner matrices stand still at
 # first: while those behind them are nearly zero, their gradients are tiny.
 RECIPE = {"schedule": "cosine", "eps": 1e-18, "weight_decay": 0.1}
-FORGETS = 1e-3  # a channel that keeps less than this share of its state from one token to the next forgets at once
 
 
 class LayerState(NamedTuple):
@@ -73,6 +72,11 @@ def split_heads(x_BTD, config: BlockConfig):
 def shift(x_BTD, previous_BTD, mix_D):
     """x_t + mix * (x_{t-1} - x_t). RWKV-4 and 5 store 1 - mix instead, see `layers.lerp`."""
     return x_BTD + (previous_BTD - x_BTD) * mix_D[None, None].astype(x_BTD.dtype)
+
+
+def shift_ramp(dim: int, power, offset=0.0):
+    """A function that returns 1 - (i / D)^power - offset: `layers.mix_ramp` for `shift`."""
+    return lambda: 1 - mix_ramp(dim, power, offset)()
 
 
 def bonus_init(config: BlockConfig, up):

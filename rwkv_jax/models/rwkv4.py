@@ -34,7 +34,7 @@ from rwkv_jax.ops.wkv4 import EMPTY, FORMS
 
 zeros = nn.initializers.zeros
 NOTHING = -1e30  # u of a current token that does not count: below any k and decay, above `ops.wkv4_algebra.EMPTY`
-FORGETS = 1e-3  # a channel that keeps less than this share of its sums from one token to the next forgets at once
+FORGETS = 1e-3  # a channel that keeps less than this share of its past from one token to the next forgets at once
 
 
 class LayerState(NamedTuple):
@@ -193,8 +193,9 @@ def flops(config: BlockConfig, seq_len: int) -> float:
 
 
 def observed(params, sown) -> dict:
-    keeps_D = jnp.exp(-jnp.exp(params["att"]["time_decay"]))
-    dead = {"forgetting": jnp.mean(keeps_D < FORGETS), "inactive": 1 - sown["ffn"]["active_F"].mean()}
+    """Diagnostics of a layer whose decay is a parameter."""
+    keeps = jnp.exp(-jnp.exp(params["att"]["time_decay"]))
+    dead = {"forgetting": jnp.mean(keeps < FORGETS), "inactive": 1 - sown["ffn"]["active_F"].mean()}
     return {"k_max": sown["att"]["k_max"], "dead_channels": dead}
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from rwkv_jax.models import heads
+from rwkv_jax.models import heads, rwkv4
 from rwkv_jax.models.block import BlockConfig, Kind
 from rwkv_jax.models.heads import ChannelMix, HeadNorm, head_shape, pre_norm, split_heads
 from rwkv_jax.models.layers import (
@@ -106,12 +106,6 @@ def flops(config: BlockConfig, seq_len: int) -> float:
     return 6 * (6 * D**2 + 2 * D * hidden_dim(config)) + 3 * D * (4 * K + 3 * C)
 
 
-def observed(params, sown) -> dict:
-    keeps = jnp.exp(-jnp.exp(params["att"]["time_decay"]))
-    dead = {"forgetting": jnp.mean(keeps < heads.FORGETS), "inactive": 1 - sown["ffn"]["active_F"].mean()}
-    return {"k_max": sown["att"]["k_max"], "dead_channels": dead}
-
-
 WORLD = {"vocab_size": 65536}
 SIZES = {  # the released World models
     "0.1b": WORLD | {"num_layers": 12, "dim": 768},
@@ -133,7 +127,7 @@ KIND = Kind(
     memory_traffic=126,
     groups=((r"/time_decay$", 2.0),),
     kept_wide=r"/time_(decay|faaaa)$",  # rounding them rounds long memory away
-    observe=observed,
+    observe=rwkv4.observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
     to_rwkv=list,

@@ -11,12 +11,12 @@ from operators import Sized, check, check_rounded, masks_of, run
 
 from experiments.precision.judge_matrices import exact5, exact6, exact7
 from experiments.precision.matrices import allowed
+from rwkv_jax.models.rwkv7 import STRONGEST
 from rwkv_jax.ops import wkv6, wkv7
 from rwkv_jax.ops.chunks import inverse
 from rwkv_jax.ops.wkv6 import FORMS
 
 T, H, K, V = 37, 2, 4, 3
-STRONGEST = -np.exp(-0.5)  # log decay of RWKV-7 at its bound
 # One row a regime: no masks; documents that begin at ends of chunks of 16; padding everywhere; nothing but padding.
 MASKS = masks_of(["a" * T, "a" * 15 + "AA" + "a" * 14 + "AAaaAA", "A.a..aaa" * 4 + ".A.A.", "." * T])
 ROWS = len(MASKS["reset_BT"])
