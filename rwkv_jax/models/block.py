@@ -62,6 +62,11 @@ class BlockConfig:
         """Dtype of states and accumulators: float32 at least."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
+    @property
+    def wide_param(self):
+        """Dtype of parameters whose rounding would round long memory away, such as decays: float32 at least."""
+        return jnp.promote_types(self.param_dtype, jnp.float32)
+
     def linear(self, features: int, **kw) -> Linear:
         """x W, without bias."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}

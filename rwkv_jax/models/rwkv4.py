@@ -85,12 +85,11 @@ class TimeMix(nn.Module):
     def __call__(self, x_BTD, last_BD, wkv_state, reset_BT, valid_BT, layer):
         D, variant = self.config.dim, self.config.variant
         up, down = depth_ratios(layer, self.config.num_layers)
-        decay_dtype = jnp.promote_types(self.config.param_dtype, jnp.float32)  # a bf16 decay would round memory away
         ramps = {"k": mix_ramp(D, down), "v": mix_ramp(D, down, 0.3 * up), "r": mix_ramp(D, 0.5 * down)}
         unshifted = () if variant.shift_v else ("v",)
         inputs, last_BD = _shifted(self, ramps, unshifted, x_BTD, last_BD, reset_BT, valid_BT)
         decay = lambda: -5 + 8 * (jnp.arange(D) / max(D - 1, 1)) ** (0.7 + 1.3 * up)
-        w_D = -jnp.exp(vector(self, "time_decay", decay, D, decay_dtype))
+        w_D = -jnp.exp(vector(self, "time_decay", decay, D, self.config.wide_param))
         u_D = self._bonus(lambda: jnp.log(0.3) + 0.5 * ((jnp.arange(D) + 1) % 3 - 1), w_D)
 
         init = lambda name: kernel_init(variant.matrix_init, f"att.{name}")

@@ -39,11 +39,10 @@ class TimeMix(nn.Module):
         up, _ = depth_ratios(layer, config.num_layers)
         previous_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
         inputs = self._inputs(x_BTD, previous_BTD, layer)
-        wide = jnp.promote_types(config.param_dtype, jnp.float32)  # a bf16 decay would round memory away
-        decay_D = vector(self, "time_decay", heads.decay_init(D, up), D, wide)
+        decay_D = vector(self, "time_decay", heads.decay_init(D, up), D, config.wide_param)
         moved_BTD = low_rank(self, "time_decay_w", inputs["w"], low_ranks(config)[1], nn.tanh, small_uniform)
         w_BTD = -jnp.exp(decay_D[None, None] + moved_BTD.astype(config.wide))
-        u_HK = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), wide)
+        u_HK = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), config.wide_param)
         r_BTHK, k_BTHK, v_BTHV, gate_BTD = rwkv5.projections(self, inputs)
         wkv = lambda shared, rows: wkv6(
             *rows[:4], *shared, rows[4], reset_BT=rows[5], valid_BT=rows[6], impl=config.impl

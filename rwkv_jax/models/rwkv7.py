@@ -80,7 +80,7 @@ class TimeMix(nn.Module):
         observe(self, "k_max", lambda: jnp.abs(k_BTD).max())
 
         bias = lambda: -6 + 6 * ((line + 0.5) ** (1 + up**0.3)) + 0.5 + 2.5 * curve
-        w0_D = vector(self, "w0", bias, D, jnp.promote_types(config.param_dtype, jnp.float32))
+        w0_D = vector(self, "w0", bias, D, config.wide_param)
         moved_BTD = low_rank(self, "w", x["w"], rank_w, nn.tanh).astype(config.wide)
         w_BTD = STRONGEST * nn.sigmoid(w0_D[None, None] + moved_BTD)
         a0 = each("a0", lambda: -0.19 + 0.3 * curve + 0.4 * line)

@@ -12,10 +12,10 @@ With dS = dL/dS_t, backward in time,
     dv_t = dS^T k_t + (sum_K r_t u k_t) dy_t          du   = sum_t r_t * k_t (v_t . dy_t)
     dw_t = exp(w_t) * sum_V dS * S_{t-1}              dL/dS_{t-1} = diag(exp(w_t)) dS + r_t dy_t^T
 
-There are two forms: `scan`, one token after the other, and `chunked`, products of matrices over 16 tokens, which is
-the one that trains. There is none that scans over all prefixes at once, as `wkv4` has: each prefix would be a K x V
-matrix in memory. In a trial before this code it took at least 6 times as long as chunks, and 2 GB of temporaries (both
-passes, CPU, B 2, T 1,024, 8 heads of 64).
+There are two forms: `scan`, one token after the other, for a single one, and `chunked`, products of matrices over 16
+tokens, for more. There is none that scans over all prefixes at once, as `wkv4` has: each prefix would be a K x V
+matrix in memory. In a trial before this code it took at least 6 times as long as chunks, and 2 GB of temporaries
+(both passes, CPU, B 2, T 1,024, 8 heads of 64).
 """
 
 import jax
