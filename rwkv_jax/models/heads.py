@@ -12,6 +12,7 @@ from rwkv_jax.models.block import RELEASED_EPSILON, BlockConfig
 from rwkv_jax.models.layers import batch_sharded, dropout, mix_ramp, observe, orthogonal, token_shift, vector
 
 zeros = nn.initializers.zeros
+LARGEST_RANK = 2**20  # far beyond any model, as `lm.LARGEST` of other sizes
 SMALL = orthogonal(0.1, widened=False)  # of the outer matrix of a low-rank map
 # (width, rate): of the World models of RWKV-5 and 6 (arXiv:2404.05892); at 768 of RWKV-LM's train.py, at 32 of its
 # RWKV-v7/train_temp/rwkv7_train_simplified.py
@@ -52,11 +53,12 @@ def given_ranks(config: BlockConfig, rule: tuple[int, ...]) -> tuple[int, ...]:
     """`config.low_ranks`, or those of a kind's rule where it is None.
 
     Raises:
-        ValueError: they are not as many positive integers as the rule's.
+        ValueError: they are not as many as the rule's, or not all integers from 1 to `LARGEST_RANK`.
     """
     ranks = rule if config.low_ranks is None else config.low_ranks
-    if len(ranks) != len(rule) or not all(isinstance(rank, int) and rank > 0 for rank in ranks):
-        raise ValueError(f"model field low_ranks is {ranks!r}, expected {len(rule)} positive integers")
+    if len(ranks) != len(rule) or not all(type(rank) is int and 1 <= rank <= LARGEST_RANK for rank in ranks):
+        expected = f"{len(rule)} positive integers, at most {LARGEST_RANK}"
+        raise ValueError(f"model field low_ranks is {ranks!r}, expected {expected}")
     return ranks
 
 

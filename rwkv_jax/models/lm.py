@@ -5,6 +5,7 @@ One signature serves training, prefill and decoding, for RWKV, the transformer a
     logits_BTV, state = model.apply({"params": params}, tokens_BT, state, reset_BT=None, valid_BT=None)
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
@@ -116,6 +117,9 @@ def _check_fields(chosen, kinds):
             raise ValueError(f"model field {key} is {value!r}, expected a positive integer, at most {largest}")
     if not 0 <= chosen.get("dropout", 0.0) < 1:
         raise ValueError(f"model field dropout is {chosen['dropout']!r}, expected a share from 0 to below 1")
+    epsilon = chosen.get("head_norm_epsilon", RELEASED_EPSILON)
+    if type(epsilon) not in (float, int) or not 0 < epsilon < math.inf:
+        raise ValueError(f"model field head_norm_epsilon is {epsilon!r}, expected a positive number")
     forms = dict.fromkeys(form for kind in kinds for form in kind.forms)
     for key, choices in (CHOICES | {"wkv_impl": (None, *forms)}).items():
         if key in chosen:
