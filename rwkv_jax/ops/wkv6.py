@@ -44,7 +44,7 @@ def wkv6(r_BTHK, w_BTHK, k_BTHK, v_BTHV, u_HK, state=None, *, reset_BT=None, val
 
     Returns:
         y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in that of the accumulators:
-        float32, or float64 if an argument is.
+        float32, or float64 if one of r, w, k, v, u is.
 
     Raises:
         ValueError: an unknown form, or a shape that does not fit.
