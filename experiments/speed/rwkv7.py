@@ -124,7 +124,7 @@ def plain_wkv6(r, w, k, v, u_HK, state):
     def step(state, token):
         r, w, k, v = token
         write = k[..., None] * v[..., None, :]
-        y = jnp.einsum("bhk,bhkv->bhv", r, state + u_HK[..., None] * write)
+        y = jnp.einsum("bhk,bhkv->bhv", r, state + u_HK[None, ..., None] * write)
         return jnp.exp(w)[..., None] * state + write, y
 
     state, y = jax.lax.scan(step, state, tuple(x.swapaxes(0, 1) for x in (r, w, k, v)))
