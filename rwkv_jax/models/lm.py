@@ -405,9 +405,8 @@ def stack(params, period: int = 1, apart: int = 0):
         period: layers in a hybrid's repeating unit.
         apart: layers that stay as they are: `LM.layers_apart` of the stacked model.
     """
-    stacked = sorted((k for k in params if k.startswith("blocks_")), key=lambda k: int(k.removeprefix("blocks_")))[
-        apart:
-    ]
+    number = lambda name: int(name.removeprefix("blocks_"))
+    stacked = sorted((k for k in params if k.startswith("blocks_")), key=number)[apart:]
     rest = {k: v for k, v in params.items() if k not in stacked}
     if not stacked:
         return rest

@@ -51,9 +51,7 @@ class Variant:
 
     token_shift: bool = True  # False: r, k, v from the current token alone, no time_mix_*
     shift_v: bool = True  # False: v of time mixing from the current token alone, no time_mix_v
-    current_token: Literal["bonus", "plain", "excluded"] = (
-        "bonus"  # in the average: with a learned u, u = 0, not at all
-    )
+    current_token: Literal["bonus", "plain", "excluded"] = "bonus"  # in the average: by a learned u, u = 0, not at all
     previous_token: Literal["whole", "decayed"] = "whole"  # in the average: decays begin after it, or with it
     receptance: bool = True  # False: both gates are 1/2, their value at the start, and 2 D^2 parameters fewer
     activation: Activation = "relu2"  # of the hidden channels of channel mixing
