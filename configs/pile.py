@@ -17,7 +17,7 @@ is the script of the released rwkv7-169m (RWKV-LM, RWKV-v7/train_temp/demo-train
 240 a step, cosine decay after 10 steps of warm-up, weight decay 0.1, Adam's epsilon 1e-18. Its first step has a tenth
 of the rate, there a hundredth. `rwkv7-421m`, `rwkv7-1b5` and `rwkv6-173m` were released too; any other size that
 `build` knows of RWKV-5, 6 and 7, such as `rwkv5-0.1b`, takes the Pile's vocabulary. For all but rwkv7-169m the script
-is an assumption, with the learning rates of the World models of that width.
+is an assumption, with its learning rates at width 768 and those of the World models at others.
 Cost: 2.6e20 FLOP for rwkv7-169m, 2.7e21 for rwkv7-1b5. Not run here.
 """
 
@@ -35,8 +35,9 @@ TABLE = {
 }
 MINI_EPOCHS, WINDOWS = 8043, 40320
 
-LATER, TOKENS = ("rwkv5", "rwkv6", "rwkv7"), 332_115_325_534
-# of these, by width: lr, last lr
+TOKENS = 332_115_325_534
+LATER = ("rwkv5", "rwkv6", "rwkv7")
+# of LATER, by width: lr, last lr
 RATES = {768: (8e-4, 3e-5), 1024: (4e-4, 2e-5), 2048: (3e-4, 2e-5), 2560: (2e-4, 1.5e-5), 4096: (1.5e-4, 1e-5)}
 
 

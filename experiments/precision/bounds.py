@@ -1,4 +1,4 @@
-"""How far a form of `ops.wkv4`, `wkv6` and `wkv7` may be from its equations, and what the claim is made of."""
+"""Bounds on the errors of every form of `ops.wkv4`, `wkv6` and `wkv7`, and where they come from."""
 
 import numpy as np
 

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.precision.bounds import TOKENS, matrix_bound
+from rwkv_jax.models.rwkv7 import STRONGEST
 from rwkv_jax.ops import wkv6, wkv7
 
 CHANNELS = 4  # of keys and of values
-STRONGEST7 = -np.exp(-0.5)  # log decay of RWKV-7 at its bound
 DECAYS6 = (-1e-8, -1e-5, -1e-3, -1e-2, -0.1, -0.5, -2.0, -10.0)
-DECAYS7 = (-1e-8, -1e-5, -1e-3, -1e-2, -0.1, STRONGEST7)
+DECAYS7 = (-1e-8, -1e-5, -1e-3, -1e-2, -0.1, STRONGEST)
 KINDS6 = ("N(0, 1)", "large keys", "constant tokens")
 KINDS7 = (*KINDS6, "rate 0", "rates 0 or 1", "rate 1", "repeated keys")
 
@@ -54,7 +54,7 @@ def inputs7(T, dtype):
     key /= np.linalg.norm(key, axis=1, keepdims=True)
     state, dstate = normal(CHANNELS, *r.shape[1:]), normal(CHANNELS, *r.shape[1:])
     r, k, v, a, b, dy = _rounded(dtype, r, k, v, -key, key * rate, dy)
-    return r, np.maximum(w, np.float32(STRONGEST7)), k, v, a, b, state, dy, dstate
+    return r, np.maximum(w, np.float32(STRONGEST)), k, v, a, b, state, dy, dstate
 
 
 def _tokens(T, names, decays):
@@ -73,7 +73,7 @@ def _rounded(dtype, *arrays):
 
 
 def sides(op, names, T, dtype):
-    """What is measured: functions of the inputs, by name; `names` are those of the operands."""
+    """Functions of the inputs that are measured, by name; `names` are those of the operands."""
     return {form: partial(results, op, form, names) for form in TOKENS}
 
 

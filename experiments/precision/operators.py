@@ -1,4 +1,4 @@
-"""What is judged: the operator of each version of RWKV, that of RWKV-5 being `ops.wkv6` with one decay for all tokens.
+"""The operators that are judged, one for each version: that of RWKV-5 is `ops.wkv6` with one decay for all tokens.
 
 Errors are told apart along the last axis of inputs and results: channels of WKV-4, heads of the others.
 """

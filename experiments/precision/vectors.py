@@ -40,7 +40,7 @@ def inputs(T, dtype):
 
 
 def sides(T, dtype):
-    """What is measured at a length: functions of `inputs`, by name."""
+    """Functions of `inputs` that are measured at a length, by name."""
     forms = [form for form in STEPS if form != "pallas" or T <= LONGEST_SLOW]
     # one named function each: `gradients` compiles anew for each
     found = {form: partial(gradients, partial(_outputs, form)) for form in forms}

@@ -1,7 +1,8 @@
 """RWKV-7 on a CPU: its operator and RWKV-6's, a training step, and generation, beside what others have.
 
-Both passes of an operator are timed on random inputs as its model makes them, forward alone as well. Counted FLOPs are
-those of `hardware.flops_per_token` for a model; the share of the machine's matmul peak is of the training step.
+Both passes of an operator are timed on random inputs as its model makes them, forward alone as well. Counted FLOPs of
+a training step are those of `hardware.flops_per_token`, for jax-linear-attention's model those of ours; their share is
+of the machine's matmul peak.
 """
 
 import importlib.util
@@ -123,7 +124,7 @@ def plain_wkv6(r, w, k, v, u_HK, state):
     def step(state, token):
         r, w, k, v = token
         write = k[..., None] * v[..., None, :]
-        y = jnp.einsum("bhk,bhkv->bhv", r, state + u_HK[..., None] * write)
+        y = jnp.einsum("bhk,bhkv->bhv", r, state + u_HK[None, ..., None] * write)
         return jnp.exp(w)[..., None] * state + write, y
 
     state, y = jax.lax.scan(step, state, tuple(x.swapaxes(0, 1) for x in (r, w, k, v)))

@@ -154,7 +154,7 @@ def check_format(path, format: str, model: nn.Module) -> None:
 
 
 def _unreleased(model: nn.Module, format: str) -> str | None:
-    """What in a model differs first from the released ones that a format can hold; None if nothing does."""
+    """The first thing in which a model differs from the released ones that a format can hold; None if nothing does."""
     others = [f"{name!r} layers" for name, kind, _ in model.unit if format not in kind.formats]
     others += ["layers of several kinds"] if len({name for name, _, _ in model.unit}) > 1 else []
     switches = dict(model.variant) | ({} if model.embedding_norm else {"embedding_norm": False})

@@ -36,8 +36,7 @@ _MIXES = "rwkvag"  # rows of x_x
 CARRIED = {"tie_word_embeddings": False, "norm_eps": 1e-5, "hidden_act": "sqrelu"}  # of config.json, by our model
 
 
-def names(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Return whether tensors have names of flash-linear-attention."""
+def are_named_by_fla(tensors: Mapping[str, np.ndarray]) -> bool:
     return "model.embeddings.weight" in tensors
 
 

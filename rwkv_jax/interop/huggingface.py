@@ -71,7 +71,7 @@ def named_officially(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.nd
     Returns them with the epsilon of the heads' norm in the code whose names they had.
     """
     tensors = without_prefix(tensors)
-    if fla.names(tensors):
+    if fla.are_named_by_fla(tensors):
         tensors = fla.from_fla(tensors)
         return tensors, fla.head_norm_epsilon(tensors) if "blocks.0.att.r_k" in tensors else RELEASED_EPSILON
     return {to_official_name(name): x for name, x in tensors.items()}, RELEASED_EPSILON

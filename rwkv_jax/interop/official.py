@@ -277,7 +277,7 @@ def _official_names(path: tuple[str, ...], shape: tuple[int, ...], period: int, 
 
 
 def _lifted(path: tuple[str, ...], leaves: Mapping[tuple, Any]) -> bool:
-    """Whether a leaf is [1, 1, D] for each layer of a state dict. RWKV-4 and 6 have decays of one name, [D] in 4."""
+    """True if a leaf is [1, 1, D] for each layer of a state dict. RWKV-4 and 6 have decays of one name, [D] in 4."""
     of_rwkv6 = path[-1] == "time_decay" and (*path[:-1], "time_maa_x") in leaves
     return of_rwkv6 or (len(path) > 2 and VECTORS.match(path[-1]) is not None)
 

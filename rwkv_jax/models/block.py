@@ -62,6 +62,11 @@ class BlockConfig:
         """Dtype of states and accumulators: float32 at least."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
+    @property
+    def wide_param(self):
+        """Dtype of parameters whose rounding would round long memory away, such as decays: float32 at least."""
+        return jnp.promote_types(self.param_dtype, jnp.float32)
+
     def linear(self, features: int, **kw) -> Linear:
         """x W, without bias."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -102,9 +107,7 @@ class Kind:
     tuned_state: Callable | None = None  # such a tree -> state of one layer, leaves without the batch axis
     to_rwkv: Callable | None = None  # such a state of NumPy arrays -> its list of arrays in the `rwkv` package
     from_rwkv: Callable | None = None  # the inverse
-    low_ranks: Callable | None = (
-        None  # config -> widths of its low-rank maps; ValueError where the given ones do not fit
-    )
+    low_ranks: Callable | None = None  # config -> widths of its low-rank maps; ValueError where given ones do not fit
     fields: Mapping[str, Any] = field(default_factory=dict)  # of `LM`, where a model of this kind has another default
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # fields of `LM` by name of a released size
     released: str | None = None  # name of the version whose released files `interop` reads and writes

@@ -1,4 +1,4 @@
-"""What RWKV-5, 6 and 7 share: heads with a matrix for a state, their norm, channel mixing, and the tuned state."""
+"""Parts that RWKV-5, 6 and 7 share: heads with a matrix for a state, their norm, channel mixing, the tuned state."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models.block import RELEASED_EPSILON, BlockConfig
-from rwkv_jax.models.layers import batch_sharded, dropout, observe, orthogonal, token_shift, vector
+from rwkv_jax.models.layers import batch_sharded, dropout, mix_ramp, observe, orthogonal, token_shift, vector
 
 zeros = nn.initializers.zeros
+LARGEST_RANK = 2**20  # far beyond any model, as `lm.LARGEST` of other sizes
 SMALL = orthogonal(0.1, widened=False)  # of the outer matrix of a low-rank map
 # (width, rate): of the World models of RWKV-5 and 6 (arXiv:2404.05892); at 768 of RWKV-LM's train.py, at 32 of its
 # RWKV-v7/train_temp/rwkv7_train_simplified.py
@@ -19,11 +20,10 @@ RELEASED_RATES = ((32, 4e-3), (768, 6e-4), (1024, 4e-4), (2048, 3e-4), (2560, 2e
 # RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh. With an epsilon of 1e-8 the inner matrices stand still at
 # first: while those behind them are nearly zero, their gradients are tiny.
 RECIPE = {"schedule": "cosine", "eps": 1e-18, "weight_decay": 0.1}
-FORGETS = 1e-3  # a channel that keeps less than this share of its state from one token to the next forgets at once
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers of the past: 2 D + D K numbers, whatever the length."""
+    """The past of a layer: 2 D + D K numbers, whatever the length."""
 
     att_last: jax.Array  # [B, D] last input of time mixing, after ln1
     wkv: jax.Array  # [B, H, K, V], float32 at least
@@ -45,24 +45,25 @@ def head_shape(config: BlockConfig) -> tuple[int, int]:
 def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -> LayerState:
     """The empty past, zeros, of one size whatever `max_length`."""
     H, K = head_shape(config)
-    zeros = lambda *shape: jnp.zeros(shape, config.wide)  # an array for each: a program may be given them to reuse
-    return LayerState(zeros(batch, config.dim), zeros(batch, H, K, K), zeros(batch, config.dim))
+    empty = lambda *shape: jnp.zeros(shape, config.wide)  # an array for each: a program may be given them to reuse
+    return LayerState(empty(batch, config.dim), empty(batch, H, K, K), empty(batch, config.dim))
 
 
 def given_ranks(config: BlockConfig, rule: tuple[int, ...]) -> tuple[int, ...]:
     """`config.low_ranks`, or those of a kind's rule where it is None.
 
     Raises:
-        ValueError: they are not as many positive integers as the rule's.
+        ValueError: they are not as many as the rule's, or not all integers from 1 to `LARGEST_RANK`.
     """
     ranks = rule if config.low_ranks is None else config.low_ranks
-    if len(ranks) != len(rule) or not all(isinstance(rank, int) and rank > 0 for rank in ranks):
-        raise ValueError(f"model field low_ranks is {ranks!r}, expected {len(rule)} positive integers")
+    if len(ranks) != len(rule) or not all(type(rank) is int and 1 <= rank <= LARGEST_RANK for rank in ranks):
+        expected = f"{len(rule)} positive integers, at most {LARGEST_RANK}"
+        raise ValueError(f"model field low_ranks is {ranks!r}, expected {expected}")
     return ranks
 
 
 def unseen(config: BlockConfig) -> float | None:
-    """What no shape tells of a model: the epsilon of its heads' norm, where it is not the released one."""
+    """The epsilon of the heads' norm, which no shape tells, where it is not the released one."""
     return None if config.head_norm_epsilon == RELEASED_EPSILON else config.head_norm_epsilon
 
 
@@ -73,6 +74,11 @@ def split_heads(x_BTD, config: BlockConfig):
 def shift(x_BTD, previous_BTD, mix_D):
     """x_t + mix * (x_{t-1} - x_t). RWKV-4 and 5 store 1 - mix instead, see `layers.lerp`."""
     return x_BTD + (previous_BTD - x_BTD) * mix_D[None, None].astype(x_BTD.dtype)
+
+
+def shift_ramp(dim: int, power, offset=0.0):
+    """A function that returns 1 - (i / D)^power - offset: `layers.mix_ramp` for `shift`."""
+    return lambda: 1 - mix_ramp(dim, power, offset)()
 
 
 def bonus_init(config: BlockConfig, up):
@@ -157,12 +163,12 @@ def pre_norm(block, att, ffn, x_BTD, state, reset_BT, valid_BT, layer, *first):
 
 
 def observed(params, sown) -> dict:
-    """What diagnostics report of a layer whose decay depends on the text."""
+    """Diagnostics of a layer whose decay depends on the text."""
     return {"k_max": sown["att"]["k_max"], "dead_channels": {"inactive": 1 - sown["ffn"]["active_F"].mean()}}
 
 
 def tuned_start(config: BlockConfig) -> dict:
-    """What state tuning begins with: the empty matrices [H, K, V]. Tokens before the first stay zero, as released."""
+    """The start of state tuning: the empty matrices [H, K, V]. Tokens before the first stay zero, as released."""
     H, K = head_shape(config)
     return {"wkv": jnp.zeros((H, K, K), config.wide)}
 

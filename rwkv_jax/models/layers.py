@@ -1,4 +1,4 @@
-"""What the blocks of every version are built from."""
+"""Parts that the blocks of several kinds are built from."""
 
 from collections.abc import Callable
 from functools import partial

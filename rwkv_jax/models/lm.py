@@ -5,6 +5,7 @@ One signature serves training, prefill and decoding, for RWKV, the transformer a
     logits_BTV, state = model.apply({"params": params}, tokens_BT, state, reset_BT=None, valid_BT=None)
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
@@ -116,6 +117,9 @@ def _check_fields(chosen, kinds):
             raise ValueError(f"model field {key} is {value!r}, expected a positive integer, at most {largest}")
     if not 0 <= chosen.get("dropout", 0.0) < 1:
         raise ValueError(f"model field dropout is {chosen['dropout']!r}, expected a share from 0 to below 1")
+    epsilon = chosen.get("head_norm_epsilon", RELEASED_EPSILON)
+    if type(epsilon) not in (float, int) or not 0 < epsilon < math.inf:
+        raise ValueError(f"model field head_norm_epsilon is {epsilon!r}, expected a positive number")
     forms = dict.fromkeys(form for kind in kinds for form in kind.forms)
     for key, choices in (CHOICES | {"wkv_impl": (None, *forms)}).items():
         if key in chosen:
@@ -149,7 +153,7 @@ class LM(nn.Module):
     num_layers: int
     dim: int
     layers: tuple[str, ...]  # one repeating unit of kinds, num_layers / len(layers) times: see `kinds.KINDS`
-    hidden_dim: int | None = None  # F: 4 D for RWKV-4, 4.5 D for attention, 1.28 D for LSTM: 13 D^2 a layer of all
+    hidden_dim: int | None = None  # F; None: the kind's own, of RWKV-7 4 D, of the others what makes 13 D^2 a layer
     dtype: str = "float32"  # activations; norms' statistics, WKV, logits and loss are float32 at least
     param_dtype: str = "float32"
     matmul_precision: str | None = None  # "highest": full float32 where the hardware would round the inputs
@@ -186,7 +190,7 @@ class LM(nn.Module):
 
     @property
     def layers_apart(self) -> int:
-        """How many layers, from the first on, have parameters of their own, `blocks_0`, ...; `blocks` stacks the rest.
+        """Number of layers, from the first on, with their own parameters, `blocks_0`, ...; `blocks` stacks the rest.
 
         All without `scan`. With it none, or the first unit where a layer in it hands values up to later ones: carried
         through the scan they would be kept once a layer for the backward pass, where as an input to all they are kept
@@ -198,7 +202,7 @@ class LM(nn.Module):
 
     @property
     def recurrent(self) -> bool:
-        """Whether the state of every layer has a fixed size, however long the past."""
+        """True if the state of every layer has a fixed size, however long the past."""
         return all(kind.cached is None for _, kind, _ in self.unit)
 
     def setup(self):
@@ -318,7 +322,7 @@ class LM(nn.Module):
         return nn.remat(layer, policy=jax.checkpoint_policies.save_only_these_names(*names), **kw)
 
     def _eager(self, *operands):
-        """Whether this is a plain forward pass, none of whose operands is traced."""
+        """True for a plain forward pass, none of whose operands is traced."""
         collecting = any(map(self.is_mutable_collection, ("params", "intermediates")))
         if collecting or (self.dropout and self.has_rng("dropout")):
             return False
@@ -401,9 +405,8 @@ def stack(params, period: int = 1, apart: int = 0):
         period: layers in a hybrid's repeating unit.
         apart: layers that stay as they are: `LM.layers_apart` of the stacked model.
     """
-    stacked = sorted((k for k in params if k.startswith("blocks_")), key=lambda k: int(k.removeprefix("blocks_")))[
-        apart:
-    ]
+    number = lambda name: int(name.removeprefix("blocks_"))
+    stacked = sorted((k for k in params if k.startswith("blocks_")), key=number)[apart:]
     rest = {k: v for k, v in params.items() if k not in stacked}
     if not stacked:
         return rest

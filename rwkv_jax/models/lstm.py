@@ -24,7 +24,7 @@ from rwkv_jax.models.layers import batch_sharded, dropout, orthogonal
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers of the past, float32 at least."""
+    """The past of a layer, float32 at least."""
 
     h_BF: jax.Array
     c_BF: jax.Array

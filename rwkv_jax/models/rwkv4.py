@@ -34,11 +34,11 @@ from rwkv_jax.ops.wkv4 import EMPTY, FORMS
 
 zeros = nn.initializers.zeros
 NOTHING = -1e30  # u of a current token that does not count: below any k and decay, above `ops.wkv4_algebra.EMPTY`
-FORGETS = 1e-3  # a channel that keeps less than this share of its sums from one token to the next forgets at once
+FORGETS = 1e-3  # a channel that keeps less than this share of its past from one token to the next forgets at once
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers of the past: 5 numbers a channel, whatever the length."""
+    """The past of a layer: 5 numbers a channel, whatever the length."""
 
     att_last: jax.Array | None  # [B, D] last input of time mixing, after ln1; None without token shift
     wkv: WKV4State
@@ -51,9 +51,7 @@ class Variant:
 
     token_shift: bool = True  # False: r, k, v from the current token alone, no time_mix_*
     shift_v: bool = True  # False: v of time mixing from the current token alone, no time_mix_v
-    current_token: Literal["bonus", "plain", "excluded"] = (
-        "bonus"  # in the average: with a learned u, u = 0, not at all
-    )
+    current_token: Literal["bonus", "plain", "excluded"] = "bonus"  # in the average: by a learned u, u = 0, not at all
     previous_token: Literal["whole", "decayed"] = "whole"  # in the average: decays begin after it, or with it
     receptance: bool = True  # False: both gates are 1/2, their value at the start, and 2 D^2 parameters fewer
     activation: Activation = "relu2"  # of the hidden channels of channel mixing
@@ -85,12 +83,11 @@ class TimeMix(nn.Module):
     def __call__(self, x_BTD, last_BD, wkv_state, reset_BT, valid_BT, layer):
         D, variant = self.config.dim, self.config.variant
         up, down = depth_ratios(layer, self.config.num_layers)
-        decay_dtype = jnp.promote_types(self.config.param_dtype, jnp.float32)  # a bf16 decay would round memory away
         ramps = {"k": mix_ramp(D, down), "v": mix_ramp(D, down, 0.3 * up), "r": mix_ramp(D, 0.5 * down)}
         unshifted = () if variant.shift_v else ("v",)
         inputs, last_BD = _shifted(self, ramps, unshifted, x_BTD, last_BD, reset_BT, valid_BT)
         decay = lambda: -5 + 8 * (jnp.arange(D) / max(D - 1, 1)) ** (0.7 + 1.3 * up)
-        w_D = -jnp.exp(vector(self, "time_decay", decay, D, decay_dtype))
+        w_D = -jnp.exp(vector(self, "time_decay", decay, D, self.config.wide_param))
         u_D = self._bonus(lambda: jnp.log(0.3) + 0.5 * ((jnp.arange(D) + 1) % 3 - 1), w_D)
 
         init = lambda name: kernel_init(variant.matrix_init, f"att.{name}")
@@ -193,13 +190,14 @@ def flops(config: BlockConfig, seq_len: int) -> float:
 
 
 def observed(params, sown) -> dict:
-    keeps_D = jnp.exp(-jnp.exp(params["att"]["time_decay"]))
-    dead = {"forgetting": jnp.mean(keeps_D < FORGETS), "inactive": 1 - sown["ffn"]["active_F"].mean()}
+    """Diagnostics of a layer whose decay is a parameter."""
+    keeps = jnp.exp(-jnp.exp(params["att"]["time_decay"]))
+    dead = {"forgetting": jnp.mean(keeps < FORGETS), "inactive": 1 - sown["ffn"]["active_F"].mean()}
     return {"k_max": sown["att"]["k_max"], "dead_channels": dead}
 
 
 def tuned_start(config: BlockConfig) -> dict:
-    """What state tuning begins with, [D] each: nearly the empty state, whose own gradient is zero.
+    """The start of state tuning, [D] each: nearly the empty state, whose own gradient is zero.
 
     value and log_den: num / den and log den at log_scale 0, beginning at 0 and -5, next to which any token's exp(k)
     counts. att_last and ffn_last: what token shift takes for the token before the first.

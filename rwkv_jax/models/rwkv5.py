@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from rwkv_jax.models import heads
+from rwkv_jax.models import heads, rwkv4
 from rwkv_jax.models.block import BlockConfig, Kind
 from rwkv_jax.models.heads import ChannelMix, HeadNorm, head_shape, pre_norm, split_heads
 from rwkv_jax.models.layers import (
@@ -41,10 +41,9 @@ class TimeMix(nn.Module):
         previous_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
         inputs = _mixed(self, ramps, x_BTD, previous_BTD)
 
-        wide = jnp.promote_types(config.param_dtype, jnp.float32)  # a bf16 decay would round memory away
         decay = lambda: heads.decay_init(D, up)().reshape(head_shape(config))
-        w_HK = -jnp.exp(vector(self, "time_decay", decay, head_shape(config), wide))
-        u_HK = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), wide)
+        w_HK = -jnp.exp(vector(self, "time_decay", decay, head_shape(config), config.wide_param))
+        u_HK = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), config.wide_param)
         r_BTHK, k_BTHK, v_BTHV, gate_BTD = projections(self, inputs)
         wkv = lambda shared, rows: wkv6(
             rows[0], shared[0], *rows[1:3], shared[1], rows[3], reset_BT=rows[4], valid_BT=rows[5], impl=config.impl
@@ -106,12 +105,6 @@ def flops(config: BlockConfig, seq_len: int) -> float:
     return 6 * (6 * D**2 + 2 * D * hidden_dim(config)) + 3 * D * (4 * K + 3 * C)
 
 
-def observed(params, sown) -> dict:
-    keeps = jnp.exp(-jnp.exp(params["att"]["time_decay"]))
-    dead = {"forgetting": jnp.mean(keeps < heads.FORGETS), "inactive": 1 - sown["ffn"]["active_F"].mean()}
-    return {"k_max": sown["att"]["k_max"], "dead_channels": dead}
-
-
 WORLD = {"vocab_size": 65536}
 SIZES = {  # the released World models
     "0.1b": WORLD | {"num_layers": 12, "dim": 768},
@@ -133,7 +126,7 @@ KIND = Kind(
     memory_traffic=126,
     groups=((r"/time_decay$", 2.0),),
     kept_wide=r"/time_(decay|faaaa)$",  # rounding them rounds long memory away
-    observe=observed,
+    observe=rwkv4.observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
     to_rwkv=list,

@@ -11,14 +11,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.models import heads, rwkv5
 from rwkv_jax.models.block import BlockConfig, Kind
-from rwkv_jax.models.heads import ChannelMix, given_ranks, head_shape, low_rank, pre_norm, shift, split_heads
-from rwkv_jax.models.layers import (
-    depth_ratios,
-    mix_ramp,
-    on_own_rows,
-    token_shift,
-    vector,
+from rwkv_jax.models.heads import (
+    ChannelMix,
+    given_ranks,
+    head_shape,
+    low_rank,
+    pre_norm,
+    shift,
+    shift_ramp,
+    split_heads,
 )
+from rwkv_jax.models.layers import depth_ratios, on_own_rows, token_shift, vector
 from rwkv_jax.ops.wkv6 import FORMS, wkv6
 
 zeros = nn.initializers.zeros
@@ -36,11 +39,10 @@ class TimeMix(nn.Module):
         up, _ = depth_ratios(layer, config.num_layers)
         previous_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
         inputs = self._inputs(x_BTD, previous_BTD, layer)
-        wide = jnp.promote_types(config.param_dtype, jnp.float32)  # a bf16 decay would round memory away
-        decay_D = vector(self, "time_decay", heads.decay_init(D, up), D, wide)
+        decay_D = vector(self, "time_decay", heads.decay_init(D, up), D, config.wide_param)
         moved_BTD = low_rank(self, "time_decay_w", inputs["w"], low_ranks(config)[1], nn.tanh, small_uniform)
         w_BTD = -jnp.exp(decay_D[None, None] + moved_BTD.astype(config.wide))
-        u_HK = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), wide)
+        u_HK = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), config.wide_param)
         r_BTHK, k_BTHK, v_BTHV, gate_BTD = rwkv5.projections(self, inputs)
         wkv = lambda shared, rows: wkv6(
             *rows[:4], *shared, rows[4], reset_BT=rows[5], valid_BT=rows[6], impl=config.impl
@@ -54,10 +56,8 @@ class TimeMix(nn.Module):
         """Inputs by letter. All five corrections come from one product with `time_maa_w1`, through one tanh."""
         config, D, rank = self.config, self.config.dim, low_ranks(self.config)[0]
         up, down = depth_ratios(layer, config.num_layers)
-        falls = lambda power, offset=0.0: lambda: 1 - mix_ramp(D, power, offset)()
-        ramps = (
-            dict.fromkeys("xwk", falls(down)) | {"v": falls(down, 0.3 * up)} | dict.fromkeys("rg", falls(0.5 * down))
-        )
+        ramps = dict.fromkeys("xwk", shift_ramp(D, down)) | {"v": shift_ramp(D, down, 0.3 * up)}
+        ramps |= dict.fromkeys("rg", shift_ramp(D, 0.5 * down))
         mix = {
             letter: vector(self, f"time_maa_{letter}", ramp, D, config.param_dtype) for letter, ramp in ramps.items()
         }
@@ -80,7 +80,7 @@ def small_uniform(key, shape, dtype):
 
 def _channel_inputs(module, x_BTD, previous_BTD, layer):
     D, dtype = module.config.dim, module.config.param_dtype
-    ramp = lambda: 1 - mix_ramp(D, depth_ratios(layer, module.config.num_layers)[1] ** 3)()
+    ramp = shift_ramp(D, depth_ratios(layer, module.config.num_layers)[1] ** 3)
     mix = {letter: vector(module, f"time_maa_{letter}", ramp, D, dtype) for letter in "kr"}
     return {letter: shift(x_BTD, previous_BTD, mix_D) for letter, mix_D in mix.items()}
 

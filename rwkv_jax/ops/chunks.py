@@ -35,7 +35,7 @@ einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Rule(NamedTuple):
-    """How one chunk is computed; operands are [B, H, C, .] in the dtype of the accumulators.
+    """The computation of one chunk; operands are [B, H, C, .] in the dtype of the accumulators.
 
     forward:   (state_BHKV, operands, reset_BC or None) -> (state_BHKV, y_BHCV, what backward needs of it: a tuple)
     backward:  (state_BHKV, operands, reset_BC or None, that tuple, dstate_BHKV, dy_BHCV)
@@ -96,7 +96,7 @@ def recur(plain: Rule, trained: Rule, operands: tuple, state_BHKV, reset_BT=None
     Args:
         plain, trained: the rule where no gradient is asked for, and the one where one is.
         operands: arrays [B, T, H, .], or [H, .] for what is the same in every token. At least the first is of the
-            former kind. All are zero in tokens that are not valid, which have to leave the state untouched then.
+            former kind. Tokens that are not valid become zeros, with which a rule leaves the state untouched.
         state_BHKV: before the first token; its dtype is that of the accumulators.
         reset_BT, valid_BT: as in `wkv6`.
     """
@@ -184,7 +184,7 @@ def _written(x_BPHD, part_BHCD, start):
 
 
 class Factors(NamedTuple):
-    """What the tokens of a chunk do to each other and to the state, without the values: P reads and Q writes a token.
+    """Effects of the tokens of a chunk on each other and on the state, without the values: P reads, Q writes a token.
 
     whole:   [B, H, 1, K]     decay of the state over the chunk
     past:    [B, H, P C, K]   how each read sees the state before the chunk
@@ -232,7 +232,7 @@ def _decays(w_BHCK):
     tokens, w_BHCK = range(w_BHCK.shape[2]), jnp.maximum(w_BHCK, -1e4)
 
     def products(is_counted):
-        """Of the decays of all j that is_counted(t, j), for each t."""
+        """Products, for each t, of the decays of all j that is_counted(t, j)."""
         matrix = [[is_counted(t, j) for j in tokens] for t in tokens]
         return jnp.exp(_linear(jnp.array(matrix, w_BHCK.dtype), w_BHCK))
 
@@ -290,15 +290,13 @@ def inverse(m_BHCC):
     """
     B, H, C, _ = m_BHCC.shape
     x = jnp.ones((B * H * C, 1, 1), m_BHCC.dtype)
-    c = 1
-    while c < C:
-        blocks = m_BHCC.reshape(B * H, C // (2 * c), 2, c, C // (2 * c), 2, c)
-        i = jnp.arange(C // (2 * c))
+    for c in _halves(C):
+        n = C // (2 * c)
+        blocks, i = m_BHCC.reshape(B * H, n, 2, c, n, 2, c), jnp.arange(n)
         across = blocks[:, i, 1, :, i, 0].swapaxes(0, 1).reshape(-1, c, c)  # from the earlier half to the later one
         first, later = x.reshape(-1, 2, c, c)[:, 0], x.reshape(-1, 2, c, c)[:, 1]
         low = jnp.concatenate([matmul(matmul(later, across), first), later], axis=2)
         x = jnp.concatenate([jnp.concatenate([first, jnp.zeros_like(first)], axis=2), low], axis=1)
-        c *= 2
     return x.reshape(m_BHCC.shape)
 
 

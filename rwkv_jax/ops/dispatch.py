@@ -1,4 +1,4 @@
-"""What all operators share: the check of their arguments, and the choice of the form that is traced."""
+"""The check of the arguments of every operator, and the choice of the form that is traced."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -28,7 +28,7 @@ def accumulator_dtype(*arrays):
 
 @cache
 def hopper_at_hand() -> bool:
-    """Whether JAX's devices are NVIDIA GPUs of compute capability 9.0 or later."""
+    """Return whether JAX's devices are NVIDIA GPUs of compute capability 9.0 or later."""
     capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; of an AMD GPU "gfx942"
     return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 9
 

@@ -12,16 +12,17 @@ With dS = dL/dS_t, backward in time,
     dv_t = dS^T k_t + (sum_K r_t u k_t) dy_t          du   = sum_t r_t * k_t (v_t . dy_t)
     dw_t = exp(w_t) * sum_V dS * S_{t-1}              dL/dS_{t-1} = diag(exp(w_t)) dS + r_t dy_t^T
 
-There are two forms: `scan`, one token after the other, and `chunked`, products of matrices over 16 tokens, which is
-the one that trains. There is none that scans over all prefixes at once, as `wkv4` has: each prefix would be a K x V
-matrix in memory. An outside trial at T 1,024 took 6 to 9 times as long as chunks, and 2 GB (CPU, B 2, 8 heads of 64).
+There are two forms: `scan`, one token after the other, for a single one, and `chunked`, products of matrices over 16
+tokens, for more. There is none that scans over all prefixes at once, as `wkv4` has: each prefix would be a K x V
+matrix in memory. In a trial before this code it took at least 6 times as long as chunks, and 2 GB of temporaries
+(both passes, CPU, B 2, T 1,024, 8 heads of 64).
 """
 
 import jax
 import jax.numpy as jnp
 
 from rwkv_jax.ops.chunks import Factors, Rule, by_token, einsum, factors, matmul, recur
-from rwkv_jax.ops.dispatch import accumulator_dtype, check_form, check_shapes, target_platform
+from rwkv_jax.ops.dispatch import accumulator_dtype, check_form, check_shapes
 
 FORMS = ("scan", "chunked")
 
@@ -39,12 +40,11 @@ def wkv6(r_BTHK, w_BTHK, k_BTHK, v_BTHV, u_HK, state=None, *, reset_BT=None, val
         reset_BT: True where a new document starts: the token sees nothing before itself.
         valid_BT: False where a token is padding: it leaves the state untouched, its y is 0 and takes no gradient (a
             reset there is ignored).
-        impl: "scan", "chunked", or None for what suits `target_platform()` and T, with a gradient or without. A named
-            form is never replaced.
+        impl: "scan", "chunked", or None for what suits T. A named form is never replaced.
 
     Returns:
         y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in that of the accumulators:
-        float32, or float64 if an argument is.
+        float32, or float64 if one of r, w, k, v, u is.
 
     Raises:
         ValueError: an unknown form, or a shape that does not fit.
@@ -66,13 +66,13 @@ def wkv6(r_BTHK, w_BTHK, k_BTHK, v_BTHV, u_HK, state=None, *, reset_BT=None, val
     state = jnp.zeros((B, H, K, V), dtype) if state is None else state.astype(dtype)
     if T == 0:
         return v_BTHV, state
-    plain, trained = (impl, impl) if impl else suited_forms(target_platform(), T)
-    y_BTHV, state = recur(RULES[plain], RULES[trained], operands, state, reset_BT, valid_BT)
+    rule = RULES[impl or suited_form(T)]
+    y_BTHV, state = recur(rule, rule, operands, state, reset_BT, valid_BT)
     return y_BTHV.astype(v_BTHV.dtype), state
 
 
-def suited_forms(platform: str, T: int) -> tuple[str, str]:
-    """The forms of a value alone and of a value with gradients, the same on every platform.
+def suited_form(T: int) -> str:
+    """The form for T tokens, the same on every platform, with gradients and without.
 
     Milliseconds of the scan / of chunks on 2 CPU cores, 12 (B 1) and 8 (B 4) heads of 64:
 
@@ -81,7 +81,7 @@ def suited_forms(platform: str, T: int) -> tuple[str, str]:
 
     Elsewhere nothing has been measured: a scan over tokens leaves an accelerator idle.
     """
-    return ("scan", "scan") if T == 1 else ("chunked", "chunked")
+    return "scan" if T == 1 else "chunked"
 
 
 # ------------------------------------------------------------------------------------ scan over tokens

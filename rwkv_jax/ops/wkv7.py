@@ -46,7 +46,7 @@ def wkv7(r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state=None, *, reset_BT
 
     Returns:
         y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in that of the accumulators:
-        float32, or float64 if an argument is.
+        float32, or float64 if one of r, w, k, v, a, b is.
 
     Raises:
         ValueError: an unknown form, or a shape that does not fit.
@@ -121,8 +121,8 @@ def _factors(r, w, k, a, b, reset_BC):
 
 
 def _chunk_forward(state, operands, reset_BC):
-    """What the tokens of a chunk find at their a, s_t = S_{t-1}^T a_t, depends on what earlier ones found. With M_xy
-    the scores of reads x and writes y, strictly lower triangular for a:
+    """Y and the state after the chunk. What a token finds at its a, a row s_t = S_{t-1}^T a_t of SA, depends on what
+    earlier ones found. With M_xy the scores of reads x and writes y, strictly lower triangular for a:
 
         SA = past_a S + M_ab SA + M_ak V        =>    SA = X (past_a S + M_ak V),   X = (I - M_ab)^-1
         Y  = past_r S + M_rb SA + M_rk V

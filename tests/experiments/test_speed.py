@@ -13,8 +13,8 @@ import pytest
 from judge import error_ratio
 from small import drawn
 
-from experiments.speed import decode, gpu_peers, ops, plot, startup, train
-from rwkv_jax.ops import wkv4
+from experiments.speed import decode, gpu_peers, ops, plot, rwkv7, startup, train
+from rwkv_jax.ops import wkv4, wkv6, wkv7
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (2, 24, 64, "bfloat16")
@@ -26,16 +26,18 @@ def test_speed_smoke_measures_every_suite_and_draws_its_figures(tmp_path):
     for command in (
         ["run", "--smoke", f"--out={tmp_path}"],
         ["run", "--smoke", f"--out={tmp_path}", "--suite=startup", f"--against={ROOT}"],
+        ["run", "--smoke", f"--out={tmp_path}", "--suite=rwkv7"],
         ["plot", str(tmp_path / "results.json")],
     ):
         program = [sys.executable, "-m", f"experiments.speed.{command[0]}", *command[1:]]
         done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results.keys() == {"train", "decode", "ops", "generation", "startup"}
+    assert results.keys() == {"train", "decode", "ops", "generation", "startup", "rwkv7"}
     for row in results["train"]["models"].values():
         assert sum(row["parts"].values()) == pytest.approx(row["step_seconds"])
     assert all(row["agreed"] for row in results["generation"]["rows"])
+    assert [row["agreed"] for row in results["rwkv7"]["rows"] if "agreed" in row] == [True, True]
     assert {row["state_bytes"] for row in results["generation"]["contexts"]} == {2 * 5 * 64 * 4}
     contexts = [(row["model"], row["context"]) for row in results["decode"]["sweep"]["rows"]]
     assert contexts == [(model, context) for model in ("rwkv4", "transformer") for context in (0, 64, 512)]
@@ -48,6 +50,13 @@ def test_forms_include_the_kernel_where_it_is_compiled(monkeypatch):
     for platform in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         assert ("pallas" in ops.forms(4096)) == (platform != "cpu")
+
+
+@pytest.mark.parametrize(("name", "op", "plain"), [("wkv6", wkv6, rwkv7.plain_wkv6), ("wkv7", wkv7, rwkv7.plain_wkv7)])
+def test_plain_scans_beside_which_wkv6_and_wkv7_are_timed_compute_the_same(name, op, plain):
+    operands = jax.jit(lambda: rwkv7.operands(name, 0, B=2, T=8, H=2, K=4))()
+    for found, want in zip(jax.jit(plain)(*operands), jax.jit(op)(*operands), strict=True):
+        assert error_ratio(found, want) < 1e-6
 
 
 def test_parts_of_a_step_sum_to_the_step():

@@ -79,7 +79,17 @@ def without(name):
             official() | {f"blocks.0.att.{name}.weight": np.zeros(D) for name in ("ln_x", "gate")},
             r"RWKV-5.1 weights \(one decay a head\)",
         ),
-        (official() | {"blocks.0.ffn.s_emb.weight": np.zeros(D)}, "RWKV-7 with deep embeddings weights"),
+        *(
+            (official() | {name: np.zeros(D)}, rf"^{version} weights \(they have '{name}'\); RWKV-4, 5.2, 6 and 7 are")
+            for name, version in {
+                "blocks.0.ffn.s_emb.weight": "RWKV-7 with deep embeddings",
+                "emb_x.weight": "RWKV-7 with deep embeddings",
+                "blocks.0.qkv.q.weight": "RWKV-7 with attention",
+                "rosa.weight": "RWKV-8",
+                "blocks.0.att.time_maa_rkvw_w1": "RWKV-6b",
+                "blocks.0.att.gate_w1": "RWKV-6a",
+            }.items()
+        ),
         (official() | {"blocks.0.att.r_k": np.zeros((1, D))}, "no RWKV weights: 'blocks.0.att.a1' is not among"),
     ],
 )

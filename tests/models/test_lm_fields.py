@@ -32,6 +32,20 @@ def test_lm_fields_survive_json(kind):
         ({"num_layers": True}, "model field num_layers is True, expected a positive integer"),
         ({"dropout": 1.0}, "model field dropout is 1.0, expected a share from 0 to below 1"),
         ({"variant": 5}, "model field variant is 5, expected switches by name"),
+        ({"head_norm_epsilon": -1.0}, "model field head_norm_epsilon is -1.0, expected a positive number"),
+        ({"head_norm_epsilon": "a"}, "model field head_norm_epsilon is 'a', expected a positive number"),
+        ({"low_ranks": [1, 2]}, "model field low_ranks is (1, 2), expected None: no layer has low-rank maps"),
+        ({"name": "rwkv6", "low_ranks": 5}, "model field low_ranks is 5, expected a list"),
+        ({"name": "rwkv6", "low_ranks": [1, 0]}, "model field low_ranks is (1, 0), expected 2 positive integers"),
+        ({"name": "rwkv7", "low_ranks": [8, 8]}, "model field low_ranks is (8, 8), expected 4 positive integers"),
+        (
+            {"name": "rwkv6", "low_ranks": [8, True]},
+            "model field low_ranks is (8, True), expected 2 positive integers",
+        ),
+        (
+            {"name": "rwkv6", "low_ranks": [8, 2**40]},
+            "model field low_ranks is (8, 1099511627776), expected 2 positive",
+        ),
     ],
     ids=str,
 )

@@ -11,12 +11,12 @@ from operators import Sized, check, check_rounded, masks_of, run
 
 from experiments.precision.judge_matrices import exact5, exact6, exact7
 from experiments.precision.matrices import allowed
+from rwkv_jax.models.rwkv7 import STRONGEST
 from rwkv_jax.ops import wkv6, wkv7
 from rwkv_jax.ops.chunks import inverse
 from rwkv_jax.ops.wkv6 import FORMS
 
 T, H, K, V = 37, 2, 4, 3
-STRONGEST = -np.exp(-0.5)  # log decay of RWKV-7 at its bound
 # One row a regime: no masks; documents that begin at ends of chunks of 16; padding everywhere; nothing but padding.
 MASKS = masks_of(["a" * T, "a" * 15 + "AA" + "a" * 14 + "AAaaAA", "A.a..aaa" * 4 + ".A.A.", "." * T])
 ROWS = len(MASKS["reset_BT"])
@@ -76,19 +76,19 @@ def case(name, tokens=T):
 
 
 @functools.cache
-def expected(name, tokens=T, masks=None):
-    """What `run` returns, in float64; `masks` "all" are those of the rows."""
+def expected(name, tokens=T, masked=False):
+    """Results of `run` in float64, by the recurrence; `masked` with `MASKS`."""
     op, operands, state, dy = case(name, tokens)
     recurrence = recurrence6 if op is wkv6 else recurrence7
     plain = lambda *args, impl, reset_BT, valid_BT: recurrence(*args, reset_BT, valid_BT)
     none = {"reset_BT": np.zeros((ROWS, tokens), bool), "valid_BT": np.ones((ROWS, tokens), bool)}
     with jax.enable_x64(True):
         wide = jax.tree.map(np.float64, (operands, state, dy))
-        return jax.device_get(run(plain, None, (tokens,), *wide, MASKS if masks else none))
+        return jax.device_get(run(plain, None, (tokens,), *wide, MASKS if masked else none))
 
 
 def heads_last(name, dtype):
-    """`case` as the judge takes it, [T, K, B H], what has an axis of time rounded to `dtype`; the judge; operands."""
+    """(the judge of a `case`, its arguments): [T, K, B H], those with an axis of time rounded to `dtype`."""
     op, operands, state, dy = case(name)
     over_time = lambda x: np.asarray(x.astype(dtype), np.float32).transpose(1, 3, 0, 2).reshape(T, x.shape[3], -1)
     for_all = lambda x: np.tile(x.T, ROWS)
@@ -112,9 +112,9 @@ def test_form_is_within_its_stated_bound(name, dtype, form):
     y, after, (grads, dstate) = jax.device_get(run(op, form, (21, 16), narrow, state, dy, nothing))
     names = "rwkvab" if op is wkv7 else "rwkvu"
     judge, given = heads_last(name, dtype)
-    expected = judge(*given)
+    exact = judge(*given)
     for found, result in zip((y, after, *grads, dstate), ("y", "final", *names, "state"), strict=True):
-        want = Sized(*(np.moveaxis(x, -1, 0) for x in expected[result]))  # heads first
+        want = Sized(*(np.moveaxis(x, -1, 0) for x in exact[result]))  # heads first
         bound = allowed(form, result, *given)[:, None]
         if found.ndim == 2:  # for all rows
             want = Sized(*(x.reshape(ROWS, H, K) for x in want)).over_rows(bound.reshape(ROWS, H, 1))
@@ -129,7 +129,7 @@ def test_form_is_within_its_stated_bound(name, dtype, form):
 def test_form_follows_the_recurrence_through_documents_padding_and_splits(name, form):
     op, operands, state, dy = case(name)
     y, after, (grads, dstate) = run(op, form, (21, 16), operands, state, dy, MASKS)
-    want_y, want_after, (want_grads, want_dstate) = expected(name, masks="all")
+    want_y, want_after, (want_grads, want_dstate) = expected(name, masked=True)
     assert worst_ratio(y, want_y, axis=2) < 1e-6 and worst_ratio(after, want_after, axis=1) < 1e-6
     np.testing.assert_array_equal(after[3], state[3])
     assert not np.asarray(y)[~MASKS["valid_BT"]].any()
@@ -212,18 +212,27 @@ def test_form_computes_the_numbers_of_an_independent_float64_program(op, form):
     np.testing.assert_allclose(after.sum(), total, atol=1e-7)
     np.testing.assert_allclose(grads[1][0, 3, 0], dw, atol=1e-7)
     np.testing.assert_allclose(dstate.sum(), dstate_sum, atol=1e-7)
-    for expected in da:
-        np.testing.assert_allclose(grads[4][0, 3, 0], expected, atol=1e-7)
+    for want in da:
+        np.testing.assert_allclose(grads[4][0, 3, 0], want, atol=1e-7)
 
 
-def test_wkv7_on_a_cpu_scans_for_values_and_trains_in_chunks():
-    operands, state = case("wkv7", 17)[1:3]
-    value = lambda impl: lambda *args: wkv7(*args, impl=impl)[0]
+@pytest.mark.parametrize(
+    ("name", "tokens", "plain", "trained"),
+    [
+        ("wkv6", 17, "chunked", "chunked"),
+        ("wkv7", 17, "scan", "chunked"),
+        ("wkv6", 1, "scan", "scan"),
+        ("wkv7", 1, "scan", "scan"),
+    ],
+)
+def test_operator_on_a_cpu_takes_the_form_that_suits_the_length_and_the_pass(name, tokens, plain, trained):
+    op, operands, state, _ = case(name, tokens)
+    value = lambda impl: lambda *args: op(*args, impl=impl)[0]
     grads = lambda impl: jax.grad(lambda *args: value(impl)(*args).sum())
     text = lambda f: jax.jit(f).lower(*operands, state).as_text()
-    equal = lambda f, g: text(f) == text(g)
-    assert equal(value(None), value("scan")) and not equal(value(None), value("chunked"))
-    assert equal(grads(None), grads("chunked")) and not equal(grads(None), grads("scan"))
+    for program, form in ((value, plain), (grads, trained)):
+        (other,) = set(FORMS) - {form}
+        assert text(program(None)) == text(program(form)) != text(program(other))
 
 
 def test_inverse_is_exact_where_keys_repeat():
