@@ -52,6 +52,16 @@ def test_magnitude_of_a_wkv6_result_is_the_sum_of_its_absolute_terms():
     np.testing.assert_allclose(judge_matrices.exact6(*given)["y"][1][4, :, 0], want, rtol=1e-12)
 
 
+def test_magnitude_of_a_wkv7_result_is_the_largest_of_a_head():
+    given = matrices.inputs7(1, "float32")
+    r, w, k, v, a, b, state, dy, dstate = (np.float64(x[..., 0]) for x in given)
+    now = np.exp(w[0])[:, None] * state + np.outer(b[0], a[0] @ state) + np.outer(k[0], v[0])
+    ds = dstate + np.outer(r[0], dy[0])
+    found = judge_matrices.exact7(*given)
+    for name, want in {"y": abs(r[0]) @ abs(now), "k": abs(ds) @ abs(v[0]), "v": abs(k[0]) @ abs(ds)}.items():
+        np.testing.assert_allclose(found[name][1][..., 0], want.max(), rtol=1e-12)
+
+
 def test_compare_matches_errors_computed_by_hand():
     operator = OPERATORS["WKV-4"]
     value = np.tile([3.0, 4.0], (len(operator.channels), 1)).T  # [2 tokens, channels], rms sqrt(12.5)
