@@ -19,6 +19,7 @@ RELEASED_RATES = ((32, 4e-3), (768, 6e-4), (1024, 4e-4), (2048, 3e-4), (2560, 2e
 # RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh. With an epsilon of 1e-8 the inner matrices stand still at
 # first: while those behind them are nearly zero, their gradients are tiny.
 RECIPE = {"schedule": "cosine", "eps": 1e-18, "weight_decay": 0.1}
+WIDEST = 2**20  # of low-rank maps, far beyond any model, as `lm.LARGEST`
 FORGETS = 1e-3  # a channel that keeps less than this share of its state from one token to the next forgets at once
 
 
@@ -56,8 +57,10 @@ def given_ranks(config: BlockConfig, rule: tuple[int, ...]) -> tuple[int, ...]:
         ValueError: they are not as many positive integers as the rule's.
     """
     ranks = rule if config.low_ranks is None else config.low_ranks
-    if len(ranks) != len(rule) or not all(isinstance(rank, int) and rank > 0 for rank in ranks):
-        raise ValueError(f"model field low_ranks is {ranks!r}, expected {len(rule)} positive integers")
+    if len(ranks) != len(rule) or not all(type(rank) is int and 1 <= rank <= WIDEST for rank in ranks):
+        raise ValueError(
+            f"model field low_ranks is {ranks!r}, expected {len(rule)} positive integers, at most {WIDEST}"
+        )
     return ranks
 
 

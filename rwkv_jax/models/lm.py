@@ -5,9 +5,11 @@ One signature serves training, prefill and decoding, for RWKV, the transformer a
     logits_BTV, state = model.apply({"params": params}, tokens_BT, state, reset_BT=None, valid_BT=None)
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import flax.linen as nn
@@ -55,6 +57,13 @@ CHOICES = {
     "embedding_norm": (True, False),
     "head_init": ("orthogonal", "normal"),
     "matmul_precision": (None, "default", "high", "highest"),
+    "scan": (True, False),
+}
+# What a number may be, and how that is said.
+NUMBERS = {
+    "dropout": (lambda x: 0 <= x < 1, "a share from 0 to below 1"),
+    "head_norm_epsilon": (lambda x: 0 < x < math.inf, "a finite number above 0"),
+    "embedding_scale": (lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
 }
 # Far beyond any model; parameters of these sizes have fewer bytes than an int64 counts, past which XLA aborts.
 LARGEST = {"vocab_size": 2**31 - 1, "num_layers": 2**16, "dim": 2**20, "hidden_dim": 2**22, "head_size": 2**20}
@@ -114,8 +123,10 @@ def _check_fields(chosen, kinds):
         value, optional = chosen.get(key), key in ("hidden_dim", "head_size")
         if not (value is None and optional) and (type(value) is not int or not 1 <= value <= largest):
             raise ValueError(f"model field {key} is {value!r}, expected a positive integer, at most {largest}")
-    if not 0 <= chosen.get("dropout", 0.0) < 1:
-        raise ValueError(f"model field dropout is {chosen['dropout']!r}, expected a share from 0 to below 1")
+    for key, (holds, expected) in NUMBERS.items():
+        value = chosen.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not holds(value)):
+            raise ValueError(f"model field {key} is {value!r}, expected {expected}")
     forms = dict.fromkeys(form for kind in kinds for form in kind.forms)
     for key, choices in (CHOICES | {"wkv_impl": (None, *forms)}).items():
         if key in chosen:
