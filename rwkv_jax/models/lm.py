@@ -272,12 +272,30 @@ class LM(nn.Module):
 
         The state is a tuple with one entry a layer, leaves [B, ...]; without one coming in, an attention layer's
         entry is None (no cache is allocated).
+
+        Raises:
+            ValueError: the state is that of another number of layers or rows, or its arrays have other shapes.
         """
+        if state is not None:
+            self._check_state(state, len(tokens_BT))
         if self.scan and self._eager(tokens_BT, state, reset_BT, valid_BT):
             # linen hands its lifted scan a new function in every call, which JAX would compile in every call
             apart, params = per_layer(self.clone(remat="none", parent=None), self.variables["params"])
             return apart.apply({"params": params}, tokens_BT, state, reset_BT, valid_BT, method="_hidden")
         return self._hidden(tokens_BT, state, reset_BT, valid_BT)
+
+    def _check_state(self, state, batch: int):
+        """Raise ValueError unless the state fits. Caches may have any length, and are left to their layers."""
+        if len(state) != self.num_layers:
+            raise ValueError(f"the state has {len(state)} layers, expected {self.num_layers}")
+        shapes = lambda tree: ", ".join(str(jnp.shape(x)) for x in jax.tree.leaves(tree))
+        for j, (name, kind, config) in enumerate(self.unit):
+            if kind.cached is not None:
+                continue
+            wanted = shapes(jax.eval_shape(partial(kind.init_state, config, batch, None)))
+            for i in range(j, self.num_layers, len(self.layers)):
+                if state[i] is not None and (found := shapes(state[i])) != wanted:
+                    raise ValueError(f"the state of layer {i}, {name}, has arrays {found}, expected {wanted}")
 
     def _hidden(self, tokens_BT, state, reset_BT, valid_BT):
         if reset_BT is not None and valid_BT is not None:
