@@ -6,6 +6,7 @@ One signature serves training, prefill and decoding, for RWKV, the transformer a
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
@@ -438,3 +439,8 @@ def stack(params, period: int = 1, apart: int = 0):
         return rest
     units = [jax.tree.map(lambda *x: jnp.stack(x), *(params[k] for k in stacked[j::period])) for j in range(period)]
     return rest | {"blocks": units[0] if period == 1 else {f"block_{j}": u for j, u in enumerate(units)}}
+
+
+def stacked_name(path: str) -> str:
+    """The path that a parameter has where layers are stacked: "blocks/att/key/kernel" of "blocks_0/att/key/kernel"."""
+    return re.sub(r"^blocks_\d+/", "blocks/", path)
