@@ -15,7 +15,7 @@ import numpy as np
 from rwkv_jax import files
 from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_file, states
 from rwkv_jax.interop.fingerprint import fingerprint
-from rwkv_jax.interop.official import check, from_official, model_of, to_official
+from rwkv_jax.interop.official import check, from_official, model_of, to_official, version_of
 from rwkv_jax.models.block import RELEASED_EPSILON
 
 __all__ = [
@@ -139,6 +139,9 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
     tensors = to_official(params)
     with formats.naming(f"{path}: params are not those of this model"):
         check(tensors, model)
+    if format != "safetensors":  # they have no fields, and are told by names and shapes
+        with formats.naming(path):
+            version_of(tensors)
     if format == "safetensors":
         safetensors_file.write(path, tensors, {"format": "pt", _FIELDS: json.dumps(_fields(model))})
     elif format == "pth":

@@ -117,21 +117,23 @@ def _released_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def version_of(tensors: Mapping[str, np.ndarray]) -> str:
     """The kind of layer that a released state dict holds, by its names and shapes.
 
+    Those of all layers count: one that misses a tensor is of the same version.
+
     Raises:
       ValueError: they are those of a version that is not supported.
     """
     for part, version in _OTHERS.items():
         if (key := next((name for name in tensors if part in name), None)) is not None:
             raise ValueError(f"{version} weights (they have {key!r}); RWKV-4, 5.2, 6 and 7 are supported")
-    has = lambda name: f"blocks.0.att.{name}" in tensors
-    if has("r_k"):
+    has = lambda part: any(f".att.{part}" in name for name in tensors)
+    if has("r_k") or has("k_k") or has("x_r"):
         return "rwkv7"
-    if has("time_maa_x"):
+    if has("time_maa_"):
         return "rwkv6"
     if not has("ln_x.weight"):
         return "rwkv4"
-    decay = tensors.get("blocks.0.att.time_decay")
-    if not has("gate.weight") or decay is None or decay.ndim != 2 or decay.shape[1] == 1:
+    decays = [x for name, x in tensors.items() if name.endswith(".att.time_decay")]
+    if not has("gate.weight") or not any(x.ndim == 2 and x.shape[1] > 1 for x in decays):
         found = "5.1 weights (one decay a head)" if has("gate.weight") else "5.0 weights (5.1 in rwkv.cpp's count)"
         raise ValueError(f"RWKV-{found}; RWKV-4, 5.2, 6 and 7 are supported")
     return "rwkv5"
@@ -248,6 +250,8 @@ def activation_dtype(param_dtype: str) -> str:
 
 
 def _matrix_shape(tensors, name) -> tuple[int, int]:
+    if name not in tensors and name.startswith("blocks."):
+        raise ValueError(f"key {name!r} is missing among {len(tensors)}")
     if name not in tensors:
         raise ValueError(f"no RWKV weights: {name!r} is not among the {len(tensors)} keys {list(tensors)[:3]}")
     if tensors[name].ndim != 2:

@@ -15,6 +15,7 @@ nothing (num = den = 0) any log_scale means the same: theirs is -1e30 at the sta
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rwkv_jax.interop import formats
@@ -100,20 +101,27 @@ def from_time_state(model, tensors: Mapping[str, np.ndarray]) -> tuple:
     """Return the state before the first token, B = 1, of a released file: `tensors` by name, of which others are left.
 
     Raises:
-      ValueError: a layer's is missing or has another shape, or a layer's state cannot be tuned in this way.
+      ValueError: a layer's is missing, has another shape, or holds no finite floats; there are more layers than the
+        model has; or a layer's state cannot be tuned in this way.
     """
-    layers = []
+    layers, known = [], [f"blocks.{i}{TIME_STATE}" for i in range(model.num_layers)]
+    if other := next((key for key in tensors if key.endswith(TIME_STATE) and key not in known), None):
+        raise ValueError(f"unknown key {other!r}, expected the tuned state of {model.num_layers} layers")
     for i, (name, kind, config) in enumerate(model.every_layer):
         start = jax.eval_shape(lambda k=kind, c=config: k.tuned_start(c)) if kind.tuned_start else {}
         if start.keys() != {"wkv"}:
             raise ValueError(f"no released file has a tuned state of {name!r} layers")
         H, K, V = start["wkv"].shape
-        key = f"blocks.{i}{TIME_STATE}"
+        key = known[i]
         if key not in tensors:
-            raise ValueError(f"key {key!r} is missing, expected the tuned state of {len(model.every_layer)} layers")
+            raise ValueError(f"key {key!r} is missing, expected the tuned state of {model.num_layers} layers")
         if tensors[key].shape != (H, V, K):
             raise ValueError(f"{key!r} has shape {tensors[key].shape}, expected {(H, V, K)}")
+        if not jnp.issubdtype(tensors[key].dtype, jnp.floating):
+            raise ValueError(f"{key!r} has dtype {tensors[key].dtype}, expected floating point")
         wkv_HKV = tensors[key].swapaxes(1, 2)
         copy = formats.copied(key, wkv_HKV, np.empty(wkv_HKV.shape, start["wkv"].dtype))
+        if not np.isfinite(copy).all():
+            raise ValueError(f"{key!r} holds values that are not finite")
         layers.append(jax.tree.map(lambda x: np.asarray(x)[None], kind.tuned_state({"wkv": copy})))
     return tuple(layers)

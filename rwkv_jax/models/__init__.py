@@ -4,6 +4,6 @@
 """
 
 from rwkv_jax.models.kinds import KINDS, kind_of
-from rwkv_jax.models.lm import LM, build, parameter_shapes, per_layer, stack, unstack
+from rwkv_jax.models.lm import LM, build, parameter_shapes, per_layer, stack, stacked_name, unstack
 
-__all__ = ["KINDS", "LM", "build", "kind_of", "parameter_shapes", "per_layer", "stack", "unstack"]
+__all__ = ["KINDS", "LM", "build", "kind_of", "parameter_shapes", "per_layer", "stack", "stacked_name", "unstack"]

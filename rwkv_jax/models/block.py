@@ -15,6 +15,7 @@ ones, None in that first layer, and returns them, or those that it got:
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,6 +128,8 @@ def make_variant(cls: type, given: Mapping[str, Any]):
             check_choice(f"model.variant.{name}", value, typing.get_args(hints[name]))
         elif type(value) is not hints[name]:
             raise ValueError(f"model.variant.{name} is {value!r}, expected a {hints[name].__name__}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"model.variant.{name} is {value!r}, expected a finite float")
     return cls(**given)
 
 

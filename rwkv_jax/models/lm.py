@@ -6,9 +6,11 @@ One signature serves training, prefill and decoding, for RWKV, the transformer a
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import flax.linen as nn
@@ -56,6 +58,13 @@ CHOICES = {
     "embedding_norm": (True, False),
     "head_init": ("orthogonal", "normal"),
     "matmul_precision": (None, "default", "high", "highest"),
+    "scan": (True, False),
+}
+# What a number may be, and how that is said.
+NUMBERS = {
+    "dropout": (lambda x: 0 <= x < 1, "a share from 0 to below 1"),
+    "head_norm_epsilon": (lambda x: 0 < x < math.inf, "a finite number above 0"),
+    "embedding_scale": (lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
 }
 # Far beyond any model; parameters of these sizes have fewer bytes than an int64 counts, past which XLA aborts.
 LARGEST = {"vocab_size": 2**31 - 1, "num_layers": 2**16, "dim": 2**20, "hidden_dim": 2**22, "head_size": 2**20}
@@ -115,11 +124,10 @@ def _check_fields(chosen, kinds):
         value, optional = chosen.get(key), key in ("hidden_dim", "head_size")
         if not (value is None and optional) and (type(value) is not int or not 1 <= value <= largest):
             raise ValueError(f"model field {key} is {value!r}, expected a positive integer, at most {largest}")
-    if not 0 <= chosen.get("dropout", 0.0) < 1:
-        raise ValueError(f"model field dropout is {chosen['dropout']!r}, expected a share from 0 to below 1")
-    epsilon = chosen.get("head_norm_epsilon", RELEASED_EPSILON)
-    if type(epsilon) not in (float, int) or not 0 < epsilon < math.inf:
-        raise ValueError(f"model field head_norm_epsilon is {epsilon!r}, expected a positive number")
+    for key, (holds, expected) in NUMBERS.items():
+        value = chosen.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not holds(value)):
+            raise ValueError(f"model field {key} is {value!r}, expected {expected}")
     forms = dict.fromkeys(form for kind in kinds for form in kind.forms)
     for key, choices in (CHOICES | {"wkv_impl": (None, *forms)}).items():
         if key in chosen:
@@ -265,12 +273,30 @@ class LM(nn.Module):
 
         The state is a tuple with one entry a layer, leaves [B, ...]; without one coming in, an attention layer's
         entry is None (no cache is allocated).
+
+        Raises:
+            ValueError: the state is that of another number of layers or rows, or its arrays have other shapes.
         """
+        if state is not None:
+            self._check_state(state, len(tokens_BT))
         if self.scan and self._eager(tokens_BT, state, reset_BT, valid_BT):
             # linen hands its lifted scan a new function in every call, which JAX would compile in every call
             apart, params = per_layer(self.clone(remat="none", parent=None), self.variables["params"])
             return apart.apply({"params": params}, tokens_BT, state, reset_BT, valid_BT, method="_hidden")
         return self._hidden(tokens_BT, state, reset_BT, valid_BT)
+
+    def _check_state(self, state, batch: int):
+        """Raise ValueError unless the state fits. Caches may have any length, and are left to their layers."""
+        if len(state) != self.num_layers:
+            raise ValueError(f"the state has {len(state)} layers, expected {self.num_layers}")
+        shapes = lambda tree: ", ".join(str(jnp.shape(x)) for x in jax.tree.leaves(tree))
+        for j, (name, kind, config) in enumerate(self.unit):
+            if kind.cached is not None:
+                continue
+            wanted = shapes(jax.eval_shape(partial(kind.init_state, config, batch, None)))
+            for i in range(j, self.num_layers, len(self.layers)):
+                if state[i] is not None and (found := shapes(state[i])) != wanted:
+                    raise ValueError(f"the state of layer {i}, {name}, has arrays {found}, expected {wanted}")
 
     def _hidden(self, tokens_BT, state, reset_BT, valid_BT):
         if reset_BT is not None and valid_BT is not None:
@@ -412,3 +438,8 @@ def stack(params, period: int = 1, apart: int = 0):
         return rest
     units = [jax.tree.map(lambda *x: jnp.stack(x), *(params[k] for k in stacked[j::period])) for j in range(period)]
     return rest | {"blocks": units[0] if period == 1 else {f"block_{j}": u for j, u in enumerate(units)}}
+
+
+def stacked_name(path: str) -> str:
+    """The path that a parameter has where layers are stacked: "blocks/att/key/kernel" of "blocks_0/att/key/kernel"."""
+    return re.sub(r"^blocks_\d+/", "blocks/", path)

@@ -11,18 +11,21 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from rwkv_jax.models.lm import stacked_name
+
 
 def init(key, params, rank: int, targets: str):
     """Adapters that change nothing yet, float32 at least: A uniform in +-in^-1/2 (as in loralib), B zero.
 
     Args:
-        targets: a regular expression over the paths of kernels, such as "blocks/att/key/kernel".
+        targets: a regular expression over the paths of kernels, such as "blocks/att/key/kernel"; it names all layers.
 
     Raises:
         ValueError: it finds none.
     """
     kernels = {path: x for path, x in flatten_dict(params).items() if path[-1] == "kernel"}
-    chosen = {path: x for path, x in kernels.items() if re.search(targets, "/".join(path))}
+    found = lambda name: re.search(targets, name) or re.search(targets, stacked_name(name))
+    chosen = {path: x for path, x in kernels.items() if found("/".join(path))}
     if not chosen:
         known = ", ".join(sorted("/".join(path) for path in kernels))
         raise ValueError(f"LoRA targets {targets!r} match no kernel, expected some of {known}")

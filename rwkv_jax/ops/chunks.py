@@ -219,7 +219,7 @@ def factors(reads: tuple, writes: tuple, w_BHCK, own_BHCPQ, reset_BC=None) -> Fa
         same_BC1C = (number_BC[:, :, None] == number_BC[:, None])[:, :, None]
         scores = jnp.where(same_BC1C[:, None, None], scores, 0)
     B, H, P, C, Q, _ = scores.shape
-    rows = lambda z: z.reshape(B, H, -1, z.shape[-1])
+    rows = lambda z: z.reshape(B, H, z.shape[2] * C, z.shape[-1])
     return Factors(whole, rows(past), rows(end), scores.reshape(B, H, P * C, Q * C))
 
 
@@ -293,8 +293,8 @@ def inverse(m_BHCC):
     for c in _halves(C):
         n = C // (2 * c)
         blocks, i = m_BHCC.reshape(B * H, n, 2, c, n, 2, c), jnp.arange(n)
-        across = blocks[:, i, 1, :, i, 0].swapaxes(0, 1).reshape(-1, c, c)  # from the earlier half to the later one
-        first, later = x.reshape(-1, 2, c, c)[:, 0], x.reshape(-1, 2, c, c)[:, 1]
+        across = blocks[:, i, 1, :, i, 0].swapaxes(0, 1).reshape(B * H * n, c, c)  # from the earlier half to the later
+        first, later = x.reshape(B * H * n, 2, c, c).swapaxes(0, 1)
         low = jnp.concatenate([matmul(matmul(later, across), first), later], axis=2)
         x = jnp.concatenate([jnp.concatenate([first, jnp.zeros_like(first)], axis=2), low], axis=1)
     return x.reshape(m_BHCC.shape)

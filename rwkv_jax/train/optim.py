@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rwkv_jax.models import KINDS, kind_of
+from rwkv_jax.models import KINDS, kind_of, stacked_name
 
 LOGITS = 2**27  # elements of the logits that exist at one time: 512 MiB of float32
 
@@ -77,18 +77,17 @@ def wide(tree):
 def factors(params, groups: Sequence):
     """Learning-rate factor of each leaf: a number, or an array [L, 1, ...] where layers of a stacked leaf differ.
 
-    The first rule wins whose regular expression is found in a leaf's path, such as "blocks/att/time_decay", or in that
-    of a layer of it, "blocks.3/att/time_decay", stacked or not; "blocks.0-11/" means all of these. (A hybrid's stacked
-    leaves have a layer for each repeating unit: "blocks.3/block_0/...".)
+    The first rule wins whose regular expression is found in the path of all layers, such as "blocks/att/key/kernel",
+    or in that of one, "blocks.3/att/key/kernel", stacked or not; "blocks.0-11/" means all of these. (A hybrid's
+    stacked leaves have a layer for each repeating unit: "blocks.3/block_0/...".)
     """
     rules = [(re.compile(_spelled_out(pattern)), factor) for pattern, factor in groups]
 
     apart = _units_apart(params)
 
     def factor_of(path, x):
-        name, layers = _names(path, x, apart)
-        first = lambda *names: next((f for rule, f in rules if any(map(rule.search, names))), 1.0)
-        each = [first(name, layer) for layer in layers] or [first(name)]
+        first = lambda names: next((f for rule, f in rules if any(map(rule.search, names))), 1.0)
+        each = list(map(first, _names(path, x, apart)))
         if len(set(each)) == 1:
             return each[0]
         return np.reshape(np.array(each, np.float32), (-1, *[1] * (x.ndim - 1)))
@@ -100,10 +99,10 @@ def check_groups(params, groups: Sequence) -> None:
     """ValueError where a rule matches nothing; not for the released ones, which other models' trees may lack."""
     apart = _units_apart(params)
     leaves = [_names(path, x, apart) for path, x in jax.tree_util.tree_leaves_with_path(params)]
-    names = [name for name, layers in leaves for name in (name, *layers)]
+    names = [name for layers in leaves for layer in layers for name in layer]
     for pattern, _ in (rule for rule in groups if rule not in released_groups()):
         if not any(re.search(_spelled_out(pattern), name) for name in names):
-            raise ValueError(f"optim.groups: {pattern!r} matches none of {', '.join(sorted(n for n, _ in leaves))}")
+            raise ValueError(f"optim.groups: {pattern!r} matches none of {', '.join(sorted(n[0][0] for n in leaves))}")
 
 
 def frozen_stopped(params, groups: Sequence):
@@ -129,13 +128,13 @@ def _units_apart(params) -> int:
     return sum(name.startswith("blocks_") for name in params) // period
 
 
-def _names(path, x, apart: int) -> tuple[str, list[str]]:
-    """The path of a leaf, and those of its layers where it has some, stacked ones after the units that are apart."""
+def _names(path, x, apart: int) -> list[tuple[str, ...]]:
+    """What rules may call each layer of a leaf, its path first; stacked ones come after the units that are apart."""
     name = _name(path)
     first, _, rest = name.partition("/")
     if first == "blocks":
-        return name, [f"blocks.{apart + i}/{rest}" for i in range(x.shape[0])]
-    return name, [name.replace("_", ".", 1)] if first.startswith("blocks_") else []
+        return [(name, f"blocks.{apart + i}/{rest}") for i in range(x.shape[0])]
+    return [(name, name.replace("_", ".", 1), stacked_name(name)) if first.startswith("blocks_") else (name,)]
 
 
 def _spelled_out(pattern: str) -> str:

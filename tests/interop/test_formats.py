@@ -138,6 +138,9 @@ def test_save_refuses_what_a_format_cannot_hold(tmp_path):
     ):
         with one_line(message):
             rwkv_jax.save(tmp_path / "model", *tiny(kind=kind, head_norm_epsilon=1e-3), format=format)
+    for format in ("pth", "rwkv.cpp"):  # would be read as RWKV-5.1
+        with one_line("model: RWKV-5.1 weights"):
+            rwkv_jax.save(tmp_path / "model", *tiny(kind="rwkv5", head_size=1), format=format)
     with one_line(r"params are not those of this model: unknown key 'blocks.1"):
         rwkv_jax.save(tmp_path / "model.pth", model.clone(num_layers=1), params)
     with one_line(r"no such folder; cannot write model.pth there", FileNotFoundError):

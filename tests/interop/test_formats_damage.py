@@ -163,7 +163,7 @@ HOSTILE = {
         r"RWKV-5.0 weights \(5.1 in rwkv.cpp's count\); RWKV-4, 5.2, 6 and 7 are supported"
     ),
     cpp(EMB, R_K, cpp_tensor(b"blocks.0.att.x_rwkvag", (5, 1, 2), bytes(40))): "shape .5, 1, 2., expected 6 rows",
-    cpp(EMB, R_K, cpp_tensor(b"blocks.0.att.w1", (2,), bytes(8))): "'blocks.0.ffn.key.weight' is not among",
+    cpp(EMB, R_K, cpp_tensor(b"blocks.0.att.w1", (2,), bytes(8))): "key 'blocks.0.ffn.key.weight' is missing",
 }
 
 

@@ -90,12 +90,27 @@ def without(name):
                 "blocks.0.att.gate_w1": "RWKV-6a",
             }.items()
         ),
-        (official() | {"blocks.0.att.r_k": np.zeros((1, D))}, "no RWKV weights: 'blocks.0.att.a1' is not among"),
+        (official() | {"blocks.0.att.r_k": np.zeros((1, D))}, "key 'blocks.0.att.a1' is missing"),
     ],
 )
 def test_official_state_dict_that_does_not_fit_is_named(tensors, message):
     with one_line(message):
         interop.from_official(tensors)
+
+
+@pytest.mark.parametrize(
+    "kind, names",
+    [
+        ("rwkv5", ("ln_x.weight", "gate.weight", "time_decay", "time_faaaa")),
+        ("rwkv6", ("ln_x.weight", "time_maa_x", "time_maa_w1", "time_decay_w1", "time_faaaa")),
+        ("rwkv7", ("ln_x.weight", "r_k", "x_r", "w1", "a1", "g1")),
+    ],
+)
+def test_file_that_misses_a_tensor_is_not_taken_for_one_of_another_version(kind, names):
+    tensors = interop.to_official(tiny(kind=kind)[1])
+    for name in (f"blocks.0.att.{name}" for name in names):
+        with one_line(f"key '{name}' is missing"):
+            interop.from_official({key: x for key, x in tensors.items() if key != name})
 
 
 # Tensors that the released trainers left, of 3 layers with 2 heads of 32 channels.

@@ -130,6 +130,14 @@ def test_tuned_state_that_released_files_lack_is_named():
         from_time_state(model, {})
     with one_line(r"^'blocks.0.att.time_state' has shape \(2, 4, 4\), expected \(1, 8, 8\)$"):
         from_time_state(make("rwkv6", head_size=8), good)
+    name, x = next(iter(good.items()))
+    for key, wrong, line in (
+        ("blocks.2.att.time_state", x, "^unknown key 'blocks.2.att.time_state', expected .* of 2 layers$"),
+        (name, x * np.nan, "^'blocks.0.att.time_state' holds values that are not finite$"),
+        (name, x.astype(np.int32), "^'blocks.0.att.time_state' has dtype int32, expected floating point$"),
+    ):
+        with one_line(line):
+            from_time_state(model, good | {key: wrong})
     with one_line(
         r"^no released form of a tuned state that has att_last, ffn_last, log_den, value; expected matrices"
     ):

@@ -48,6 +48,24 @@ def test_lm_names_a_vector_of_another_shape(scan):
         jax.eval_shape(call, params if scan else unstack(params), tokens(1, 1))
 
 
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("kind", ["rwkv4", "rwkv7", "hybrid"])
+def test_lm_names_a_state_that_does_not_fit(kind, scan):
+    """Of one layer too many the last would be ignored without a word, where each has parameters of its own."""
+    model = make(kind, scan=scan)
+    call = lambda state: jax.eval_shape(functools.partial(forward, model), shapes_of(model), tokens(1, 3), state)
+    made_of = lambda model, B: jax.eval_shape(lambda: model.init_state(B, max_length=8))
+    fits, other, batch = made_of(model, 1), made_of(make("lstm"), 1), made_of(model, 2)
+    with pytest.raises(ValueError, match=f"the state has {len(fits) + 1} layers, expected {len(fits)}"):
+        call((*fits, fits[-1]))
+    with pytest.raises(ValueError, match=f"the state has {len(fits) - 1} layers, expected {len(fits)}"):
+        call(fits[:-1])
+    for wrong in (other[0], batch[0]):
+        with pytest.raises(ValueError, match=r"the state of layer 0, rwkv\d, has arrays .*, expected \(1, 8\)"):
+            call((wrong, *fits[1:]))
+    call(fits)
+
+
 TABLE_2 = {
     "169m": 169_342_464,
     "430m": 430_397_440,

@@ -1,6 +1,7 @@
 """Fields of a model: as JSON, and what `build` says of those that do not fit."""
 
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -31,9 +32,15 @@ def test_lm_fields_survive_json(kind):
         ({"dim": 2**30}, "model field dim is 1073741824, expected a positive integer, at most 1048576"),  # XLA aborts
         ({"num_layers": True}, "model field num_layers is True, expected a positive integer"),
         ({"dropout": 1.0}, "model field dropout is 1.0, expected a share from 0 to below 1"),
+        ({"dropout": "0.1"}, "model field dropout is '0.1', expected a share from 0 to below 1"),
+        ({"head_norm_epsilon": -1.0}, "model field head_norm_epsilon is -1.0, expected a finite number above 0"),
+        ({"head_norm_epsilon": math.nan}, "model field head_norm_epsilon is nan, expected a finite number above 0"),
+        ({"head_norm_epsilon": True}, "model field head_norm_epsilon is True, expected a finite number above 0"),
+        ({"embedding_scale": math.inf}, "model field embedding_scale is inf, expected a finite number, 0 or more"),
+        ({"scan": "no"}, "unknown model field scan 'no': expected one of True, False"),
+        ({"name": "rwkv7", "removal": math.nan}, "model.variant.removal is nan, expected a finite float"),
         ({"variant": 5}, "model field variant is 5, expected switches by name"),
-        ({"head_norm_epsilon": -1.0}, "model field head_norm_epsilon is -1.0, expected a positive number"),
-        ({"head_norm_epsilon": "a"}, "model field head_norm_epsilon is 'a', expected a positive number"),
+        ({"head_norm_epsilon": "a"}, "model field head_norm_epsilon is 'a', expected a finite number above 0"),
         ({"low_ranks": [1, 2]}, "model field low_ranks is (1, 2), expected None: no layer has low-rank maps"),
         ({"name": "rwkv6", "low_ranks": 5}, "model field low_ranks is 5, expected a list"),
         ({"name": "rwkv6", "low_ranks": [1, 0]}, "model field low_ranks is (1, 0), expected 2 positive integers"),

@@ -266,3 +266,14 @@ def test_operators_without_tokens_leave_the_state_unchanged():
     for y, after in (wkv6(x, x, x, v, u, state), wkv7(x, x, x, v, x, x, state)):
         assert y.shape == v.shape
         np.testing.assert_array_equal(after, state)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("B, heads, size", [(0, H, K), (1, 0, K), (1, H, 0)])
+def test_operators_take_an_axis_of_no_elements(form, B, heads, size):
+    x, v = (jax.ShapeDtypeStruct((B, 5, heads, n), jnp.float32) for n in (size, V))
+    u = jax.ShapeDtypeStruct((heads, size), jnp.float32)
+    for op, operands in ((wkv6, (x, x, x, v, u)), (wkv7, (x, x, x, v, x, x))):
+        loss = lambda *xs, op=op: sum(y.sum() for y in op(*xs, impl=form))
+        grads = jax.eval_shape(jax.grad(loss, argnums=tuple(range(len(operands)))), *operands)
+        assert [g.shape for g in grads] == [x.shape for x in operands]

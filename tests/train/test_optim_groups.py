@@ -8,6 +8,7 @@ import pytest
 import small
 
 from rwkv_jax import models, train
+from rwkv_jax.models import lora
 from rwkv_jax.train import optim
 from rwkv_jax.train.methods import Method
 
@@ -42,6 +43,15 @@ def test_factors_number_layers_alike_where_the_first_stands_apart():
     found = optim.factors(stacked, rules)
     assert of_layers == [0, 0, 1, 0.5]
     assert [found["blocks_0"]["att"]["key"]["kernel"], *found["blocks"]["att"]["key"]["kernel"].ravel()] == of_layers
+    for params in (stacked, apart):  # the name of all layers is that of the first too
+        rules = ((r"^blocks_0/ffn", 3.0), (r"^blocks/(att|ffn)/key", 0.0))
+        optim.check_groups(params, rules)
+        found = optim.factors(params, rules)
+        keys = {name: [x[part]["key"]["kernel"] for part in ("att", "ffn")] for name, x in found.items() if "att" in x}
+        assert keys.pop("blocks_0") == [0.0, 3.0]
+        assert keys and all(factor == [0.0, 0.0] for factor in keys.values())
+    adapters = lora.init(jax.random.key(0), stacked, 2, "^blocks/att/key")
+    assert adapters.keys() == {"blocks_0", "blocks"}
 
 
 def test_frozen_part_is_not_moved_by_decay_and_has_no_moments():
