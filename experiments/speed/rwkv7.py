@@ -22,7 +22,15 @@ from rwkv_jax.ops import wkv6, wkv7
 
 FULL = {
     "operator": {"B": 4, "T": 1024, "H": 8, "K": 64},
-    "training": {"num_layers": 6, "dim": 512, "vocab_size": 256, "dtype": "float32", "batch": 4, "seq_len": 512},
+    "training": {
+        "num_layers": 6,
+        "dim": 512,
+        "vocab_size": 256,
+        "dtype": "float32",
+        "remat": "matmuls",
+        "batch": 4,
+        "seq_len": 512,
+    },
     "generation": {
         "fields": {"num_layers": 12, "dim": 768, "vocab_size": 65536},
         "tokens": 64,
@@ -39,7 +47,15 @@ FULL = {
 }
 SMOKE = {
     "operator": {"B": 1, "T": 32, "H": 2, "K": 8},
-    "training": {"num_layers": 2, "dim": 64, "vocab_size": 256, "dtype": "float32", "batch": 2, "seq_len": 32},
+    "training": {
+        "num_layers": 2,
+        "dim": 64,
+        "vocab_size": 256,
+        "dtype": "float32",
+        "remat": "matmuls",
+        "batch": 2,
+        "seq_len": 32,
+    },
     "generation": {
         "fields": {"num_layers": 2, "dim": 64, "vocab_size": 256},
         "tokens": 4,
@@ -144,7 +160,7 @@ def plain_wkv7(r, w, k, v, a, b, state):
 
 def training(shape: dict, rounds: int) -> dict:
     """{"rows": speeds beside others', "models": speed, FLOPs, share of the peak and temporaries of a step}."""
-    models = {name: train.build(name, shape) for name in ("rwkv7", "rwkv4", "transformer")}
+    models = {name: train.build(name, shape).clone(remat=shape["remat"]) for name in ("rwkv7", "rwkv4", "transformer")}
     steps, temporaries = {}, {}
     for name, model in models.items():
         steps[name], temporaries[name] = train.whole_step(model, shape)
