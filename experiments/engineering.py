@@ -36,14 +36,23 @@ def compare() -> str:
 def speed() -> str:
     """Training, decoding and reading beside what people use."""
     results = read("speed/results.json")
-    train, generation = results["train"], results["generation"]
-    shape = "{num_layers} x {dim}, batch {batch}, T {seq_len}".format(**train["shape"])
-    large = "{num_layers} x {dim}, V {vocab_size:,}".format(**generation["shape"]["fields"])
-    rows = [(f"training {r['ours']}, {shape}", r) for r in train["rows"] if r["theirs"] != "transformer"]
-    rows += [(f"{r['what'].removesuffix(', tokens/s')}, {large}", r) for r in generation["rows"]]
-    theirs = lambda r: f"{r['theirs_per_second']:,.0f}, {r['theirs']}"
-    lines = [(what, f"{r['ours_per_second']:,.0f}", theirs(r), f"{r['ratio']:.1f}") for what, r in rows]
-    return table(("tokens/s", "ours", "theirs", "ratio"), lines)
+    first, later = results["train"]["rows"] + results["generation"]["rows"], results["rwkv7"]
+    suites = [
+        (first, results["train"]["shape"], results["generation"]["shape"]["fields"]),
+        (later["rows"], later["shape"]["training"], later["shape"]["generation"]["fields"]),
+    ]
+    rows = []
+    for its, trained, generating in suites:
+        step = "{num_layers} x {dim}, batch {batch}, T {seq_len}".format(**trained)
+        large = "{num_layers} x {dim}, V {vocab_size:,}".format(**generating)
+        for r in its:
+            if r["theirs"] in ("rwkv4", "transformer"):
+                continue
+            what = f"{r['what'].removesuffix(', tokens/s')} {r['ours']}"
+            shape = step if what.startswith("training") else large
+            theirs = f"{r['theirs_per_second']:,.0f}, {r['theirs']}"
+            rows.append((f"{what}, {shape}", f"{r['ours_per_second']:,.0f}", theirs, f"{r['ratio']:.1f}"))
+    return table(("tokens/s", "ours", "theirs", "ratio"), rows)
 
 
 def costs() -> str:
