@@ -1,6 +1,6 @@
 """RWKV-7 on a CPU: its operator and RWKV-6's, a training step, and generation, beside what others have.
 
-Our training steps compute again what lies between matrix products (`remat="matmuls"`); the peer's keeps everything.
+Our training steps compute again what lies between matrix products (`remat="matmuls"`); the peer's is as it comes.
 Both passes of an operator are timed on random inputs as its model makes them, forward alone as well. Counted FLOPs of
 a training step are those of `hardware.flops_per_token`, for jax-linear-attention's model those of ours; their share is
 of the machine's matmul peak.

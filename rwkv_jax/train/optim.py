@@ -129,7 +129,7 @@ def _units_apart(params) -> int:
 
 
 def _names(path, x, apart: int) -> list[tuple[str, ...]]:
-    """What rules may call each layer of a leaf, its path first; stacked ones come after the units that are apart."""
+    """Names that a rule may match for each layer of a leaf, its path first; stacked layers follow those apart."""
     name = _name(path)
     first, _, rest = name.partition("/")
     if first == "blocks":
