@@ -49,8 +49,7 @@ SMOKE = {
 
 # Arms of every experiment that compares architectures.
 MODELS = {
-    "rwkv4": {"model": {"name": "rwkv4"}},
-    "rwkv7": {"model": {"name": "rwkv7"}},
+    **{name: {"model": {"name": name}} for name in ("rwkv4", "rwkv5", "rwkv6", "rwkv7")},
     "transformer": {"model": {"name": "transformer"}},
     "transformer+shift": {"model": {"name": "transformer", "variant": {"token_shift": True}}},  # RWKV's token shift
     "lstm": {"model": {"name": "lstm"}},

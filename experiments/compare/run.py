@@ -41,7 +41,7 @@ from rwkv_jax.models.kinds import kind_of_model
 from rwkv_jax.train import metrics, optim, run_config
 
 HERE = Path(__file__).parent
-ARMS = {arm: MODELS[arm]["model"] for arm in ("rwkv4", "rwkv7", "transformer", "transformer+shift")}
+ARMS = ("rwkv4", "rwkv7", "transformer", "transformer+shift")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Preset:
 
 
 SMOKE = Preset(num_layers=2, dim=32, seq_len=64, batch_size=4, test_bytes=2**12, contexts=(64, 512), decoded=4)
+SWEPT = (*ARMS, "rwkv5", "rwkv6")  # their defaults come from here too, see `Kind.learning_rates`
 SWEEP_WIDTHS, SWEEP_STEPS = ((64, 2), (128, 4), (256, 6)), 160
 # Beside training: compiling, then evaluation and decoding, which take about as long as so many steps of every arm (two
 # machines, one three times as fast as the other).
@@ -67,7 +68,7 @@ BASELINES = ("transformer", "transformer+shift")
 def arm_config(arm, preset, steps, seed=0, text="stdlib", lr=None):
     """The training run of one arm."""
     config = run_config.default()
-    config.model.update(ARMS[arm], num_layers=preset.num_layers, dim=preset.dim)
+    config.model.update(MODELS[arm]["model"], num_layers=preset.num_layers, dim=preset.dim)
     config.update(corpus=text, steps=steps, seed=seed, seq_len=preset.seq_len, batch_size=preset.batch_size)
     config.update(log_every=max(1, min(10, steps // 20)), eval_every=0, eval_tokens=0, save_every=0)
     config.optim.lr = lr or sweeps.best(HERE / "sweep.json", f"{arm} {preset.num_layers}x{preset.dim}")
@@ -198,9 +199,9 @@ def sweep(path):
     for dim, num_layers in SWEEP_WIDTHS:
         preset = Preset(num_layers=num_layers, dim=dim)
         about = {"steps": SWEEP_STEPS, "preset": vars(preset) | {"dim": None, "num_layers": None}}
-        for arm in ARMS:
+        for arm in SWEPT:
             loss = lambda lr, arm=arm, preset=preset: _held_out_after(arm_config(arm, preset, SWEEP_STEPS, lr=lr))
-            centre = optim.default_lr(kind_of_model(ARMS[arm]["name"]), dim)
+            centre = optim.default_lr(kind_of_model(MODELS[arm]["model"]["name"]), dim)
             sweeps.bracket(path, f"{arm} {num_layers}x{dim}", centre, loss, **about)
 
 
