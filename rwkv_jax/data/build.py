@@ -27,7 +27,7 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
     """Return the tokens of `source`, from the cache or built now.
 
     Args:
-        source: "stdlib", a public corpus (enwik8, text8, wikitext-103, tinystories: see `data.named`),
+        source: "stdlib", a public corpus (enwik8, text8, wikitext-103, tinystories, classic-books: see `data.named`),
             "hf:NAME[:SPLIT]" (a dataset of the hub, or of a folder: see `data.hub`), or a path:
             a text file: cut by position, at 90 and 95 % of its bytes;
             a folder of text files: see `data.text`;

@@ -4,12 +4,16 @@
     text8          the same reduced to a-z and space: 90, 5 and 5 MB
     wikitext-103   raw (no <unk>), each of the published three files as one document. CC BY-SA
     tinystories    GPT-4's, a document a story; validation as published, test a twentieth of train. CDLA-Sharing-1.0
+    classic-books  222 English novels and essays, a document a book: 100, 7 and 5 MB. Public domain
 
 The SHA-256 digests are those that public repositories agree on (enwik8, text8: DataDeps users and compression
-benchmarks; wikitext-103: CorpusLoaders.jl; tinystories: Git LFS of the hub at this revision). The wikitext archive's
-first home is gone; the URL is a copy with the same digest. These URLs were not tried where this file was written.
+benchmarks; wikitext-103: CorpusLoaders.jl; tinystories: Git LFS of the hub at this revision), for
+classic-books those of its splits. The wikitext archive's first home is gone; the URL is a copy with the same digest.
+These URLs were not tried where this file was written.
 """
 
+import hashlib
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +21,7 @@ from pathlib import Path
 
 from rwkv_jax.data import cache
 from rwkv_jax.data import text as texts
+from rwkv_jax.data.contents import visible
 from rwkv_jax.data.corpus import Document, Source, splitter
 
 _SECONDS = 30  # without a byte
@@ -26,8 +31,20 @@ _WIKITEXT = (
 )
 _STORY_END = b"<|endoftext|>"
 
-# URL -> SHA-256, for each corpus
+# Each split takes books until it has so many bytes: the smallest that would do, and the SHA-256 of all its text.
+_BOOKS = {
+    "test": (5_000_000, "e0639e0cf2832556334e0abc29411f046abc438aeb21823577327d28294e53e0"),
+    "valid": (5_000_000, "6cbb0d1a8dcd1ed5e09974d1ff4f8cbdf451563c80e4372ec79b41f8e1b86dd3"),
+    "train": (100_000_000, "440b4d6dc4475678f9ffbb230170eec4bc75ede18ad29047d2b7f35db84c08ac"),
+}
+_BOOK_CHARACTERS = 100_000  # at least: shorter files are stories and plays
+_BOOKS_COMMIT = "944882722e9a96fa6cf2739dc2ea757e101f412f"
+
+# URL -> SHA-256, for each corpus; None where the host packs anew for each download
 NAMED = {
+    "classic-books": {
+        f"https://codeload.github.com/mlschmitt/classic-books-markdown/zip/{_BOOKS_COMMIT}": None,
+    },
     "enwik8": {
         "https://mattmahoney.net/dc/enwik8.zip": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
     },
@@ -60,6 +77,8 @@ def _documents(name: str, exact: bool) -> Iterator[Document]:
     match name:
         case "enwik8" | "text8":
             yield from texts.source(str(folder / name), exact).documents()
+        case "classic-books":
+            yield from texts.source(str(folder), exact).documents()
         case "wikitext-103":
             for split, part in enumerate(("train", "valid", "test")):
                 file = folder / "wikitext-103-raw" / f"wiki.{part}.raw"
@@ -84,16 +103,49 @@ def _download(name: str, folder: Path) -> dict:
 
     for url, sha256 in NAMED[name].items():
         file = _file_name(url)
-        unpack = pooch.Unzip(extract_dir=".") if file.endswith(".zip") else None
+        unpack = pooch.Unzip(extract_dir=".") if "zip" in url else None
         downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=_SECONDS)
         try:
-            pooch.retrieve(url, f"sha256:{sha256}", file, folder, processor=unpack, downloader=downloader)
+            known = sha256 and f"sha256:{sha256}"
+            pooch.retrieve(url, known, file, folder, processor=unpack, downloader=downloader)
         except OSError as error:
             raise OSError(
                 f"cannot download {url}: {error}; for a machine without a network, copy the folder "
                 f"{folder.with_suffix('')} from one that has it"
             ) from None
+    if name == "classic-books":
+        _sort_books(folder)
     return {}
+
+
+def _sort_books(folder: Path) -> None:
+    """Replace what is in the folder by its books, train/NUMBER AUTHOR - TITLE.md and so on.
+
+    The books are the long files by order of the SHA-256 of their path in the repository, with the ends of their lines
+    as "\\n" and two of these at their end.
+
+    Raises:
+        ValueError: the text of a split has another digest.
+    """
+    files = {name.partition("/")[2]: path for name, path in visible(folder, Counter()) if name.endswith(".md")}
+    # larger than a twentieth of all: one book would be as long as a split
+    files.pop("Samuel Richardson/Clarissa.md", None)
+    by_hash = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+    texts_by_name = ((name, files[name].read_bytes().replace(b"\r\n", b"\n").rstrip() + b"\n\n") for name in by_hash)
+    books = enumerate(book for book in texts_by_name if len(book[1].decode()) > _BOOK_CHARACTERS)
+    unsorted = list(folder.iterdir())
+    for split, (at_least, sha256) in _BOOKS.items():
+        found, num_bytes = hashlib.sha256(), 0
+        (folder / split).mkdir()
+        while num_bytes < at_least and (book := next(books, None)):
+            number, (name, text) = book
+            (folder / split / f"{number:03} {name.replace('/', ' - ')}").write_bytes(text)
+            found.update(text)
+            num_bytes += len(text)
+        if found.hexdigest() != sha256:
+            raise ValueError(f"SHA-256 of classic-books, {split}, is {found.hexdigest()}, expected {sha256}")
+    for path in unsorted:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _file_name(url: str) -> str:

@@ -1,9 +1,10 @@
 """Text of files: Python's standard library, a local file or a folder, and its splits.
 
-A file is cut by position, at 90 and 95 % of its bytes. The files of a folder are split by the hash of their
-relative path or, when fewer than 20, laid end to end and cut like one file. Left out of a folder, and counted, are
-hidden files and linked folders, files that are not UTF-8 text, and files more than half of whose lines occur in files
-before them, by order of path.
+A file is cut by position, at 90 and 95 % of its bytes. A folder with subfolders train, valid and test is split by
+them. The files of another are split by the hash of their relative path or, when fewer than 20, laid end to end and cut
+like one file. Left out of a folder, and counted, are hidden files and linked folders, files beside train, valid and
+test, files that are not UTF-8 text, and files more than half of whose lines occur in files before them, by order of
+path.
 """
 
 import codecs
@@ -24,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rwkv_jax.data import contents
-from rwkv_jax.data.corpus import READ, Document, Source, left_out
+from rwkv_jax.data.corpus import READ, SPLITS, Document, Source, left_out
 from rwkv_jax.files import user_path
 
 _BLOCK_BYTES = 1 << 20
@@ -32,6 +33,7 @@ _BLOCK_BYTES = 1 << 20
 _ENWIK8_BYTES = 100_000_000
 # With fewer files than this the share of each split would be an accident of the hash.
 _MIN_FILES = 20
+_SUBFOLDERS = tuple(f"{split}/" for split in SPLITS)
 # Shorter lines (`else:`, `return x`) repeat everywhere and say nothing about where a file comes from.
 _MIN_LINE_BYTES = 16
 
@@ -133,19 +135,31 @@ def _files(named: Iterable[tuple[str, Path]]) -> list[_File]:
 
 
 def _split(files: list[_File], is_folder: bool, source: str, exact: bool, tally: Counter) -> list[list[_File]]:
+    in_subfolders = [file for file in files if file.name.startswith(_SUBFOLDERS)]
+    is_split = {file.name.partition("/")[0] for file in in_subfolders} == set(SPLITS)
+    if is_split:
+        tally["files", "beside train, valid and test"] += len(files) - len(in_subfolders)
+        files = in_subfolders
     documents = list(_distinct(tqdm(files, desc="files", disable=None, leave=False), tally)) if is_folder else files
     if not documents:
         raise ValueError(f"{source} holds no UTF-8 text{left_out(tally, '; ')}")
-    splits = [[], [], []]
-    for document in documents:
-        percent = int.from_bytes(hashlib.sha256(os.fsencode(document.name)).digest()[:8]) % 100
-        splits[(percent >= 90) + (percent >= 95)].append(document)
-    if len(documents) < _MIN_FILES or not all(splits):
+    number = _number_by_subfolder if is_split else _number_by_hash
+    splits = [[document for document in documents if number(document.name) == i] for i in range(len(SPLITS))]
+    if not is_split and (len(documents) < _MIN_FILES or not all(splits)):
         splits = _by_position(documents, exact)
     if not all(splits):
         num_bytes = sum(document.end for document in documents)
         raise ValueError(f"{source} holds {num_bytes} bytes of text: too few for train, valid and test")
     return splits
+
+
+def _number_by_subfolder(name: str) -> int:
+    return SPLITS.index(name.partition("/")[0])
+
+
+def _number_by_hash(name: str) -> int:
+    percent = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) % 100
+    return (percent >= 90) + (percent >= 95)
 
 
 def _by_position(documents: list[_File], exact: bool) -> list[list[_File]]:

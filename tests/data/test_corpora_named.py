@@ -4,11 +4,12 @@ import gc
 import hashlib
 import http.server
 import io
+import shutil
 import threading
 import zipfile
 
 import pytest
-from texts import parts, splits_of
+from texts import parts, prose, splits_of
 
 from rwkv_jax.data import named, prepare
 
@@ -101,6 +102,33 @@ def test_prepare_splits_tinystories_by_story(serve, monkeypatch):
     train, valid, test = map(parts, splits_of(prepare("tinystories")))
     assert valid == stories[190:]
     assert sorted(train + test) == sorted(stories[:190]) and 2 <= len(test) < 25
+
+
+def test_prepare_sorts_classic_books_by_the_hash_of_their_path(serve, cache, monkeypatch):
+    by_hash = sorted(
+        (f"Author {i}/Title.md" for i in range(8)), key=lambda name: hashlib.sha256(name.encode()).digest()
+    )
+    raw = {name: prose(i).replace("\n", "\r\n") + " \r\n" for i, name in enumerate(by_hash)}
+    raw |= {by_hash[2]: "a story", "Samuel Richardson/Clarissa.md": prose(9)}
+    text = {name: raw[name].replace("\r\n", "\n").rstrip().encode() + b"\n\n" for name in by_hash}
+    expected = {"test": by_hash[:2], "valid": by_hash[3:4], "train": by_hash[4:7]}  # the last is not needed
+    sha256 = {split: hashlib.sha256(b"".join(map(text.get, names))).hexdigest() for split, names in expected.items()}
+    size = {split: sum(len(text[name]) for name in names[:-1]) + 1 for split, names in expected.items()}
+    monkeypatch.setattr(named, "_BOOKS", {split: (size[split], sha256[split]) for split in expected})
+    monkeypatch.setattr(named, "_BOOK_CHARACTERS", 100)
+    serve("classic-books", {"books.zip": archive({f"books-abc/{name}": text for name, text in raw.items()})})
+
+    corpus = prepare("classic-books")
+    for split in splits_of(corpus):
+        assert parts(split) == [text[name] for name in expected[split.names[0].partition("/")[0]]]
+    assert corpus.valid.names == (f"valid/002 {by_hash[3].replace('/', ' - ')}",)
+    assert prepare(str(cache / "downloads" / "classic-books")).sha256 == corpus.sha256
+
+    monkeypatch.setattr(named, "_BOOKS", named._BOOKS | {"valid": (1, "0" * 64)})
+    shutil.rmtree(cache)
+    with pytest.raises(ValueError, match=f"SHA-256 of classic-books, valid, is {sha256['valid']}, expected 0000"):
+        prepare("classic-books")
+    assert not (cache / "downloads" / "classic-books").exists()
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # pooch leaves the connection of a failed transfer open

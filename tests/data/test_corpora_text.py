@@ -63,6 +63,18 @@ def test_folder_drops_copies_hidden_and_binary_files(tmp_path):
     assert bytes_in_later_splits_found_in_train(corpus) == 0
 
 
+def test_folder_of_splits_keeps_them(tmp_path, capsys):
+    texts = {f"{split}/{i}.txt": prose(i, 5) for i, split in enumerate(("test", "train", "train", "valid"))}
+    corpus = prepare(folder_of(tmp_path / "books", texts | {"README": prose(9), "tests/a.txt": prose(10)}))
+    found = [documents(split) for split in splits_of(corpus)]
+    assert [list(split) for split in found] == [["train/1.txt", "train/2.txt"], ["valid/3.txt"], ["test/0.txt"]]
+    assert all(texts[name].encode() == text for split in found for name, text in split.items())
+    assert "left out: 2 of 6 files (beside train, valid and test: 2)" in capsys.readouterr().err
+
+    corpus = prepare(folder_of(tmp_path / "two", {name: texts[name] for name in texts if "test" not in name}))
+    assert not any(name.startswith("train") for name in corpus.test.names)  # cut by position, as any folder
+
+
 def test_small_folder_is_cut_like_one_file(tmp_path):
     texts = {f"{i}.txt": prose(i) for i in range(5)}
     corpus = prepare(folder_of(tmp_path / "books", texts))
