@@ -27,7 +27,7 @@ from rwkv_jax import files
 from rwkv_jax.command import reported
 from rwkv_jax.files import read_json, user_path
 
-VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable")
+VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable", "no claim")
 STAMPED = ("commit", "date", "jax", "processor", "cores", "xla_flags", "devices")  # of each cell
 STOPPED = "stopped; runs that were done are kept, the same command resumes"
 Cells = dict[str, Callable[[], dict]]

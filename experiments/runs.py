@@ -57,9 +57,13 @@ def identity_of(function: Callable) -> dict:
     return json.loads(json.dumps({"name": function.__qualname__, "source": source, "parameters": parameters}))
 
 
+def path_of_kept(cell: Cell, folder: Path) -> Path:
+    return folder / f"{hash_of(cell.identity)}.json"
+
+
 def kept(name: str, cell: Cell, folder: Path) -> dict:
     """The numbers of a cell: those in `folder`, or computed, and kept there with where and when that was."""
-    path = folder / f"{hash_of(cell.identity)}.json"
+    path = path_of_kept(cell, folder)
     if path.exists():
         numbers = read_json(path)["numbers"]
         print(f"{name}: kept from {numbers['date']}", file=sys.stderr, flush=True)

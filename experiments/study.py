@@ -8,6 +8,7 @@ is a script; its docstring describes the study: the claim, the paper's number, w
     ... --publish                                     the same for the ledger, which ignores drafts
     ... --arm=NAME --seed=1 --steps=50                some of the runs, or shorter ones
     ... --preset=gpu                                  another size -> gpu.json
+    ... --kept                                        results of the runs that are done, without more of them
     ... --sweep                                       learning rates of each arm -> sweep.json
     ... --smoke                                       seconds, to see that it runs; nothing stays
 
@@ -18,6 +19,7 @@ So the same command resumes after a kill, and another arm or seed costs its own 
 
 import argparse
 import inspect
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +36,7 @@ from ml_collections import ConfigDict
 
 from experiments import command, ledger, measures, stamp, statistics, sweeps
 from experiments.results import draw, write_json
-from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, stages, trained
+from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, path_of_kept, stages, trained
 from rwkv_jax import data, files, hardware, train
 from rwkv_jax.command import end, reported
 from rwkv_jax.files import read_json, user_path
@@ -82,6 +84,7 @@ class Study:
             Arms are compared by the number that has the first one's name; with `run`, a number's name is enough.
         against: the arm that others are compared with; "base", without changes, needs no name among the arms.
         budgets: steps of several lengths of the same run, each decayed, which branch from one trunk.
+        budgets_of: (arm, seed) -> which of the budgets are run; all where it is None.
         held_out: tokens of validation and of test text that are measured, at most.
         swept: whether each arm has its best learning rate of sweep.json beside the script, searched where missing.
         prepare: (config, folder) -> None, which completes the config of a run with what has to be made first, such as
@@ -99,6 +102,7 @@ class Study:
     measure: Any = "bits_per_byte"
     against: str | None = "base"
     budgets: Sequence[int] = ()
+    budgets_of: Callable | None = None
     held_out: int = 2**17
     swept: bool = False
     sweep: Sweep = field(default_factory=Sweep)
@@ -192,15 +196,16 @@ def corpus_of(config) -> str | None:
 
 
 def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> dict[str, Cell]:
-    """Return every run by name, all arms of the first seed before those of the second, then the cells of `also`."""
+    """Return every run by name, small budgets and first seeds before others, then the cells of `also`."""
     found, arms = {}, arms_of(study)
     rates = {arm: {study.sweep.field: swept_lr(study, arm, sweep, folder)} for arm in arms if study.swept}
-    for seed in dict.fromkeys(seed for arm in arms for seed in seeds_of(study, arm)):
-        for budget in study.budgets or (None,):
-            for arm in (arm for arm in arms if seed in seeds_of(study, arm)):
-                configs = [config_of(study, rates.get(arm, {}) | flat(changes), seed) for changes in arms[arm]]
-                configs = stages(configs[-1], study.budgets, budget) if budget else configs
-                found[name_of(arm, seed, budget)] = cell_of(study, configs, folder)
+    seeds = dict.fromkeys(seed for arm in arms for seed in seeds_of(study, arm))
+    for budget, seed, arm in itertools.product(study.budgets or (None,), seeds, arms):
+        is_run = not (budget and study.budgets_of) or budget in study.budgets_of(arm, seed)
+        if is_run and seed in seeds_of(study, arm):
+            configs = [config_of(study, rates.get(arm, {}) | flat(changes), seed) for changes in arms[arm]]
+            configs = stages(configs[-1], study.budgets, budget) if budget else configs
+            found[name_of(arm, seed, budget)] = cell_of(study, configs, folder)
     for name, function in study.also(**options).items():
         config = config_of(study)
         identity = {"function": identity_of(function), "config": fixed(config), "corpus": corpus_of(config)}
@@ -212,8 +217,8 @@ def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> d
 
 
 def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
-    """The best learning rate of an arm at the study's size, from `path`; searched with the first seed where `path`
-    lacks it."""
+    """The best learning rate of an arm at the study's size, from `path`; searched with the first seed and the smallest
+    budget where `path` lacks it."""
     its, changes = study.sweep, flat(arms_of(study)[arm][-1])
     base = config_of(study, changes)
     name = f"{its.name(arm)} {base.model.num_layers}x{base.model.dim}"
@@ -222,7 +227,8 @@ def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
 
     def number_at(lr: float) -> float:
         config = config_of(study, changes | flat(dict(its.changes)) | {its.field: lr})
-        return its.value(kept(f"{arm}, lr {lr:g}", cell_of(study, [config], folder), folder))
+        configs = stages(config, study.budgets, study.budgets[0]) if study.budgets else [config]
+        return its.value(kept(f"{arm}, lr {lr:g}", cell_of(study, configs, folder), folder))
 
     sweeps.bracket(path, name, centre, number_at, its.better, its.widest)
     return sweeps.best(path, name, its.better)
@@ -232,8 +238,13 @@ def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
 
 
 def runs_of(study: Study, values: dict, arm: str, budget: int | None = None) -> list[dict]:
-    """Return the numbers of an arm's runs, one a seed."""
-    return [values[name_of(arm, seed, budget)] for seed in seeds_of(study, arm)]
+    """Return the numbers of an arm's runs of a budget, one a seed."""
+    names = (name_of(arm, seed, budget) for seed in seeds_of(study, arm))
+    return [values[name] for name in names if name in values]
+
+
+def budgets_done(study: Study, values: dict) -> list[int]:
+    return [budget for budget in study.budgets if any(runs_of(study, values, arm, budget) for arm in arms_of(study))]
 
 
 def compared(study: Study, values: dict, number: str | None = None, budget=None, against: str | None = None) -> dict:
@@ -243,23 +254,28 @@ def compared(study: Study, values: dict, number: str | None = None, budget=None,
     corrected for the number of arms, and `resolved` says whether that is below 0.05.
     """
     number, against = number or next(iter(measures_of(study))), against or study.against
-    budget = budget or (study.budgets[-1] if study.budgets else None)
-    of = lambda arm, seeds: [values[name_of(arm, seed, budget)] for seed in seeds]
+    budget = budget or (max(budgets_done(study, values)) if study.budgets else None)
     rows = {}
     for arm in arms_of(study):
-        runs = of(arm, seeds_of(study, arm))
-        rows[arm] = {name: runs[0][name] for name in ("parameters", "flops_per_token", "lr") if name in runs[0]}
-        rows[arm][number] = float(np.mean([run[number] for run in runs]))
-        both = [seed for seed in seeds_of(study, arm) if against and seed in seeds_of(study, against)]
-        if arm != against and both:
-            rows[arm] |= _difference(of(arm, both), of(against, both), number)
+        if runs := runs_of(study, values, arm, budget):
+            rows[arm] = {name: runs[0][name] for name in ("parameters", "flops_per_token", "lr") if name in runs[0]}
+            rows[arm][number] = float(np.mean([run[number] for run in runs]))
+            if against and arm != against:
+                rows[arm] |= paired(study, values, arm, against, number, budget)
     changed = [row for row in rows.values() if row.get("p") is not None]
     for row, p in zip(changed, statistics.holm([row["p"] for row in changed]), strict=True):
         row |= {"p_holm": p, "resolved": p < 0.05}
     return rows
 
 
-def _difference(runs: list[dict], others: list[dict], number: str) -> dict:
+def paired(study: Study, values: dict, arm: str, against: str, number: str | None = None, budget=None) -> dict:
+    """Return the paired difference of two arms over the seeds that both have, as in `compared`; {} where none has."""
+    number = number or next(iter(measures_of(study)))
+    names = [(name_of(arm, seed, budget), name_of(against, seed, budget)) for seed in seeds_of(study, arm)]
+    both = [(values[name], values[other]) for name, other in names if name in values and other in values]
+    if not both:
+        return {}
+    runs, others = zip(*both, strict=True)
     of = lambda of_runs, name: np.array([run[name] for run in of_runs])
     by_seed = of(runs, number) - of(others, number)
     mean, *interval = statistics.t_interval(by_seed)
@@ -328,6 +344,8 @@ def _main(script: Path, doc: str, study: Study) -> None:
                 print(f"{arm}: {swept_lr(study, arm, out / 'sweep.json', folder):g} is best")
             return
         asked = cells(study, folder, script.with_name("sweep.json"), **options)
+        if args["kept"]:
+            asked = {name: cell for name, cell in asked.items() if path_of_kept(cell, folder).exists()}
         values = {name: kept(name, cell, folder) for name, cell in asked.items()}
         results = concluded(study, label, values) | ({} if args["publish"] else {"draft": True})
         path = path_of(out / script.name, label, args["publish"])
@@ -350,6 +368,7 @@ def _parser(doc: str, study: Study) -> argparse.ArgumentParser:
     presets = ["cpu", *(name for name in study.presets if name != "smoke")]
     parser.add_argument("--preset", choices=presets, default="cpu")
     parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
+    parser.add_argument("--kept", action="store_true", help="results of the runs that are done, without more of them")
     parser.add_argument("--sweep", action="store_true", help="search learning rates instead -> sweep.json")
     parser.add_argument("--publish", action="store_true", help="results for the ledger, which ignores drafts")
     parser.add_argument("--arm", action="append", help="only this arm and what it is compared with; may be repeated")
@@ -390,7 +409,8 @@ def concluded(study: Study, preset: str, values: dict) -> dict:
     if study.measure:
         results["table"] = compared(study, values)
     if study.measure and study.budgets:
-        results["by_budget"] = {str(budget): compared(study, values, budget=budget) for budget in study.budgets}
+        done = budgets_done(study, values)
+        results["by_budget"] = {str(budget): compared(study, values, budget=budget) for budget in done}
     if study.conclude:
         results |= study.conclude(study, command.bare(values))
     assert all(row["verdict"] in command.VERDICTS for row in results.get("ledger", ()))

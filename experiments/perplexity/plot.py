@@ -14,22 +14,27 @@ def draw(results, path) -> None:
     figure, [axes] = panels(4, width=3.75, height=3.9)
     for axis, (name, (unit, label)) in zip(axes[:3], AXES.items(), strict=True):
         for arm, points in results["points"].items():
-            x, bits = ([point[key] for point in points] for key in (name, "bits_per_byte"))
-            axis.plot(np.array(x) / unit, bits, "o-", color=COLOURS[arm], label=arm)
+            at = [(point[name] / unit, point["bits_per_byte"]) for point in points if point[name]]
+            axis.plot(*zip(*at, strict=True), "o-" if len(at) > 1 else "s", color=COLOURS[arm], label=arm)
         axis.set(xscale="log", xlabel=label)
-    counted = results["cells"]["counted"]["budgets"].values()
-    tokens = [point["tokens"] / 1e6 for point in results["points"]["transformer"]]
-    for name in sorted({n for row in counted for n in row} - {"unigram"}):
-        levels = [row[name] for row in counted]
+    base = results["study"]["base"]
+    counted = results["cells"].get("counted", {}).get("budgets", {})
+    tokens = [int(budget) * base["seq_len"] * base["batch_size"] / 1e6 for budget in counted]
+    for name in sorted({n for row in counted.values() for n in row} - {"unigram"}):
+        levels = [row[name] for row in counted.values()]
         axes[0].plot(tokens, levels, ":", color="grey", linewidth=1)
         axes[0].annotate(name, (tokens[1], levels[1]), color="grey", fontsize=8, va="bottom")
     axes[0].set_ylabel("bits per byte, held out, after the decay")
     axes[0].legend(frameon=False, fontsize=8)
-    for arm in [arm for arm in results["points"] if arm != "transformer"]:
-        rows = [row[arm] for row in results["by_budget"].values()]
-        bits, low, high = np.array([[row[x] for x in ("difference", "low", "high")] for row in rows], float).T
-        axes[3].plot(tokens, bits, "o-", color=COLOURS[arm])
-        axes[3].fill_between(tokens, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
+    for pair, rows in results["pairs"].items():
+        arm, against = pair.split(" minus ")
+        if against == "transformer":
+            bits, low, high = np.array(
+                [[row[x] for x in ("difference", "low", "high")] for row in rows.values()], float
+            ).T
+            tokens = [int(tokens) / 1e6 for tokens in rows]
+            axes[3].plot(tokens, bits, "o-", color=COLOURS[arm])
+            axes[3].fill_between(tokens, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
     axes[3].axhline(0, color=COLOURS["transformer"], linewidth=1)
     axes[3].axhline(0.041, color="grey", linestyle="--", linewidth=1)
     axes[3].annotate("Table 5", (1, 0.041), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
@@ -38,8 +43,7 @@ def draw(results, path) -> None:
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-    base = results["study"]["base"]
-    titled(figure, results, f"{base['model.num_layers']} x {base['model.dim']}, bytes")
+    titled(figure, results, f"{base['model.num_layers']} x {base['model.dim']}, bytes of {base['corpus']}")
     saved(figure, path)
 
 

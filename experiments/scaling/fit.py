@@ -115,6 +115,36 @@ def bootstrap(compute, loss, until: float, samples: int = 1000, seed: int = 0) -
     return {"samples": len(found)} | intervals
 
 
+def ratio(these, those, samples: int = 1000, seed: int = 0) -> dict:
+    """Compute that one model needs for a loss, over what another needs: the geometric mean over the losses that both
+    frontiers reach, its 95 % bootstrap interval over the runs of both, and the ratio at the lowest of these losses.
+
+    Args:
+        these, those: (compute, loss) of the runs of each.
+    """
+
+    def log_ratio(*models):
+        frontiers = [(np.asarray(c, float)[(i := pareto(c, y))], np.asarray(y, float)[i]) for c, y in models]
+        lowest, highest = max(y.min() for _, y in frontiers), min(y.max() for _, y in frontiers)
+        if lowest >= highest:
+            return np.nan, np.nan
+        levels = np.geomspace(lowest, highest, 50)
+        a, b = (np.interp(np.log(levels), np.log(y[::-1]), np.log(c[::-1])) for c, y in frontiers)
+        return (a - b).mean(), (a - b)[0]
+
+    rng = np.random.default_rng(seed)
+
+    def drawn(compute, loss):
+        i = np.unique(rng.integers(len(loss), size=len(loss)))
+        return np.asarray(compute)[i], np.asarray(loss)[i]
+
+    mean, at_lowest = log_ratio(these, those)
+    found = [log_ratio(drawn(*these), drawn(*those))[0] for _ in range(samples)]
+    low, high = np.quantile([x for x in found if not np.isnan(x)] or [np.nan], (0.025, 0.975))
+    told = lambda x: None if np.isnan(x) else float(np.exp(x))
+    return {"ratio": told(mean), "interval": [told(low), told(high)], "at_lowest_loss": told(at_lowest)}
+
+
 def chinchilla(compute):
     """Loss of the compute-optimal model at a compute: 1.69 + 406.4 N^-0.34 + 410.7 D^-0.28, C = 6 N D (Hoffmann et al.
     2022, approach 3)."""

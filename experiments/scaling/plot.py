@@ -31,7 +31,7 @@ def draw(results: dict, path: Path) -> None:
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
-    axes[0].set_ylabel("held-out loss, nats a token")
+    axes[0].set_ylabel("held-out loss, nats")
     axes[0].legend(frameon=False, fontsize=8)
     base = results["study"]["base"]
     figures.titled(figure, results, f"tokens: {base.get('tokenizer', 'bytes')} of {base.get('corpus', 'stdlib')}")

@@ -1,27 +1,33 @@
-"""Loss of RWKV-4 and of transformers against training compute (Fig. 4): a straight line, or one that bends?
+"""Loss of RWKV-4, RWKV-7 and transformers against training compute (Fig. 4): a straight line, or one that bends? And
+how much compute does each need for the same loss?
 
 Claim: over 45 models, a straight line through the Pareto frontier of loss against compute in log-log has r^2 0.994,
 and 0.875 one order of magnitude beyond. A law that saturates, without noise, has an r^2 of 0.998 too. So this reports
-the error of the line on the last decade of compute, which it was not fitted to, beside that of E + k C^-a, for RWKV-4,
-a transformer of equal size, and that with RWKV's token shift. Every point is a run with its own decay: a branch of
-one trunk a size.
+the error of the line on the last decade of compute, which it was not fitted to, beside that of E + k C^-a. Every point
+is a run with its own decay: a branch of one trunk a size, on the batches of experiments/perplexity, whose runs those
+of 4 x 128 are.
 
-    python -m experiments.scaling.run                      sizes to 3 x 96: a check of the pipeline
+    python -m experiments.scaling.run                      2 x 64 to 4 x 192, 1 to 34 M tokens: 24 models an arm
+    python -m experiments.scaling.run --kept               the same from the runs that are done
     python -m experiments.scaling.run --preset=gpu --text=enwik8     36 models an arm, 1.6e13 to 2.3e16 FLOP
     python -m experiments.scaling.run --preset=paper --text=PILE     45 models an arm, to 1e20 FLOP
-    python -m experiments.scaling.run --sweep [--preset=gpu]         learning rates that compare's sweep lacks
+    python -m experiments.scaling.run --sweep --preset=gpu           learning rates that compare's sweep lacks
 
-Cost: cpu 13 minutes on 2 shared cores; estimated, gpu 22 minutes an arm of one H200, paper a month of one.
+Cost: cpu COST on 2 cores; estimated, gpu 22 minutes an arm of one H200, paper a month of one.
 Rules, for RWKV-4 with at least 5 runs on the frontier before the last decade and 3 in it, else "not comparable":
   reproduced     the interval of E holds 0, and the line is off by no more than 5 % anywhere in the last decade
   contradicted   the interval of E is above 0, and there the line predicts worse than the saturating law, its interval
                  above 0 too
   not resolved   all else
+  no claim       compute at equal loss, of which the paper has no number
 Intervals are a bootstrap over runs. Exponents in nats per byte are not the paper's, which are per token of GPT-NeoX.
-Deviations: bytes instead of tokens, and prose or Python instead of the Pile; compute is 6 FLOPs a weight and token and
-attention's own, without the embedding's look-up; one seed a run; learning rates by width from sweeps.
+Compute at equal loss is the ratio of what two frontiers need, its geometric mean over the losses that both reach.
+Deviations: bytes instead of tokens, and novels instead of the Pile; compute is 6 FLOPs a weight and token and
+attention's own, without the embedding's look-up; one seed a run; learning rates by width from sweeps, at 96 and 192
+between those of the widths beside.
 """
 
+import itertools
 import math
 from functools import partial
 from operator import itemgetter
@@ -29,13 +35,21 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import study, sweeps
+from experiments import statistics, study, sweeps
 from experiments.command import claim, not_run
+from experiments.perplexity.run import MAIN
+from experiments.perplexity.run import STUDY as PERPLEXITY
 from experiments.scaling import fit
 
 SWEEP = Path(__file__).with_name("sweep.json")
 SYNTHETIC = np.geomspace(1e17, 1e20, 46)  # FLOP, the range of Fig. 4
-ARMS = ("rwkv4", "transformer", "transformer+shift")
+LARGE_ARMS = ("rwkv4", "transformer", "transformer+shift")
+PAIRS = (
+    ("rwkv7", "rwkv4"),
+    ("rwkv4", "transformer"),
+    ("rwkv7", "transformer+shift"),
+    ("transformer+shift", "transformer"),
+)
 SAMPLES = 500  # of the bootstrap
 
 
@@ -46,30 +60,43 @@ def arm_of(name: str, num_layers: int, dim: int, base) -> dict:
     return study.flat(study.MODELS[name]) | study.flat({"model": size, "optim.lr": lr})
 
 
-def arms_of(sizes, names=ARMS) -> dict:
+def arms_of(sizes, names) -> dict:
     """Small models first: the laws need all of them."""
     return {f"{name} {L}x{D}": partial(arm_of, name, L, D) for L, D in sizes for name in names}
 
 
 def conclude(its, values: dict) -> dict:
-    """The laws through each model's frontier, and what a law that bends does to a straight line."""
+    """The laws through each model's frontier, what a law that bends does to a straight line, and compute ratios."""
     runs = {}
     for arm in study.arms_of(its):
-        at = [study.runs_of(its, values, arm, budget)[0] for budget in its.budgets]
-        runs.setdefault(arm.split()[0], []).extend(at)
-    arms = {name: of_arm(its) for name, its in runs.items()}
+        done = [study.runs_of(its, values, arm, budget)[:1] for budget in its.budgets]
+        runs.setdefault(arm.split()[0], []).extend(itertools.chain(*done))
+    arms = {name: of_arm(its) for name, its in runs.items() if its}
+    points = {name: (its["flops"], its["loss_nats"]) for name, its in arms.items()}
+    ratios = {f"{a} over {b}": fit.ratio(points[a], points[b], SAMPLES) for a, b in PAIRS if {a, b} <= points.keys()}
+    ratios = {pair: its for pair, its in ratios.items() if its["ratio"]}
     synthetic = fit.judged(SYNTHETIC, fit.chinchilla(SYNTHETIC), SYNTHETIC[-1] / 10 * (1 + 1e-9))
     return {
         "arms": arms,
+        "compute_at_equal_loss": ratios,
         "synthetic": synthetic,
-        "ledger": [_row(arms), _synthetic_row(synthetic["line"])],
-        "not_run": _not_run() if study.config_of(its).corpus == "stdlib" else [],
+        "ledger": [
+            _row(arms),
+            _synthetic_row(synthetic["line"]),
+            *map(_ratio_row, *zip(*ratios.items(), strict=True)),
+        ],
+        "not_run": [] if study.config_of(its).model.dtype == "bfloat16" else _not_run(),
     }
+
+
+def nats_of(run: dict) -> float:
+    """Held-out loss of a token; of a byte where tokens are bytes."""
+    return run["nats_per_token"] if "nats_per_token" in run else run["bits_per_byte"] * math.log(2)
 
 
 def of_arm(runs: list[dict]) -> dict:
     """The points of a model, the laws through its frontier and their intervals."""
-    compute, loss = [run["flops_per_token"] * run["tokens"] for run in runs], [run["nats_per_token"] for run in runs]
+    compute, loss = [run["flops_per_token"] * run["tokens"] for run in runs], list(map(nats_of, runs))
     until = max(compute) / 10
     return {
         "flops": compute,
@@ -93,32 +120,23 @@ def verdict(its) -> str:
 
 
 def _row(arms) -> dict:
-    def told(arm):
-        laws = arms[arm]["laws"]
-        if laws is None:
-            return f"{arm}: too few runs on the frontier"
-        low, high = arms[arm]["intervals"]["line exponent"]
-        off = ", ".join(f"{name} {100 * laws[name]['beyond']['rms']:.1f} %" for name in fit.LAWS)
-        return f"{arm} exponent {laws['line']['exponent']:.3f} [{low:.3f}, {high:.3f}], off by {off} (rms)"
+    its = arms["rwkv4"]
+    compute = f"{len(its['flops'])} models, {min(its['flops']):.1e} to {max(its['flops']):.1e} FLOP"
+    error = f"off by {100 * its['laws']['line']['beyond']['max']:.1f} % at most" if its["laws"] else "too few models"
+    artefact = f"Fig. 4: a line through RWKV-4's loss against compute, in the decade beyond it ({compute})"
+    return claim(artefact, "45 models, r2 0.994, then 0.875", error, verdict(its))
 
-    runs = len(arms["rwkv4"]["flops"])
-    compute = f"{min(arms['rwkv4']['flops']):.1e} to {max(arms['rwkv4']['flops']):.1e} FLOP"
-    return claim(
-        "Fig. 4: a line through loss against compute, and the decade beyond it",
-        "45 models, r2 0.994, then 0.875",
-        f"{runs} models an arm, {compute}: " + "; ".join(map(told, arms)),
-        verdict(arms["rwkv4"]),
-    )
+
+def _ratio_row(pair: str, its: dict) -> dict:
+    artefact = f"compute at equal loss, {pair} (held-out bytes of novels)"
+    return claim(artefact, "no number", statistics.told(its["ratio"], *its["interval"], digits=2), "no claim")
 
 
 def _synthetic_row(line) -> dict:
-    within, beyond = line["fit"], line["beyond"]
     return claim(
         "Fig. 4: that r2 0.994 shows a straight line",
         "r2 0.994",
-        f"Chinchilla's law, which bends, without noise: r2 {within['r2_explained']:.3f} over 2 decades, then "
-        f"off by up to {100 * beyond['max']:.1f} % (r2 {beyond['r2_explained']:.2f}, as a correlation "
-        f"{beyond['r2_correlation']:.3f})",
+        f"r2 {line['fit']['r2_explained']:.3f} of a line through Chinchilla's law, which bends",
         "contradicted",
     )
 
@@ -132,35 +150,38 @@ def _not_run() -> list[dict]:
     ]
 
 
+SIZES = ((2, 64), (3, 96), (4, 128), (4, 192))
 LARGE = {
-    "base": {"model.dtype": "bfloat16", "seq_len": 512, "corpus": "enwik8"},
-    "arms": arms_of(((4, 128), (6, 192), (6, 256), (8, 320), (8, 448), (12, 512))),
+    "base": {
+        "model.dtype": "bfloat16", "seq_len": 512, "batch_size": 32, "corpus": "enwik8", "optim.warmup": 0.005,
+    },
+    "arms": arms_of(((4, 128), (6, 192), (6, 256), (8, 320), (8, 448), (12, 512)), LARGE_ARMS),
+    "measure": "nats_per_token",
     "budgets": (171, 343, 686, 1372, 2745, 5490),
     "held_out": 2**20,
-    "sweep": study.Sweep(
-        "optim.lr", lambda arm: arm.split()[0], itemgetter("valid_nats_per_token"), min, {"steps": 343}
-    ),
-}
+    "sweep": study.Sweep("optim.lr", lambda arm: arm.split()[0], itemgetter("valid_nats_per_token")),
+}  # fmt: skip
 PILE = {"corpus": "pile", "tokenizer": "20B_tokenizer.json", "model.vocab_size": 50277, "seq_len": 1024}
 PAPER_SIZES = (
     (6, 256), (6, 384), (8, 512), (12, 512), (12, 640), (12, 768), (16, 896), (20, 960), (24, 1024)
 )  # fmt: skip
 STUDY = {
-    "base": {"seq_len": 128, "batch_size": 32, "optim.lr": 8e-3},
-    "arms": arms_of(((2, 32), (2, 64), (3, 96))),
-    "measure": "nats_per_token",
+    # the same runs as there, where sizes are the same
+    **{name: PERPLEXITY[name] for name in ("base", "measure", "budgets", "held_out")},
+    "arms": arms_of(SIZES, MAIN),
     "against": None,
-    "budgets": (20, 40, 80, 160),
-    "held_out": 2**16,
-    "sweep": LARGE["sweep"]._replace(changes={"steps": 40}),
     "conclude": conclude,
     "presets": {
-        "smoke": {"arms": arms_of(((1, 8),), ARMS[:1]), "seeds": 1, "budgets": (8, 10, 12, 120)},
+        "smoke": {
+            "base": {"corpus": "stdlib", "optim.warmup": 0.05},
+            "arms": arms_of(((1, 8),), MAIN[:2]),
+            "budgets": (8, 10, 12, 120),
+        },
         "gpu": LARGE,
         "paper": LARGE
         | {
             "base": LARGE["base"] | PILE | {"batch_size": 256},
-            "arms": arms_of(PAPER_SIZES),
+            "arms": arms_of(PAPER_SIZES, LARGE_ARMS),
             "budgets": (2384, 4768, 9537, 19073, 38147),
         },
     },

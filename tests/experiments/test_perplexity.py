@@ -1,35 +1,100 @@
-"""The experiment on perplexity: configs of its presets, and conclusions from levels."""
+"""The experiment on perplexity: configs of its presets, conclusions from levels, and its trend."""
 
-from experiments import study, sweeps
-from experiments.perplexity import run
+import numpy as np
+import pytest
+
+from experiments import study
+from experiments.perplexity import run, trend
+
+
+def configs_of(preset):
+    its = study.chosen(study.Study(**run.STUDY), preset)
+    return {arm: study.config_of(its, changes) for arm, (changes,) in study.arms_of(its).items()}
 
 
 def test_config_of_a_run_has_the_fields_of_its_preset():
-    of = lambda preset, arm: study.config_of(
-        its := study.chosen(study.Study(**run.STUDY), preset), study.arms_of(its)[arm][0]
-    )
-    config = of("gpu", "transformer+shift")
+    config = configs_of("gpu")["transformer+shift"]
     assert config.model.variant.token_shift and config.model.dropout == 0.1 and config.model.dim == 512
     assert config.optim.weight_decay == 0.1 and config.seq_len == 1024
-    assert of("paper", "transformer").optim.lr_end == 1e-5
-    assert of("cpu", "hybrid").model.layers == ("rwkv4", "attention")
-    assert of("cpu", "lstm").optim.lr == sweeps.best(run.SWEEP, "lstm 4x128")
+    assert configs_of("paper")["transformer"].optim.lr_end == 1e-5
+    arms = configs_of("cpu")
+    assert arms["rwkv4"].optim.lr == 8e-3 and arms["rwkv7"].optim.lr == 4e-3  # of compare's sweep
+    assert all(1e-4 < config.optim.lr < 0.1 for config in arms.values())
 
 
-def test_conclude_compares_with_nothing_that_counting_beats():
-    """Levels of 3, 2 and 1 bits a byte after the longest budget, where the 6-gram has 2.5."""
-    fields = {"against": "transformer", "measure": ("bits_per_byte", "best_practice")}
-    its = study.Study(base={}, arms={arm: {} for arm in run.MAIN}, budgets=(10, 20), **fields)
-    values = {
-        "speed": {"tokens_per_second": dict.fromkeys(run.MAIN, 20)},
-        "counted": {"budgets": {"20": {"unigram": 5.0, "6-gram": 2.5, "xz": 2.0}}},
+def test_budgets_are_all_for_the_main_arms_and_one_for_others_and_the_second_seed(tmp_path):
+    its = study.Study(**run.STUDY | {"base": run.BASE | {"corpus": "stdlib"}, "also": dict})
+    found = list(study.cells(its, tmp_path))
+    steps = lambda name: int(name.split(", ")[-1].removesuffix(" steps"))
+    first = [name for name in found if "seed 0" in name]
+    assert [steps(name) for name in first if name.startswith("rwkv4,")] == list(run.BUDGETS)
+    assert [steps(name) for name in first if name.startswith("rwkv6,")] == [run.AT_8M]
+    assert {steps(name) for name in found if "seed 1" in name} == {run.AT_8M}
+    assert len(found) == 4 * 6 + 3 + 7
+    assert list(map(steps, found)) == sorted(map(steps, found))  # a table at any time
+
+
+def cell(tokens, bits):
+    nats = [bits * 1000 * np.log(2), bits * 3000 * np.log(2)]
+    level = {"bits_per_byte": bits, "bits_per_byte_nats": nats, "bits_per_byte_bytes": [1000, 3000]}
+    return {"tokens": tokens, "flops_per_token": 7, **level}
+
+
+def concluded(levels, dim=128, steps=(10, 20), **values):
+    """Conclusions from bits per byte {arm: levels after the budgets}."""
+    base = {"model": {"num_layers": 2, "dim": dim}, "seq_len": 1000, "batch_size": 10**4}
+    its = study.Study(base=base, arms={arm: {} for arm in levels}, budgets=steps)
+    for arm, bits_of in levels.items():
+        for budget, bits in zip(its.budgets, bits_of, strict=True):
+            if bits is not None:
+                values[study.name_of(arm, 0, budget)] = cell(10**7 * budget, bits)
+    return run.conclude(its, values)
+
+
+LEVELS = {"rwkv4": (1.9, 1.53), "transformer": (2.0, 1.5), "transformer+shift": (1.8, None)}
+
+
+def test_conclude_pairs_arms_at_every_budget_that_both_have():
+    found = concluded(LEVELS, speed={"tokens_per_second": {"rwkv4": 100}})
+    differences = {pair: [row["difference"] for row in rows.values()] for pair, rows in found["pairs"].items()}
+    assert differences == {
+        "rwkv4 minus transformer": pytest.approx([-0.1, 0.03]),
+        "rwkv4 minus transformer+shift": pytest.approx([0.1]),
+        "transformer+shift minus transformer": pytest.approx([-0.2]),
     }
-    for arm, levels in zip(run.MAIN, ((3.0, 1.0), (4.0, 3.0), (3.0, 2.0)), strict=True):
-        for budget, bits in zip(its.budgets, levels, strict=True):
-            cell = {"tokens": 1000 * budget, "flops_per_token": 7, "bits_per_byte": bits, "best_practice": bits}
-            values[study.name_of(arm, 0, budget)] = cell
-    found = run.conclude(its, values)
-    assert found["did_not_beat_counting"] == ["transformer"]
-    assert [row["verdict"] for row in found["ledger"]] == ["not comparable", "not resolved"]
-    assert found["points"]["rwkv4"][-1] == {"tokens": 20_000, "flops": 140_000, "seconds": 1000, "bits_per_byte": 1.0}
-    assert "behind the 6-gram 2.500" in found["ledger"][0]["ours"]
+    [overtaken] = found["overtakes"]["rwkv4 minus transformer"]
+    assert overtaken == {"tokens": pytest.approx(1e8 * 2 ** (0.1 / 0.13)), "then_above": True}
+    assert found["points"]["rwkv4"][1] == {"tokens": 2e8, "flops": 14e8, "seconds": 2e6, "bits_per_byte": 1.53}
+    assert found["points"]["transformer"][1]["seconds"] is None
+    assert len(found["points"]["transformer+shift"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("dim", "budgets", "six_gram", "expected"),
+    [(512, (10, 20), 1.6, "same sign"), (128, (10, 20), 1.6, "not comparable"), (512, (1, 2), 1.6, "not comparable"),
+     (512, (10, 20), 1.4, "not comparable")],
+)  # fmt: skip
+def test_verdict_needs_width_an_epoch_and_a_transformer_that_beats_counting(dim, budgets, six_gram, expected):
+    counted = {"budgets": {str(budget): {"unigram": 5.0, "6-gram": six_gram, "xz": 2.0} for budget in budgets}}
+    found = concluded(LEVELS, dim, budgets, counted=counted)
+    table_5, shift = found["ledger"]
+    assert (table_5["verdict"], shift["verdict"]) == (expected, "no claim")
+    assert table_5["ours"] == "+0.030 [+0.030, +0.030]"
+    last = found["behind_the_6-gram_until"]["transformer"]
+    assert last == (10**7 * budgets[-1] if six_gram == 1.4 else 10**7 * budgets[0])
+
+
+def test_trend_extrapolates_a_line_with_its_uncertainty():
+    tokens = 2e6 * 2.0 ** np.arange(5)
+    exact = trend.trend(dict(zip(tokens, -0.2 + 0.03 * np.arange(5), strict=True)), 0.041)
+    assert exact["per_doubling"] == pytest.approx([0.03] * 3)
+    assert exact["reaches_0"] == pytest.approx(2e6 * 2 ** (0.2 / 0.03), rel=0.01)
+    assert exact["reaches"]["tokens"] == pytest.approx(2e6 * 2 ** (0.241 / 0.03), rel=0.01)
+    noise = 0.01 * np.array([1, -1, 0, 1, -1])
+    rough = trend.trend(dict(zip(tokens, -0.2 + 0.03 * np.arange(5) + noise, strict=True)), 0.041)
+    low, slope, high = rough["per_doubling"]
+    assert low < 0.03 < high and slope != pytest.approx(0.03)
+    assert rough["reaches"]["earliest"] < rough["reaches"]["tokens"] < rough["above_0_for_sure"]
+    assert trend.trend({1e6: 0.1, 2e6: 0.2}, 0.041) is None
+    falling = trend.trend(dict(zip(tokens, -0.2 - 0.03 * np.arange(5), strict=True)), 0.041)
+    assert falling["reaches_0"] is None and "0 at no budget" in trend.told(falling)[1]

@@ -66,6 +66,28 @@ def test_chinchilla_law_without_noise_passes_for_a_line_by_r2():
     assert fit.chinchilla(1e19) == pytest.approx(of(splits, 1e19 / 6 / splits).min(), rel=1e-5)
 
 
+def test_compute_at_equal_loss_is_the_ratio_of_two_frontiers():
+    law = fit.Law(0.6, 1.2, 0.12, 1e14)
+    others = COMPUTE, law(COMPUTE)
+    found = fit.ratio((3 * COMPUTE, law(COMPUTE)), others, samples=50)  # the same losses for three times the compute
+    assert found["ratio"] == pytest.approx(3) and found["at_lowest_loss"] == pytest.approx(3)
+    low, high = found["interval"]
+    assert 2 < low <= 3 <= high < 4.5
+    noisy = fit.ratio((3 * COMPUTE, law(COMPUTE) * NOISE), others, samples=50)["interval"]
+    assert noisy[0] < 3 < noisy[1] and noisy[1] / noisy[0] > high / low
+    assert fit.ratio((COMPUTE, law(COMPUTE) + 9), others, samples=5)["ratio"] is None  # no loss in common
+
+
+def test_runs_of_one_size_are_those_of_the_experiment_on_perplexity(tmp_path):
+    """The same identity, so that they are not run twice."""
+    small = {"base": run.STUDY["base"] | {"corpus": "stdlib"}, "also": dict}
+    ours, theirs = (study.cells(study.Study(**its | small), tmp_path) for its in (run.STUDY, run.PERPLEXITY))
+    shared = {name.replace(" 4x128", ""): cell for name, cell in ours.items() if " 4x128" in name}
+    assert len(shared) == 24
+    for name, cell in shared.items():
+        assert cell.identity == theirs[name].identity
+
+
 @pytest.mark.parametrize(
     ("points", "floor", "worse", "off", "expected"),
     [

@@ -1,0 +1,66 @@
+"""A difference against the tokens of training: where it changes its sign, and the straight line through it."""
+
+from itertools import pairwise
+
+import numpy as np
+from scipy import stats
+
+
+def crossings(gaps: dict) -> list[dict]:
+    """Tokens at which a difference changes its sign, and whether it is above 0 from there, on straight lines between
+    the budgets in log tokens.
+
+    Args:
+        gaps: {tokens: difference}, tokens ascending.
+    """
+    found = []
+    for (low, before), (high, after) in pairwise(gaps.items()):
+        if before * after < 0:
+            share = before / (before - after)
+            found.append({"tokens": float(low * (high / low) ** share), "then_above": after > 0})
+    return found
+
+
+def trend(gaps: dict, value: float) -> dict | None:
+    """The least-squares line of a difference against log2 tokens, and what it says about `value`; None of fewer than
+    three budgets.
+
+    The 95 % intervals are Student's for one more run. They take the budgets for independent, while runs that branch
+    from one trunk are not, and the line for straight beyond them.
+    """
+    if len(gaps) < 3:
+        return None
+    x, y = np.log2(np.array(list(gaps), float)), np.array(list(gaps.values()))
+    its = stats.linregress(x, y)
+    t, spread = stats.t.ppf(0.975, len(x) - 2), np.square(x - x.mean()).sum()
+    residual = np.sqrt(np.square(y - its.intercept - its.slope * x).sum() / (len(x) - 2))
+
+    def bits(at):
+        half = t * residual * np.sqrt(1 + 1 / len(x) + np.square(at - x.mean()) / spread)
+        return its.intercept + its.slope * at + np.array([-half, 0 * at, half])
+
+    ahead = np.linspace(x[-1], x[-1] + 30, 3001)  # doublings: to a billion times as many tokens
+    low, line, high = bits(ahead)
+    first = lambda where: float(2 ** ahead[np.argmax(where)]) if where.any() else None
+    return {
+        "per_doubling": [its.slope - t * its.stderr, its.slope, its.slope + t * its.stderr],
+        "tokens": [float(2 ** x[0]), float(2 ** x[-1])],
+        "reaches_0": first(line >= 0),
+        "above_0_for_sure": first(low >= 0),
+        "reaches": {"value": value, "tokens": first(line >= value), "earliest": first(high >= value)},
+    }
+
+
+def told(its: dict) -> list[str]:
+    """What `trend` found, in three sentences."""
+    m = lambda tokens: "no budget" if tokens is None else f"{tokens / 1e6:,.3g} million tokens"
+    low, slope, high = its["per_doubling"]
+    first, last = (f"{tokens / 1e6:.3g}" for tokens in its["tokens"])
+    value, reaches = its["reaches"]["value"], its["reaches"]
+    return [
+        f"From {first} to {last} million tokens the difference changes by {slope:+.4f} [{low:+.4f}, {high:+.4f}] bits "
+        "a byte with each doubling.",
+        f"On a straight line it reaches 0 at {m(its['reaches_0'])} and the paper's {value:+.3f} at "
+        f"{m(reaches['tokens'])}, at the earliest within its 95 % band at {m(reaches['earliest'])}.",
+        f"A run of {m(its['above_0_for_sure'])} would decide the sign at this width: there the whole band is above 0.",
+    ]
