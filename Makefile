@@ -1,5 +1,5 @@
 # make compare    RWKV-4 against a transformer of equal size, on text that Python itself carries
-# make reproduce  the paper's experiments at the size of a CPU, hours; goes on where it was stopped
+# make reproduce  the paper's experiments at the size of a CPU, under two hours; goes on where it was stopped
 # make test       what a contributor runs;  make test-slow the rest of the tests;  make test-all both
 # make lint       ruff, as CI runs it
 

@@ -43,9 +43,8 @@ def main(
         doc: docstring of `run.py`; its first line describes the command.
         presets: frozen dataclasses by name: "smoke", "cpu", and others. A field `text` can be set by `--text`.
         cells: (preset, folder for training runs and the like, which stays) -> the preset's cells by name.
-        conclude: (preset, values by cell) -> JSON object with what the cells say. Its "ledger" is a list of rows with
-            "artefact", "paper", "ours", "verdict" and, where "ours" is long, "short" for the README; its "not_run" a
-            list with "artefact", "command", "hardware", "hours" and "why".
+        conclude: (preset, values by cell) -> JSON object with what the cells say. Its "ledger" is a list of rows as
+            `claim` returns them; its "not_run" one of "artefact", "command", "hardware", "hours" and "why".
         sweep: (preset, path of sweep.json) -> None.
         options: help by name of what a user can add, such as {"model": "released weights"} for `--model`. What is
             given goes to `cells` by name ("_" for "-"), None where it is not; cells that it adds are named after it.
@@ -99,9 +98,16 @@ def main(
     return computed(argv)
 
 
-def claim(artefact: str, paper: str, ours: str, verdict: str, **short: str) -> dict:
-    """Return a row of the ledger; `short` is what the README says in place of a long `ours`."""
-    return {"artefact": artefact, "paper": paper, "ours": ours, "verdict": verdict, **short}
+def claim(artefact: str, paper: str, ours: str, verdict: str, **more: str) -> dict:
+    """Return a row of the ledger.
+
+    Args:
+        ours: one number, with its interval where there is one.
+        verdict: one of `VERDICTS`; "not comparable" where the run could not have reproduced the claim, "no claim"
+            where the paper has none.
+        more: "run", the size of what was run in a few words; "details", numbers that stay in the results file.
+    """
+    return {"artefact": artefact, "paper": paper, "ours": ours, "verdict": verdict, **more}
 
 
 def not_run(

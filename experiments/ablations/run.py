@@ -21,7 +21,7 @@ at the learning rate that is best for the released model (1.6e-2, from experimen
 would gain by its own rate counts against it.
 """
 
-from experiments import study
+from experiments import statistics, study
 from experiments.command import claim, not_run
 
 RELEASED, PRINTED = "RWKV-4", "initialiser as printed"
@@ -46,7 +46,7 @@ OTHERS = {"exponent n": {"model.variant.previous_token": "decayed"}, PRINTED: {"
 def conclude(its, values: dict) -> dict:
     """Rows of the ledger: what the parts are worth, and the printed initialiser."""
     rows = study.compared(its, values)
-    told = lambda arm: f"{arm} {rows[arm]['difference']:+.3f}"
+    told = lambda arm: f"{arm} {statistics.told(*map(rows[arm].get, ('difference', 'low', 'high')))}"
     worse = [arm for arm, row in rows.items() if row.get("resolved") and row["difference"] > 0]
     better = [arm for arm, row in rows.items() if row.get("resolved") and row["difference"] < 0]
     parts = [arm for arm in rows if arm in PARTS]
@@ -58,15 +58,19 @@ def conclude(its, values: dict) -> dict:
             claim(
                 "Parts of the model, one taken away at a time",
                 "each is argued for; no numbers",
-                f"{len(resolved)} of {len(parts)} resolved over {pairs} pairs (Holm over {len(rows) - 1}), "
-                f"bits/byte: {', '.join(map(told, resolved)) or 'none'}",
+                f"{', '.join(map(told, resolved[:1])) or 'none resolved'} bits a byte",
                 signs,
+                run=f"2 x 64, {pairs} pairs",
+                details=f"{len(resolved)} of {len(parts)} resolved (Holm over {len(rows) - 1}): "
+                f"{', '.join(map(told, resolved))}",
             ),
             claim(
                 "Appendix E, initial values as printed",
                 "how the models were initialised",
-                f"channel mixing gets no gradient: {told(PRINTED)} bits/byte beside the released values",
+                f"{told(PRINTED)} bits a byte beside the released values",
                 "contradicted" if PRINTED in worse else "not resolved",
+                run=f"2 x 64, {pairs} pairs",
+                details="channel mixing gets no gradient",
             ),
         ],
         "not_run": [

@@ -8,7 +8,7 @@ from experiments.command import claim, not_run
 from rwkv_jax import models
 
 CLAIMS = ((10, 4096), (100, 32768))  # times as fast, tokens of context
-CONSTANT = 1.25  # slowest over fastest position of RWKV-4
+CONSTANT, NOISE = 1.25, 1.5  # slowest over fastest position of RWKV-4; what a shared machine alone may reach
 CACHED, SHIFTED, UNCACHED = "transformer", "transformer+shift", "transformer, no cache"
 FIGURE_7, FIGURES_13_14 = 1000, 512  # tokens
 
@@ -115,20 +115,21 @@ def _constant(preset, values):
             drift = its[-1]["seconds"] / its[0]["seconds"]
             least = 1e3 * min(r["seconds"] for r in its)
             said.append(f"{name} batch {batch}: {least:.1f} ms x {spread:.2f}, last over first {drift:.2f}")
+    on_time = "reproduced" if worst <= CONSTANT else "not resolved" if worst <= NOISE else "contradicted"
     return claim(
         "Table 1: a token's time and memory against context",
         "constant",
-        f"slowest over fastest position, 0 to {preset.positions[-1]:,} tokens: {'; '.join(said)}; memory "
-        f"{'' if same else 'not '}the same at all",
-        "reproduced" if worst <= CONSTANT and same else "contradicted",
+        f"slowest over fastest position {worst:.2f}",
+        on_time if same else "contradicted",
+        run=f"{', '.join(preset.shapes)}, 0 to {preset.positions[-1]:,} tokens",
+        details=f"{'; '.join(said)}; memory {'' if same else 'not '}the same at all",
     )
 
 
 def _factor(claimed, measured):
     """One factor: what each batch gives, and from which on it holds."""
     factor, tokens, its = claimed["factor"], claimed["tokens"], claimed["measured"]
-    ratio = [f"{r['shape']} batch {r['batch']}: {r['ratio']:.1f}" for r in its]
-    said = [f"{one} (law {r['law']:.1f})" for one, r in zip(ratio, its, strict=True)]
+    said = [f"{r['shape']} batch {r['batch']}: {r['ratio']:.1f} (law {r['law']:.1f})" for r in its]
     uncached = max((r for r in measured if r["baseline"] == UNCACHED), key=lambda r: r["position"], default=None)
     holds = [f"{r['shape']} from batch {r['batch']}" for r in its if r["ratio"] >= factor]
     parts = [f"against a cache {'; '.join(said) or 'not measured'}"]
@@ -144,9 +145,10 @@ def _factor(claimed, measured):
     return claim(
         f"{factor} times as fast at {tokens:,} tokens",
         "not in the paper: said of this project",
-        "; ".join(parts),
+        f"{min(alone):.1f} times at batch 1, against a cache" if alone else "not measured",
         verdict,
-        short=f"against a cache {'; '.join(ratio) or 'not measured'}; {parts[1]}",
+        run=", ".join(dict.fromkeys(r["shape"] for r in its)),
+        details="; ".join(parts),
     )
 
 
@@ -163,12 +165,15 @@ def _seconds(preset, values):
         line.append(f"{arm} {straightness(its):.4f}")
         checked.append(f"{arm} {its[-1]['seconds'] / cumulative(rows[arm], its[-1]['position']):.2f}")
     ours, cached = total["rwkv4"][FIGURE_7], total[CACHED][FIGURE_7]
+    verdict = "reproduced" if cached >= 3 * ours else "same sign" if cached > ours else "contradicted"
     return claim(
         "Figs. 7, 14: seconds for 1,000 and 512 tokens",
         "3B, 1,000 tokens: RWKV-4 10 to 15 s in a straight line, transformers 45 to 65 s",
-        f"{name}, batch {batch}, s: 1,000 tokens: {said(FIGURE_7)}; 512: {said(FIGURES_13_14)}; r^2 of a line "
-        f"{', '.join(line)}; really generated over integral {', '.join(checked)}",
-        "reproduced" if cached >= 3 * ours else "same sign" if cached > ours else "contradicted",
+        f"transformer with a cache {cached / ours:.2f} times RWKV-4's seconds",
+        verdict if name == "3B" else "not comparable",
+        run=f"{name}, batch {batch}",
+        details=f"1,000 tokens: {said(FIGURE_7)}; 512: {said(FIGURES_13_14)}; r^2 of a line {', '.join(line)}; "
+        f"really generated over integral {', '.join(checked)}",
     )
 
 
@@ -185,8 +190,10 @@ def _memory(preset, values):
     return claim(
         "Fig. 13: memory for 512 tokens, without parameters",
         "RWKV-4 least: about 1 GB on a CPU, transformers to 13 GB",
-        f"{name}, batch {batch}: {said}",
+        f"{found[CACHED] / found['rwkv4']:.0f} times less than a transformer with a cache" if found else said,
         {None: "not resolved", "rwkv4": "reproduced"}.get(least, "contradicted"),
+        run=f"{name}, batch {batch}",
+        details=said,
     )
 
 
@@ -201,13 +208,13 @@ def _training(values):
         f"{first['temporary_bytes'] / 2**20:,.0f} to {last['temporary_bytes'] / 2**20:,.0f} MiB"
         for arm, (first, last) in ends.items()
     )
-    shares = ", ".join(f"{arm} {share:.2f}" for arm, share in speed.items())
     ours, theirs = max(share for arm, share in speed.items() if "rwkv4" in arm), speed[CACHED]
     first, last = ends[CACHED]
     return claim(
         "Table 1: training against T, at equal B T",
         "time O(T d) against O(T^2 d), memory O(d) against O(T^2 + T d)",
-        f"at T {last['T']:,}: {said} (attention in blocks: no T x T anywhere)",
+        f"{ours:.2f} of its tokens/s kept, the transformer {theirs:.2f}",
         "reproduced" if ours >= 0.75 and theirs < ours else "same sign" if theirs < ours else "contradicted",
-        short=f"tokens/s at T {last['T']:,} over T {first['T']:,}'s: {shares}",
+        run=f"T {first['T']:,} to {last['T']:,}",
+        details=f"at T {last['T']:,}: {said} (attention in blocks: no T x T anywhere)",
     )

@@ -123,7 +123,6 @@ def conclude(its, values) -> dict:
     by_seed = lambda arm: f"{arm} {', '.join(f'{x:+.2f}' for x in at(arm, most)['difference'])}"
     chance = ", ".join(f"{1 / n:.2f}" for n in told_pairs)
     learned = any(np.mean(at(arm, most)[order]) > 1 / most + SMALLEST for arm in ARMS[1:] for order in ORDERS)
-    few = "; ".join(map(line, ARMS if learned else ARMS[:1]))
     remark = "" if learned else "; the transformers are at chance there and say nothing of order"
     return {
         "accuracy": accuracy,
@@ -131,10 +130,11 @@ def conclude(its, values) -> dict:
             claim(
                 "Question first or last (Tables 6, 7)",
                 "Raven-14B, data first and question first: RTE 44.2 and 74.8, WNLI 47.9 and 49.3",
-                f"accuracy of n pairs asked first and last (chance {chance}): {'; '.join(map(line, ARMS))}; "
-                f"first minus last at n {most} by seed: {'; '.join(map(by_seed, ARMS[:2]))}" + remark,
+                f"first minus last {at(ARMS[0], most)['mean']:+.2f} right",
                 verdict(at(ARMS[0], most)["difference"], at(ARMS[1], most)["difference"]),
-                short=f"accuracy asked first and last (chance {chance}): {few}{remark}",
+                run=f"{most} pairs, 2 x 64",
+                details=f"accuracy asked first and last (chance {chance}): {'; '.join(map(line, ARMS))}; first minus "
+                f"last at n {most} by seed: {'; '.join(map(by_seed, ARMS[:2]))}" + remark,
             )
         ],
         "not_run": [

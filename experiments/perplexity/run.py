@@ -55,6 +55,7 @@ TABLE_5_ARMS = ("rwkv4", "transformer", "transformer+shift")
 OTHERS = ("rwkv5", "rwkv6", "lstm")
 PAPER = 0.041  # bits per character, RWKV-4 1.178 minus transformer 1.137 (Table 5)
 EPOCH = 9e7  # tokens, of enwik8's training split
+CLAIM = {"rwkv4 minus transformer": "Table 5: RWKV-4 minus transformer", "rwkv4 minus lstm": "RWKV-4 minus LSTM"}
 PAIRS = (
     ("rwkv4", "transformer"),
     ("rwkv7", "transformer"),
@@ -165,7 +166,7 @@ def conclude(its, values: dict) -> dict:
 def rows_of(config, pairs: dict, behind: dict) -> list[dict]:
     """Rows of the ledger: each pair at the largest budget that both arms have."""
     says = {
-        "rwkv4 minus transformer": (f"Table 5: {PAPER:+.3f} at 12 x 512", PAPER, 1),
+        "rwkv4 minus transformer": (f"{PAPER:+.3f} at 12 x 512", PAPER, 1),
         "rwkv4 minus lstm": ("RWKV scales as LSTMs do not; no number", None, -1),
     }
     rows = []
@@ -178,9 +179,9 @@ def rows_of(config, pairs: dict, behind: dict) -> list[dict]:
         verdict = "no claim" if sign is None else statistics.verdict(row["low"], row["high"], sign, size)
         if size and not is_epoch_of_width:
             verdict = "not comparable"
-        size = f"{config.model.num_layers} x {config.model.dim}, {tokens / 1e6:.3g} M tokens"
+        run = f"{config.model.num_layers} x {config.model.dim}, {tokens / 1e6:.3g} M tokens"
         ours = statistics.told(row["difference"], row["low"], row["high"])
-        rows.append(claim(f"{pair}, bits a byte ({size})", paper, ours, verdict))
+        rows.append(claim(f"{CLAIM.get(pair, pair)}, bits a byte", paper, ours, verdict, run=run))
     return rows
 
 

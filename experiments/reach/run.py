@@ -130,9 +130,9 @@ def conclude(preset, values) -> dict:
             {
                 "artefact": "Gradient along time (appendix H)",
                 "paper": "neither explodes nor vanishes; no number",
-                "ours": f"norm by the embedding n bytes before, of the mean over the nearest {NEAREST}: {falls}; "
-                f"{its['far']:.1e} over the farther half of {preset.back}; {SHARE:.0%} of the sum within "
-                f"{its['reach']} bytes",
+                "ours": f"{its['far']:.1e} of the nearest's norm over the farther half of {preset.back} bytes",
+                "details": f"norm by the embedding n bytes before, of the mean over the nearest {NEAREST}: {falls}; "
+                f"{SHARE:.0%} of the sum within {its['reach']} bytes",
                 "verdict": verdict(its["far"]),
             }
         ]

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import statistics, study, sweeps
+from experiments import study, sweeps
 from experiments.command import claim, not_run
 from experiments.perplexity.run import MAIN
 from experiments.perplexity.run import STUDY as PERPLEXITY
@@ -121,15 +121,17 @@ def verdict(its) -> str:
 
 def _row(arms) -> dict:
     its = arms["rwkv4"]
-    compute = f"{len(its['flops'])} models, {min(its['flops']):.1e} to {max(its['flops']):.1e} FLOP"
+    run = f"{len(its['flops'])} models, {min(its['flops']):.1e} to {max(its['flops']):.1e} FLOP"
     error = f"off by {100 * its['laws']['line']['beyond']['max']:.1f} % at most" if its["laws"] else "too few models"
-    artefact = f"Fig. 4: a line through RWKV-4's loss against compute, in the decade beyond it ({compute})"
-    return claim(artefact, "45 models, r2 0.994, then 0.875", error, verdict(its))
+    artefact = "Fig. 4: a line through loss against compute, in the decade beyond it"
+    return claim(artefact, "45 models, r2 0.994, then 0.875", error, verdict(its), run=run)
 
 
 def _ratio_row(pair: str, its: dict) -> dict:
-    artefact = f"compute at equal loss, {pair} (held-out bytes of novels)"
-    return claim(artefact, "no number", statistics.told(its["ratio"], *its["interval"], digits=2), "no claim")
+    low, high = its["interval"]
+    return claim(
+        f"Compute at equal loss, {pair}", "no number", f"{its['ratio']:.2f} [{low:.2f}, {high:.2f}]", "no claim"
+    )
 
 
 def _synthetic_row(line) -> dict:

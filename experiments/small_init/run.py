@@ -101,9 +101,10 @@ def conclude(its, values: dict) -> dict:
             claim(
                 "Fig. 9, small initial embedding with LN0",
                 "loss falls earlier; no numbers",
-                f"after {tokens:,.0f} tokens {told(EARLY, both)} nats a token (LN0 {told(EARLY, 'LN0')}, small "
-                f"values {told(EARLY, 'small')}), at the end {told(1, both)}",
+                f"{told(EARLY, both)} nats a token",
                 statistics.verdict(low, high, sign=-1),
+                run=f"{config.model.num_layers} x {config.model.dim}, after {tokens:,.0f} tokens",
+                details=f"LN0 {told(EARLY, 'LN0')}, small values {told(EARLY, 'small')}; at the end {told(1, both)}",
             )
         ],
         "not_run": [

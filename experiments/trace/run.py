@@ -200,8 +200,9 @@ def claims_of(name: str, value: dict) -> list[dict]:
         command.claim(
             f"Fig. 11, a fact goes deeper after its subject ({name})",
             "layer 4 of 24 at the subject, about 20 after it (one prompt)",
-            f"{told(*value['deeper'], digits=2)} of the depth, {value['facts']} facts",
+            f"{told(*value['deeper'], digits=2)} of the depth",
             verdict(*value["deeper"][1:], sign=1),
+            run=f"{value['facts']} facts",
         ),
         command.claim(
             f"Fig. 11, the state carries it there ({name})",
@@ -212,9 +213,9 @@ def claims_of(name: str, value: dict) -> list[dict]:
         command.claim(
             f"Fig. 11, controls ({name})",
             "none",
-            f"probability {clean:.2f}, {noisy:.2f} with a noisy subject, {others:.2f} with others "
-            f"noisy; a random place gives back {random:+.3f}",
-            "not comparable",
+            f"a random place gives back {random:+.3f} of the probability",
+            "no claim",
+            details=f"probability {clean:.2f}, {noisy:.2f} with a noisy subject, {others:.2f} with others noisy",
         ),
     ]
 

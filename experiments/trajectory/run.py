@@ -154,8 +154,8 @@ def _row(preset, name, values, clones):
     return {
         "artefact": f"The released trainer{'' if name == 'float64' else ' of ' + name.split(',')[0]}, step for step",
         "paper": f"{preset.steps} steps of its model.py, float64",
-        "ours": "; ".join(f"from {source}: {_said(its)}" for source, its in judged.items()) + others,
-        "short": _said(judged["the kept trajectory"]),
+        "ours": f"losses within {judged['the kept trajectory']['loss_nats']:.0e} nats",
+        "details": "; ".join(f"from {source}: {_said(its)}" for source, its in judged.items()) + others,
         "verdict": "reproduced" if held else "contradicted",
     }
 

@@ -168,8 +168,9 @@ def conclude(preset: Preset, values: dict) -> dict:
                 {
                     "artefact": f"Zero-shot scorer against {paper}",
                     "paper": "no number: a check of the scorer",
-                    "ours": f"{size}: {cell['requests']} continuations within {cell['nats']:.0e} nats, {flags}"
-                    + (told.format(**long) if "long_text" in cell else ""),
+                    "ours": f"within {max(cell['nats'], long['nats']):.0e} nats",
+                    "run": f"{size}, {cell['requests']} continuations",
+                    "details": flags + (told.format(**long) if "long_text" in cell else ""),
                     "verdict": "reproduced"
                     if max(cell["nats"], long["nats"]) < NATS and cell["flags_equal"]
                     else "contradicted",

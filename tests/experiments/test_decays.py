@@ -45,8 +45,11 @@ def test_initialisers_have_the_decays_that_the_paper_draws():
     ("low", "high", "verdict"), [(0.1, 0.3, "reproduced"), (-0.1, 0.3, "not resolved"), (-0.3, -0.1, "contradicted")]
 )
 def test_conclude_takes_the_verdict_of_the_flat_start(low, high, verdict):
-    layers = [{"above_0.9": 0.1}, {"above_0.9": 0.2}]
-    cell = {"before": layers, "after": layers, "contrast_before": [1, 1, 1], "bits_per_byte": 2.0}
+    layers, more = [{"above_0.9": 0.1}, {"above_0.9": 0.2}], [{"above_0.9": 0.1}, {"above_0.9": 0.3}]
+    cell = {"before": layers, "after": more, "contrast_before": [1, 1, 1], "bits_per_byte": 2.0}
     values = {"released, seed 0": cell, "flat, seed 0": cell | {"contrast_learned": [(low + high) / 2, low, high]}}
     pattern, learned = run.conclude(study.Study(**run.STUDY), values)["ledger"]
     assert (pattern["verdict"], learned["verdict"]) == ("same sign", verdict)
+    values["released, seed 0"] = cell | {"before": more}
+    pattern, _ = run.conclude(study.Study(**run.STUDY), values)["ledger"]
+    assert pattern["verdict"] == "not comparable"  # what the initialiser gave

@@ -166,19 +166,18 @@ def test_classifier_learns_the_first_token(examples, model):
 
 
 @pytest.mark.parametrize(
-    "right, interval, is_public, verdict",
+    "right, interval, verdict",
     [
-        ({"rwkv4": 0.55}, (0.53, 0.57), True, "same sign"),
-        ({"rwkv4": 0.36}, (0.34, 0.39), True, "not resolved"),
-        ({"rwkv4": 0.30}, (0.28, 0.32), True, "contradicted"),
-        ({"rwkv4": 0.55, "transformer": 0.40}, (0.53, 0.57), True, "reproduced"),
-        ({"rwkv4": 0.55, "transformer": 0.40}, (0.53, 0.57), False, "same sign"),
-        ({"rwkv4": 0.70, "transformer": 0.40}, (0.68, 0.72), True, "same sign"),
-        ({"rwkv4": 0.55, "transformer": 0.60}, (0.53, 0.57), True, "contradicted"),
+        ({"rwkv4": 0.55}, (0.53, 0.57), "same sign"),
+        ({"rwkv4": 0.36}, (0.34, 0.39), "not resolved"),
+        ({"rwkv4": 0.30}, (0.28, 0.32), "contradicted"),
+        ({"rwkv4": 0.55, "transformer": 0.40}, (0.53, 0.57), "reproduced"),
+        ({"rwkv4": 0.70, "transformer": 0.40}, (0.68, 0.72), "same sign"),
+        ({"rwkv4": 0.55, "transformer": 0.60}, (0.53, 0.57), "contradicted"),
     ],
 )
-def test_verdict_of_shares_and_interval(right, interval, is_public, verdict):
-    assert run.verdict_of(right, *interval, rule=0.37, is_public=is_public) == verdict
+def test_verdict_of_shares_and_interval(right, interval, verdict):
+    assert run.verdict_of(right, *interval, rule=0.37) == verdict
 
 
 def test_interval_of_a_share_is_that_of_wilson():

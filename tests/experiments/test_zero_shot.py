@@ -25,7 +25,7 @@ def test_zero_shot_scorer_is_judged_by_all_that_was_compared():
         cell = {"requests": 4, "nats": nats, "flags_equal": flags_equal}
         long_text = {"tokens": 900, "nats": of_long_text, "nats_as_answered": 3e-4, "float32_spacing": 5e-4}
         told = run.conclude(run.PRESETS["cpu"], {"one pass": cell, "harness": cell | {"long_text": long_text}})
-        assert "3e-04 as lm_eval rounds it" in told["ledger"][1]["ours"]
+        assert "3e-04 as lm_eval rounds it" in told["ledger"][1]["details"]
         return told["ledger"][1]["verdict"]
 
     assert verdict() == "reproduced"
