@@ -22,7 +22,8 @@ Claims, each about a small model of bytes trained here on windows of T:
     python -m experiments.context.copying             learning rates of the copy task -> sweep.json
     python -m experiments.context.run --smoke
 
-Cost: 11 minutes on 2 shared cores; `gpu`, estimated: 16 minutes on one H200.
+Cost, estimated: 35 minutes on 2 cores, of which RWKV-4 took 11, later versions 10 more, copying by version 14; `gpu`:
+16 minutes on one H200.
 
 context, extension: same sign where the paired difference is below 0 with its interval over documents, or over seeds if
 wider; contradicted where it is above; else not resolved. carrying: same sign where what a carried state saves over one

@@ -54,7 +54,7 @@ def test_later_needs_every_case(slow, fast, verdict):
 @pytest.mark.parametrize(
     "slow, fast, told",
     [
-        ([40, 20], [10, 20], "2 times [0.0003, 1.3e+04]"),  # Student's t of log 4 and log 1 with one degree of freedom
+        ([40, 20], [10, 20], "2 times [1, 4]"),
         ([40], [10], "4 times"),
         ([np.inf, 20], [10, 20], "at least 3.2 times"),
         ([40, 20], [10, np.inf], "at most 0.89 times"),
@@ -64,7 +64,7 @@ def test_later_needs_every_case(slow, fast, verdict):
     ],
 )
 def test_times_is_a_geometric_mean_over_cases_or_a_bound(slow, fast, told):
-    assert run.times(slow, fast, last=100) == told
+    assert run.times(slow, fast, [100] * len(slow)) == told
 
 
 def test_swept_rates_of_an_earlier_sweep_are_those_of_t_32():
@@ -75,17 +75,17 @@ def test_swept_rates_of_an_earlier_sweep_are_those_of_t_32():
     first = {}  # the arm at which each rate is searched
     for arm, (changes,) in study.arms_of(its).items():
         first.setdefault((rates.name(arm), changes["model.dim"]), (changes["seq_len"], changes["pairs"]))
-    assert set(first.values()) == {(32, 2), (64, 4)} and len(first) == len(run.PAPER) + 2 * len(run.VERSIONS)
+    assert set(first.values()) == {(32, 2), (64, 8)} and len(first) == len(run.PAPER) + 2 * len(run.VERSIONS)
 
 
 def test_conclude_compares_versions_where_they_stand_and_the_paper_elsewhere():
     its = study.Study(**run.STUDY)
-    needed = {"rwkv4": np.inf, "rwkv5": 40_000, "rwkv6": 20_000, "rwkv7": 10_000, "transformer": np.inf}
+    needed = {"rwkv4": np.inf, "rwkv5": 20_000, "rwkv6": 10_000, "rwkv7": 5_000, "transformer": np.inf}
 
     def curve(arm, changes):
         model = arm.split(",")[0]
         if (model, changes["seq_len"]) == ("rwkv4", 64):
-            return [[80_000, 0.95]]
+            return [[40_000, 0.95]]
         examples = needed.get(model, 4_000)
         return [[examples, 0.95]] if np.isfinite(examples) else [[128_000, 0.5]]
 
@@ -97,5 +97,5 @@ def test_conclude_compares_versions_where_they_stand_and_the_paper_elsewhere():
         assert ratio in row["ours"] and row["verdict"] == verdict
     assert found["examples_to_0.9"]["T 32, n 3, D 64"]["rwkv4"] is None
     assert found["examples_to_0.9"]["T 64, n 8, D 32"] == {
-        "rwkv4": 80_000, "rwkv5": 40_000, "rwkv6": 20_000, "rwkv7": 10_000, "transformer+shift": 4_000, "hybrid": 4_000
+        "rwkv4": 40_000, "rwkv5": 20_000, "rwkv6": 10_000, "rwkv7": 5_000, "transformer+shift": 4_000, "hybrid": 4_000
     }  # fmt: skip
