@@ -2,26 +2,25 @@
 
 x x x STORE a x x x x x ASK a        x, a: any of the same symbols; lag 6, from a to ASK
 
-    python -m experiments.context.copying             learning rates -> sweep.json
+    python -m experiments.context.copying             learning rate of each version of RWKV -> sweep.json
 """
 
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 import rwkv_jax
-from experiments import stamp, tasks
-from experiments.results import write_json
-from rwkv_jax.files import read_json
+from experiments import sweeps, tasks
 
 SWEEP = Path(__file__).with_name("sweep.json")
 
 STORE, ASK = 0, 1
 SYMBOLS = 32
 VOCAB_SIZE = 2 + SYMBOLS
+NUM_LAYERS, DIM = 2, 64
+VERSIONS = ("rwkv4", "rwkv5", "rwkv6", "rwkv7")
 
 
 def batch(lag_B, seq_len: int, rng) -> dict:
@@ -67,44 +66,47 @@ def stage_batches(task: Task, stages, seed: int):
     return batch_of
 
 
-def model_of():
-    return rwkv_jax.build("rwkv4", vocab_size=VOCAB_SIZE, num_layers=2, dim=64)
+def model_of(name: str):
+    return rwkv_jax.build(name, vocab_size=VOCAB_SIZE, num_layers=NUM_LAYERS, dim=DIM)
 
 
 @cache
-def first_stage(task: Task):
-    """Parameters after windows of the task's own length, from the initialisers."""
-    batches = stage_batches(task, ((1, task.steps),), seed=0)
-    return tasks.fit(model_of(), batches, lr=rate(task), steps=task.steps, seed=0)[0]
+def first_stage(task: Task, name: str, seed: int):
+    """Parameters of a model after windows of the task's own length, from the initialisers."""
+    batches = stage_batches(task, ((1, task.steps),), seed)
+    return tasks.fit(model_of(name), batches, lr=rate(task, name), steps=task.steps, seed=seed)[0]
 
 
-def learn(task: Task, more, config, folder) -> dict:
-    """Share of symbols given back, by lag, after the first stage and `more` stages."""
-    model, params, steps = model_of(), first_stage(task), sum(steps for _, steps in more)
+def learn(task: Task, name: str, seed: int, more, config, folder) -> dict:
+    """Share of symbols that a model gives back, by lag, after the first stage and `more` stages."""
+    model, params, steps = model_of(name), first_stage(task, name, seed), sum(steps for _, steps in more)
     if more:
-        batches = stage_batches(task, more, seed=1)
-        params, _ = tasks.fit(model, batches, lr=rate(task), steps=steps, seed=1, params=params)
+        batches = stage_batches(task, more, seed + 1)
+        params, _ = tasks.fit(model, batches, lr=rate(task, name), steps=steps, seed=seed + 1, params=params)
     asked = lambda lag, rows=256: batch(np.full(rows, lag), lag + 2, np.random.default_rng([2**32 - 1, lag]))
     share = {str(lag): round(float(tasks.share_right(model, params, asked(lag))), 4) for lag in task.lags}
     return {"share": share, "window": max(factor for factor, _ in (*more, (1, 0))) * task.seq_len}
 
 
-def rate(task: Task) -> float:
-    if task.lr:
-        return task.lr
-    share = read_json(SWEEP)["share"]
-    return float(max(share, key=share.get))
+def rate(task: Task, name: str) -> float:
+    """The task's learning rate, or the best of the sweep."""
+    return task.lr or sweeps.best(SWEEP, swept_name(name), max)
+
+
+def swept_name(name: str) -> str:
+    return f"{name} {NUM_LAYERS}x{DIM}"
 
 
 def sweep(task: Task, path: Path) -> None:
-    """Share of symbols given back in windows of training length, by learning rate."""
-    rates, steps = [2e-3, 4e-3, 8e-3, 1.6e-2], task.steps // 3  # later many are perfect
-    model, batches = model_of(), stage_batches(task, ((1, steps),), 2)
-    test = stage_batches(task._replace(batch_size=512), ((1, steps),), 3)(0)
-    stacked, _ = tasks.fit(model, batches, lr=rates, steps=steps)
-    right = lambda i: float(tasks.share_right(model, jax.tree.map(lambda x: x[i], stacked), test))
-    share = {f"{lr:g}": round(right(i), 4) for i, lr in enumerate(rates)}
-    write_json(path, {"share": share, "task": task._asdict(), "stamp": stamp.stamp()})
+    """Share of symbols given back in windows of training length after a third of the steps, by learning rate."""
+    steps = task.steps // 3  # later many are perfect
+    batches = stage_batches(task, ((1, steps),), seed=2)
+    test = stage_batches(task._replace(batch_size=512), ((1, steps),), seed=3)(0)
+    for name in VERSIONS:
+        model = model_of(name)
+        trained = lambda lr, model=model: tasks.fit(model, batches, lr=lr, steps=steps)[0]
+        share = lambda lr, model=model, trained=trained: float(tasks.share_right(model, trained(lr), test))
+        sweeps.bracket(path, swept_name(name), 4e-3, share, max, widest=7, task=task._asdict())
 
 
 if __name__ == "__main__":

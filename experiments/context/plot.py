@@ -5,8 +5,13 @@ import numpy as np
 from experiments.figures import COLOURS, panels, saved, titled
 from experiments.results import redraw
 
-ARMS = COLOURS | {"extended": "#e67e22", "control": "#f1c40f"}
-COPIES = {"copy": "rwkv4", "copy, extended": "extended", "copy, control": "control"}
+ARMS = COLOURS | {"extended": "#16a085", "control": "#95a5a6"}
+COPIES = {
+    "copy": "rwkv4",
+    "copy, extended": "extended",
+    "copy, control": "control",
+    **{f"copy, {name}, seed 0": name for name in ("rwkv5", "rwkv6", "rwkv7")},
+}
 
 
 def draw(results, path) -> None:
@@ -28,8 +33,8 @@ def draw(results, path) -> None:
     middle.set(xlabel="distance from the text's beginning", ylabel="bits a byte", title="saved against a reset each T")
     middle.axhline(0, color="grey", linewidth=0.6)
     window = cells["copy"]["window"]
-    for name, arm in COPIES.items():
-        label = f"windows of {window}" if name == "copy" else arm
+    for name, arm in ((name, arm) for name, arm in COPIES.items() if name in cells):
+        label = f"{arm}, windows of {window}" if name == "copy" else arm
         lags, share = list(map(int, cells[name]["share"])), list(cells[name]["share"].values())
         right.plot(lags, share, ".-", color=ARMS[arm], label=label)
     right.axvline(window, color="grey", linewidth=0.6)

@@ -32,18 +32,17 @@ def bits_after_context(model, params, corpus, T: int, contexts, number: int) -> 
     """
     longest = max(contexts)
     its = targets(corpus.test, number, longest, 64 * T)
-    recurrent = model.layers == ("rwkv4",)
     told = lambda bits_N: by_document(bits_N, its)
     reset_N = evaluate.windows(model, params, its.text.tokens, T, 16)
     best_N = evaluate.best_practice(model, params, its.text.tokens, its.text.starts, T, 16)
     counts = [n for n in np.bincount(its.document_N).tolist() if n]
-    after = {str(c): told(bits_after(model, params, its, c)) for c in contexts if recurrent or c + TARGET <= T}
+    after = {str(c): told(bits_after(model, params, its, c)) for c in contexts if model.recurrent or c + TARGET <= T}
     return {
         "bits_after_context": round(float(np.average(list(after.values())[-1], weights=counts)), 5),
         "targets": counts,
         "after": after,
         "reset": told(bits_of(reset_N, its)),
-        "carried" if recurrent else "sliding": told(bits_of(best_N, its)),
+        "carried" if model.recurrent else "sliding": told(bits_of(best_N, its)),
         "gain_by_distance": gain_by_distance(reset_N, best_N, its.text, (T, 4 * T, 16 * T, 64 * T)),
     }
 

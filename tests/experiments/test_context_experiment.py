@@ -117,3 +117,34 @@ def test_extension_and_control_read_as_many_tokens_at_a_constant_rate():
     for config in (*stages["extended"][1:], stages["control"][1]):
         assert config.seq_len * config.batch_size == 4096 and config.optim.schedule == "constant"
         assert config.optim.lr == config.optim.lr_end == stages["rwkv4"][0].optim.lr / 10
+
+
+def test_conclude_pairs_versions_with_rwkv4_and_copies_by_seed():
+    its = study.chosen(study.Study(**run.STUDY), "smoke")  # T 16, contexts 16 and 32
+    change = {"rwkv4": 0.02, "rwkv5": 0.01, "rwkv6": -0.03, "rwkv7": 0.04}
+    values = {}
+    for arm in study.arms_of(its):
+        after = {"16": [2.0, 3.0], "32": [2.0 + change.get(arm, 0), 3.0 + change.get(arm, 0)]}
+        cell = {"targets": [1, 3], "after": after, "gain_by_distance": [[0.1, 0.1], [0.1, 0.1], [0.1, 0.1]]}
+        values[study.name_of(arm, 0)] = cell
+    copied = lambda lag: {"share": {str(n): float(n <= lag) for n in copying.TASK.lags}, "window": 64}
+    values |= {name: copied(256) for name in run.COPIES}
+    values |= {run.copy_of(name, seed): copied(64) for name in copying.VERSIONS for seed in range(3)}
+    values |= {run.copy_of("rwkv4", 2): copied(0), run.copy_of("rwkv7", 0): copied(512)}
+    found = run.conclude(its, values)
+    rows = {row["artefact"]: row for row in found["ledger"]}
+    beyond = lambda what: rows[f"Loss beyond the training length, {what}"]
+    assert beyond("RWKV-5 minus RWKV-4")["ours"].startswith("-0.0100 [-0.0100, -0.0100] bits a byte from 16 to 32")
+    verdicts = [beyond(f"RWKV-{n} minus RWKV-4")["verdict"] for n in (5, 6)]
+    assert verdicts == ["same sign"] * 2 and beyond("RWKV-7")["verdict"] == "contradicted"
+    assert found["longest_lag"]["rwkv4"] == [64, 64, 0] and found["longest_lag"]["rwkv7"] == [512, 64, 64]
+    ours = rows["Longest lag of a copied symbol, RWKV-7"]["ours"]
+    assert ours.startswith("5 [") and ours.endswith("times as long as RWKV-4's, 3 seeds")  # (8 * 1 * 16)^(1/3)
+    without = {name: value for name, value in values.items() if ", rwkv" not in name}
+    assert len(run.conclude(its, without)["ledger"]) == len(rows) - 1
+
+
+def test_copies_by_version_share_the_first_run_of_rwkv4():
+    made = run.also(run.TINY_COPY, seeds=2)
+    assert len(made) == len(run.COPIES) + 2 * len(copying.VERSIONS)
+    assert made["copy"].args == made[run.copy_of("rwkv4", 0)].args

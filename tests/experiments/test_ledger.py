@@ -10,6 +10,7 @@ import pytest
 
 from experiments import command, engineering, ledger, study
 
+NO_NUMBER = ("none", "no number", "no such arm", "not in the paper")
 SLOW = {"scaling"}  # seconds of bootstrap
 
 
@@ -52,6 +53,8 @@ def test_ledger_has_every_experiment_and_headline_and_repeats_no_number_wrongly(
     assert {folder.name for folder in ledger.reproductions()} <= set(ledger.ORDER)
     rows = [row for _, its in ledger.results() for row in its["ledger"]]
     assert set(ledger.FIRST) <= {row["artefact"] for row in rows} and len(ledger.FIRST) <= 24
+    assert [row["ours"] for row in rows if len(row["ours"]) > 105] == []
+    assert [row for row in rows if row["paper"] in NO_NUMBER and row["verdict"] != "no claim"] == []
     of_cpu = [
         its["wall_seconds"] for name, its in ledger.results() if its["preset"] == "cpu" and name not in ledger.LONG
     ]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from experiments import study
 from experiments.recall import run
 from experiments.recall.sequences import recall
 
@@ -48,3 +49,53 @@ def test_reached_is_the_first_look_at_the_share():
 )
 def test_later_needs_every_case(slow, fast, verdict):
     assert run.later(slow, fast) == verdict
+
+
+@pytest.mark.parametrize(
+    "slow, fast, told",
+    [
+        ([40, 20], [10, 20], "2 times [1, 4]"),
+        ([40], [10], "4 times"),
+        ([np.inf, 20], [10, 20], "at least 3.2 times"),
+        ([40, 20], [10, np.inf], "at most 0.89 times"),
+        ([np.inf, 20], [10, np.inf], "about 1.4 times"),
+        ([np.inf, 50], [np.inf, 10], "5 times"),  # the case that neither solves is left out
+        ([np.inf], [np.inf], "no known number of times"),
+    ],
+)
+def test_times_is_a_geometric_mean_over_cases_or_a_bound(slow, fast, told):
+    assert run.times(slow, fast, [100] * len(slow)) == told
+
+
+def test_swept_rates_of_an_earlier_sweep_are_those_of_t_32():
+    its = study.Study(**run.STUDY)
+    names = {run.swept_name(arm) for arm in study.arms_of(its)}
+    assert names == set(run.PAPER) | {f"{arm}, T 64" for arm in run.VERSIONS}
+    rates = run.STUDY["sweep"]
+    first = {}  # the arm at which each rate is searched
+    for arm, (changes,) in study.arms_of(its).items():
+        first.setdefault((rates.name(arm), changes["model.dim"]), (changes["seq_len"], changes["pairs"]))
+    assert set(first.values()) == {(32, 2), (64, 8)} and len(first) == len(run.PAPER) + 2 * len(run.VERSIONS)
+
+
+def test_conclude_compares_versions_where_they_stand_and_the_paper_elsewhere():
+    its = study.Study(**run.STUDY)
+    needed = {"rwkv4": np.inf, "rwkv5": 20_000, "rwkv6": 10_000, "rwkv7": 5_000, "transformer": np.inf}
+
+    def curve(arm, changes):
+        model = arm.split(",")[0]
+        if (model, changes["seq_len"]) == ("rwkv4", 64):
+            return [[40_000, 0.95]]
+        examples = needed.get(model, 4_000)
+        return [[examples, 0.95]] if np.isfinite(examples) else [[128_000, 0.5]]
+
+    values = {f"{arm}, seed 0": {"curve": curve(arm, changes)} for arm, (changes,) in study.arms_of(its).items()}
+    found = run.conclude(its, values)
+    ratios = [("at least 32", "same sign"), ("at least 32", "no claim")]
+    ratios += [("2 times [2, 2]", "same sign"), ("4 times [4, 4]", "same sign"), ("2 times [2, 2]", "no claim")]
+    for row, (ratio, verdict) in zip(found["ledger"], ratios, strict=True):
+        assert ratio in row["ours"] and row["verdict"] == verdict
+    assert found["examples_to_0.9"]["T 32, n 3, D 64"]["rwkv4"] is None
+    assert found["examples_to_0.9"]["T 64, n 8, D 32"] == {
+        "rwkv4": 40_000, "rwkv5": 20_000, "rwkv6": 10_000, "rwkv7": 5_000, "transformer+shift": 4_000, "hybrid": 4_000
+    }  # fmt: skip
