@@ -14,6 +14,8 @@ __all__ = ["COLOURS", "draw", "panels", "plt", "saved", "titled"]
 # One colour an arm, in every figure.
 COLOURS = {
     "rwkv4": "#c0392b",
+    "rwkv5": "#8d6e63",
+    "rwkv6": "#f1c40f",
     "rwkv7": "#e67e22",
     "transformer": "#2c3e50",
     "transformer+shift": "#2980b9",
