@@ -8,7 +8,7 @@ from experiments import figures
 from experiments.results import redraw
 
 COLOURS = figures.COLOURS | {"rwkv7 (removal 2)": "#8e44ad"}
-QUESTION = "For how many elements does each model follow a product in a group?"
+QUESTION = "For how many elements does each model follow a product in a group? Bands: seeds"
 
 
 def draw(results: dict, path: Path) -> None:
@@ -32,8 +32,8 @@ def draw(results: dict, path: Path) -> None:
         axis.set(title=title, xlabel=f"elements of the word (trained on {trained})", ylim=(0, 1.03))
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-    axes[0].set_ylabel("last token right (band: seeds)")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("last token right")
+    max(axes, key=lambda axis: len(axis.get_lines())).legend(frameon=False, fontsize=8)
     figures.titled(figure, results, QUESTION)
     figures.saved(figure, path)
 
