@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from rwkv_jax import train
 from rwkv_jax.train import optim
+from rwkv_jax.train.step import targets_of
 
 
 def fit(
@@ -27,7 +28,7 @@ def fit(
 
     Args:
         batch_of: step in [0, steps) -> {"tokens" [B, T + 1], "mask" [B, T]}: T inputs, and which of the tokens that
-            follow them count in the loss. Each new shape compiles.
+            follow them count in the loss. With "targets" [B, T] those labels count instead. Each new shape compiles.
         lr: after a warm-up of 5 % of the steps, constant until the last tenth, which takes it to lr / 10. Of several,
             each trains a model of its own on the same batches, all in one program: params have a leading axis.
         look: `look(step, params) -> (JSON value, whether to stop)`, called after each `every` steps and after the
@@ -62,5 +63,5 @@ def _programs(model, several: bool):
 def share_right(model, params, batch: dict):
     """Return the share of a batch's masked-in targets that the model predicts greedily."""
     logits_BTV, _ = model.apply({"params": params}, batch["tokens"][:, :-1])
-    right_BT = logits_BTV.argmax(axis=-1) == batch["tokens"][:, 1:]
+    right_BT = logits_BTV.argmax(axis=-1) == targets_of(batch)
     return (right_BT & batch["mask"]).sum() / batch["mask"].sum()

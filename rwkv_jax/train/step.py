@@ -67,7 +67,10 @@ def make_init(model, tx, method=FULL, carry_rows=None):
 
 def make_step(model, tx, **options):
     """`step(state, batch, lr, axis_name=None) -> (state, metrics)` on tokens [B, T+1], a loss mask [B, T] and, where
-    documents matter, `reset` [B, T]. Options are the fields of `Objective`."""
+    documents matter, `reset` [B, T]. Options are the fields of `Objective`.
+
+    Targets are the tokens that follow the inputs, or `targets` [B, T] where a batch has labels of its own.
+    """
     objective = Objective(**options)
 
     def step(state, batch, lr, axis_name=None):
@@ -147,8 +150,13 @@ def loss_of_batch(model, objective, trained, frozen, batch, carry, key):
         method="hidden",
     )
     with jax.named_scope("loss"):
-        total, nll = losses_of_rows(model, objective, params["head"], x_BTD, tokens_BT[:, 1:], mask_BT)
+        total, nll = losses_of_rows(model, objective, params["head"], x_BTD, targets_of(batch), mask_BT)
     return total, (Sums(nll, mask_BT.sum()), end if carry else None)
+
+
+def targets_of(batch):
+    """Return the labels [B, T] of a batch's inputs: its own, or else the tokens that follow them."""
+    return batch.get("targets", batch["tokens"][:, 1:])
 
 
 def losses_of_rows(model, objective, head_params, x_BTD, targets_BT, mask_BT):

@@ -117,7 +117,7 @@ def _carry(model, seed=9):
 def _forward(model, params, batch, state):
     """(nats [B, T], end) without segments or gradients."""
     logits_BTV, end = model.apply({"params": params}, batch["tokens"][:, :-1], state, reset_BT=batch["reset"])
-    return optim.cross_entropy(logits_BTV, batch["tokens"][:, 1:]), end
+    return optim.cross_entropy(logits_BTV, batch.get("targets", batch["tokens"][:, 1:])), end
 
 
 @functools.cache
@@ -181,6 +181,18 @@ def test_segments_with_stop_have_the_gradient_of_a_loop_by_hand(model):
 def test_accumulation_of_segments_has_the_gradient_and_carry_of_all_rows(model):
     carry = _carry(model)
     _assert_close(_gradient(model, carry, accumulation=2, **TRUNCATED), _gradient(model, carry, **TRUNCATED))
+
+
+@pytest.mark.parametrize("model", [DECAYING])
+def test_targets_of_a_batch_replace_the_tokens_that_follow(model):
+    carry, batch = _carry(model), _batch()
+    batch["targets"] = np.random.default_rng(1).integers(0, V, (B, T)).astype(np.int32)
+    nll_BT = np.asarray(_forward(model, _params(model), batch, carry)[0])
+    grads, loss, _ = _gradient(model, carry, batch, accumulation=2, **EXACT)
+    assert loss == pytest.approx(float(nll_BT[batch["mask"]].mean()), rel=1e-6)
+    _assert_close(grads, _gradient(model, carry, batch)[0])
+    batch["tokens"] = np.concatenate([batch["tokens"][:, :-1], batch["tokens"][:, :1]], axis=1)
+    assert _gradient(model, carry, batch)[1] == pytest.approx(float(loss), rel=1e-6)  # the last token is not read
 
 
 @ALL
