@@ -99,8 +99,9 @@ def conclude(its, values: dict) -> dict:
     rows = study.compared(its, values)
     of = lambda arm: statistics.told(*(rows[arm][name] for name in ("difference", "low", "high")))
     resolved = lambda arm, sign: rows[arm]["resolved"] and sign * rows[arm]["difference"] > 0
-    worse, better = ([arm for arm in PARTS if resolved(arm, sign)] for sign in (1, -1))
-    largest = max(PARTS, key=lambda arm: rows[arm]["difference"])
+    taken = [arm for arm in PARTS if arm in rows]
+    worse, better = ([arm for arm in taken if resolved(arm, sign)] for sign in (1, -1))
+    largest = max(taken, key=lambda arm: rows[arm]["difference"])
     parts = "contradicted" if better else "same sign" if worse else "not resolved"
     start = "same sign" if resolved(START, 1) else "contradicted" if resolved(START, -1) else "not resolved"
     return {
@@ -108,7 +109,7 @@ def conclude(its, values: dict) -> dict:
             claim(
                 "RWKV-7, parts taken away one at a time",
                 "each is argued for; no numbers in the main text",
-                f"{len(worse)} of {len(PARTS)} resolved as worse, {len(better)} as better; most: {largest}, "
+                f"{len(worse)} of {len(taken)} resolved as worse, {len(better)} as better; most: {largest}, "
                 f"{of(largest)} bits a byte",
                 parts,
             ),
@@ -116,7 +117,7 @@ def conclude(its, values: dict) -> dict:
             claim("RWKV-7 with twice the removal", SAID[SWAPS], f"{of(SWAPS)} bits a byte", "not comparable"),
             claim("RWKV-7 from fla's start values of March 2025", SAID[START], f"{of(START)} bits a byte", start),
         ],
-        "beside": {arm: {"said": said, "here": of(arm)} for arm, said in SAID.items()},
+        "beside": {arm: {"said": said, "here": of(arm)} for arm, said in SAID.items() if arm in rows},
     }
 
 
@@ -131,7 +132,7 @@ STUDY = {
     "against": RELEASED,
     "prepare": prepare,
     "conclude": conclude,
-    "presets": {"smoke": {}},
+    "presets": {"smoke": {"arms": (RELEASED, DELTA, SWAPS, START)}},
 }  # fmt: skip
 
 if __name__ == "__main__":
