@@ -16,17 +16,16 @@ EXPONENTS = dict.fromkeys(WKV, 2 * 5 * T)  # of the products that sum log decays
 LOW_RANKS = {"rwkv6": 5 * 32 + 64, "rwkv7": 3 * 32 + 64}
 
 
-def _model(name, D, remat="none"):
+def _model(name, D, remat="none", **variant):
     low_ranks = (32, 32, 32, 64) if name == "rwkv7" else None  # the same at every D
-    return models.build(
-        name, vocab_size=512, num_layers=L, dim=D, head_size=64, low_ranks=low_ranks, scan=False, remat=remat
-    )
+    sizes = {"vocab_size": 512, "num_layers": L, "dim": D, "head_size": 64, "low_ranks": low_ranks}
+    return models.build(name, **sizes, scan=False, remat=remat, variant=variant)
 
 
 @functools.cache
-def _counted(name, D, remat="none"):
+def _counted(name, D, remat="none", **variant):
     """FLOPs a token that XLA counts, forward and backward; of attention all pairs, where `hardware` counts half."""
-    model, tokens_BT = _model(name, D, remat), np.zeros((2, T), np.int32)
+    model, tokens_BT = _model(name, D, remat, **variant), np.zeros((2, T), np.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens_BT)
 
     def loss(params):
@@ -52,6 +51,15 @@ def test_flops_per_token_are_those_that_xla_counts_in_an_unrolled_model(name):
     formula, counted = functools.partial(_formula, name), functools.partial(_counted, name)
     assert twice(formula) == pytest.approx(twice(counted), rel=1e-3)
     assert 0 < counted(2 * D) - formula(2 * D) < 450 * L * 2 * D
+
+
+@pytest.mark.slow
+def test_flops_per_token_of_rwkv7_lack_those_of_the_matrices_that_a_variant_lacks():
+    """But for what is done by element with their products, and v1 and v2, which the first layer never has."""
+    D, without = 128, {"in_context_rate": False, "value_residual": False}
+    formula = lambda **variant: hardware.flops_per_token(_model("rwkv7", D, **variant), T)
+    less = formula() - formula(**without) - 6 * 2 * 32 * D
+    assert 0 < _counted("rwkv7", D) - _counted("rwkv7", D, **without) - less < 60 * L * D
 
 
 @pytest.mark.parametrize("name", ["rwkv4", "transformer", *SLOWLY("rwkv5", "rwkv6", "rwkv7")])

@@ -173,6 +173,12 @@ def vector(module: nn.Module, name: str, value: Callable, shape: int | tuple[int
     return module.param(name, lambda _: value().astype(dtype))
 
 
+def absent(module: nn.Module, *names: str):
+    """Pass over the random keys of parameters that a variant lacks, so that later ones draw what they always draw."""
+    for _ in names if module.is_initializing() else ():
+        module.make_rng("params")
+
+
 def observe(module: nn.Module, name: str, value):
     """Sow `value()` where the caller of `apply` collects "intermediates", and only there: else nothing is traced."""
     if module.is_mutable_collection("intermediates"):

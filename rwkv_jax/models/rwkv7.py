@@ -27,6 +27,7 @@ from rwkv_jax.models.heads import (
     split_heads,
 )
 from rwkv_jax.models.layers import (
+    absent,
     depth_ratios,
     observe,
     on_own_rows,
@@ -44,7 +45,12 @@ STRONGEST = -math.exp(-0.5)  # bound of all log decays: a channel keeps more tha
 class Variant:
     """Ablation switches; the defaults are the released model."""
 
-    removal: float = 1.0  # times what the key removes; 2: a transition can swap and negate (eigenvalues to -1)
+    # times what the key removes; 0: no delta rule; 2: a transition can swap and negate (eigenvalues to -1)
+    removal: float = 1.0
+    in_context_rate: bool = True  # False: a is 1, all of what is found is removed and k kept whole; no a0, a1, a2, k_a
+    value_residual: bool = True  # False: v of the layer alone, no v0, v1, v2
+    bonus: bool = True  # False: no r_k
+    token_shift: bool = True  # False: all inputs from the current token alone, no x_*; the state stays as it is
 
 
 class TimeMix(nn.Module):
@@ -59,11 +65,10 @@ class TimeMix(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, last_BD, state, reset_BT, valid_BT, layer, first_BTD):
-        config, D, (H, K) = self.config, self.config.dim, head_shape(self.config)
+        config, variant, D, (H, K) = self.config, self.config.variant, self.config.dim, head_shape(self.config)
         up, down = depth_ratios(layer, config.num_layers)
         rank_w, rank_a, rank_v, rank_g = low_ranks(config)
-        own = lambda name, value: vector(self, name, value, D, config.param_dtype)
-        each = lambda name, value: own(name, value)[None, None].astype(config.dtype)
+        each = lambda name, value: vector(self, name, value, D, config.param_dtype)[None, None].astype(config.dtype)
         # over all channels from -1/2 to 1/2, and over those of each head from -1 to 1, squared with the sign kept
         line = jnp.arange(D) / max(D - 1, 1) - 0.5
         within = (jnp.arange(D) % K - (K - 1) / 2) / max((K - 1) / 2, 0.5)
@@ -71,8 +76,7 @@ class TimeMix(nn.Module):
 
         previous_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
         powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
-        ramps = {c: shift_ramp(D, power * down) for c, power in powers.items()}
-        x = {c: shift(x_BTD, previous_BTD, own(f"x_{c}", ramp)) for c, ramp in ramps.items()}
+        x = {c: _input(self, c, power * down, x_BTD, previous_BTD) for c, power in powers.items()}
 
         gains = {"receptance": 1.0, "key": 0.1, "value": 1.0}
         matrix = lambda name: config.linear(D, kernel_init=orthogonal(gains[name]), name=name)(x[name[0]])
@@ -83,27 +87,40 @@ class TimeMix(nn.Module):
         w0_D = vector(self, "w0", bias, D, config.wide_param)
         moved_BTD = low_rank(self, "w", x["w"], rank_w, nn.tanh).astype(config.wide)
         w_BTD = STRONGEST * nn.sigmoid(w0_D[None, None] + moved_BTD)
-        a0 = each("a0", lambda: -0.19 + 0.3 * curve + 0.4 * line)
-        a_BTD = nn.sigmoid(a0 + low_rank(self, "a", x["a"], rank_a))
+        if variant.in_context_rate:
+            a0 = each("a0", lambda: -0.19 + 0.3 * curve + 0.4 * line)
+            a_BTD = nn.sigmoid(a0 + low_rank(self, "a", x["a"], rank_a))
+        else:
+            absent(self, "a0", "a1", "a2")
+            a_BTD = jnp.ones_like(x_BTD)
         g_BTD = low_rank(self, "g", x["g"], rank_g, nn.sigmoid)
         if first_BTD is None:
             first_BTD = v_BTD
-        else:
+        elif variant.value_residual:
             v0 = each("v0", lambda: 0.73 - 0.4 * line)
             v_BTD += (first_BTD - v_BTD) * nn.sigmoid(v0 + low_rank(self, "v", x["v"], rank_v))
+        else:
+            absent(self, "v0", "v1", "v2")
 
         kappa_BTHK = unit(split_heads(k_BTD * each("k_k", lambda: 0.71 - 0.1 * line), config))
-        k_BTD *= 1 + (a_BTD - 1) * each("k_a", lambda: jnp.full(D, 1.02))
+        if variant.in_context_rate:
+            k_BTD *= 1 + (a_BTD - 1) * each("k_a", lambda: jnp.full(D, 1.02))
+        else:
+            absent(self, "k_a")
         r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK = (split_heads(y, config) for y in (r_BTD, w_BTD, k_BTD, v_BTD, a_BTD))
-        removed_BTHK = config.variant.removal * kappa_BTHK * a_BTHK
+        removed_BTHK = variant.removal * kappa_BTHK * a_BTHK
         wkv = lambda _, rows: wkv7(*rows[:7], reset_BT=rows[7], valid_BT=rows[8], impl=config.impl)
         rows = (r_BTHK, w_BTHK, k_BTHK, v_BTHV, -kappa_BTHK, removed_BTHK, state, reset_BT, valid_BT)
         with jax.named_scope("wkv"):
             y_BTHV, state = on_own_rows(wkv)((), rows)
         y_BTD = HeadNorm(config, name="ln_x")(y_BTHV, layer)
-        r_k_HK = vector(self, "r_k", lambda: jnp.full((H, K), -0.04), (H, K), config.param_dtype)
-        bonus_BTHV = (r_BTHK * k_BTHK * r_k_HK[None, None].astype(config.dtype)).sum(-1, keepdims=True) * v_BTHV
-        o_BTD = config.linear(D, kernel_init=zeros, name="output")((y_BTD + bonus_BTHV.reshape(y_BTD.shape)) * g_BTD)
+        if variant.bonus:
+            r_k_HK = vector(self, "r_k", lambda: jnp.full((H, K), -0.04), (H, K), config.param_dtype)
+            bonus_BTHV = (r_BTHK * k_BTHK * r_k_HK[None, None].astype(config.dtype)).sum(-1, keepdims=True) * v_BTHV
+            y_BTD += bonus_BTHV.reshape(y_BTD.shape)
+        else:
+            absent(self, "r_k")
+        o_BTD = config.linear(D, kernel_init=zeros, name="output")(y_BTD * g_BTD)
         return checkpoint_name(o_BTD, "att"), last_BD, state, first_BTD
 
 
@@ -113,10 +130,19 @@ def unit(x_BTHK):
     return (wide * jax.lax.rsqrt(jnp.maximum(jnp.square(wide).sum(-1, keepdims=True), 1e-24))).astype(x_BTHK.dtype)
 
 
+def _input(module, letter, power, x_BTD, previous_BTD):
+    """x + (x_{t-1} - x) mu, or x itself without token shift."""
+    if not module.config.variant.token_shift:
+        absent(module, f"x_{letter}")
+        return x_BTD
+    D = module.config.dim
+    mix_D = vector(module, f"x_{letter}", shift_ramp(D, power), D, module.config.param_dtype)
+    return shift(x_BTD, previous_BTD, mix_D)
+
+
 def _channel_inputs(module, x_BTD, previous_BTD, layer):
-    D, power = module.config.dim, depth_ratios(layer, module.config.num_layers)[1] ** 4
-    mix_D = vector(module, "x_k", shift_ramp(D, power), D, module.config.param_dtype)
-    return {"k": shift(x_BTD, previous_BTD, mix_D)}
+    power = depth_ratios(layer, module.config.num_layers)[1] ** 4
+    return {"k": _input(module, "k", power, x_BTD, previous_BTD)}
 
 
 class Block(nn.Module):
@@ -148,8 +174,10 @@ def flops(config: BlockConfig, seq_len: int) -> float:
     12 C V a head forward, without what its backward pass computes again. The first layer, without v1 and v2,
     counts alike.
     """
-    D, K, C = config.dim, head_shape(config)[1], RULES["chunked"].chunk
-    matrices = 4 * D**2 + 2 * D * hidden_dim(config) + 2 * D * sum(low_ranks(config))
+    D, K, C, variant = config.dim, head_shape(config)[1], RULES["chunked"].chunk, config.variant
+    rank_w, rank_a, rank_v, rank_g = low_ranks(config)
+    ranks = rank_w + variant.in_context_rate * rank_a + variant.value_residual * rank_v + rank_g
+    matrices = 4 * D**2 + 2 * D * hidden_dim(config) + 2 * D * ranks
     return 6 * matrices + 3 * D * (8 * K + 12 * C)
 
 

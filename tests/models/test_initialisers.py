@@ -150,11 +150,15 @@ def test_stacked_layers_draw_what_they_have_always_drawn_from_a_seed():
     np.testing.assert_allclose(np.asarray(drawn)[:, 0, 0], [-0.355276, 0.183897, 0.210737], atol=1e-5)
 
 
-def test_variant_shares_the_initial_draws_of_the_released_model():
+WITHOUT = {"receptance": False, "token_shift": False, "current_token": "plain", "embedding_norm": False}
+WITHOUT_7 = dict.fromkeys(("in_context_rate", "value_residual", "bonus", "token_shift"), False)
+
+
+@pytest.mark.parametrize(("kind", "without"), [("rwkv4", WITHOUT), ("rwkv7", WITHOUT_7)])
+def test_variant_shares_the_initial_draws_of_the_released_model(kind, without):
     """Effects are paired by the initial draw: a parameter that is gone must not shift the others' draws."""
-    released = initial()
-    without = {"receptance": False, "token_shift": False, "current_token": "plain", "embedding_norm": False}
-    tensors = initial(**without)
+    released = initial(layers=(kind,))
+    tensors = initial(layers=(kind,), **without)
     assert tensors.keys() < released.keys()
     for name, x in tensors.items():
         np.testing.assert_array_equal(x, released[name], err_msg=name)

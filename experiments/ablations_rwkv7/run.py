@@ -1,0 +1,139 @@
+"""Ablations of RWKV-7: what each part of its time mixing is worth, one changed at a time, and another start.
+
+Claim: each part that the paper (arXiv:2503.14456) argues for lowers the loss: the delta rule, its learned rate a, the
+value residual, the bonus, token shift, a decay that depends on the text. Its main text has no number for them, and
+its appendix of ablations was not at hand. And of users of flash-linear-attention (fla, issue 218): from the start
+values that it had until April 2025 the loss falls worse than from the released ones; a picture, no number.
+
+    python -m experiments.ablations_rwkv7.run         2 x 64, 8 changes, 3 seeds each
+    python -m experiments.ablations_rwkv7.run --smoke
+
+Cost, estimated: 30 minutes on 2 idle cores, 27 runs of a minute.
+
+Measured: bits per byte of held-out text, changed minus released, in pairs (`study.compared`); *resolved* is a p below
+0.05 after Holm's correction for 8 comparisons, which at three pairs asks for effects a dozen times their standard
+error.
+  same sign      parts: one that is taken away is resolved as worse and none as better; start: it is resolved as worse
+  contradicted   parts: one is resolved as better; start: it is resolved as better
+  not resolved   else
+  not comparable the delta rule by itself, which the paper argues for by recall and state tracking, not by the loss of
+                 text of 128 bytes; removal 2, which the released model has not
+
+Deviations: byte-level models of one head, a thousandth of the paper's in size, after 614,400 tokens, where RWKV-7 is
+still behind RWKV-4: parts that pay late look worthless. Every arm has the rate that is best for the released model
+(4e-3, from experiments/compare/sweep.json): what an arm would gain by its own counts against it. A decay that does
+not depend on the text keeps its map, which stays zero. fla's start has the released widths of the low-rank maps, and
+no initial value in common with its pair but zeros and ones.
+"""
+
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+
+import rwkv_jax
+from experiments import statistics, study
+from experiments.command import claim
+from rwkv_jax import models
+from rwkv_jax.train import run_config
+
+RELEASED, DELTA, SWAPS, START = "RWKV-7", "no delta rule", "removal 2", "start values of fla"
+PARTS = {
+    DELTA: {"model.variant.removal": 0.0},
+    "in-context rate 1": {"model.variant.in_context_rate": False},
+    "no value residual": {"model.variant.value_residual": False},
+    "no bonus": {"model.variant.bonus": False},
+    "no token shift": {"model.variant.token_shift": False},
+    "decay without text": {"optim.groups": ((r"/att/w[12]$", 0.0), (r"/w0$", 2.0))},
+}
+OTHERS = {SWAPS: {"model.variant.removal": 2.0}, START: {"finetune.model": START}}
+# What others say of each.
+SAID = {
+    DELTA: "argued for by recall and state tracking",
+    "in-context rate 1": "argued for: how much is replaced may differ by channel and token",
+    "no value residual": "argued for; no number in the main text",
+    "no bonus": "kept from earlier versions",
+    "no token shift": "kept from earlier versions; +0.146 bits a byte in RWKV-4 (experiments/ablations)",
+    "decay without text": "argued for; in RWKV-6 mixes that depend on the text are worth 0.016 nats, 0.003 of them "
+    "those of the decay (arXiv:2404.05892, appendix K)",
+    SWAPS: "eigenvalues to -1 are for state tracking; no number for text",
+    START: "worse from the first steps on (fla, issue 218)",
+}
+# fla at 10f8c073 (2025-03-07), fla/layers/rwkv7.py and fla/models/rwkv7/modeling_rwkv7.py, by path: the first that
+# matches. Vectors, k_k among them, are zero: nothing is removed then, and k_k never gets a gradient. Pull requests 365
+# to 493 of April to June 2025 brought the released values.
+VALUES_OF_FLA = (
+    (r"/scale$", nn.initializers.ones),
+    (r"^(emb|head)/|/ffn/\w+/kernel$", nn.initializers.normal(0.02)),
+    (r"/kernel$|/[wavg][12]$", nn.initializers.variance_scaling(2**-5, "fan_avg", "uniform")),  # Xavier, gain 2^-2.5
+    (r"", nn.initializers.zeros),
+)
+
+
+def start_of_fla(model, seed: int):
+    """Parameters as fla started them, for a model with one set a layer."""
+
+    def drawn(path, like):
+        name = "/".join(key.key for key in path)
+        values = next(values for pattern, values in VALUES_OF_FLA if re.search(pattern, name))
+        return values(jax.random.fold_in(jax.random.key(seed), names.index(name)), like.shape, like.dtype)
+
+    shapes = models.parameter_shapes(model)
+    names = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    return jax.jit(lambda: jax.tree_util.tree_map_with_path(drawn, shapes))()
+
+
+def prepare(config, folder: Path) -> None:
+    """Put a file of weights in the place of `START` in a config."""
+    if config.finetune.model == START:
+        model = run_config.model_of(config).clone(scan=False)
+        path = folder / f"fla-{model.num_layers}x{model.dim}-seed{config.seed}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rwkv_jax.save(path, model, start_of_fla(model, config.seed))
+        config.finetune.model = str(path)
+
+
+def conclude(its, values: dict) -> dict:
+    """Rows of the ledger: the parts together, the delta rule, removal 2 and the start; and all of them beside SAID."""
+    rows = study.compared(its, values)
+    of = lambda arm: statistics.told(*(rows[arm][name] for name in ("difference", "low", "high")))
+    resolved = lambda arm, sign: rows[arm]["resolved"] and sign * rows[arm]["difference"] > 0
+    taken = [arm for arm in PARTS if arm in rows]
+    worse, better = ([arm for arm in taken if resolved(arm, sign)] for sign in (1, -1))
+    largest = max(taken, key=lambda arm: rows[arm]["difference"])
+    parts = "contradicted" if better else "same sign" if worse else "not resolved"
+    start = "same sign" if resolved(START, 1) else "contradicted" if resolved(START, -1) else "not resolved"
+    return {
+        "ledger": [
+            claim(
+                "RWKV-7, parts taken away one at a time",
+                "each is argued for; no numbers in the main text",
+                f"{len(worse)} of {len(taken)} resolved as worse, {len(better)} as better; most: {largest}, "
+                f"{of(largest)} bits a byte",
+                parts,
+            ),
+            claim("RWKV-7 without the delta rule", SAID[DELTA], f"{of(DELTA)} bits a byte", "not comparable"),
+            claim("RWKV-7 with twice the removal", SAID[SWAPS], f"{of(SWAPS)} bits a byte", "not comparable"),
+            claim("RWKV-7 from fla's start values of March 2025", SAID[START], f"{of(START)} bits a byte", start),
+        ],
+        "beside": {arm: {"said": said, "here": of(arm)} for arm, said in SAID.items() if arm in rows},
+    }
+
+
+STUDY = {
+    "base": {
+        "model": {"name": "rwkv7", "num_layers": 2, "dim": 64}, "seq_len": 128, "batch_size": 16, "steps": 300,
+        "optim.lr": 4e-3,
+    },
+    "arms": {RELEASED: {}} | PARTS | OTHERS,
+    "seeds": 3,
+    "measure": "bits_per_byte",
+    "against": RELEASED,
+    "prepare": prepare,
+    "conclude": conclude,
+    "presets": {"smoke": {"arms": (RELEASED, DELTA, SWAPS, START)}},
+}  # fmt: skip
+
+if __name__ == "__main__":
+    study.main(**STUDY)
