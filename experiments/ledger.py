@@ -23,7 +23,7 @@ FILES = (HERE.parent / "README.md", HERE / "README.md")
 # In the order of the paper, after what all else rests on. A folder that is not named here comes last.
 ORDER = (
     "trajectory", "perplexity", "scaling", "context", "inference", "lra", "small_init", "decays", "trace", "zero_shot",
-    "recall", "order", "reach", "ablations", "bf16",
+    "recall", "tracking", "order", "reach", "ablations", "ablations_rwkv7", "bf16",
 )  # fmt: skip
 
 LONG = ("perplexity", "scaling", "ablations")  # `make reproduce` names them; all others together take under two hours

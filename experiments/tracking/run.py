@@ -20,7 +20,7 @@ What is compared is the accuracy of the last token, paired by seed: initial valu
   where it is below, else *not resolved*; *not comparable* where neither has half of the tokens right in the mean: then
   nobody learned the task in so few steps, which says nothing of what a trained model can do.
   All other pairs (the transformer with token shift, RWKV-5.2, 6 and 7, `removal` 2) have no number and no curve in the
-  papers: *not comparable*. The expected order of a single earlier trial, S3, T, is 5.2 < 6 < 7 < 7 with `removal` 2.
+  papers: *no claim*. The expected order of a single earlier trial, S3, T, is 5.2 < 6 < 7 < 7 with `removal` 2.
 
 Known deviations: one depth and its accuracy in place of the least depth for 0.95; A5 of two generators, since 60 x 60
 products take longer to learn than the preset has: after 64,000 words of 8 uniform elements RWKV-7 (removal 2, one
@@ -113,7 +113,7 @@ def conclude(its, values) -> dict:
             f"State tracking, {group}: {model} minus {other}, token {length} (trained on {T})",
             paper or "not in the papers",
             statistics.told(*statistics.t_interval(np.subtract(high, low))),
-            judged(high, low) if paper else "not comparable",
+            judged(high, low) if paper else "no claim",
         )
 
     return {

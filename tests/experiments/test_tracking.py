@@ -80,7 +80,7 @@ def test_conclude_compares_pairs_at_their_lengths():
     # what the papers lack has no verdict of theirs
     verdicts = {name: row["verdict"] for name, row in rows.items()}
     assert verdicts.pop("State tracking, A5: rwkv7 minus transformer, token 16 (trained on 16)") == "same sign"
-    assert set(verdicts.values()) == {"not comparable"}
+    assert set(verdicts.values()) == {"no claim"}
 
 
 @pytest.mark.slow
