@@ -15,10 +15,12 @@ from pathlib import Path
 
 from experiments import engineering
 from experiments.engineering import hardware, table
+from experiments.perplexity import table as perplexity
 from rwkv_jax.command import end
 from rwkv_jax.files import read_json
 
 HERE = Path(__file__).parent
+PERPLEXITY = HERE / "perplexity" / "results.json"
 FILES = (HERE.parent / "README.md", HERE / "README.md")
 # In the order of the paper, after what all else rests on. A folder that is not named here comes last.
 ORDER = (
@@ -166,6 +168,9 @@ BLOCKS = {
     "more claims": more_claims,
     "headlines": headlines,
     "runs": runs,
+    "differences": lambda: perplexity.differences(read_json(PERPLEXITY)),
+    "trend": lambda: perplexity.sentences(read_json(PERPLEXITY)),
+    "samples": lambda: perplexity.samples(read_json(PERPLEXITY)),
     "not run": not_run,
     "hours": hours,
     **engineering.BLOCKS,

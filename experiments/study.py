@@ -346,6 +346,8 @@ def _main(script: Path, doc: str, study: Study) -> None:
         asked = cells(study, folder, script.with_name("sweep.json"), **options)
         if args["kept"]:
             asked = {name: cell for name, cell in asked.items() if path_of_kept(cell, folder).exists()}
+            if not asked.keys() - study.also(**options).keys():
+                raise ValueError(f"no run of this study is in {folder}: --kept needs one that is done")
         values = {name: kept(name, cell, folder) for name, cell in asked.items()}
         results = concluded(study, label, values) | ({} if args["publish"] else {"draft": True})
         path = path_of(out / script.name, label, args["publish"])

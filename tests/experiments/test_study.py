@@ -108,6 +108,15 @@ def test_study_resumes_after_an_interruption(script, capsys):
     assert script() == 0 and len(ran) == 4
 
 
+def test_study_concludes_from_the_runs_that_are_done(script, capsys):
+    assert script("--kept") == 2
+    assert "no run of this study is in" in capsys.readouterr().err.splitlines()[-1]
+    assert script("--seed=1") == 0 and len(ran) == 2
+    assert script("--kept") == 0 and len(ran) == 2
+    assert list(script.results()["cells"]) == ["base, seed 1", "b, seed 1"]
+    assert script.results()["table"]["b"]["difference"] == pytest.approx(0.5)
+
+
 def test_study_reports_an_error_in_one_line(script, capsys):
     for argv, arms, message in (
         ((), {"b": {"fails": True}}, "no such corpus"),
