@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments import study
-from experiments.perplexity import run, trend
+from experiments.perplexity import run, table, trend
 
 
 def configs_of(preset):
@@ -67,6 +67,16 @@ def test_conclude_pairs_arms_at_every_budget_that_both_have():
     assert found["points"]["rwkv4"][1] == {"tokens": 2e8, "flops": 14e8, "seconds": 2e6, "bits_per_byte": 1.53}
     assert found["points"]["transformer"][1]["seconds"] is None
     assert len(found["points"]["transformer+shift"]) == 1
+
+
+def test_table_has_a_pair_a_row_and_the_last_sample_of_each_arm():
+    found = concluded(LEVELS)
+    head, _, first, *_ = table.differences(found).splitlines()
+    assert head == "| bits a byte | 100 M tokens | 200 M tokens | overtaken at |"
+    row = "| rwkv4 minus transformer | -0.100 [-0.100, -0.100] | +0.030 [+0.030, +0.030] | 1.7e+02 M |"
+    assert first == row
+    cells = {f"a, seed 0, {n} steps": {"tokens": n * 10**6, "sample": f"`{n}`\n|"} for n in (1, 2)} | {"speed": {}}
+    assert table.samples({"cells": cells}).splitlines()[2:] == ["| a | 2 M | `'2' \\|` |"]
 
 
 @pytest.mark.parametrize(
