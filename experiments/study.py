@@ -196,8 +196,12 @@ def corpus_of(config) -> str | None:
 
 
 def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> dict[str, Cell]:
-    """Return every run by name, small budgets and first seeds before others, then the cells of `also`."""
+    """Return the cells of `also`, then every run by name, small budgets and first seeds before others."""
     found, arms = {}, arms_of(study)
+    for name, function in study.also(**options).items():
+        config = config_of(study)
+        identity = {"function": identity_of(function), "config": fixed(config), "corpus": corpus_of(config)}
+        found[name] = Cell(identity | {"code": CODE}, partial(function, config, folder))
     rates = {arm: {study.sweep.field: swept_lr(study, arm, sweep, folder)} for arm in arms if study.swept}
     seeds = dict.fromkeys(seed for arm in arms for seed in seeds_of(study, arm))
     for budget, seed, arm in itertools.product(study.budgets or (None,), seeds, arms):
@@ -206,10 +210,6 @@ def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> d
             configs = [config_of(study, rates.get(arm, {}) | flat(changes), seed) for changes in arms[arm]]
             configs = stages(configs[-1], study.budgets, budget) if budget else configs
             found[name_of(arm, seed, budget)] = cell_of(study, configs, folder)
-    for name, function in study.also(**options).items():
-        config = config_of(study)
-        identity = {"function": identity_of(function), "config": fixed(config), "corpus": corpus_of(config)}
-        found[name] = Cell(identity | {"code": CODE}, partial(function, config, folder))
     return found
 
 
