@@ -8,7 +8,7 @@ is a script; its docstring describes the study: the claim, the paper's number, w
     ... --publish                                     the same for the ledger, which ignores drafts
     ... --arm=NAME --seed=1 --steps=50                some of the runs, or shorter ones
     ... --preset=gpu                                  another size -> gpu.json
-    ... --kept                                        results of the runs that are done, without more of them
+    ... --kept                                        results of the runs that are done, and of the cells of `also`
     ... --sweep                                       learning rates of each arm -> sweep.json
     ... --smoke                                       seconds, to see that it runs; nothing stays
 
@@ -196,12 +196,8 @@ def corpus_of(config) -> str | None:
 
 
 def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> dict[str, Cell]:
-    """Return the cells of `also`, then every run by name, small budgets and first seeds before others."""
+    """Return every run by name, small budgets and first seeds before others, then the cells of `also`."""
     found, arms = {}, arms_of(study)
-    for name, function in study.also(**options).items():
-        config = config_of(study)
-        identity = {"function": identity_of(function), "config": fixed(config), "corpus": corpus_of(config)}
-        found[name] = Cell(identity | {"code": CODE}, partial(function, config, folder))
     rates = {arm: {study.sweep.field: swept_lr(study, arm, sweep, folder)} for arm in arms if study.swept}
     seeds = dict.fromkeys(seed for arm in arms for seed in seeds_of(study, arm))
     for budget, seed, arm in itertools.product(study.budgets or (None,), seeds, arms):
@@ -210,6 +206,10 @@ def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> d
             configs = [config_of(study, rates.get(arm, {}) | flat(changes), seed) for changes in arms[arm]]
             configs = stages(configs[-1], study.budgets, budget) if budget else configs
             found[name_of(arm, seed, budget)] = cell_of(study, configs, folder)
+    for name, function in study.also(**options).items():
+        config = config_of(study)
+        identity = {"function": identity_of(function), "config": fixed(config), "corpus": corpus_of(config)}
+        found[name] = Cell(identity | {"code": CODE}, partial(function, config, folder))
     return found
 
 
@@ -345,8 +345,9 @@ def _main(script: Path, doc: str, study: Study) -> None:
             return
         asked = cells(study, folder, script.with_name("sweep.json"), **options)
         if args["kept"]:
-            asked = {name: cell for name, cell in asked.items() if path_of_kept(cell, folder).exists()}
-            if not asked.keys() - study.also(**options).keys():
+            beside = study.also(**options)
+            asked = {n: cell for n, cell in asked.items() if n in beside or path_of_kept(cell, folder).exists()}
+            if not asked.keys() - beside:
                 raise ValueError(f"no run of this study is in {folder}: --kept needs one that is done")
         values = {name: kept(name, cell, folder) for name, cell in asked.items()}
         results = concluded(study, label, values) | ({} if args["publish"] else {"draft": True})
@@ -370,7 +371,7 @@ def _parser(doc: str, study: Study) -> argparse.ArgumentParser:
     presets = ["cpu", *(name for name in study.presets if name != "smoke")]
     parser.add_argument("--preset", choices=presets, default="cpu")
     parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
-    parser.add_argument("--kept", action="store_true", help="results of the runs that are done, without more of them")
+    parser.add_argument("--kept", action="store_true", help="results of the runs that are done, without more runs")
     parser.add_argument("--sweep", action="store_true", help="search learning rates instead -> sweep.json")
     parser.add_argument("--publish", action="store_true", help="results for the ledger, which ignores drafts")
     parser.add_argument("--arm", action="append", help="only this arm and what it is compared with; may be repeated")
