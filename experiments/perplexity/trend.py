@@ -39,14 +39,14 @@ def trend(gaps: dict, value: float) -> dict | None:
         half = t * residual * np.sqrt(1 + 1 / len(x) + np.square(at - x.mean()) / spread)
         return its.intercept + its.slope * at + np.array([-half, 0 * at, half])
 
-    ahead = np.linspace(x[-1], x[-1] + 30, 3001)  # doublings: to a billion times as many tokens
-    low, line, high = bits(ahead)
-    first = lambda where: float(2 ** ahead[np.argmax(where)]) if where.any() else None
+    at = np.linspace(x[0], x[-1] + 30, 4001)  # doublings: to a billion times as many tokens
+    low, line, high = bits(at)
+    first = lambda where: float(2 ** at[np.argmax(where)]) if where.any() else None
     return {
         "per_doubling": [its.slope - t * its.stderr, its.slope, its.slope + t * its.stderr],
         "tokens": [float(2 ** x[0]), float(2 ** x[-1])],
         "reaches_0": first(line >= 0),
-        "above_0_for_sure": first(low >= 0),
+        "decided": {"above": first(low > 0), "below": first(high < 0)},
         "reaches": {"value": value, "tokens": first(line >= value), "earliest": first(high >= value)},
     }
 
@@ -57,10 +57,14 @@ def told(its: dict) -> list[str]:
     low, slope, high = its["per_doubling"]
     first, last = (f"{tokens / 1e6:.3g}" for tokens in its["tokens"])
     value, reaches = its["reaches"]["value"], its["reaches"]
+    found = {side: tokens for side, tokens in its["decided"].items() if tokens}
+    decided = " and ".join(f"{side} 0 at {m(tokens)}" for side, tokens in found.items())
     return [
         f"From {first} to {last} million tokens the difference changes by {slope:+.4f} [{low:+.4f}, {high:+.4f}] bits "
         "a byte with each doubling.",
         f"On a straight line it reaches 0 at {m(its['reaches_0'])} and the paper's {value:+.3f} at "
         f"{m(reaches['tokens'])}, at the earliest within its 95 % band at {m(reaches['earliest'])}.",
-        f"A run of {m(its['above_0_for_sure'])} would decide the sign at this width: there the whole band is above 0.",
+        f"The band is wholly {decided}: such a run decides the sign at this width."
+        if found
+        else "No budget decides the sign at this width: the band holds 0 everywhere.",
     ]

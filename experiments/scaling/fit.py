@@ -115,34 +115,39 @@ def bootstrap(compute, loss, until: float, samples: int = 1000, seed: int = 0) -
     return {"samples": len(found)} | intervals
 
 
-def ratio(these, those, samples: int = 1000, seed: int = 0) -> dict:
+def ratio(these: dict, those: dict, samples: int = 1000, seed: int = 0) -> dict | None:
     """Compute that one model needs for a loss, over what another needs: the geometric mean over the losses that both
-    frontiers reach, its 95 % bootstrap interval over the runs of both, and the ratio at the lowest of these losses.
+    frontiers reach, and the ratio at the lowest of these losses; None where they have no loss in common.
+
+    The 95 % interval is a bootstrap over runs, drawn in pairs: it has no variance of seeds, of which each run has one.
 
     Args:
-        these, those: (compute, loss) of the runs of each.
+        these, those: (compute, loss) of the runs of each, by what pairs them; others are left out.
     """
+    both = sorted(these.keys() & those.keys())
+    paired_2N2 = np.array([[its[name] for name in both] for its in (these, those)], float)
 
-    def log_ratio(*models):
-        frontiers = [(np.asarray(c, float)[(i := pareto(c, y))], np.asarray(y, float)[i]) for c, y in models]
-        lowest, highest = max(y.min() for _, y in frontiers), min(y.max() for _, y in frontiers)
+    def log_ratio(runs_2N2):
+        found = [runs[pareto(*runs.T)].T for runs in runs_2N2]
+        lowest, highest = max(y.min() for _, y in found), min(y.max() for _, y in found)
         if lowest >= highest:
             return np.nan, np.nan
         levels = np.geomspace(lowest, highest, 50)
-        a, b = (np.interp(np.log(levels), np.log(y[::-1]), np.log(c[::-1])) for c, y in frontiers)
+        a, b = (np.interp(np.log(levels), np.log(y[::-1]), np.log(c[::-1])) for c, y in found)
         return (a - b).mean(), (a - b)[0]
 
+    mean, at_lowest = log_ratio(paired_2N2)
+    if np.isnan(mean):
+        return None
     rng = np.random.default_rng(seed)
-
-    def drawn(compute, loss):
-        i = np.unique(rng.integers(len(loss), size=len(loss)))
-        return np.asarray(compute)[i], np.asarray(loss)[i]
-
-    mean, at_lowest = log_ratio(these, those)
-    found = [log_ratio(drawn(*these), drawn(*those))[0] for _ in range(samples)]
-    low, high = np.quantile([x for x in found if not np.isnan(x)] or [np.nan], (0.025, 0.975))
-    told = lambda x: None if np.isnan(x) else float(np.exp(x))
-    return {"ratio": told(mean), "interval": [told(low), told(high)], "at_lowest_loss": told(at_lowest)}
+    drawn = (np.unique(rng.integers(len(both), size=len(both))) for _ in range(samples))
+    found = np.array([log_ratio(paired_2N2[:, i])[0] for i in drawn])
+    low, high = np.quantile(found[~np.isnan(found)], (0.025, 0.975))
+    return {
+        "ratio": float(np.exp(mean)),
+        "interval": np.exp([low, high]).tolist(),
+        "at_lowest_loss": np.exp(at_lowest),
+    }
 
 
 def chinchilla(compute):

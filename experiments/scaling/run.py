@@ -21,7 +21,8 @@ Rules, for RWKV-4 with at least 5 runs on the frontier before the last decade an
   not resolved   all else
   no claim       compute at equal loss, of which the paper has no number
 Intervals are a bootstrap over runs. Exponents in nats per byte are not the paper's, which are per token of GPT-NeoX.
-Compute at equal loss is the ratio of what two frontiers need, its geometric mean over the losses that both reach.
+Compute at equal loss is the ratio of what two frontiers need, its geometric mean over the losses that both reach; its
+interval is over runs, in pairs of equal size and tokens, and has no variance of seeds.
 Deviations: bytes instead of tokens, and novels instead of the Pile; compute is 6 FLOPs a weight and token and
 attention's own, without the embedding's look-up; one seed a run; learning rates by width from sweeps, at 96 and 192
 between those of the widths beside.
@@ -67,14 +68,14 @@ def arms_of(sizes, names) -> dict:
 
 def conclude(its, values: dict) -> dict:
     """The laws through each model's frontier, what a law that bends does to a straight line, and compute ratios."""
-    runs = {}
-    for arm in study.arms_of(its):
-        done = [study.runs_of(its, values, arm, budget)[:1] for budget in its.budgets]
-        runs.setdefault(arm.split()[0], []).extend(itertools.chain(*done))
-    arms = {name: of_arm(its) for name, its in runs.items() if its}
-    points = {name: (its["flops"], its["loss_nats"]) for name, its in arms.items()}
-    ratios = {f"{a} over {b}": fit.ratio(points[a], points[b], SAMPLES) for a, b in PAIRS if {a, b} <= points.keys()}
-    ratios = {pair: its for pair, its in ratios.items() if its["ratio"]}
+    named = {}  # by model: (arm, numbers of a run)
+    for arm, budget in itertools.product(study.arms_of(its), its.budgets):
+        for run in study.runs_of(its, values, arm, budget)[:1]:
+            named.setdefault(arm.split()[0], []).append((arm, run))
+    arms = {name: of_arm([run for _, run in runs]) for name, runs in named.items()}
+    paired = lambda name: {(arm.split()[1], of["tokens"]): (compute_of(of), nats_of(of)) for arm, of in named[name]}
+    ratios = {f"{a} over {b}": fit.ratio(paired(a), paired(b), SAMPLES) for a, b in PAIRS if {a, b} <= named.keys()}
+    ratios = {pair: its for pair, its in ratios.items() if its}
     synthetic = fit.judged(SYNTHETIC, fit.chinchilla(SYNTHETIC), SYNTHETIC[-1] / 10 * (1 + 1e-9))
     return {
         "arms": arms,
@@ -89,6 +90,10 @@ def conclude(its, values: dict) -> dict:
     }
 
 
+def compute_of(run: dict) -> float:
+    return run["flops_per_token"] * run["tokens"]
+
+
 def nats_of(run: dict) -> float:
     """Held-out loss of a token; of a byte where tokens are bytes."""
     return run["nats_per_token"] if "nats_per_token" in run else run["bits_per_byte"] * math.log(2)
@@ -96,7 +101,7 @@ def nats_of(run: dict) -> float:
 
 def of_arm(runs: list[dict]) -> dict:
     """The points of a model, the laws through its frontier and their intervals."""
-    compute, loss = [run["flops_per_token"] * run["tokens"] for run in runs], list(map(nats_of, runs))
+    compute, loss = list(map(compute_of, runs)), list(map(nats_of, runs))
     until = max(compute) / 10
     return {
         "flops": compute,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rwkv_jax.files import read_json, user_path
 
-_FORMAT = 4
+_FORMAT = 5
 _RECORD, _SUMS = "record.json", "SHA256SUMS"
 
 _log = logging.getLogger(__name__)

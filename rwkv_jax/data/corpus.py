@@ -1,6 +1,7 @@
 """Types of a corpus: documents before tokenization, and splits of tokens after it."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -66,6 +67,15 @@ def left_out(tally: Counter, before: str) -> str:
             reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts.items())
             parts.append(f"{missing:,} of {total:,} {what} ({reasons})")
     return f"{before}left out: {'; '.join(parts)}" if parts else ""
+
+
+_SPLIT_NAME = re.compile(r"(?:(train)|(valid|validation|val|dev)|(test))(?:set)?(?![^\W\d_])", re.IGNORECASE)
+
+
+def split_named(name: str) -> int | None:
+    """Index in SPLITS of the split that a file or folder is named after, None where it is none."""
+    match = _SPLIT_NAME.match(name)
+    return match and match.lastindex - 1
 
 
 def splitter(absent=(1, 2)) -> Callable[[bytes], int]:

@@ -10,7 +10,6 @@ whose text is empty are left out. Files may be compressed by gzip, bzip2 or xz.
 """
 
 import math
-import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,11 +17,10 @@ from pathlib import Path
 
 from rwkv_jax import files
 from rwkv_jax.data import contents
-from rwkv_jax.data.corpus import READ, Document, Source, splitter
+from rwkv_jax.data.corpus import READ, Document, Source, split_named, splitter
 
 PLAIN = {"text": "text", "prompt": ""}  # the fields where the user names none
 # A whole word: devices.jsonl and testimonials.jsonl are no splits.
-_SPLIT_NAME = re.compile(r"(?:(train)|(valid|validation|val|dev)|(test))(?:set)?(?![^\W\d_])", re.IGNORECASE)
 
 
 def source(path: Path, text: str, prompt: str) -> Source | None:
@@ -124,8 +122,8 @@ def documents(parts: Iterable[tuple[str, Iterable]], make: Callable, tally: Coun
 def _named_split(path: str) -> int:
     """Index in SPLITS for the name of a file or split, or the first of its folders that says one; train if none."""
     for name in reversed(path.split("/")):
-        if match := _SPLIT_NAME.match(name):
-            return match.lastindex - 1
+        if (split := split_named(name)) is not None:
+            return split
     return 0
 
 

@@ -4,7 +4,7 @@
     text8          the same reduced to a-z and space: 90, 5 and 5 MB
     wikitext-103   raw (no <unk>), each of the published three files as one document. CC BY-SA
     tinystories    GPT-4's, a document a story; validation as published, test a twentieth of train. CDLA-Sharing-1.0
-    classic-books  222 English novels and essays, a document a book: 100, 7 and 5 MB. Public domain
+    classic-books  222 novels and essays in English, some translated, a document a book: 100, 7 and 5 MB. Public domain
 
 The SHA-256 digests are those that public repositories agree on (enwik8, text8: DataDeps users and compression
 benchmarks; wikitext-103: CorpusLoaders.jl; tinystories: Git LFS of the hub at this revision), for
@@ -15,6 +15,7 @@ These URLs were not tried where this file was written.
 import hashlib
 import shutil
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def source(name: str, exact: bool) -> Source:
     Args:
         exact: allows a cut inside a character.
     """
-    identity = [name, list(NAMED[name].values())]
+    identity = [name, *NAMED[name].values(), *(_BOOKS.values() if name == "classic-books" else ())]
     return Source(name, identity, None, lambda: _documents(name, exact), Counter())
 
 
@@ -107,8 +108,9 @@ def _download(name: str, folder: Path) -> dict:
         downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=_SECONDS)
         try:
             known = sha256 and f"sha256:{sha256}"
+            pooch.get_logger().setLevel("INFO" if known else "WARNING")  # it would advise to write the digest down
             pooch.retrieve(url, known, file, folder, processor=unpack, downloader=downloader)
-        except OSError as error:
+        except (OSError, zipfile.BadZipFile) as error:
             raise OSError(
                 f"cannot download {url}: {error}; for a machine without a network, copy the folder "
                 f"{folder.with_suffix('')} from one that has it"

@@ -1,10 +1,10 @@
 """Text of files: Python's standard library, a local file or a folder, and its splits.
 
-A file is cut by position, at 90 and 95 % of its bytes. A folder with subfolders train, valid and test is split by
-them. The files of another are split by the hash of their relative path or, when fewer than 20, laid end to end and cut
-like one file. Left out of a folder, and counted, are hidden files and linked folders, files beside train, valid and
-test, files that are not UTF-8 text, and files more than half of whose lines occur in files before them, by order of
-path.
+A file is cut by position, at 90 and 95 % of its bytes. A folder with a subfolder train and one of validation or test,
+by any of their usual names, is split by these; `splitter` takes one that is missing from train. The files of another
+folder are split by the hash of their relative path or, when fewer than 20, laid end to end and cut like one file. Left
+out of a folder, and counted, are hidden files and linked folders, files beside the subfolders of splits, files that
+are not UTF-8 text, and files more than half of whose lines occur in files before them, by order of path.
 """
 
 import codecs
@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rwkv_jax.data import contents
-from rwkv_jax.data.corpus import READ, SPLITS, Document, Source, left_out
+from rwkv_jax.data.corpus import READ, SPLITS, Document, Source, left_out, split_named, splitter
 from rwkv_jax.files import user_path
 
 _BLOCK_BYTES = 1 << 20
@@ -33,7 +33,6 @@ _BLOCK_BYTES = 1 << 20
 _ENWIK8_BYTES = 100_000_000
 # With fewer files than this the share of each split would be an accident of the hash.
 _MIN_FILES = 20
-_SUBFOLDERS = tuple(f"{split}/" for split in SPLITS)
 # Shorter lines (`else:`, `return x`) repeat everywhere and say nothing about where a file comes from.
 _MIN_LINE_BYTES = 16
 
@@ -135,26 +134,26 @@ def _files(named: Iterable[tuple[str, Path]]) -> list[_File]:
 
 
 def _split(files: list[_File], is_folder: bool, source: str, exact: bool, tally: Counter) -> list[list[_File]]:
-    in_subfolders = [file for file in files if file.name.startswith(_SUBFOLDERS)]
-    is_split = {file.name.partition("/")[0] for file in in_subfolders} == set(SPLITS)
+    named = {file.name: split_named(file.name.partition("/")[0]) for file in files if "/" in file.name}
+    given = set(named.values()) - {None}
+    is_split = is_folder and 0 in given and len(given) > 1
     if is_split:
-        tally["files", "beside train, valid and test"] += len(files) - len(in_subfolders)
-        files = in_subfolders
+        kept = [file for file in files if named.get(file.name) is not None]
+        tally["files", "beside the subfolders of splits"] += len(files) - len(kept)
+        files = kept
     documents = list(_distinct(tqdm(files, desc="files", disable=None, leave=False), tally)) if is_folder else files
     if not documents:
         raise ValueError(f"{source} holds no UTF-8 text{left_out(tally, '; ')}")
-    number = _number_by_subfolder if is_split else _number_by_hash
-    splits = [[document for document in documents if number(document.name) == i] for i in range(len(SPLITS))]
+    of_train = splitter([split for split in (1, 2) if split not in given])
+    number = (lambda name: named[name] or of_train(os.fsencode(name))) if is_split else _number_by_hash
+    numbers = [number(document.name) for document in documents]
+    splits = [[d for d, its in zip(documents, numbers, strict=True) if its == i] for i in range(len(SPLITS))]
     if not is_split and (len(documents) < _MIN_FILES or not all(splits)):
         splits = _by_position(documents, exact)
     if not all(splits):
-        num_bytes = sum(document.end for document in documents)
-        raise ValueError(f"{source} holds {num_bytes} bytes of text: too few for train, valid and test")
+        num_bytes, left = sum(document.end for document in documents), left_out(tally, "; ")
+        raise ValueError(f"{source} holds {num_bytes} bytes of text: too few for train, valid and test{left}")
     return splits
-
-
-def _number_by_subfolder(name: str) -> int:
-    return SPLITS.index(name.partition("/")[0])
 
 
 def _number_by_hash(name: str) -> int:

@@ -104,7 +104,7 @@ def test_prepare_splits_tinystories_by_story(serve, monkeypatch):
     assert sorted(train + test) == sorted(stories[:190]) and 2 <= len(test) < 25
 
 
-def test_prepare_sorts_classic_books_by_the_hash_of_their_path(serve, cache, monkeypatch):
+def test_prepare_sorts_classic_books_by_the_hash_of_their_path(serve, cache, running, monkeypatch):
     by_hash = sorted(
         (f"Author {i}/Title.md" for i in range(8)), key=lambda name: hashlib.sha256(name.encode()).digest()
     )
@@ -118,6 +118,8 @@ def test_prepare_sorts_classic_books_by_the_hash_of_their_path(serve, cache, mon
     monkeypatch.setattr(named, "_BOOK_CHARACTERS", 100)
     serve("classic-books", {"books.zip": archive({f"books-abc/{name}": text for name, text in raw.items()})})
 
+    monkeypatch.setitem(named.NAMED, "classic-books", dict.fromkeys(named.NAMED["classic-books"]))  # no digest known
+
     corpus = prepare("classic-books")
     for split in splits_of(corpus):
         assert parts(split) == [text[name] for name in expected[split.names[0].partition("/")[0]]]
@@ -129,6 +131,9 @@ def test_prepare_sorts_classic_books_by_the_hash_of_their_path(serve, cache, mon
     with pytest.raises(ValueError, match=f"SHA-256 of classic-books, valid, is {sha256['valid']}, expected 0000"):
         prepare("classic-books")
     assert not (cache / "downloads" / "classic-books").exists()
+    running.files["books.zip"] = b"a page of a proxy"
+    with pytest.raises(OSError, match=r"^cannot download .*books\.zip: File is not a zip file; for a machine without"):
+        prepare("classic-books")
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # pooch leaves the connection of a failed transfer open

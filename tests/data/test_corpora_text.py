@@ -69,10 +69,19 @@ def test_folder_of_splits_keeps_them(tmp_path, capsys):
     found = [documents(split) for split in splits_of(corpus)]
     assert [list(split) for split in found] == [["train/1.txt", "train/2.txt"], ["valid/3.txt"], ["test/0.txt"]]
     assert all(texts[name].encode() == text for split in found for name, text in split.items())
-    assert "left out: 2 of 6 files (beside train, valid and test: 2)" in capsys.readouterr().err
+    assert "left out: 2 of 6 files (beside the subfolders of splits: 2)" in capsys.readouterr().err
 
-    corpus = prepare(folder_of(tmp_path / "two", {name: texts[name] for name in texts if "test" not in name}))
-    assert not any(name.startswith("train") for name in corpus.test.names)  # cut by position, as any folder
+    texts = {f"{split}/{i}.txt": prose(i, 5) for i in range(40) for split in ("train", "VAL")[: 1 + (i > 30)]}
+    renamed = {name: text if "train" in name else text[::-1] for name, text in texts.items()}
+    corpus = prepare(folder_of(tmp_path / "without test", renamed))
+    assert set(corpus.valid.names) == {name for name in texts if "VAL" in name}
+    assert 0 < len(corpus.test.names) < 10 and all(name.startswith("train/") for name in corpus.test.names)
+
+    corpus = prepare(folder_of(tmp_path / "code", {f"{name}/{i}.py": prose(i) for i in range(9) for name in ["test"]}))
+    assert corpus.train.names[0] == "test/0.py"  # no train beside it: any folder
+    copies = {f"{split}/a.txt": prose(1) for split in ("train", "valid", "test")}
+    with pytest.raises(ValueError, match=r"too few for train, valid and test; left out: 2 of 3 files .most lines"):
+        prepare(folder_of(tmp_path / "copies", copies))
 
 
 def test_small_folder_is_cut_like_one_file(tmp_path):
