@@ -8,7 +8,7 @@ is a script; its docstring describes the study: the claim, the paper's number, w
     ... --publish                                     the same for the ledger, which ignores drafts
     ... --arm=NAME --seed=1 --steps=50                some of the runs, or shorter ones
     ... --preset=gpu                                  another size -> gpu.json
-    ... --kept                                        results of the runs that are done, and of the cells of `also`
+    ... --kept                                        with budgets: results of the runs that are done
     ... --sweep                                       learning rates of each arm -> sweep.json
     ... --smoke                                       seconds, to see that it runs; nothing stays
 
@@ -332,6 +332,10 @@ def _main(script: Path, doc: str, study: Study) -> None:
         raise ValueError(
             "only a whole study with `conclude` can be published, without --arm, --seed, --steps, --smoke"
         )
+    if args["kept"] and (args["sweep"] or not study.budgets):
+        raise ValueError(
+            "--kept is for studies with budgets, each of which is a result by itself, and not for --sweep"
+        )
     if unknown := [name for name, measure in measures_of(study).items() if not (measure or study.run)]:
         raise ValueError(f"no measure {unknown[0]!r} in experiments/measures.py, expected one of it or a function")
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -344,13 +348,14 @@ def _main(script: Path, doc: str, study: Study) -> None:
                 print(f"{arm}: {swept_lr(study, arm, out / 'sweep.json', folder):g} is best")
             return
         asked = cells(study, folder, script.with_name("sweep.json"), **options)
+        missing = []
         if args["kept"]:
-            beside = study.also(**options)
-            asked = {n: cell for n, cell in asked.items() if n in beside or path_of_kept(cell, folder).exists()}
-            if not asked.keys() - beside:
+            done = study.also(**options).keys() | {n for n, its in asked.items() if path_of_kept(its, folder).exists()}
+            missing = [name for name in asked if name not in done]
+            if not done - study.also(**options).keys():
                 raise ValueError(f"no run of this study is in {folder}: --kept needs one that is done")
-        values = {name: kept(name, cell, folder) for name, cell in asked.items()}
-        results = concluded(study, label, values) | ({} if args["publish"] else {"draft": True})
+        values = {name: kept(name, cell, folder) for name, cell in asked.items() if name not in missing}
+        results = concluded(study, label, values) | {"missing": missing} | ({} if args["publish"] else {"draft": True})
         path = path_of(out / script.name, label, args["publish"])
         write_json(path, results | {"stamp": stamp.stamp()})
         draw(script.parent.name if script.parents[1] == ledger.HERE else "", path)

@@ -74,7 +74,7 @@ def model_of(name: str):
 def first_stage(task: Task, name: str, seed: int):
     """Parameters of a model after windows of the task's own length, from the initialisers."""
     batches = stage_batches(task, ((1, task.steps),), seed)
-    return tasks.fit(model_of(name), batches, lr=rate(task, name), steps=task.steps, seed=seed)[0]
+    return tasks.fit(model_of(name), batches, lr=task.lr, steps=task.steps, seed=seed)[0]
 
 
 def learn(task: Task, name: str, seed: int, more, config, folder) -> dict:
@@ -82,15 +82,18 @@ def learn(task: Task, name: str, seed: int, more, config, folder) -> dict:
     model, params, steps = model_of(name), first_stage(task, name, seed), sum(steps for _, steps in more)
     if more:
         batches = stage_batches(task, more, seed + 1)
-        params, _ = tasks.fit(model, batches, lr=rate(task, name), steps=steps, seed=seed + 1, params=params)
+        params, _ = tasks.fit(model, batches, lr=task.lr, steps=steps, seed=seed + 1, params=params)
     asked = lambda lag, rows=256: batch(np.full(rows, lag), lag + 2, np.random.default_rng([2**32 - 1, lag]))
     share = {str(lag): round(float(tasks.share_right(model, params, asked(lag))), 4) for lag in task.lags}
     return {"share": share, "window": max(factor for factor, _ in (*more, (1, 0))) * task.seq_len}
 
 
-def rate(task: Task, name: str) -> float:
-    """The task's learning rate, or the best of the sweep."""
-    return task.lr or sweeps.best(SWEEP, swept_name(name), max)
+def at_its_rate(task: Task, name: str) -> Task:
+    """The task with the best learning rate of the sweep, where it has none."""
+    lr = task.lr or sweeps.best(SWEEP, swept_name(name), max)
+    if lr is None:
+        raise ValueError(f"no learning rate of {name} in {SWEEP}: run `python -m experiments.context.copying`")
+    return task._replace(lr=lr)
 
 
 def swept_name(name: str) -> str:

@@ -25,13 +25,13 @@ Cost: 16 minutes on 2 CPU cores, alone on the machine; `gpu` a minute of one H10
 may make a token slower. Training steps compiled so were 14 times slower than in experiments/speed/pile.json for a
 reason that was not found; they were discarded, and `gpu` trains nothing.
 
-Reproduced: constant: the slowest RWKV-4 position within 25 % of the fastest, its memory equal at all; the two factors:
-reached at batch 1 against the cached transformer. Same sign: RWKV-4 faster at batch 1, the factor at larger batches or
-not at all. Contradicted: RWKV-4 not faster at batch 1; constant: positions 50 % apart, or memory that differs. Not
-resolved: positions 25 to 50 % apart, as the clock of a shared machine alone can make them. (This last rule came after
-a spread of 1.26.) Not comparable: seconds for 1,000 tokens of anything smaller than 3B, as the law above gives small
-models another ratio. Deviations: byte vocabulary and small shapes on a CPU; our
-transformer, not BLOOM, OPT, GPT-Neo or Pythia; the paper does not say whether its baselines used a cache.
+Constant: reproduced where the slowest RWKV-4 position is within 25 % of the fastest, its memory equal at all;
+contradicted where positions are 50 % apart, or memory differs; not resolved between, as the clock of a shared machine
+alone can make them so. (This last rule came after a spread of 1.26.) The two factors: no claim, not being the paper's;
+what is told is the ratio at batch 1 against the cached transformer. Not comparable: seconds for 1,000 tokens of
+anything smaller than 3B, as the law above gives small models another ratio. Deviations: byte vocabulary and small
+shapes on a CPU; our transformer, not BLOOM, OPT, GPT-Neo or Pythia; the paper does not say whether its baselines used
+a cache.
 """
 
 import math

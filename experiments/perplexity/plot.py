@@ -15,7 +15,8 @@ def draw(results, path) -> None:
     for axis, (name, (unit, label)) in zip(axes[:3], AXES.items(), strict=True):
         for arm, points in results["points"].items():
             at = [(point[name] / unit, point["bits_per_byte"]) for point in points if point[name]]
-            axis.plot(*zip(*at, strict=True), "o-" if len(at) > 1 else "s", color=COLOURS[arm], label=arm)
+            if at:
+                axis.plot(*zip(*at, strict=True), "o-" if len(at) > 1 else "s", color=COLOURS[arm], label=arm)
         axis.set(xscale="log", xlabel=label)
     base = results["study"]["base"]
     counted = results["cells"].get("counted", {}).get("budgets", {})
@@ -23,7 +24,7 @@ def draw(results, path) -> None:
     for name in sorted({n for row in counted.values() for n in row} - {"unigram"}):
         levels = [row[name] for row in counted.values()]
         axes[0].plot(tokens, levels, ":", color="grey", linewidth=1)
-        axes[0].annotate(name, (tokens[1], levels[1]), color="grey", fontsize=8, va="bottom")
+        axes[0].annotate(name, (tokens[-1], levels[-1]), color="grey", fontsize=8, va="bottom")
     axes[0].set_ylabel("bits per byte, held out, after the decay")
     axes[0].legend(frameon=False, fontsize=8)
     for pair, rows in results["pairs"].items():

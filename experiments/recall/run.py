@@ -107,6 +107,8 @@ def reached(curve, share: float = REACHED) -> float:
 
 def later(slow: list, fast: list) -> str:
     """Verdict on "the first needs more examples": of numbers of examples case by case."""
+    if np.isinf([*slow, *fast]).all():
+        return "not comparable"
     if all(a > b for a, b in zip(slow, fast, strict=True)):
         return "same sign"
     return "contradicted" if all(a < b for a, b in zip(slow, fast, strict=True)) else "not resolved"
@@ -116,12 +118,12 @@ def times(slow: list, fast: list, last: list) -> str:
     """Ratio of two models' examples, case by case, inf where there were `last` and not enough: geometric mean over the
     cases in which one got there, and its range over them, or a bound."""
     cases = [case for case in zip(slow, fast, last, strict=True) if not np.isinf(case[:2]).all()]
-    if not cases:
-        return "no known number of times"
+    late = tuple(np.isinf([case[:2] for case in cases]).any(axis=0).tolist()) if cases else (True, True)
+    if all(late):
+        return "a number of times not known"
     ratios = [min(a, most) / min(b, most) for a, b, most in cases]
-    late = np.isinf([case[:2] for case in cases]).any(axis=0).tolist()
-    bound = {(True, False): "at least ", (False, True): "at most ", (True, True): "about "}.get(tuple(late))
-    spread = "" if bound or len(ratios) == 1 else f" [{min(ratios):.2g}, {max(ratios):.2g}]"
+    bound = {(True, False): "at least ", (False, True): "at most "}.get(late)
+    spread = "" if bound or len(ratios) == 1 else f" ({min(ratios):.2g} to {max(ratios):.2g})"
     return f"{bound or ''}{np.exp(np.mean(np.log(ratios))):.2g} times{spread}"
 
 

@@ -15,10 +15,13 @@ ARMS = study.arms_of(ITS)
 @pytest.mark.parametrize(
     ("effects", "verdicts"),
     [
-        ({"no token shift": 0.1, DELTA: 0.03, START: 0.2}, ["same sign", "same sign"]),
+        ({"no value residual": 0.1, DELTA: -0.03, START: 0.2}, ["same sign", "same sign"]),
         ({}, ["not resolved", "not resolved"]),
-        ({"no bonus": -0.1, DELTA: 0.1, START: -0.1}, ["contradicted", "contradicted"]),
-        ({"removal 2": -0.1}, ["not resolved", "not resolved"]),  # takes nothing away
+        ({"decay without text": -0.1, DELTA: 0.1, START: -0.1}, ["contradicted", "contradicted"]),
+        (
+            {"removal 2": -0.1, DELTA: 0.1, "no bonus": 0.1},
+            ["not resolved", "not resolved"],
+        ),  # not argued for by the loss
     ],
     ids=str,
 )

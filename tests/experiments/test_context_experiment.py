@@ -138,8 +138,17 @@ def test_conclude_pairs_versions_with_rwkv4_and_copies_by_seed():
     verdicts = [beyond(f"RWKV-{n} minus RWKV-4")["verdict"] for n in (5, 6)]
     assert verdicts == ["same sign"] * 2 and beyond("RWKV-7")["verdict"] == "contradicted"
     assert found["longest_lag"]["rwkv4"] == [64, 64, 0] and found["longest_lag"]["rwkv7"] == [512, 64, 64]
-    ours = rows["Longest lag of a copied symbol, RWKV-7"]["ours"]
-    assert ours.startswith("5 [") and ours.endswith("times as long as RWKV-4's, 3 seeds")  # (8 * 1 * 16)^(1/3)
+    lag = lambda found: found["ledger"][-1]["ours"]
+    assert lag(found) == "5 times as long as RWKV-4's"  # (8 * 1 * 16)^(1/3)
+    assert lag(run.conclude(its, values | {run.copy_of("rwkv7", 1): copied(1024)})).startswith("at least 13 times")
+    assert beyond("RWKV-6 minus RWKV-4") in found["ledger"]
+    flat = {
+        name: cell | {"after": {"16": [2.0, 3.0], "32": [2.0, 3.0]}}
+        for name, cell in values.items()
+        if "rwkv4, seed" in name and "copy" not in name
+    }
+    rows = run.conclude(its, values | flat)["ledger"]
+    assert [row["verdict"] for row in rows if "minus RWKV-4" in row["artefact"]] == ["not comparable"] * 2
     without = {name: value for name, value in values.items() if ", rwkv" not in name}
     assert len(run.conclude(its, without)["ledger"]) == len(rows) - 1
 

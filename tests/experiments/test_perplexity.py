@@ -40,10 +40,10 @@ def cell(tokens, bits):
     return {"tokens": tokens, "flops_per_token": 7, **level}
 
 
-def concluded(levels, dim=128, steps=(10, 20), **values):
+def concluded(levels, num_layers=2, steps=(10, 20), **values):
     """Conclusions from bits per byte {arm: levels after the budgets}."""
-    base = {"model": {"num_layers": 2, "dim": dim}, "seq_len": 1000, "batch_size": 10**4}
-    its = study.Study(base=base, arms={arm: {} for arm in levels}, budgets=steps)
+    base = {"model": {"num_layers": num_layers, "dim": 512}, "corpus": "enwik8", "seq_len": 1000, "batch_size": 10**4}
+    its = study.Study(base=base, arms={arm: {} for arm in levels}, budgets=steps, against=None)
     for arm, bits_of in levels.items():
         for budget, bits in zip(its.budgets, bits_of, strict=True):
             if bits is not None:
@@ -64,7 +64,8 @@ def test_conclude_pairs_arms_at_every_budget_that_both_have():
     }
     [overtaken] = found["overtakes"]["rwkv4 minus transformer"]
     assert overtaken == {"tokens": pytest.approx(1e8 * 2 ** (0.1 / 0.13)), "then_above": True}
-    assert found["points"]["rwkv4"][1] == {"tokens": 2e8, "flops": 14e8, "seconds": 2e6, "bits_per_byte": 1.53}
+    of_run = {"budget": 20, "seeds": 1, "tokens": 2e8, "flops": 14e8, "seconds": 2e6, "bits_per_byte": 1.53}
+    assert found["points"]["rwkv4"][1] == of_run
     assert found["points"]["transformer"][1]["seconds"] is None
     assert len(found["points"]["transformer+shift"]) == 1
 
@@ -80,18 +81,24 @@ def test_table_has_a_pair_a_row_and_the_last_sample_of_each_arm():
 
 
 @pytest.mark.parametrize(
-    ("dim", "budgets", "six_gram", "expected"),
-    [(512, (10, 20), 1.6, "same sign"), (128, (10, 20), 1.6, "not comparable"), (512, (1, 2), 1.6, "not comparable"),
-     (512, (10, 20), 1.4, "not comparable")],
+    ("num_layers", "budgets", "six_gram", "expected"),
+    [(12, (10, 20), 1.6, "same sign"), (6, (10, 20), 1.6, "not comparable"), (12, (1, 2), 1.6, "not comparable"),
+     (12, (10, 20), 1.4, "not comparable"), (12, (10, 20), None, "not comparable")],
 )  # fmt: skip
-def test_verdict_needs_width_an_epoch_and_a_transformer_that_beats_counting(dim, budgets, six_gram, expected):
-    counted = {"budgets": {str(budget): {"unigram": 5.0, "6-gram": six_gram, "xz": 2.0} for budget in budgets}}
-    found = concluded(LEVELS, dim, budgets, counted=counted)
+def test_verdict_needs_the_shape_an_epoch_and_a_transformer_that_beats_counting(
+    num_layers, budgets, six_gram, expected
+):
+    counted = {"budgets": {str(b): {"unigram": 5.0, "6-gram": six_gram, "xz": 2.0} for b in budgets if six_gram}}
+    found = concluded(LEVELS, num_layers, budgets, counted=counted)
     table_5, shift = found["ledger"]
     assert (table_5["verdict"], shift["verdict"]) == (expected, "no claim")
-    assert table_5["ours"] == "+0.030 [+0.030, +0.030]"
-    last = found["behind_the_6-gram_until"]["transformer"]
-    assert last == (10**7 * budgets[-1] if six_gram == 1.4 else 10**7 * budgets[0])
+    assert table_5["ours"] == "+0.030 [+0.030, +0.030]" and table_5["run"].endswith("M tokens, 1 seed")
+    last = 10**7 * budgets[{1.6: 0, 1.4: 1, None: 0}[six_gram]] if six_gram else 0
+    assert found["behind_the_6-gram_until"] == {
+        "rwkv4": last,
+        "transformer": last,
+        "transformer+shift": last and 10**7 * budgets[0],
+    }
 
 
 def test_trend_extrapolates_a_line_with_its_uncertainty():
@@ -104,7 +111,16 @@ def test_trend_extrapolates_a_line_with_its_uncertainty():
     rough = trend.trend(dict(zip(tokens, -0.2 + 0.03 * np.arange(5) + noise, strict=True)), 0.041)
     low, slope, high = rough["per_doubling"]
     assert low < 0.03 < high and slope != pytest.approx(0.03)
-    assert rough["reaches"]["earliest"] < rough["reaches"]["tokens"] < rough["above_0_for_sure"]
+    assert rough["reaches"]["earliest"] < rough["reaches"]["tokens"] < rough["decided"]["above"]
     assert trend.trend({1e6: 0.1, 2e6: 0.2}, 0.041) is None
+
+
+def test_trend_tells_a_crossing_within_the_budgets_and_a_sign_that_is_decided():
+    tokens = 2e6 * 2.0 ** np.arange(5)
+    within = trend.trend(dict(zip(tokens, -0.035 + 0.03 * np.arange(5), strict=True)), 0.041)
+    assert within["reaches_0"] == pytest.approx(2e6 * 2 ** (0.035 / 0.03), rel=0.01)
     falling = trend.trend(dict(zip(tokens, -0.2 - 0.03 * np.arange(5), strict=True)), 0.041)
-    assert falling["reaches_0"] is None and "0 at no budget" in trend.told(falling)[1]
+    _, reaches, decided = trend.told(falling)
+    assert "0 at no budget" in reaches and decided.startswith("The band is wholly below 0 at 2 million tokens")
+    noise = {at: gap for at, gap in zip(tokens, (0.1, -0.1, 0.1, -0.1, 0.1), strict=True)}
+    assert trend.told(trend.trend(noise, 0.041))[2].startswith("No budget decides the sign")

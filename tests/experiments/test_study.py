@@ -24,6 +24,7 @@ from test_study import computed, conclude
 
 study.main(
     base={base}, arms={arms}, seeds={seeds}, measure="loss", run=computed, conclude=conclude, swept={swept},
+    budgets={budgets},
     sweep=study.Sweep(field="lr", value=lambda run: run["loss"]),
     presets={{"gpu": {{"base": {{"model.dim": 256}}}}}}, options={options},
 )
@@ -39,7 +40,7 @@ def loss(model, params, corpus):
 def computed(config, folder) -> dict:
     """In place of a training run: a level by arm and seed, lowest at a rate of 4e-3."""
     config = config.to_dict()
-    if config.get("dies"):
+    if config.get("dies") in (True, config.get("steps", 0)):
         raise KeyboardInterrupt
     if config.get("fails"):
         raise ValueError("no\nsuch corpus")
@@ -66,10 +67,16 @@ def script(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "end", sys.exit)
     ran.clear()
 
-    def call(*argv, name="run.py", seeds=2, swept=False, base=BASE, options=(), **arms):
+    def call(*argv, name="run.py", seeds=2, swept=False, base=BASE, options=(), budgets=(), **arms):
         path = tmp_path / "v_shift" / name
         path.parent.mkdir(exist_ok=True)
-        fields = {"base": base, "arms": arms or {"b": {"cost": 0.5}}, "seeds": seeds, "swept": swept}
+        fields = {
+            "base": base,
+            "arms": arms or {"b": {"cost": 0.5}},
+            "seeds": seeds,
+            "swept": swept,
+            "budgets": budgets,
+        }
         path.write_text(SCRIPT.format(options=dict.fromkeys(options, "help"), **fields))
         monkeypatch.setattr("sys.argv", [str(path), *argv])
         try:
@@ -110,11 +117,16 @@ def test_study_resumes_after_an_interruption(script, capsys):
 
 def test_study_concludes_from_the_runs_that_are_done(script, capsys):
     assert script("--kept") == 2
+    assert "--kept is for studies with budgets" in capsys.readouterr().err
+    optim = {"schedule": "exponential", "warmup": 0.1, "decay": 0.1}
+    some = {"base": BASE | {"optim": optim, "dies": 20}, "budgets": (10, 20)}
+    assert script("--kept", **some) == 2
     assert "no run of this study is in" in capsys.readouterr().err.splitlines()[-1]
-    assert script("--seed=1") == 0 and len(ran) == 2
-    assert script("--kept") == 0 and len(ran) == 2
-    assert list(script.results()["cells"]) == ["base, seed 1", "b, seed 1"]
-    assert script.results()["table"]["b"]["difference"] == pytest.approx(0.5)
+    assert script(**some) == 130 and len(ran) == 4
+    assert script("--kept", **some) == 0 and len(ran) == 4
+    results = script.results()
+    assert len(results["cells"]) == len(results["missing"]) == 4 and "20 steps" in results["missing"][0]
+    assert results["table"]["b"]["difference"] == pytest.approx(0.5) and list(results["by_budget"]) == ["10"]
 
 
 def test_study_reports_an_error_in_one_line(script, capsys):
