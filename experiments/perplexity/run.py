@@ -11,7 +11,8 @@ token shift, RWKV-5.2, RWKV-6 and an LSTM at one budget, and what counting reach
     python -m experiments.perplexity.run --preset=gpu --text=enwik8      Table 5's shape, 1.5 epochs
     python -m experiments.perplexity.run --preset=paper --text=enwik8    Table 5's shape, 40 epochs
 
-Cost, estimated: cpu 5 to 18 hours on 2 cores (150 to 40 GFLOP/s), in runs that outlive a kill; slice 11 minutes and gpu 24 of one H200, paper 6 GPU hours.
+Cost, estimated: cpu 5 to 18 hours on 2 cores, by their speed, in runs that outlive a kill; slice 11 minutes and gpu 24
+of one H200, paper 6 GPU hours.
 Effect: RWKV-4 minus transformer after the largest budget, disjoint windows of the training length for both, paired
 (`study.compared`).
   reproduced       the interval holds +0.041 and not 0
