@@ -25,8 +25,8 @@ Intervals are a bootstrap over runs. Exponents in nats per byte are not the pape
 Compute at equal loss is the ratio of what two frontiers need, its geometric mean over the losses that both reach; its
 interval is over runs, in pairs of equal size and tokens, and has no variance of seeds.
 Deviations: bytes instead of tokens, and novels instead of the Pile; compute is 6 FLOPs a weight and token and
-attention's own, without the embedding's look-up; one seed a run; learning rates by width from sweeps, at 96 and 192
-between those of the widths beside.
+attention's own, without the embedding's look-up; one seed a run; learning rates by width from sweeps of short runs, at
+96 and 192 between those of the widths beside, although longer runs may want lower ones.
 """
 
 import itertools
