@@ -25,7 +25,8 @@ a plateau at 1 / n, one of the n values in sight. An arm that does not get there
 cases in which one of them gets there and its range over them, or the bound that those which do not leave.
   cpu: *same sign* where RWKV-4 needs more than the transformer with token shift (RWKV-5, RWKV-6) at every n above 1 of
   the row's T, *contradicted* where it needs fewer at every one, *not comparable* where neither gets there at all, else
-  *not resolved*. One seed cannot say more. The hybrid, and RWKV-7 against RWKV-6, are in no paper at these sizes: *no claim*.
+  *not resolved*. One seed cannot say more. The hybrid, and RWKV-7 against RWKV-6, are in no paper at these sizes: *no
+  claim*.
   gpu: *reproduced* where RWKV-4's best rate is within 0.1 of the four numbers and the transformer with token shift
   reaches 0.9 everywhere; *same sign* where it is only behind that transformer; *contradicted* where it is not.
 
