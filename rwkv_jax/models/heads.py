@@ -14,9 +14,8 @@ from rwkv_jax.models.layers import batch_sharded, dropout, mix_ramp, observe, or
 zeros = nn.initializers.zeros
 LARGEST_RANK = 2**20  # far beyond any model, as `lm.LARGEST` of other sizes
 SMALL = orthogonal(0.1, widened=False)  # of the outer matrix of a low-rank map
-# (width, rate): of the World models of RWKV-5 and 6 (arXiv:2404.05892); at 768 of RWKV-LM's train.py, at 32 of its
-# RWKV-v7/train_temp/rwkv7_train_simplified.py
-RELEASED_RATES = ((32, 4e-3), (768, 6e-4), (1024, 4e-4), (2048, 3e-4), (2560, 2e-4), (4096, 1.5e-4))
+# (width, rate): of the World models of RWKV-5 and 6 (arXiv:2404.05892); at 768 of RWKV-LM's train.py
+RELEASED_RATES = ((768, 6e-4), (1024, 4e-4), (2048, 3e-4), (2560, 2e-4), (4096, 1.5e-4))
 # RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh. With an epsilon of 1e-8 the inner matrices stand still at
 # first: while those behind them are nearly zero, their gradients are tiny.
 RECIPE = {"schedule": "cosine", "eps": 1e-18, "weight_decay": 0.1}

@@ -120,7 +120,8 @@ KIND = Kind(
     block=Block,
     init_state=heads.init_state,
     flops=flops,
-    learning_rates=heads.RELEASED_RATES,
+    # at 64 and 128 the best of `python -m experiments.compare.run --sweep` for short byte-level runs
+    learning_rates=((64, 8e-3), (128, 4e-3), *heads.RELEASED_RATES),
     recipe=heads.RECIPE,
     forms=FORMS,
     unseen=heads.unseen,
