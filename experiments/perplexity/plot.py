@@ -44,7 +44,7 @@ def draw(results, path) -> None:
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-    titled(figure, results, f"{base['model.num_layers']} x {base['model.dim']}, bytes of {base['corpus']}")
+    titled(figure, results, f"{base['model.num_layers']} x {base['model.dim']}, bytes of {base.get('corpus', 'stdlib')}")
     saved(figure, path)
 
 
