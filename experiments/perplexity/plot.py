@@ -24,7 +24,7 @@ def draw(results, path) -> None:
     for name in sorted({n for row in counted.values() for n in row} - {"unigram"}):
         levels = [row[name] for row in counted.values()]
         axes[0].plot(tokens, levels, ":", color="grey", linewidth=1)
-        axes[0].annotate(name, (tokens[-1], levels[-1]), color="grey", fontsize=8, va="bottom")
+        axes[0].annotate(name, (tokens[-1], levels[-1]), color="grey", fontsize=8, va="bottom", ha="right")
     axes[0].set_ylabel("bits per byte, held out, after the decay")
     axes[0].legend(frameon=False, fontsize=8)
     for pair, rows in results["pairs"].items():
