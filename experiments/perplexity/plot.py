@@ -44,7 +44,8 @@ def draw(results, path) -> None:
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-    titled(figure, results, f"{base['model.num_layers']} x {base['model.dim']}, bytes of {base.get('corpus', 'stdlib')}")
+    size, corpus = f"{base['model.num_layers']} x {base['model.dim']}", base.get("corpus", "stdlib")
+    titled(figure, results, f"{size}, bytes of {corpus}")
     saved(figure, path)
 
 
