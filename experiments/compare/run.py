@@ -10,7 +10,7 @@ paper's own difference at 12 x 512 has the other sign (+0.041 bits per character
     python -m experiments.compare.run --sweep         learning rates of each arm and width -> sweep.json
     python -m experiments.compare.run --smoke --out=DIR
 
-Cost: `--duration` minutes, 6 unless told, on any machine: it takes the steps that fit. `--sweep`: an hour on 2 cores.
+Cost: `--duration` minutes, 6 unless told, on any machine: it takes the steps that fit. `--sweep`: hours on 2 cores.
 Writes results.json and figure.png beside this file; the trained models stay in runs/compare/<arm>.
 """
 
