@@ -14,6 +14,7 @@ set -euo pipefail
 # What an image with jax for GPUs may lack, and what these need.
 WHEELS="absl-py array-record cloudpickle etils grain ml_collections platformdirs pooch"
 CACHE=${RWKV_JAX_CACHE:-$HOME/.cache/rwkv_jax}
+test "${1:-}" = pack || test $# -ge 2 || set -- help
 test $# -lt 2 || there=$(realpath -m "$2")
 cd "$(dirname "$0")/../.."
 python=$(command -v .venv/bin/python || command -v python3)
@@ -30,7 +31,7 @@ pack)
     du -sh carried
     ;;
 run)
-    out=${there:?run OUT [FLAGS]}
+    out=$there
     export RWKV_JAX_CACHE=$PWD/carried/cache
     mkdir -p "$RWKV_JAX_CACHE/downloads" "$out"
     tar -C "$RWKV_JAX_CACHE/downloads" -xJf carried/classic-books.tar.xz
@@ -46,7 +47,7 @@ run)
     case $code in 0 | 124 | 130) ;; *) exit "$code" ;; esac
     ;;
 unpack)
-    tar -C runs/studies -xzf "${there:?unpack FILE}"
+    tar -C runs/studies -xzf "$there"
     "$python" -m experiments.perplexity.run --preset=slice --kept
     ;;
 *)
