@@ -28,14 +28,8 @@ ORDER = (
     "recall", "tracking", "order", "reach", "ablations", "ablations_rwkv7", "bf16",
 )  # fmt: skip
 
-LONG = (
-    "perplexity",
-    "scaling",
-    "ablations",
-    "ablations_rwkv7",
-    "recall",
-    "tracking",
-)  # `make reproduce` names them; all others together take under two hours
+# `make reproduce` names them; all others together take under two hours.
+LONG = ("perplexity", "scaling", "ablations", "ablations_rwkv7", "recall", "tracking")
 # Claims of the README, then those that stand with them in the first table of experiments/README.md.
 HEADLINES = (
     "The released trainer of RWKV-7, step for step",

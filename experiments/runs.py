@@ -58,6 +58,7 @@ def identity_of(function: Callable) -> dict:
 
 
 def path_of_kept(cell: Cell, folder: Path) -> Path:
+    """Return the file that has, or will have, the numbers of a cell."""
     return folder / f"{hash_of(cell.identity)}.json"
 
 

@@ -244,6 +244,7 @@ def runs_of(study: Study, values: dict, arm: str, budget: int | None = None) -> 
 
 
 def budgets_done(study: Study, values: dict) -> list[int]:
+    """Return the budgets of which some arm has a run."""
     return [budget for budget in study.budgets if any(runs_of(study, values, arm, budget) for arm in arms_of(study))]
 
 

@@ -77,5 +77,15 @@ def one_by_one(model, params, tokens_BT, state):
     return np.concatenate(logits, axis=1), state
 
 
+def token_by_token(model, params, tokens_BT, reset_BT, valid_BT):
+    """(logits [B, T, V], state) of passes that each have one valid token: all are the program of all tokens."""
+    state, steps = model.init_state(len(tokens_BT)), []
+    for t in range(tokens_BT.shape[1]):
+        now = valid_BT & (np.arange(tokens_BT.shape[1]) == t)[None]
+        step_BTV, state = forward(model, params, tokens_BT, state, reset_BT, now)
+        steps.append(step_BTV[:, t])
+    return np.stack(steps, axis=1), state
+
+
 def tokens(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, V, shape, dtype=np.int32)

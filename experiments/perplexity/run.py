@@ -129,7 +129,7 @@ def points_of(its, values: dict, arm: str) -> list[dict]:
     """Level of an arm after each budget, and how many tokens, FLOPs and seconds that took."""
     rate, found = values.get("speed", {}).get("tokens_per_second", {}).get(arm), []
     for budget in its.budgets:
-        for runs in filter(None, [study.runs_of(its, values, arm, budget)]):
+        if runs := study.runs_of(its, values, arm, budget):
             tokens, bits = runs[0]["tokens"], float(np.mean([run["bits_per_byte"] for run in runs]))
             cost = {"budget": budget, "tokens": tokens, "flops": runs[0]["flops_per_token"] * tokens}
             found.append(cost | {"seeds": len(runs), "seconds": rate and tokens / rate, "bits_per_byte": bits})
@@ -202,17 +202,17 @@ def not_run_of(config) -> list[dict]:
     return [not_run(what, command.format(preset), hours, "one H200", why) for what, preset, hours in larger]
 
 
-def preset(budgets: tuple, arms=TABLE_5_ARMS, **base) -> dict:
-    """A preset for a GPU."""
+def preset(budgets: tuple, **base) -> dict:
+    """A preset for a GPU, with the arms of Table 5 and the transformer with token shift."""
     large = {"model": {"num_layers": 12, "dim": 512, "dtype": "bfloat16"}, "seq_len": 1024, "optim.warmup": 0.01}
     return {
         "base": study.flat(large) | {"optim.lr": 1e-3} | base,
-        "arms": arms,
+        "arms": TABLE_5_ARMS,
         "seeds": 1,
         "budgets": budgets,
         "budgets_of": None,
         "held_out": 2**20,
-        "also": partial(also, arms, budgets),
+        "also": partial(also, TABLE_5_ARMS, budgets),
     }
 
 

@@ -62,8 +62,8 @@ def told(its: dict) -> list[str]:
     return [
         f"From {first} to {last} million tokens the difference changes by {slope:+.4f} [{low:+.4f}, {high:+.4f}] bits "
         "a byte with each doubling.",
-        f"On a straight line it reaches 0 at {m(its['reaches_0'])} and the paper's {value:+.3f} at "
-        f"{m(reaches['tokens'])}, at the earliest within its 95 % band at {m(reaches['earliest'])}.",
+        f"On a straight line it is first 0 or above at {m(its['reaches_0'])}, and first the paper's {value:+.3f} or "
+        f"above at {m(reaches['tokens'])}; its 95 % band first holds that value at {m(reaches['earliest'])}.",
         f"The band is wholly {decided}: such a run decides the sign at this width."
         if found
         else "No budget decides the sign at this width: the band holds 0 everywhere.",

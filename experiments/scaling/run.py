@@ -85,7 +85,7 @@ def conclude(its, values: dict) -> dict:
         "ledger": [
             _row(arms),
             _synthetic_row(synthetic["line"]),
-            *map(_ratio_row, *zip(*ratios.items(), strict=True)),
+            *itertools.starmap(_ratio_row, ratios.items()),
         ],
         "not_run": [] if study.config_of(its).model.dtype == "bfloat16" else _not_run(),
     }

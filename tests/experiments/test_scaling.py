@@ -81,6 +81,17 @@ def test_compute_at_equal_loss_is_the_ratio_of_two_frontiers():
     assert fit.ratio(ours(COMPUTE, law(COMPUTE) + 9), others, samples=5) is None  # no loss in common
 
 
+def test_conclude_takes_models_without_a_loss_in_common():
+    its = study.Study(base={}, arms={"rwkv4 1x8": {}, "rwkv7 1x8": {}}, budgets=(1, 2), against=None)
+    values = {
+        study.name_of(arm, 0, budget): {"flops_per_token": 7, "tokens": budget, "bits_per_byte": level - 0.1 * budget}
+        for arm, level in (("rwkv4 1x8", 2.0), ("rwkv7 1x8", 5.0))
+        for budget in its.budgets
+    }
+    found = run.conclude(its, values)
+    assert found["compute_at_equal_loss"] == {} and len(found["ledger"]) == 2
+
+
 def test_runs_of_one_size_are_those_of_the_experiment_on_perplexity(tmp_path):
     """The same identity, so that they are not run twice."""
     small = {"base": run.STUDY["base"] | {"corpus": "stdlib"}, "also": dict}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from judge import assert_same, error_ratio
-from small import D, L, forward, made, make, tokens
+from small import D, L, forward, made, make, token_by_token, tokens
 
 import rwkv_jax
 from rwkv_jax import generate, hardware
@@ -59,14 +59,10 @@ def test_removal_multiplies_what_the_key_removes():
 
 
 def test_variant_state_carries_from_token_to_token_with_resets_and_padding():
-    """One token of each pass is valid, so that all passes are the program of the whole sequence."""
     model, params = made("rwkv7", **ALL)
     logits, end = parallel(model, params)
-    state, steps = model.init_state(B), []
-    for t in range(T):
-        step, state = forward(model, params, IDS, state, RESET, VALID & (np.arange(T) == t)[None])
-        steps.append(step[:, t])
-    assert error_ratio(np.stack(steps, axis=1)[VALID], np.asarray(logits)[VALID]) < 2e-6
+    steps, state = token_by_token(model, params, IDS, RESET, VALID)
+    assert error_ratio(steps[VALID], np.asarray(logits)[VALID]) < 2e-6
     assert_same(state, end)
 
 
