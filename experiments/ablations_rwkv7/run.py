@@ -103,7 +103,7 @@ def conclude(its, values: dict) -> dict:
     rows = study.compared(its, values)
     of = lambda arm: statistics.told(*(rows[arm][name] for name in ("difference", "low", "high")))
     resolved = lambda arm, sign: rows[arm]["resolved"] and sign * rows[arm]["difference"] > 0
-    taken = [arm for arm in ARGUED_FOR if arm in rows]
+    taken = [arm for arm in ARGUED_FOR if arm in rows]  # not all in a smoke run
     worse, better = ([arm for arm in taken if resolved(arm, sign)] for sign in (1, -1))
     largest = max(taken, key=lambda arm: rows[arm]["difference"])
     parts = "contradicted" if better else "same sign" if worse else "not resolved"
@@ -137,7 +137,7 @@ STUDY = {
     "against": RELEASED,
     "prepare": prepare,
     "conclude": conclude,
-    "presets": {"smoke": {"arms": (RELEASED, DELTA, SWAPS, START)}},
+    "presets": {"smoke": {"arms": (RELEASED, DELTA, ARGUED_FOR[0], SWAPS, START)}},
 }  # fmt: skip
 
 if __name__ == "__main__":
