@@ -139,7 +139,8 @@ def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
 
 def bare(values: dict) -> dict:
     """Values of cells without their stamps."""
-    return {n: {k: v for k, v in value.items() if k not in ("wall_seconds", *STAMPED)} for n, value in values.items()}
+    added = ("hash", "wall_seconds", *STAMPED)
+    return {n: {k: v for k, v in value.items() if k not in added} for n, value in values.items()}
 
 
 def fields(preset) -> dict:

@@ -74,8 +74,20 @@ def kept(name: str, cell: Cell, folder: Path) -> dict:
     its = stamp.stamp()
     numbers |= {"wall_seconds": round(time.perf_counter() - began, 1), "jax": its["versions"]["jax"]}
     numbers |= {key: its[key] for key in command.STAMPED if key in its}
+    numbers["hash"] = path.stem
     write_json(path, {"name": name, **cell.identity, "numbers": numbers})
     return numbers
+
+
+def restore(cells: dict[str, Cell], results: dict, folder: Path) -> None:
+    """Keep in `folder` what results have of these cells, such as those of another machine.
+
+    Their numbers are taken where the hash is the same: not after a change of all that they depend on.
+    """
+    for name, cell in cells.items():
+        path, numbers = path_of_kept(cell, folder), results["cells"].get(name, {})
+        if numbers.get("hash") == path.stem and not path.exists():
+            write_json(path, {"name": name, **cell.identity, "numbers": numbers})
 
 
 def stages(config, budgets: Sequence[int], budget: int) -> list:

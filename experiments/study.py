@@ -9,12 +9,14 @@ is a script; its docstring describes the study: the claim, the paper's number, w
     ... --arm=NAME --seed=1 --steps=50                some of the runs, or shorter ones
     ... --preset=gpu                                  another size -> gpu.json
     ... --kept                                        with budgets: results of the runs that are done
+    ... --resume                                      only the runs that the published results lack, and theirs
     ... --sweep                                       learning rates of each arm -> sweep.json
     ... --smoke                                       seconds, to see that it runs; nothing stays
 
 Runs of a pair share seed, batches, and the initial values of the parameters that both models have. A run is kept in
 runs/studies/HASH.json, by a hash of all that its numbers depend on: its config, the corpus, the measure, `runs.CODE`.
-So the same command resumes after a kill, and another arm or seed costs its own runs only.
+So the same command resumes after a kill, and another arm or seed costs its own runs only. A clone has none of these
+files, but the hashes in published results: with `--resume` it goes on from there.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from ml_collections import ConfigDict
 
 from experiments import command, ledger, measures, stamp, statistics, sweeps
 from experiments.results import draw, write_json
-from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, path_of_kept, stages, trained
+from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, path_of_kept, restore, stages, trained
 from rwkv_jax import data, files, hardware, train
 from rwkv_jax.command import end, reported
 from rwkv_jax.files import read_json, user_path
@@ -349,6 +351,8 @@ def _main(script: Path, doc: str, study: Study) -> None:
                 print(f"{arm}: {swept_lr(study, arm, out / 'sweep.json', folder):g} is best")
             return
         asked = cells(study, folder, script.with_name("sweep.json"), **options)
+        if args["resume"]:
+            restore(asked, read_json(path_of(script, label, publish=True)), folder)
         missing = []
         if args["kept"]:
             done = study.also(**options).keys() | {n for n, its in asked.items() if path_of_kept(its, folder).exists()}
@@ -378,6 +382,7 @@ def _parser(doc: str, study: Study) -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=presets, default="cpu")
     parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
     parser.add_argument("--kept", action="store_true", help="results of the runs that are done, without more runs")
+    parser.add_argument("--resume", action="store_true", help="take the runs of the published results as done")
     parser.add_argument("--sweep", action="store_true", help="search learning rates instead -> sweep.json")
     parser.add_argument("--publish", action="store_true", help="results for the ledger, which ignores drafts")
     parser.add_argument("--arm", action="append", help="only this arm and what it is compared with; may be repeated")

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from functools import partial
 
@@ -127,6 +128,18 @@ def test_study_concludes_from_the_runs_that_are_done(script, capsys):
     results = script.results()
     assert len(results["cells"]) == len(results["missing"]) == 4 and "20 steps" in results["missing"][0]
     assert results["table"]["b"]["difference"] == pytest.approx(0.5) and list(results["by_budget"]) == ["10"]
+
+
+def test_study_resumes_from_published_results_where_their_runs_are_the_same(script, capsys):
+    assert script("--resume") == 2
+    assert "results.json" in capsys.readouterr().err
+    assert script() == 0 and len(ran) == 4
+    shutil.rmtree(script.runs)
+    assert script("--resume", b={"cost": 0.5}, c={"cost": 0.1}) == 0 and [c.get("cost") for c in ran[4:]] == [0.1] * 2
+    shutil.rmtree(script.runs)
+    assert script("--resume", b={"cost": 0.6}) == 0 and [c["cost"] for c in ran[6:]] == [0.6] * 2
+    shutil.rmtree(script.runs)
+    assert script() == 0 and len(ran) == 12
 
 
 def test_study_reports_an_error_in_one_line(script, capsys):
