@@ -4,10 +4,12 @@ A cell is one of an experiment's results: a run and what is measured of it, or a
 numbers stay in a file that holds in the clear what the hash is of, so that a person can read what it is.
 """
 
+import ast
 import hashlib
 import inspect
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -50,10 +52,13 @@ def fixed(config) -> dict:
 
 
 def identity_of(function: Callable) -> dict:
-    """Name, parameters and source of a function: what it computes, as far as it does so itself."""
+    """Name, parameters and source of a function, without docstring and comments: what it computes by itself."""
     parameters = [function.args, function.keywords] if isinstance(function, partial) else []
     function = getattr(function, "func", function)
-    source = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    if ast.get_docstring(tree.body[0]):
+        del tree.body[0].body[0]
+    source = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
     return json.loads(json.dumps({"name": function.__qualname__, "source": source, "parameters": parameters}))
 
 

@@ -236,13 +236,19 @@ def test_smoke_of_a_study_is_small_and_presets_name_arms():
     assert [len(study.seeds_of(large, arm)) for arm in ("base", "b")] == [1, 5]
 
 
-def test_identity_of_a_run_changes_with_what_its_numbers_depend_on(tmp_path):
+def test_identity_of_a_run_changes_with_what_its_numbers_depend_on(tmp_path, monkeypatch):
     config = study.config_of(its())
     of = lambda **changes: runs.hash_of(runs.fixed(study.config_of(its(), changes)))
     assert of(log_every=3, keep=5) == of() and len({of(), of(steps=3), of(eval_every=5)}) == 3
     measure = lambda **parameters: runs.identity_of(partial(study.measures.bits_per_byte, **parameters))
     assert measure() == measure() != measure(tokens=5) and measure()["name"] == "bits_per_byte"
     assert runs.identity_of(study.measures.bits_per_byte) != runs.identity_of(study.measures.best_practice)
+    bare, other = "  def f(x):\n    return x", "  def f(x):\n    return -x"
+    told = '  def f(x):\n    """X."""\n    return x  # x'
+    sources = iter((bare, told, other))
+    monkeypatch.setattr(runs.inspect, "getsource", lambda function: next(sources))
+    first, second, third = (runs.identity_of(its) for _ in range(3))
+    assert first == second != third
     weights = tmp_path / "a.safetensors"
     weights.write_bytes(b"a")
     config.finetune.model = str(weights)
