@@ -28,7 +28,7 @@ def path(request, tmp_path_factory):
 
 def test_world_model_generates_scores_embeds_and_saves_contexts(path, tmp_path, capsys):
     lm = rwkv_jax.RWKVForCausalLM.from_pretrained(path)
-    assert capsys.readouterr().err == f"{path} carries no tokenizer: world, guessed from its vocabulary of 65536\n"
+    assert capsys.readouterr().err == f"{path} has no tokenizer: world, guessed from its vocabulary of 65536\n"
     assert isinstance(lm.tokenizer, WorldTokenizer)
     text = lm.generate(TEXT, max_new_tokens=6, **NEARLY_GREEDY)
     assert text and "".join(lm.stream(TEXT, max_new_tokens=6, **NEARLY_GREEDY)) == text

@@ -102,7 +102,7 @@ def test_tokenizer_of_an_old_workdir_may_lie_elsewhere(tmp_path):
 def test_tokenizer_guessed_from_a_size_is_told_in_one_line(vocab_size, name, tmp_path, capsys):
     for path in (tmp_path, tmp_path / "model.pth"):
         assert of_model(path, vocab_size) == name
-        line = f"{path} carries no tokenizer: {name}, guessed from its vocabulary of {vocab_size}\n"
+        line = f"{path} has no tokenizer: {name}, guessed from its vocabulary of {vocab_size}\n"
         assert capsys.readouterr().err == line
 
 
@@ -112,7 +112,7 @@ def test_tokenizer_is_not_guessed_from_any_other_size_or_without_its_file(tmp_pa
     ):
         of_model(tmp_path / "model.pth", 50_277)
     for vocab_size in (255, 50_276, 50_278, 50_440):
-        with one_line(rf"vocabulary of {vocab_size} tells none: expected tokenizer='bytes', "):
+        with one_line(rf"none is known for its vocabulary of {vocab_size}: expected tokenizer='bytes', "):
             of_model(tmp_path / "model.pth", vocab_size)
 
 

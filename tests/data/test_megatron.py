@@ -99,9 +99,9 @@ def patch(at, form, value):
         (lambda folder: (folder / "a.bin").unlink(), "a.bin"),
         (patch(9, "<Q", 2), "a.idx: version 2, type 8: expected version 1 and a type of integers"),
         (patch(17, "<B", 6), "a.idx: version 1, type 6: expected version 1 and a type of integers"),
-        (patch(34 + 4 * 99, "<i", -1), "a.idx is damaged: its sequences do not lie one after another"),
-        (patch(34 + 400 + 8, "<q", 3), "a.idx is damaged: its sequences do not lie one after another"),
-        (patch(34 + 1200 + 8, "<q", 70), "a.idx is damaged: its document index does not lead from 0 to 100"),
+        (patch(34 + 4 * 99, "<i", -1), "a.idx is damaged: its sequences are not contiguous"),
+        (patch(34 + 400 + 8, "<q", 3), "a.idx is damaged: its sequences are not contiguous"),
+        (patch(34 + 1200 + 8, "<q", 70), "a.idx is damaged: its document index does not ascend from 0 to 100"),
     ],
 )
 def test_megatron_refuses_a_damaged_pair(tmp_path, damage, message):
