@@ -82,7 +82,7 @@ def test_chat_refuses_wrong_settings_before_anybody_speaks(talk):
 
 def test_chat_says_nothing_unless_spoken_to(talk):
     out = talk("/save x", "/undo", "/retry", "", "/nonsense", "/quit", "hello")
-    assert out.count("error: nothing was said") == 1 and out.endswith("after what was printed.\n")
+    assert out.count("error: there is no conversation to save") == 1 and out.endswith("after what was printed.\n")
 
 
 def test_chat_keeps_what_was_printed_before_ctrl_c(talk, monkeypatch):

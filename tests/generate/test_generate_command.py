@@ -140,4 +140,4 @@ def test_command_names_mistakes_in_one_line(workdir, tmp_path, capsys):
         assert out == "" and err.count("\n") == 1
         assert err.startswith("error: ") and message in err
     assert main([f"--model={workdir}", "--chat", "--stop=a"]) == 2
-    assert capsys.readouterr().err == "error: --stop beside --chat, where a reply ends with its paragraph\n"
+    assert capsys.readouterr().err == "error: --stop with --chat, where a reply ends with its paragraph\n"
