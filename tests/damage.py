@@ -12,7 +12,7 @@ FOREIGN = {
     b"\n\n<!DOCTYPE html><html>": "a web page, not weights",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "a Git LFS pointer",
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "torch's old format",
-    b"GGUF\x03\x00\x00\x00": "no weights; expected a .pth, .safetensors or rwkv.cpp file",
+    b"GGUF\x03\x00\x00\x00": "not weights; expected a .pth, .safetensors or rwkv.cpp file",
 }
 
 

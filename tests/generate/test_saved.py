@@ -126,7 +126,7 @@ def test_released_file_of_a_tuned_state_is_a_context_after_the_separator(kind, t
         assert text is None
         assert_near(found, Context(state, logits_BTV[:, -1]))
     assert interop.describe(tmp_path / "both.pth").layers == (kind,)
-    line = "both.pth holds tuned initial states, left out here: give it as a context, too\n"
+    line = "both.pth holds tuned initial states, ignored here: load it as a context, too\n"
     assert capsys.readouterr().err == f"{tmp_path}/{line}"
     with pytest.raises(ValueError, match=r"state\.pth: tuned initial states, not weights"):
         interop.describe(tmp_path / "state.pth")

@@ -151,7 +151,7 @@ HOSTILE = {
     cpp(cpp_tensor(b"a", (2**30, 2**30))): "truncated: 'a' ends at byte 4,611,686,018,427,387,9",
     cpp(cpp_tensor(b"a", (-1,))): r"'a' has shape \(-1,\)",
     cpp(cpp_tensor(b"a", (1,), bytes(4)) * 2): "'a' occurs twice",
-    cpp(cpp_tensor(b"\xff", (1,), bytes(4))): "the name of the tensor at byte 24 is no text",
+    cpp(cpp_tensor(b"\xff", (1,), bytes(4))): "the name of the tensor at byte 24 is not UTF-8",
     cpp(struct.pack("<3i", 1, 2**30, 0)): "1 dimensions and a name of 1073741824 bytes",
     cpp(cpp_tensor(b"a", (32,), bytes(20), 99)): "'a' has data type 99, expected",
     cpp(EMB, V=4): r"V, D, L = \(4, 2, 1\), its tensors \(3, 2, 0\)",

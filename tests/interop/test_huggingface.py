@@ -162,6 +162,6 @@ def test_huggingface_never_replaces_what_is_no_folder_of_a_model(tmp_path):
         (tmp_path / folder / "config.json").write_text(config)
     before = {path: path.lstat().st_ino for path in tmp_path.rglob("*")}
     for name in ("file", "link", "folder", "workdir"):
-        with one_line("exists and is no folder of an RWKV model", FileExistsError):
+        with one_line("exists and is not a folder of an RWKV model", FileExistsError):
             rwkv_jax.save(tmp_path / name, *tiny())
     assert {path: path.lstat().st_ino for path in tmp_path.rglob("*")} == before

@@ -65,7 +65,7 @@ def without(name):
     "tensors, message",
     [
         (without("blocks.1.att.key.weight"), r"key 'blocks.1.att.key.weight' is missing"),
-        (without("emb.weight"), r"no RWKV weights: 'emb.weight' is not among the \d+ keys \['head.weight'"),
+        (without("emb.weight"), r"not RWKV weights: 'emb.weight' is not among the \d+ keys \['head.weight'"),
         (official() | {"head_q.weight": np.zeros((D, D))}, r"unknown key 'head_q.weight'"),
         (official() | {"blocks.7.ln1.bias": np.zeros(D)}, rf"key 'blocks.{L}.att.key.weight' is missing"),
         (

@@ -84,7 +84,7 @@ def test_state_that_cannot_be_converted_is_named():
     ):
         with one_line(message):
             from_rwkv(model, arrays)
-    with one_line(r"^the state has 2 rows, and theirs holds one"):
+    with one_line(r"^the state has 2 rows, expected one"):
         to_rwkv(model, some_state(model, 2))
     with one_line(r"^array 0 of the state holds values that are not finite$"):
         to_rwkv(model, (state[0]._replace(att_last=state[0].att_last + np.inf), *state[1:]))
@@ -98,7 +98,7 @@ def test_state_that_cannot_be_converted_is_named():
         (make("lstm"), "'lstm'"),
         (make("rwkv4", token_shift=False), "'rwkv4', token_shift=False"),
     ):
-        with one_line(rf"^the rwkv package runs released RWKV models alone, and this one has {found}$"):
+        with one_line(rf"^the rwkv package runs released RWKV models only, and this one has {found}$"):
             from_rwkv(other, good)
 
 
