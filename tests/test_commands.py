@@ -82,7 +82,7 @@ def test_reported_command_names_devices_that_are_not_here(monkeypatch, capsys):
         wrapped = ValueError("a.pth: its fields are not those of a model")
         wrapped.__cause__ = cause
         for error in (cause, wrapped):
-            line = "error: JAX_PLATFORMS is 'cuda', and JAX finds no such device here\n"
+            line = "error: JAX_PLATFORMS is 'cuda', but JAX finds no such device\n"
             assert ended(error, capsys) == (2, line)
     assert ended(ValueError("a"), capsys) == (2, "error: a\n")
 

@@ -23,9 +23,9 @@ def test_user_path_takes_text_and_path_objects_and_expands_the_home_folder(tmp_p
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b'{"a": ', "x.json: no JSON: Expecting value"),
-        (b"\x80abc", "x.json: no JSON: .*codec can't decode"),
-        (b"[" * 100_000, "x.json: no JSON: "),
+        (b'{"a": ', "x.json: not JSON: Expecting value"),
+        (b"\x80abc", "x.json: not JSON: .*codec can't decode"),
+        (b"[" * 100_000, "x.json: not JSON: "),
         (b'{"a": ' + b"[" * 100 + b"1" + b"]" * 100 + b"}", "x.json: JSON nested more than 100 deep"),
         (b"[1, 2]", "x.json: holds a JSON list, expected an object"),
     ],

@@ -49,7 +49,7 @@ CALLS = {
 def test_public_function_refuses_what_can_be_no_path(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("", "a\0b"):
-        with one_line("is no path"):
+        with one_line("is not a path"):
             call(path)
     assert not list(tmp_path.iterdir())
 

@@ -94,16 +94,16 @@ def test_jsonl_prompt_and_text_share_no_token(tmp_path):
 @pytest.mark.parametrize(
     ("line", "fields", "message"),
     [
-        (b'{"text": "a"', {}, "no JSON: Expecting ',' delimiter: line 1 column 13 (char 12)"),
+        (b'{"text": "a"', {}, "not JSON: Expecting ',' delimiter: line 1 column 13 (char 12)"),
         (b"[1]", {}, "holds a JSON list, expected an object"),
         (b'{"body": "a", "id": 1}', {}, "no field 'text', only 'body', 'id'"),
         (b'{"text": true}', {}, "field 'text' is bool, expected text or a number"),
         (b'{"text": NaN}', {}, "field 'text' is nan, expected text or a finite number"),
         (b'{"text": "a"}', {"prompt": "Q: {q}"}, "no field 'q', only 'text'"),
-        (b'{"text": "\xff"}', {}, "no JSON: 'utf-8' codec can't decode byte 0xff in position 10: invalid start byte"),
+        (b'{"text": "\xff"}', {}, "not JSON: 'utf-8' codec can't decode byte 0xff in position 10: invalid start byte"),
         (b'{"text": "a", "tree": ' + b"[" * 500 + b"]" * 500 + b"}", {}, "JSON nested more than 100 deep"),
-        (b'{"text": "a", "tree": ' + b"[" * 100_000, {}, "no JSON: maximum recursion depth exceeded"),
-        (b'{"text": ' + b"1" * 5000 + b"}", {}, "no JSON: Exceeds the limit"),
+        (b'{"text": "a", "tree": ' + b"[" * 100_000, {}, "not JSON: maximum recursion depth exceeded"),
+        (b'{"text": ' + b"1" * 5000 + b"}", {}, "not JSON: Exceeds the limit"),
         (b'{"text": "\\ud800"}', {}, SURROGATE),
     ],
 )

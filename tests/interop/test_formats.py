@@ -104,7 +104,7 @@ def test_loaded_parameters_do_not_depend_on_the_file(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ("[" * 100_000, "its metadata 'rwkv_jax': no JSON: "),
+        ("[" * 100_000, "its metadata 'rwkv_jax': not JSON: "),
         ({"num_layers": 40}, "num_layers is 40, and there are 2 layers"),
         ({"dim": 10**12}, r"'blocks.0.\S+' has shape|'emb.weight' has shape|fields are not those of a model"),
         ({"layers": ["rwkv4", {}]}, "its fields are not those of a model"),
