@@ -248,7 +248,7 @@ def per_document(nats_N, split: data.Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paired_difference(a_N, b_N, split: data.Split, seed: int = 0, samples: int = 2000) -> tuple[float, float, float]:
-    """(difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and its 95 % interval.
+    """Return (difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and its 95 % interval.
 
     The difference is paired because text that is hard for one model is hard for the other. The interval is a
     percentile bootstrap over documents, because tokens of a document are not independent; NaN of one document.

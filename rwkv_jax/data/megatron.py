@@ -22,7 +22,7 @@ _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 
 
 
 def prefix_of(path: Path) -> Path | None:
-    """Return PREFIX for the prefix or either file of a pair; None where there is no such pair."""
+    """Return PREFIX for the prefix or either file of a pair; None if there is no such pair."""
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     files = [with_ending(prefix, ending) for ending in (".bin", ".idx")]
     return prefix if files[1].is_file() and (files[0].is_file() or path in files) else None

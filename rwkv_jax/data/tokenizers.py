@@ -463,7 +463,7 @@ class TextStream:
         self._restart([], 0)
 
     def _restart(self, tokens: list[int], num_held: int) -> None:
-        """Make `tokens` the context of the next ones; all but the last `num_held` characters of their text are out."""
+        """Make `tokens` the context of the next ones; all but the last `num_held` characters are returned."""
         self._tokens, self._num_shown = tokens, len(self._decode(tokens)) - num_held
         self._waiting_from = 0 if num_held else len(tokens)
 
