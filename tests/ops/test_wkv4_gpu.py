@@ -131,5 +131,5 @@ def test_wkv4_gpu_is_lowered_to_one_kernel(direction, dtype, shape, masks):
 
 
 def test_wkv4_gpu_refuses_float64(x64):
-    with pytest.raises(ValueError, match="does not take float64"):
+    with pytest.raises(ValueError, match="does not support float64"):
         jax.eval_shape(wkv4_gpu.forward, *shapes("forward", 1, 16, 128, "float64", False))
