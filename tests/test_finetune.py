@@ -106,7 +106,7 @@ def test_saved_adapters_round_trip_and_belong_to_their_model(base, tmp_path):
 @pytest.mark.parametrize(
     "kind, method, expected",
     [
-        ("hybrid", Method("state"), "finetune.method is 'state', and the state of 'attention' layers cannot be tuned"),
+        ("hybrid", Method("state"), "is 'state', expected full or lora: 'attention' has no tunable state"),
         ("rwkv4", Method("lora", 2, 4.0, "attention"), "LoRA targets 'attention' match no kernel, expected some of"),
         ("rwkv4", Method(groups=(("atr", 0.0),)), "optim.groups: 'atr' matches none of blocks/att/key/kernel"),
     ],

@@ -210,7 +210,7 @@ def test_run_is_held_to_the_weights_that_it_began_with(runs, base, text, tmp_pat
 @pytest.mark.parametrize(
     "fields, expected",
     [
-        ({"model.vocab_size": 300}, "model.vocab_size is 300, and 256 in "),
+        ({"model.vocab_size": 300}, "model.vocab_size is 300, expected 256 as in "),
         ({"finetune.model": ""}, "finetune.method is 'lora', which needs finetune.model"),
         ({"finetune.model": "/nowhere.pth"}, "/nowhere.pth: no such file or folder"),
     ],
@@ -227,7 +227,7 @@ def test_assembled_names_what_does_not_fit_the_weights(fields, expected, base, t
 def test_another_tokenizer_than_that_of_the_base_is_refused(runs, base, text, tmp_path):
     config = _config(base, text, "lora", tokenizer="characters")
     config.finetune.model = str(runs("full")[0])
-    with pytest.raises(ValueError, match=r"tokenizer is 'characters', and .*full comes with another: 'bytes'"):
+    with pytest.raises(ValueError, match=r"tokenizer is 'characters', expected 'bytes' as in .*full$"):
         train.run(config, tmp_path / "run")
 
 

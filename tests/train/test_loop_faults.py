@@ -82,7 +82,7 @@ def test_failed_save_is_reported_and_the_next_save_succeeds(runs, text, tmp_path
     monkeypatch.setattr(checkpoint, "save_async", fails_at_2)
     assert same(train.run(training.config(text), tmp_path), runs.state)
     told = [line for line in capsys.readouterr().err.splitlines() if "not saved" in line]
-    assert len(told) == 1 and "/checkpoints/2: not saved: " in told[0] and "training goes on" in told[0]
+    assert len(told) == 1 and "/checkpoints/2: not saved: " in told[0] and "training continues" in told[0]
     assert checkpoint.steps(tmp_path / "checkpoints") == [4, 6]
 
 
