@@ -102,7 +102,7 @@ class Kind:
     memory_traffic: float = 120.0  # activations moved through memory in a step, in D a token: see `rehearse`
     groups: Sequence[tuple[str, float]] = ()  # (regex, factor) of the learning rate, as the released trainer has them
     decayed: str = r"/kernel$"  # parameters with weight decay
-    kept_wide: str | None = None  # parameters that stay float32 at least, whatever the others are
+    kept_wide: str | None = None  # parameters that stay float32 at least, whatever `param_dtype`
     observe: Callable = lambda params, sown: {}  # (layer's parameters, what it sowed) -> see `train.diagnostics`
     tuned_start: Callable | None = None  # config -> initial tree of state tuning; None: unsupported
     tuned_state: Callable | None = None  # such a tree -> state of one layer, leaves without the batch axis

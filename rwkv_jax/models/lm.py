@@ -280,7 +280,7 @@ class LM(nn.Module):
         if state is not None:
             self._check_state(state, len(tokens_BT))
         if self.scan and self._eager(tokens_BT, state, reset_BT, valid_BT):
-            # linen hands its lifted scan a new function in every call, which JAX would compile in every call
+            # linen passes its lifted scan a new function in every call, which JAX would compile every time
             apart, params = per_layer(self.clone(remat="none", parent=None), self.variables["params"])
             return apart.apply({"params": params}, tokens_BT, state, reset_BT, valid_BT, method="_hidden")
         return self._hidden(tokens_BT, state, reset_BT, valid_BT)
@@ -390,7 +390,7 @@ def parameter_shapes(model):
     return shapes if model.scan else jax.eval_shape(unstack, shapes)
 
 
-@partial(jax.jit, static_argnums=0)  # traced once for a model, however often its shapes are asked for
+@partial(jax.jit, static_argnums=0)  # traced once for a model, however often its shapes are needed
 def _init(model, key):
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 

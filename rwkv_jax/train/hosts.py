@@ -146,7 +146,7 @@ def stop_signals():
     def request(signum, frame):
         if stop.is_set():
             raise KeyboardInterrupt
-        os.write(command.STDERR, STOPPING)  # at once, whatever else is being printed
+        os.write(command.STDERR, STOPPING)  # unbuffered: at once, whatever else is printing
         stop.set()
         if several:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX listens for it, and tells the others

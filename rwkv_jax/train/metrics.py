@@ -84,7 +84,7 @@ def scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def append(path, row: dict[str, Any]) -> None:
-    """Add `row` as one line, handed to the operating system before this returns.
+    """Add `row` as one line, passed to the operating system before this returns.
 
     Values are JSON's own, or NumPy and JAX arrays. A number that is not finite becomes null.
     """

@@ -89,7 +89,7 @@ def mean_gradient(model, objective, state, batch, axis_name=None):
     """(gradient, loss in nats, carry after the batch).
 
     Loss and gradient are sums, divided once by the number of masked-in targets of the whole step: over micro-batches
-    and devices too, so that neither changes what a ragged mask means.
+    and devices too, so that neither changes the meaning of a ragged mask.
     """
     key = jax.random.fold_in(jax.random.key(objective.seed), state.step)
     if axis_name is not None:
@@ -102,7 +102,7 @@ def mean_gradient(model, objective, state, batch, axis_name=None):
 
 
 def gradient_of_micro_batches(model, objective, trained, frozen, batch, carry, key):
-    """`gradient_of_batch` as the sum over micro-batches, one after the other."""
+    """`gradient_of_batch` summed over micro-batches in turn."""
     A = objective.accumulation
     apart = lambda x: x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1)
     together = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
