@@ -85,7 +85,8 @@ def test_read_and_logits_equal_one_pass_over_the_prompts(kind):
 
 @KINDS
 def test_read_and_logits_in_parts_equal_one_call(kind):
-    """Caches grow between the calls. The given context is unchanged bit for bit, and so are rows with an empty part."""
+    """Caches grow between the calls. The given context is unchanged bit for bit, and so is a row with an empty
+    part."""
     texts, context = [ids(PROMPT_CHUNK + 30), ids(30, seed=3), ids(12, seed=4)], None
     expected, _ = whole(*unstacked(kind), texts)
     cuts = [(0, 10, 10 + PROMPT_CHUNK, 10 + PROMPT_CHUNK, 30 + PROMPT_CHUNK), (0, 14, 14, 14, 30), (0, 1, 1, 12, 12)]

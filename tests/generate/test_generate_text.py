@@ -55,8 +55,8 @@ def test_stream_of_a_huge_limit_yields_at_once():
     assert first == list(itertools.islice(stream(*unstacked("rwkv4"), "abc", BYTES), 5))
 
 
-def test_stream_resumes_after_an_interrupt(monkeypatch):
-    """An interrupt during a step deletes its arrays; the tokens are read again."""
+def test_stream_context_survives_an_interrupt(monkeypatch):
+    """The arrays of an interrupted step are lost; the context is read again from the tokens."""
     streamed = stream(*unstacked("rwkv4"), "", BYTES, max_new_tokens=40)
     list(itertools.islice(streamed, 5))
     before = streamed.tokens

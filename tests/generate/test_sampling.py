@@ -90,7 +90,7 @@ def test_sampler_at_temperature_0_takes_the_first_of_the_best_scores():
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0}, ALL])
 def test_sampler_rows_are_independent_and_draw_minus_one_without_a_token(settings):
-    """The first row keeps its token beside rows with ties, which take one more step, and rows without a token to draw."""
+    """The first row keeps its token beside rows with ties, which take one more step, and rows without a token."""
     chosen, at = sampler(**settings), history([[0, 2]] * 5, V) if settings is ALL else None
     logits_BV = np.random.default_rng(1).normal(size=(5, V))
     smooth = draws(chosen, logits_BV, 5, at)

@@ -35,7 +35,7 @@ def test_load_context_inverts_save_context_bit_exactly(kind, tmp_path):
 
 @KINDS
 def test_load_context_casts_to_the_dtype_of_the_model(kind, tmp_path):
-    """A context saved in float32 loads in bfloat16, and the other way round."""
+    """A context saved in float32 loads in bfloat16; saved again, it loads unchanged."""
     model, params = unstacked(kind)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     half = model.clone(dtype="bfloat16", param_dtype="bfloat16"), half
