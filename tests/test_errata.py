@@ -1,7 +1,7 @@
-"""Each row of `docs/errata.md` that can be executed, in about ten lines of plain arithmetic.
+"""The rows of `docs/errata.md` that can be executed, each in about ten lines of plain arithmetic.
 
-"The released code" is goldens/official_trajectory.npz: tensors that `RWKV-v4neo/src/model.py` itself made (V 64, L 3,
-D 32), and goldens/rwkv4.npz, what the `rwkv` package and transformers computed.
+"The released code" is goldens/official_trajectory.npz, tensors written by `RWKV-v4neo/src/model.py` itself (V 64, L 3,
+D 32), and goldens/rwkv4.npz, computed by the `rwkv` package and transformers.
 """
 
 import math
@@ -63,7 +63,7 @@ def test_released_zero_matrices_are_not_those_printed():
         return jnp.sum(jax.nn.sigmoid(x_D @ W_r) * (jax.nn.relu(x_D @ W_k) ** 2 @ W_v) * x_D)
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(np.zeros((D, 4 * D)), np.zeros((D, D)), W_v)
-    assert not any(np.asarray(gradient).any() for gradient in gradients)  # and so it stays, whatever the step
+    assert not any(np.asarray(gradient).any() for gradient in gradients)  # and stays zero after any step
 
 
 def test_receptance_mix_has_its_half_in_the_exponent():
@@ -93,7 +93,7 @@ def test_token_shift_takes_the_normalised_input():
     x_D = weights["emb.weight"][token]
     for name in ("blocks.0.ln0", "blocks.0.ln1"):
         x_D = norm(x_D) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-    np.testing.assert_allclose(state[0].att_last[0], x_D, rtol=1e-4, atol=1e-5)  # logits are theirs: test_goldens.py
+    np.testing.assert_allclose(state[0].att_last[0], x_D, rtol=1e-4, atol=1e-5)  # test_goldens.py compares the logits
 
 
 def test_layer_norm_leaves_tiny_embeddings_below_unit_scale():
@@ -106,7 +106,7 @@ def test_layer_norm_leaves_tiny_embeddings_below_unit_scale():
     after = {name: norm(table).std() for name, table in tables.items()}
     assert after == pytest.approx({"v4": 0.0316, "v5": 0.0183, "v4neo": 0.109}, rel=0.01)
     assert norm(tables["v4"], eps=1e-6).std() == pytest.approx(0.0995, rel=0.01)
-    assert norm(tables["v4"] * 100).std() > 0.95  # what a norm is for
+    assert norm(tables["v4"] * 100).std() > 0.95  # the purpose of a norm
     assert 5.9e-4 < np.abs(released("emb.weight")).max() <= 6e-4  # the released trainer's: its learning rate
 
 

@@ -1,4 +1,4 @@
-"""Files of every version with the World vocabulary: whatever `load` reads is used without being told what it is."""
+"""Files of every version with the World vocabulary: `load` detects all it needs to use them."""
 
 import io
 

@@ -94,7 +94,7 @@ def test_released_order_visits_every_window_below_the_prime_once_an_epoch():
 STEPS = (sum(LENGTHS) - 1) // (B * T)  # steps of an epoch
 
 
-def test_documents_order_continues_rows_and_has_every_target_at_most_once_an_epoch():
+def test_documents_order_continues_rows_and_repeats_no_target_within_an_epoch():
     ds, starts = make(order="documents"), split().starts
     epochs = [[ds[e * STEPS + s] for s in range(STEPS)] for e in range(2)]
     for epoch in epochs:

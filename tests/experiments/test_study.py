@@ -292,7 +292,7 @@ def test_compared_resolves_differences_above_the_noise_of_seeds():
 
 
 def test_compared_gives_the_wider_interval_and_none_for_one_seed():
-    """Where documents differ in the effect and seeds agree, the interval over documents is the wider one."""
+    """The documents differ in the effect and the seeds agree, so the interval over documents is the wider one."""
     found = values({"a": 0.03}, noise=0)
     for seed in range(3):
         found[study.name_of("a", seed)]["bits_per_byte_nats"][3] += 500

@@ -24,7 +24,7 @@ NONE, ALL = np.zeros((B, T), bool), np.ones((B, T), bool)
 
 
 def test_lm_names_stacked_parameters_of_another_number_of_layers():
-    """Un-jitted calls and decoding take the stack apart: without the check they would ignore an extra layer."""
+    """Un-jitted calls and decoding take the stack apart, and would otherwise ignore an extra layer silently."""
     model, params = made("rwkv4")
     deeper = jax.tree.map(lambda x: np.concatenate([x, x]), params["blocks"])
     shorter = jax.tree.map(np.copy, params["blocks"])
@@ -39,7 +39,7 @@ def test_lm_names_stacked_parameters_of_another_number_of_layers():
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_lm_names_a_vector_of_another_shape(scan):
-    """Without the check a vector of one number would be broadcast silently."""
+    """A vector of one number would otherwise be broadcast silently."""
     _, params = made("rwkv4")
     one = lambda path, x: x[..., :1] if path[-1].key == "time_mix_k" else x
     params = jax.tree_util.tree_map_with_path(one, params)
@@ -51,7 +51,7 @@ def test_lm_names_a_vector_of_another_shape(scan):
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("kind", ["rwkv4", "rwkv7", "hybrid"])
 def test_lm_names_a_state_that_does_not_fit(kind, scan):
-    """Without the check an extra layer would be ignored silently, where each layer has parameters of its own."""
+    """An extra layer would otherwise be ignored silently, if each layer has parameters of its own."""
     model = make(kind, scan=scan)
     call = lambda state: jax.eval_shape(functools.partial(forward, model), shapes_of(model), tokens(1, 3), state)
     made_of = lambda model, B: jax.eval_shape(lambda: model.init_state(B, max_length=8))

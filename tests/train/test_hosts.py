@@ -197,8 +197,8 @@ def test_launch_ends_all_hosts_when_one_is_killed_and_resumes_exactly(place, who
 
 @pytest.mark.slow
 def test_hosts_stop_and_end_together_and_resume_exactly(place, whole):
-    """Without a launcher: SIGTERM to the second host, SIGKILL to the first, SIGSTOP to the second; then a run to the
-    end."""
+    """SIGTERM to the second host, SIGKILL to the first, SIGSTOP to the second, all without a launcher; then a run to
+    the end."""
     workdir = place / "disturbed"
     arguments = _arguments(place, workdir)
 

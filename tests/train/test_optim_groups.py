@@ -107,7 +107,7 @@ def test_frozen_stopped_stops_gradients_of_frozen_leaves_and_layers():
 
 @pytest.mark.parametrize("name", [name for name in small.KINDS if not name.startswith("hybrid")])
 def test_released_groups_of_all_kinds_equal_those_of_each_kind_alone(name):
-    """As `models.block.Kind` demands, a parameter's name means the same in all kinds."""
+    """A parameter's name means the same in all kinds, as `models.block.Kind` demands."""
     model = small.make(name, token_shift=True) if name == "transformer" else small.make(name)
     ((_, own, _),) = model.unit
     tree = {"blocks": models.parameter_shapes(model)["blocks"]}
