@@ -50,7 +50,7 @@ class HashModel:
     def __init__(self, recurrent=True):
         self.recurrent = recurrent
         self.layers = ("rwkv4",) if recurrent else ("attention",)
-        self.calls = []  # shapes of what each call was given
+        self.calls = []  # shapes of the arguments of each call
 
     def init_state(self, batch):
         return np.zeros(batch, np.int64)

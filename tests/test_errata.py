@@ -180,7 +180,7 @@ def test_released_order_needs_more_than_64_bits():
 
 
 def test_bfloat16_row_gradients_lose_sums_that_nearly_cancel():
-    rows_B = np.array([1.001, -1.0])  # of one channel's decay gradient, two rows of a batch
+    rows_B = np.array([1.001, -1.0])  # the decay gradient of one channel, for two rows of a batch
     by_row = rows_B.astype(ml_dtypes.bfloat16).astype(np.float64)
     assert rows_B.sum() == pytest.approx(1e-3) and by_row.sum() == 0
 
@@ -228,14 +228,14 @@ def test_long_range_arena_average_is_not_the_printed_one():
 
 def test_enwik8_bits_are_of_a_vocabulary_of_characters():
     assert round(num_parameters(6064, 6, 512) / 1e6) == 27  # the 27M of the RWKV-2 release with this number
-    assert round(num_parameters(256, 6, 512) / 1e6) == 21  # of bytes, at the same 6 x 512
+    assert round(num_parameters(256, 6, 512) / 1e6) == 21  # with a vocabulary of bytes, also 6 x 512
     text = "é" * 4 + "a" * 992
     assert len(text.encode()) / len(text) == pytest.approx(1.004, abs=1e-4)  # about enwik8's bytes for a character
 
 
 def test_straight_line_fits_a_law_that_bends():
     compute = np.logspace(18, 20, 40)
-    law = lambda C: np.log10(1.69 + 1070 * C**-0.155)  # it ends at 1.69 nats whatever is spent
+    law = lambda C: np.log10(1.69 + 1070 * C**-0.155)  # the limit is 1.69 nats
     line = linregress(np.log10(compute), law(compute))
     assert line.rvalue**2 > 0.994  # the paper's r^2, of a law that bends
     held_out = np.logspace(20, 23, 30)

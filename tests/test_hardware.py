@@ -9,7 +9,7 @@ import pytest
 
 from rwkv_jax import hardware, models
 
-T, L = 16, 2  # one chunk of the later versions' operators: XLA counts the body of a loop once, whatever its trips
+T, L = 16, 2  # one chunk of the later versions' operators: XLA counts the body of a loop once for any number of trips
 SLOWLY = lambda *names: [pytest.param(name, marks=pytest.mark.slow) for name in names]
 WKV = {"rwkv5": 4 * 64 + 3 * T, "rwkv6": 4 * 64 + 3 * T, "rwkv7": 8 * 64 + 12 * T}  # forward, times D a layer
 EXPONENTS = dict.fromkeys(WKV, 2 * 5 * T)  # the products that sum log decays, forward, times D a layer

@@ -29,7 +29,7 @@ def outputs(notebook, kind=None):
     ]
 
 
-def said(notebook) -> str:
+def text_of(notebook) -> str:
     """All text of a notebook, including the output of its cells."""
     texts = [cell.source for cell in notebook.cells]
     for output in outputs(notebook):
@@ -48,8 +48,8 @@ def test_notebook_is_committed_with_its_output(path):
     assert counts == list(range(1, len(counts) + 1))
     assert not outputs(notebook, "error")
     assert len([x for x in outputs(notebook) if "image/png" in x.get("data", {})]) >= 4
-    assert not re.search(r"/(home|root|tmp|Users|usr|var)/", said(notebook))
-    assert "warning" not in said(notebook).lower()
+    assert not re.search(r"/(home|root|tmp|Users|usr|var)/", text_of(notebook))
+    assert "warning" not in text_of(notebook).lower()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)

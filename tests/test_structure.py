@@ -60,7 +60,7 @@ def imports(tree):
 IMPORTS = {path: set(imports(tree)) for path, tree in TREES.items()}
 
 
-def rooms(path: Path):
+def imported_parts(path: Path):
     """Parts of this project that a file imports."""
     for name in IMPORTS[path]:
         first, *rest = name.split(".")
@@ -95,19 +95,19 @@ def test_imports_point_one_way():
     wrong = [f"{name_of(path)}: relative {name}" for path in SOURCES for name in IMPORTS[path] if name[0] == "."]
     for path in SOURCES:
         here = module_of(path)
-        for room in rooms(path):
+        for part in imported_parts(path):
             # a lazy name of the package, such as rwkv_jax.build, does not show its module
-            if room not in RANK:
-                wrong.append(f"{name_of(path)}: import {room} from its own module")
-            elif RANK[room] > RANK[here]:
-                wrong.append(f"{name_of(path)}: {here} imports {room}")
+            if part not in RANK:
+                wrong.append(f"{name_of(path)}: import {part} from its own module")
+            elif RANK[part] > RANK[here]:
+                wrong.append(f"{name_of(path)}: {here} imports {part}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_imports_of_modules_form_no_cycle():
     needs = collections.defaultdict(set)
     for path in SOURCES:
-        needs[module_of(path)] |= set(rooms(path)) - {module_of(path)}
+        needs[module_of(path)] |= set(imported_parts(path)) - {module_of(path)}
     graphlib.TopologicalSorter(needs).prepare()  # raises CycleError
 
 
@@ -122,8 +122,8 @@ def test_imports_of_experiments_form_no_cycle():
 
 
 def test_imports_of_each_part_are_allowed_there():
-    room = lambda path: path.name if path.name in EDGES else module_of(path)
-    found = ((path, forbidden_imports(room(path), IMPORTS[path])) for path in SOURCES)
+    part = lambda path: path.name if path.name in EDGES else module_of(path)
+    found = ((path, forbidden_imports(part(path), IMPORTS[path])) for path in SOURCES)
     wrong = [f"{name_of(path)}: {name}" for path, names in found for name in names]
     assert not wrong, "\n".join(wrong)
 

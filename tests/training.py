@@ -97,7 +97,7 @@ def toy_init(model, tx, method=None, carry_rows=None):
 
 def toy_step(model, tx, **options):
     def step(state, batch, lr, axis_name=None):
-        mean = batch["tokens"][:, 1:].astype(jnp.float32).mean() / 256  # of 2^n small integers: exact in any order
+        mean = batch["tokens"][:, 1:].astype(jnp.float32).mean() / 256  # 2^n small integers: exact in any order
         mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)
         (moments,) = state.opt_state
         m = 0.5 * moments["m"] + mean

@@ -201,7 +201,7 @@ def test_prepare_refuses_a_folder_whose_files_are_all_left_out(tmp_path):
         prepare(str(tmp_path / "set"))
 
 
-# ---- links, as huggingface_hub lays out what it downloads
+# ---- links, in the layout of huggingface_hub's downloads
 
 
 @pytest.fixture

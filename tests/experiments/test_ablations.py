@@ -31,7 +31,7 @@ def test_conclude_gives_a_verdict_on_each_ablation(effects, verdicts):
     assert [row["verdict"] for row in conclude(ITS, values)["ledger"]] == verdicts
 
 
-def test_config_of_an_arm_changes_one_thing():
+def test_ablation_arms_change_one_thing():
     default, flat = CONFIGS[RELEASED], lambda config: study.flat(config.to_dict())
     expected = dict.fromkeys(CONFIGS, 1) | {RELEASED: 0, "no receptance, F + D": 2, "all matrices N(0, 0.02)": 2}
     for arm, config in CONFIGS.items():

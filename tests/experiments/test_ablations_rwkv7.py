@@ -36,7 +36,7 @@ def test_conclude_gives_a_verdict_on_each_ablation(effects, verdicts):
     assert found["beside"].keys() == SAID.keys() == ARMS.keys() - {RELEASED}
 
 
-def test_config_of_an_arm_changes_one_thing():
+def test_ablation_arms_change_one_thing():
     flat = lambda arm: study.flat(study.config_of(ITS, *ARMS[arm]).to_dict())
     for arm in ARMS:
         assert len([key for key, x in flat(arm).items() if x != flat(RELEASED)[key]]) == (arm != RELEASED), arm

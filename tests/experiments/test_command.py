@@ -51,7 +51,7 @@ def experiment(tmp_path, monkeypatch):
     return Experiment(tmp_path, monkeypatch)
 
 
-def test_command_keeps_finished_cells_after_an_interruption(experiment, capsys):
+def test_experiment_command_keeps_finished_cells_after_an_interrupt(experiment, capsys):
     experiment.interrupted = True
     assert experiment() == 130
     assert not (experiment.folder / "results.json").exists()
@@ -67,7 +67,7 @@ def test_command_keeps_finished_cells_after_an_interruption(experiment, capsys):
     assert experiment.ran == ["a", "b", "c"] * 2
 
 
-def test_command_keeps_cells_of_each_preset_and_cells_added_by_an_option(experiment):
+def test_experiment_command_keeps_cells_of_each_preset_and_option(experiment):
     read = lambda name="results": json.loads((experiment.folder / f"{name}.json").read_text())
     assert experiment() == 0 and experiment("--preset=gpu") == 0 and experiment("--text=other.txt") == 0
     assert experiment.ran == ["a", "b", "c"] * 3
@@ -77,7 +77,7 @@ def test_command_keeps_cells_of_each_preset_and_cells_added_by_an_option(experim
     assert experiment.ran == [*["a", "b", "c"] * 3, "x.pth"]
 
 
-def test_command_smoke_does_not_replace_results(experiment, tmp_path, capsys):
+def test_experiment_command_smoke_does_not_replace_results(experiment, tmp_path, capsys):
     assert experiment("--smoke") == 2
     assert capsys.readouterr().err.startswith("error: a smoke would replace results that mean something")
     assert experiment("--smoke", f"--out={tmp_path / 'out'}") == 0
@@ -85,7 +85,7 @@ def test_command_smoke_does_not_replace_results(experiment, tmp_path, capsys):
     assert experiment.ran == ["a", "b", "c"]
 
 
-def test_command_refreshes_the_ledger_only_for_its_own_results_folder(experiment, tmp_path, monkeypatch):
+def test_experiment_command_refreshes_the_ledger_for_its_own_folder_only(experiment, tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     page.write_text("<!-- hours -->\n<!-- end -->")
     monkeypatch.setattr(command.ledger, "HERE", tmp_path)
@@ -168,7 +168,7 @@ def test_stamp_leaves_out_the_output_folder(monkeypatch):
 @pytest.mark.parametrize(
     "module, arguments", [("compare.run", ["--duration=1e6", "--out"]), ("curves.plot", ["absent", "--output"])]
 )
-def test_command_refuses_an_unwritable_output_before_it_computes(module, arguments, tmp_path, capsys):
+def test_experiment_commands_refuse_an_unwritable_output_before_computing(module, arguments, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert importlib.import_module(f"experiments.{module}").main([*arguments, f"{tmp_path}/file/x.png"]) == 2
     out, err = capsys.readouterr()

@@ -20,7 +20,7 @@ def test_ledger_blocks_of_readmes_equal_the_committed_results(path):
     assert re.search("<!-- end -->", path.read_text())
 
 
-def test_filled_replaces_a_block_and_keeps_prose(monkeypatch):
+def test_ledger_filled_replaces_a_block_and_keeps_prose(monkeypatch):
     monkeypatch.setitem(ledger.BLOCKS, "hours", lambda: engineering.table(("a",), [("x|y",)]))
     table = "| a |\n| --- |\n| x\\|y |"
     assert ledger.filled("a\n<!-- hours -->\nold\n<!-- end -->\nb") == f"a\n<!-- hours -->\n{table}\n<!-- end -->\nb"

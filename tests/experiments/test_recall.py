@@ -48,7 +48,7 @@ def test_reached_gives_the_first_evaluation_at_the_share():
         ([np.inf, np.inf], [np.inf, np.inf], "not comparable"),
     ],
 )
-def test_later_needs_every_case(slow, fast, verdict):
+def test_recall_later_needs_every_case(slow, fast, verdict):
     assert run.later(slow, fast) == verdict
 
 
@@ -64,7 +64,7 @@ def test_later_needs_every_case(slow, fast, verdict):
         ([np.inf], [np.inf], "a number of times not known"),
     ],
 )
-def test_times_is_a_geometric_mean_over_cases_or_a_bound(slow, fast, told):
+def test_recall_times_is_a_geometric_mean_over_cases_or_a_bound(slow, fast, told):
     assert run.times(slow, fast, [100] * len(slow)) == told
 
 

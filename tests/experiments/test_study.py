@@ -191,7 +191,7 @@ def test_study_publishes_to_the_ledger(script, tmp_path, monkeypatch):
 
 
 def test_study_takes_the_best_swept_rate_and_sweeps_missing_ones(script):
-    """The sweep starts around 1.6e-2 and goes on to lower rates until 4e-3 has two neighbours."""
+    """The sweep starts around 1.6e-2 and continues to lower rates until 4e-3 has two neighbours."""
     base, tried = {"model.dim": 8, "model.num_layers": 1, "lr": 1.6e-2}, {2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2}
     assert script("--sweep", base=base) == 0
     found = script.results("sweep")["runs"]
@@ -324,7 +324,7 @@ def test_trained_branch_of_a_trunk_is_bit_equal_to_a_run_of_its_length(step, tmp
     assert len(list(folder.iterdir())) == 4 and found[10][2][0] == found[20][2][0]  # both trunks, both branches
     for budget, (_, params, _) in found.items():
         whole = config(budget)
-        whole.optim.warmup = 1 / budget  # of both: one step, a twentieth of the longest
+        whole.optim.warmup = 1 / budget  # one step, as a twentieth of the longest budget
         expected = train.run(whole, tmp_path / f"whole-{budget}").params
         jax.tree.map(np.testing.assert_array_equal, params, expected)
     branch = found[10][2][-1] / "metrics.jsonl"

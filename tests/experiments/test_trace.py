@@ -29,7 +29,7 @@ def noise_NTD(prompt):
 
 @pytest.fixture(scope="module")
 def seen(small, prompt, noise_NTD):
-    return jax.tree.map(np.asarray, tracing.effects(*small, prompt, noise_NTD, 24))  # of 72 runs
+    return jax.tree.map(np.asarray, tracing.effects(*small, prompt, noise_NTD, 24))  # from 72 runs
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_trace_averages_agree_with_values_by_hand():
     assert known[0] == 2 and unknown is None
 
 
-def test_world_has_one_answer_a_subject_and_relation():
+def test_trace_world_has_one_answer_for_each_subject_and_relation():
     world = facts.world(subjects=20, vocab_size=64, seed=1)
     prompts = facts.everything(world)
     answers = prompts.answer.reshape(20 * facts.RELATIONS, facts.TEMPLATES)

@@ -53,7 +53,7 @@ def test_save_for_transformers_has_equal_logits_and_loads_back(tmp_path, monkeyp
     theirs = from_pretrained(tmp_path / "ours")
     tokens_BT = tokens(sizes[0])
     assert_close(our_logits(model, params, tokens_BT), their_logits(theirs, tokens_BT))
-    theirs.save_pretrained(tmp_path / "theirs")  # after a forward pass: our config asks for no rescaling
+    theirs.save_pretrained(tmp_path / "theirs")  # after a forward pass, which rescales nothing by our config
     _, again = rwkv_jax.load(tmp_path / "theirs")
     assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
 

@@ -124,7 +124,7 @@ def test_lm_remat_changes_no_gradient_and_takes_less_memory(kind, scan):
 
     programs = {remat: compiled(remat) for remat in ("none", "matmuls", "outputs", "block")}
     memory = [program.memory_analysis().temp_size_in_bytes for program in programs.values()]
-    if scan:  # XLA's CPU compiler joins what is unrolled and computed twice
+    if scan:  # XLA's CPU compiler merges unrolled computations that are equal
         assert memory == sorted(memory, reverse=True) and memory[-1] < 0.7 * memory[0]
     whole = programs.pop("none")(params)
     for program in programs.values():

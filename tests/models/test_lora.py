@@ -16,7 +16,7 @@ METHOD = Method("lora", RANK, ALPHA, "key|value|gate|(q|k|v|out|up|down)/kernel|
 SLOWLY = lambda *kinds: [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
-def _shaken(adapters):
+def _with_nonzero_b(adapters):
     """Adapters with an effect: B starts at zero."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), adapters)
@@ -45,7 +45,7 @@ def test_lora_adapters_have_no_effect_at_first_and_merge_into_the_weights(kind):
     if kind == "rwkv4":
         np.testing.assert_array_equal(joined(fresh), plain_BTV)
 
-    adapters = _shaken(fresh)
+    adapters = _with_nonzero_b(fresh)
     joined_BTV = joined(adapters)
     merged = lora.merge(jax.device_put(params), adapters, ALPHA)
     jax.tree.map(

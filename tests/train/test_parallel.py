@@ -146,7 +146,7 @@ def test_pmap_keeps_bit_equal_state_on_all_devices():
         assert all(np.array_equal(first, other) for other in others)
 
 
-# ---------------------------------------------------------------------------------------------- what fsdp splits
+# ---------------------------------------------------------------------------------------------- fsdp
 
 
 def test_fsdp_splits_parameters_and_moments_over_the_devices_of_a_replica():
