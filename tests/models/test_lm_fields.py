@@ -1,4 +1,4 @@
-"""Fields of a model: as JSON, and what `build` says of those that do not fit."""
+"""Fields of a model: as JSON, and the errors of `build` for those that do not fit."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def test_lm_fields_survive_json(kind):
     ],
     ids=str,
 )
-def test_build_names_a_misspelt_field_and_the_nearest_right_one(arguments, line):
+def test_build_names_a_misspelt_field_and_the_nearest_correct_one(arguments, line):
     given = {"name": "rwkv4", "vocab_size": V, "num_layers": L, "dim": D} | arguments
     with pytest.raises(ValueError) as error:
         build(**given)
