@@ -48,7 +48,7 @@ def test_jsonl_split_names_are_whole_words(tmp_path):
         assert {text[:1] for text in parts(found)} == {b"%d" % split}
 
 
-def test_jsonl_of_three_texts_fills_three_splits_and_of_two_is_refused(tmp_path):
+def test_jsonl_fills_three_splits_from_three_texts_and_refuses_two(tmp_path):
     corpus = prepare(write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("a", "a", "b", "c")]))
     assert [parts(split) for split in splits_of(corpus)] == [[b"a", b"a"], [b"b"], [b"c"]]
     source = write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"text": "b"}, {"text": ""}])
@@ -73,7 +73,7 @@ def test_jsonl_prompt_is_masked(tmp_path):
     assert sum(split.num_bytes for split in splits_of(corpus)) == sum(len(text) for text in texts)
 
 
-def test_jsonl_hash_depends_on_what_is_prompt(tmp_path):
+def test_jsonl_hash_depends_on_the_prompt_mask(tmp_path):
     texts = [{"a": f"{i}ab", "b": "c", "A": f"{i}a", "B": "bc"} for i in range(60)]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     first, second = prepare(source, text="b", prompt="a"), prepare(source, text="B", prompt="A")
