@@ -118,8 +118,7 @@ def not_run(
 
 
 def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
-    """Return the values of all cells, from the file `kept` or computed, each with its seconds, commit, date and
-    hardware."""
+    """Return the values of all cells, cached in `kept` or computed, with seconds, commit, date and hardware."""
     found = read_json(kept) if kept.exists() and not again else {}
     if found.get("fields") != fields(preset):
         found = {"fields": fields(preset), "cells": {}}

@@ -47,8 +47,7 @@ def saved(figure, path: Path, dpi: int = 110) -> None:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Draw the figure of a study: training loss of its arms, and their differences with the pairs of seeds behind
-    them.
+    """Draw the figure of a study: training loss of its arms, and their differences with each pair of seeds.
 
     The axis of the differences is linear near zero and logarithmic beyond, because effects differ a hundredfold.
     """

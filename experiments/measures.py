@@ -49,8 +49,7 @@ def level(nats_N: np.ndarray, split: data.Split) -> float:
 
 
 def bits_per_byte(model, params, corpus: HeldOut) -> dict:
-    """Bits per byte in disjoint windows of the training length, each from an empty past: the same protocol for every
-    model."""
+    """Bits per byte in disjoint windows of the training length, each from an empty past, for every model."""
     shape = (corpus.seq_len, corpus.batch_size)
     valid_N = evaluate.windows(model, params, corpus.valid.tokens, *shape)
     nats_N = evaluate.windows(model, params, corpus.test.tokens, *shape)
@@ -59,8 +58,7 @@ def bits_per_byte(model, params, corpus: HeldOut) -> dict:
 
 
 def best_practice(model, params, corpus: HeldOut) -> dict:
-    """Bits per byte at each model's best: the state carried over whole documents, or else windows half a length
-    apart."""
+    """Bits per byte at best practice: the state carried over whole documents, else windows half a length apart."""
     test = corpus.test
     nats_N = evaluate.best_practice(model, params, test.tokens, test.starts, corpus.seq_len, corpus.batch_size)
     return by_document("best_practice", nats_N, test)

@@ -52,8 +52,10 @@ def fixed(config) -> dict:
 
 
 def identity_of(function: Callable) -> dict:
-    """Return the name, parameters and source hash of a function, without docstring and comments. Functions that it
-    calls do not count."""
+    """Return the name, parameters and source hash of a function, without docstring and comments.
+
+    The functions that it calls do not count.
+    """
     parameters = [function.args, function.keywords] if isinstance(function, partial) else []
     function = getattr(function, "func", function)
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -97,12 +99,11 @@ def restore(cells: dict[str, Cell], results: dict, folder: Path) -> None:
 
 
 def stages(config, budgets: Sequence[int], budget: int) -> list:
-    """Return the configs of the runs that lead to `budget` steps: segments of a constant-rate trunk, then a decayed
-    branch.
+    """Return the configs of the runs that lead to `budget` steps: segments of a trunk, then a decayed branch.
 
-    On a CPU the result equals, bit for bit, one run of `budget` steps with the trunk's warm-up. A segment of the trunk
-    ends at each branching point, so a short budget does not wait for a long one. The decay takes the share
-    `optim.decay` of a budget.
+    The trunk has a constant rate. On a CPU the result equals, bit for bit, one run of `budget` steps with the trunk's
+    warm-up. A segment of the trunk ends at each branching point, so a short budget does not wait for a long one. The
+    decay takes the share `optim.decay` of a budget.
     """
     warmup, point, found = round(config.optim.warmup * max(budgets)), 0, []
     for steps in sorted(b for b in budgets if b <= budget):
@@ -142,8 +143,10 @@ def trained(configs: Sequence, folder: Path):
 
 
 def curve(workdirs: Sequence[Path], points: int = 40) -> dict:
-    """Return the training loss of consecutive runs, in at most `points` means of logged steps, and the held-out loss
-    of every evaluation."""
+    """Return the loss along consecutive runs: training loss in at most `points` points, and every evaluation.
+
+    A point is a mean over logged steps.
+    """
     rows = [row for workdir in workdirs for row in metrics.logged(workdir / "metrics.jsonl")]
     logged = [row for row in rows if "loss_nats" in row]
     groups = [[logged[i] for i in group] for group in np.array_split(np.arange(len(logged)), min(points, len(logged)))]

@@ -7,8 +7,7 @@ from scipy import stats
 
 
 def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Return the mean of paired differences, one per seed, and its Student t interval; NaN where there are too few
-    seeds."""
+    """Return the mean of paired differences, one per seed, and its Student t interval; NaN for too few seeds."""
     x = np.asarray(differences, float)
     if len(x) < 2:
         return float(x[0]) if len(x) else np.nan, np.nan, np.nan
@@ -17,8 +16,7 @@ def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float
 
 
 def p_value(differences: Sequence[float]) -> float:
-    """Return the two-sided p of a mean of 0 under Student's t; NaN for one seed, 0 for equal differences that are not
-    0."""
+    """Return the two-sided p of a mean of 0 under Student's t; NaN for one seed, 0 for equal nonzero differences."""
     x = np.asarray(differences, float)
     if len(x) < 2:
         return np.nan
@@ -54,15 +52,16 @@ def bootstrap(statistic: Callable, documents: int, samples: int = 2000) -> tuple
 
 
 def over_documents(nats_SD, bytes_D) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval over documents, in bits per byte, of nats by seed and document, averaged over
-    seeds."""
+    """Return the 95 % bootstrap interval over documents, in bits per byte, of the mean over seeds.
+
+    The nats are by seed and document.
+    """
     bits_D, bytes_D = np.mean(nats_SD, axis=0) / np.log(2), np.asarray(bytes_D, float)
     return bootstrap(lambda drawn: bits_D[drawn].sum() / bytes_D[drawn].sum(), len(bytes_D))
 
 
 def wider(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Return the wider of two intervals (low, high), such as those over seeds and over documents. NaN means no
-    interval."""
+    """Return the wider of two intervals (low, high), such as over seeds and over documents; NaN: no interval."""
     known = [(low, high) for low, high in (a, b) if not np.isnan(high - low)]
     return tuple(max(known, key=lambda x: x[1] - x[0])) if known else (np.nan, np.nan)
 

@@ -278,8 +278,7 @@ def compared(study: Study, values: dict, number: str | None = None, budget=None,
 
 
 def paired(study: Study, values: dict, arm: str, against: str, number: str | None = None, budget=None) -> dict:
-    """Return the paired difference of two arms over the seeds that both have, as in `compared`; {} if there are
-    none."""
+    """Return the paired difference of two arms over their common seeds, as in `compared`; {} if there are none."""
     number = number or next(iter(measures_of(study)))
     names = [(name_of(arm, seed, budget), name_of(against, seed, budget)) for seed in seeds_of(study, arm)]
     both = [(values[name], values[other]) for name, other in names if name in values and other in values]

@@ -21,11 +21,10 @@ def swept(path: Path) -> dict:
 def bracket(
     path: Path, name: str, centre: float, value_of: Callable[[float], float], better=min, widest=None, **about
 ) -> None:
-    """Sweep rates around the power of 2 times 1e-3 nearest to `centre`; save the values under `name` in `path` after
-    each run.
+    """Sweep rates around the power of 2 times 1e-3 nearest to `centre`, and save the values under `name`.
 
     Args:
-        path: JSON {"runs": {name: {rate: value}}, ...}; values that it holds are not recomputed.
+        path: JSON {"runs": {name: {rate: value}}, ...}, written after each run; values in it are not recomputed.
         about: other fields to write to it.
     """
     results = {"runs": swept(path)}

@@ -99,8 +99,7 @@ def prepare(config, folder: Path) -> None:
 
 
 def conclude(its, values: dict) -> dict:
-    """Return the rows of the ledger (the parts together, the delta rule, removal 2, the start), and every arm beside
-    SAID."""
+    """Return the rows of the ledger (parts, delta rule, removal 2, start), and every arm beside SAID."""
     rows = study.compared(its, values)
     of = lambda arm: statistics.told(*(rows[arm][name] for name in ("difference", "low", "high")))
     resolved = lambda arm, sign: rows[arm]["resolved"] and sign * rows[arm]["difference"] > 0

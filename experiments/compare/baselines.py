@@ -9,8 +9,7 @@ ORDER = 6  # longest n-gram: five bytes of context
 
 
 def ngram_bits(train_NT, test_T, order: int = ORDER):
-    """Return the bits of each byte of `test` under a Witten-Bell n-gram of the rows of `train`, for orders 1 to
-    `order`.
+    """Return the bits of each byte of `test` under a Witten-Bell n-gram of the rows of `train`, by order.
 
     p_n(x | h) = (count(h x) + types(h) p_{n-1}(x | h')) / (count(h) + types(h)), where h' is the context without its
     first byte, types(h) is the number of different bytes seen after h, and p_0 = 1/256.
@@ -18,9 +17,10 @@ def ngram_bits(train_NT, test_T, order: int = ORDER):
     Args:
         train_NT: bytes; n-grams do not cross from one row into the next.
         test_T: bytes of one stream.
+        order: the largest n.
 
     Returns:
-        One array [T] per order.
+        One array [T] for each n from 1 to `order`.
     """
     probability_T = np.full(len(test_T), 1 / 256)
     bits = []

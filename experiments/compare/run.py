@@ -196,10 +196,10 @@ def _difference(a_N, b_N, test, seed):
 
 
 def sweep(path):
-    """Sweep learning rates of every arm and width by held-out bits per byte, until the best is not at an end of its
-    grid.
+    """Sweep the learning rates of every arm and width by held-out bits per byte.
 
-    `path` is rewritten after each run. Runs that it already holds are not repeated.
+    A grid is extended until the best rate is not at its end. `path` is rewritten after each run; runs that it already
+    holds are not repeated.
     """
     for dim, num_layers in SWEEP_WIDTHS:
         preset = Preset(num_layers=num_layers, dim=dim)

@@ -101,8 +101,7 @@ def swept_name(name: str) -> str:
 
 
 def sweep(task: Task, path: Path) -> None:
-    """Sweep learning rates by the share of symbols copied in windows of training length, after a third of the
-    steps."""
+    """Sweep learning rates by the share copied in windows of training length, after a third of the steps."""
     steps = task.steps // 3  # later, many rates reach 1
     batches = stage_batches(task, ((1, steps),), seed=2)
     test = stage_batches(task._replace(batch_size=512), ((1, steps),), seed=3)(0)

@@ -26,8 +26,7 @@ class Targets(NamedTuple):
 
 
 def bits_after_context(model, params, corpus, T: int, contexts, number: int) -> dict:
-    """Bits a byte by document: after each context, with the past reset every T bytes, and at the model's best
-    practice.
+    """Bits a byte by document: after each context, with resets every T bytes, and by best practice.
 
     For a model with attention, contexts end at T.
     """
@@ -49,8 +48,7 @@ def bits_after_context(model, params, corpus, T: int, contexts, number: int) -> 
 
 
 def targets(split: data.Split, number: int, context: int, longest: int) -> Targets:
-    """Return at most `number` targets, spread evenly over documents, each with `context` bytes of its document before
-    it.
+    """Return at most `number` targets, spread evenly over documents, each with `context` bytes before it.
 
     Documents too short for that are skipped; the others are truncated to `longest` bytes.
     """
@@ -92,8 +90,10 @@ def by_document(bits_N, targets: Targets) -> list[float]:
 
 
 def gain_by_distance(reset_N, best_N, text: data.Split, edges) -> list[list[float]]:
-    """Return the bits a byte saved over resets, at bytes `edges[i]` + 1 to `edges[i + 1]` of each document that has
-    them all."""
+    """Return the bits a byte saved over resets, by document and distance.
+
+    Distances are bytes `edges[i]` + 1 to `edges[i + 1]`. Documents that lack some of them are skipped.
+    """
     gain_N = (reset_N - best_N) / np.log(2)
     lengths = np.diff(text.starts, append=len(text.tokens)) - 1
     starts = text.starts[lengths >= edges[-1]] + 1
@@ -104,8 +104,7 @@ def gain_by_distance(reset_N, best_N, text: data.Split, edges) -> list[list[floa
 
 
 def bootstrap(statistic: Callable, documents: int) -> tuple[float, float, float]:
-    """Return `statistic(indices of documents)` and its 95 % percentile interval over documents; NaN for one
-    document."""
+    """Return `statistic(indices of documents)` and its 95 % percentile interval; NaN for one document."""
     return float(statistic(np.arange(documents))), *statistics.bootstrap(statistic, documents)
 
 

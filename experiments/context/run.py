@@ -166,8 +166,10 @@ def conclude(its, values: dict) -> dict:
 
 
 def difference(cells, of_a, of_b, others=None) -> tuple[float, float, float]:
-    """Return the paired difference in bits a byte of cells, one per seed, or of `cells` minus `others`, and its 95 %
-    interval: over documents, or over seeds if wider."""
+    """Return the paired difference in bits a byte of cells, one per seed, or of `cells` minus `others`.
+
+    Its 95 % interval is over documents, or over seeds if wider.
+    """
     weights_D = np.array(cells[0]["targets"])
     bits_SD = np.array([np.subtract(of_a(a), of_b(b)) for a, b in zip(cells, others or cells, strict=True)])
     mean_D = bits_SD.mean(0)
@@ -183,8 +185,7 @@ def window_and_longest(its, cell) -> tuple[str, str]:
 
 
 def _change(its, values, name: str, against: str | None = None) -> tuple[float, float, float]:
-    """Return the change of a model's loss from a window of context to the longest, or minus that of another, and its
-    interval."""
+    """Return the change of a model's loss from a window to the longest context, or minus another's; its interval."""
     cells = study.runs_of(its, values, name)
     window, longest = window_and_longest(its, cells[0])
     after = lambda context: lambda cell: cell["after"][context]
@@ -223,8 +224,10 @@ def lags_by_version(values) -> dict[str, list[int]]:
 
 
 def _copied(lags: dict) -> list[dict]:
-    """Return the row of RWKV-7's longest lag over RWKV-4's. A model that copies over no lag counts as half the
-    shortest."""
+    """Return the row of RWKV-7's longest lag over RWKV-4's.
+
+    A model that copies over no lag counts as half the shortest.
+    """
     log2 = lambda name: np.log2(np.maximum(lags[name], SHORTEST / 2))
     at_least = "at least " * (max(lags["rwkv7"]) >= LONGEST)
     ours = f"{at_least}{2 ** np.mean(log2('rwkv7') - log2('rwkv4')):.2g} times as long as RWKV-4's"

@@ -128,9 +128,9 @@ TINY = {"num_layers": 2, "dim": 16}
 STUDY = {
     "base": {
         "model": {"num_layers": 4, "dim": 128},
-        "base": None,  # path of other weights
+        "base": None,  # None: train a base
         "base_steps": 250,
-        "corpus": None,  # Python's manual
+        "corpus": None,  # None: Python's manual
         "steps": 40,
         "seq_len": 256,
         "batch_size": 8,

@@ -19,8 +19,7 @@ def weights(num_layers: int, dim: int, vocab_size: int) -> int:
 
 
 def law(num_layers, dim, vocab_size, tokens, batch) -> float:
-    """Return the time of a cached transformer's token over that of RWKV-4's after `tokens` others, if only reads
-    count."""
+    """Return a cached transformer's time a token over RWKV-4's after `tokens` others, if only reads count."""
     return 1 + 2 * batch * tokens * dim * num_layers / weights(num_layers, dim, vocab_size)
 
 
@@ -30,8 +29,7 @@ def batch_for(factor, tokens, num_layers, dim, vocab_size) -> int:
 
 
 def cumulative(rows, tokens) -> float:
-    """Return the seconds of generating `tokens` tokens of one text: latency integrated over positions, piecewise
-    linear."""
+    """Return the seconds of generating `tokens` tokens of one text: piecewise linear latency, integrated."""
     at, seconds = (np.array([row[name] for row in rows], float) for name in ("position", "seconds"))
     grid = np.unique([0, *at[at < tokens], tokens])
     return float(np.trapezoid(np.interp(grid, at, seconds), grid))
@@ -64,8 +62,8 @@ def _rows(values, name, arm, batch):
 
 
 def claimed(preset, measured) -> list[dict]:
-    """Return, for each factor, the ratios at its length by shape and batch, and the batch that the law requires of
-    every size."""
+    """Return, for each factor, the measured ratios at its length, and the batch that the law requires of every
+    size."""
     found = []
     for factor, tokens in CLAIMS:
         sizes = {name: (s.num_layers, s.dim, s.vocab_size) for name, s in preset.shapes.items()}
@@ -153,8 +151,10 @@ def _factor(claimed, measured):
 
 
 def _seconds(preset, values):
-    """Return the row of figures 7 and 14: seconds for 1,000 and 512 tokens. The first token costs the same with a
-    cache as without."""
+    """Return the row of figures 7 and 14: seconds for 1,000 and 512 tokens.
+
+    The first token costs the same with a cache as without.
+    """
     name, batch = _first(preset)
     rows = {arm: _rows(values, name, arm, batch) for arm in ("rwkv4", CACHED, UNCACHED)}
     rows[UNCACHED] = [rows[CACHED][0], *rows[UNCACHED]]
@@ -199,8 +199,7 @@ def _memory(preset, values):
 
 
 def _training(values):
-    """Return the row of Table 1's training half: tokens/s and temporary memory of the shortest and the longest
-    windows."""
+    """Return the row of Table 1's training half: tokens/s and temporary memory of the shortest and longest windows."""
     start = "training, "
     its = {name.removeprefix(start): cell["rows"] for name, cell in values.items() if name.startswith(start)}
     ends = {arm: (rows[0], rows[-1]) for arm, rows in its.items()}

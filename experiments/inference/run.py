@@ -171,8 +171,7 @@ def decoded(compiled, params, state, position, count, rounds):
 
 
 def latency(preset, shape, arm, batch) -> dict:
-    """Return the seconds a token, bytes of state, and bytes of all memory beside the parameters, at every position
-    that fits."""
+    """Return the seconds a token, state bytes and memory beside the parameters, at every position that fits."""
     model = built(shape, preset.dtype, arm, scan=False)
     params = random_parameters(model)
     limit, rng = cache_limit(preset, params), np.random.default_rng(0)

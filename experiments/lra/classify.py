@@ -19,8 +19,7 @@ POINTS = 40  # of the curve of a run
 
 
 class Classifier(nn.Module):
-    """Logits [B / num_documents, classes] from causal activations: their mean over valid positions, then a linear
-    layer.
+    """Logits [B / num_documents, classes]: a linear layer on the mean of causal activations over valid positions.
 
     With two documents per example, rows 2i and 2i + 1 are a pair. The classifier sees both means, their product and
     their difference.
@@ -42,11 +41,10 @@ class Classifier(nn.Module):
 
 
 def batches(examples: Examples, buckets: Sequence[int], batch_size: int, rng=None) -> list[tuple[int, np.ndarray]]:
-    """Return (T, indices of examples) of each batch. All examples of a batch share the smallest bucket that holds
-    them.
+    """Return (T, indices of examples) of each batch; its examples share the smallest bucket that holds them.
 
     With `rng`, batches are for training: in random order, dropping the rest that does not fill a batch. Without it,
-    they cover all examples in order, the last ones of a bucket to be padded.
+    they cover all examples in order; `batch` fills up the last ones of a bucket.
     """
     lengths = np.array([len(tokens) for tokens in examples.tokens]).reshape(-1, examples.num_documents).max(axis=1)
     if lengths.max() > buckets[-1]:
@@ -61,8 +59,10 @@ def batches(examples: Examples, buckets: Sequence[int], batch_size: int, rng=Non
 
 
 def batch(examples: Examples, T: int, index, batch_size: int) -> dict:
-    """Return the arrays of one batch, padded on the right: tokens and valid [batch_size * num_documents, T], labels
-    [batch_size]."""
+    """Return the arrays of one batch: tokens and valid [batch_size * num_documents, T], labels [batch_size].
+
+    Sequences are padded on the right. Missing examples are filled up with the first one.
+    """
     index = np.concatenate([index, np.full(batch_size - len(index), index[0])])
     rows = (index[:, None] * examples.num_documents + np.arange(examples.num_documents)).ravel()
     tokens_BT, valid_BT = np.zeros((len(rows), T), np.int32), np.zeros((len(rows), T), bool)

@@ -138,8 +138,7 @@ def evaluate(tokens: Sequence[int], levels: float = np.inf) -> int:
 
 
 def rules(known: Examples, asked: Examples, levels: Sequence[int] = (1, 2, 3)) -> dict[str, float]:
-    """Return the share of `asked` that rules without learning get right; the most frequent answers are those of
-    `known`."""
+    """Return the share of `asked` that rules without learning get right; most frequent answers are from `known`."""
     answer = lambda labels: int(np.bincount(labels, minlength=10).argmax())
     root = lambda examples: np.array([tokens[0] for tokens in examples.tokens])
     by_operator = {operator: answer(known.labels[root(known) == operator]) for operator in range(OPERATOR, END)}

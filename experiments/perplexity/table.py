@@ -6,8 +6,7 @@ from experiments.statistics import told
 
 
 def differences(results: dict) -> str:
-    """Return a table with a row per pair of arms and a column per budget, then the tokens at which a difference
-    changes sign."""
+    """Return a table with a row per pair of arms, a column per budget, and the tokens of each change of sign."""
     tokens = sorted({int(at) for rows in results["pairs"].values() for at in rows})
     head = ("bits a byte", *(f"{at / 1e6:.3g} M tokens" for at in tokens), "overtaken at")
     rows = []

@@ -23,11 +23,10 @@ def crossings(gaps: dict) -> list[dict]:
 
 
 def trend(gaps: dict, value: float) -> dict | None:
-    """Return the least-squares line of a difference against log2 tokens, and where it reaches `value`; None for fewer
-    than three budgets.
+    """Return the least-squares line of a difference against log2 tokens, and where it reaches `value`.
 
-    The 95 % intervals are Student's for one more run. They assume that budgets are independent, although runs that
-    branch from one trunk are not, and that the line stays straight beyond them.
+    None for fewer than three budgets. The 95 % intervals are Student's for one more run. They assume that budgets are
+    independent, although runs that branch from one trunk are not, and that the line stays straight beyond them.
     """
     if len(gaps) < 3:
         return None

@@ -98,8 +98,7 @@ def _heads_last(op, form, *operands_and_state):
 
 
 def allowed(form, name, *given):
-    """Return the bound of a form on the result `name` of each head; `given` as in `inputs5`, `inputs6` and
-    `inputs7`."""
+    """Return the bound of a form on the result `name` of each head; `given` are the inputs."""
     T, size = len(given[0]), abs(given[1])
     slowest_H, strongest_H = (size if size.ndim == 2 else size.mean(0)).min(0), size.max(tuple(range(size.ndim - 1)))
     summed = name == "u" or (name == "w" and size.ndim == 2)

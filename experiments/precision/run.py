@@ -54,8 +54,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def compare(operator, results, expected):
-    """Return the channels' errors by quantity, relative to the exact result (None where that is 0) and to its
-    magnitude."""
+    """Return the channels' errors by quantity, relative to the exact result (None where 0) and to its magnitude."""
     over_all_but_channels = lambda x: _rms(x.reshape(-1, x.shape[-1]))
     rows = {}
     for name, (value, magnitude) in expected.items():

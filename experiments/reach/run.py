@@ -49,7 +49,7 @@ class Preset:
     steps: int = 200
     back: int = 1024  # tokens read before the prediction
     files: int = 48  # maximum number of held-out files
-    points: int = 40  # kept of the curve
+    points: int = 40  # points of the curve in results
 
 
 PRESETS = {
@@ -59,8 +59,10 @@ PRESETS = {
 
 
 def norms(model, params, tokens_BT) -> np.ndarray:
-    """Return [B, T - 1]: entry n is the norm of dL/d emb of the input n before the last, L in nats on the last
-    token."""
+    """Return the norms [B, T - 1] of gradients by the inputs' embeddings, the last input first.
+
+    Entry n is the norm of dL/d emb of the input n before the last, with L in nats on the last token.
+    """
     inputs_BT, last_B = tokens_BT[:, :-1], tokens_BT[:, -1]
     rows_BTD = params["emb"]["embedding"][inputs_BT]
     apart = model.clone(vocab_size=inputs_BT.size)  # every input has an embedding of its own
@@ -106,8 +108,7 @@ def cells(preset, folder) -> command.Cells:
 
 
 def curve(norms_BT, points: int) -> dict:
-    """Return means over rows in groups of n, relative to the nearest, and the distance that holds a share of their
-    sum."""
+    """Return means over rows in groups of n, relative to the nearest, and the reach of a share of their sum."""
     mean_T = norms_BT.mean(axis=0, dtype=np.float64)
     near = mean_T[:NEAREST].mean()
     edges = np.unique(np.geomspace(1, len(mean_T), points).round().astype(int))

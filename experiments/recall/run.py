@@ -102,8 +102,7 @@ def learn(config, folder) -> dict:
 
 
 def reached(curve, share: float = REACHED) -> float:
-    """Return the examples at the first test with `share` of the answers right, by the best rate; inf if there is
-    none."""
+    """Return the examples at the first test with `share` right, by the best rate; inf if there is none."""
     return next((examples for examples, right in curve if np.max(right) >= share), np.inf)
 
 

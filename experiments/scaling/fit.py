@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 
 
 class Law(NamedTuple):
-    """L(C) = floor + k (C / unit)^-exponent."""
+    """The law L(C) = floor + k (C / unit)^-exponent."""
 
     floor: float
     k: float
@@ -67,8 +67,10 @@ LAWS = {"line": line, "saturating": saturating}
 
 
 def errors(law: Law, compute, loss) -> dict:
-    """Return relative errors of predictions, and r^2 of log loss by both definitions: the paper does not say which it
-    uses."""
+    """Return relative errors of predictions, and r^2 of log loss by both definitions.
+
+    The paper does not say which definition it uses.
+    """
     relative = law(compute) / np.asarray(loss) - 1
     predicted, seen = np.log(law(compute)), np.log(loss)
     spread = np.square(seen - seen.mean()).sum()

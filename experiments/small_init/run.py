@@ -44,8 +44,10 @@ EARLY = SHARES[0]
 
 
 def bpe(source: str, vocab_size: int, folder: Path) -> Path:
-    """Return the path of a byte-level BPE vocabulary of the training split, built once in `folder`. Token 0 is the
-    separator."""
+    """Return the path of a byte-level BPE vocabulary of the training split, built once in `folder`.
+
+    Token 0 is the separator.
+    """
     path = folder / f"bpe-{Path(source).stem}-{vocab_size}.json"
     if path.exists():
         return path

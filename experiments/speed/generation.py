@@ -106,8 +106,7 @@ def beside_the_package(model, params, shape: dict, wanted=(2.0, 1.6)) -> list[di
 
 
 def beside_reading(model, params, shape: dict) -> dict:
-    """Return the seconds of a token, and of a sum over as many bytes as the parameters that a token needs, timed in
-    turn."""
+    """Return the seconds of a token, and of a sum over as many bytes as the parameters it needs, in turn."""
     least = total_bytes(params) - params["emb"]["embedding"].nbytes
     numbers, total = jax.random.normal(jax.random.key(3), (least // 4,)), jax.jit(jnp.sum)
     reading = lambda _: [total(numbers).block_until_ready() for _ in range(shape["tokens"])]

@@ -65,8 +65,10 @@ def sources(rwkv_lm) -> list[str]:
 
 @cache
 def released_kernel(rwkv_lm, T):
-    """Return the kernel's module with `forward` and `backward`. Registers and fast math as in its trainer; T is
-    compiled in."""
+    """Return the kernel's module with `forward` and `backward`.
+
+    Registers and fast math are as in its trainer; T is compiled in.
+    """
     from torch.utils.cpp_extension import load
 
     flags = ["-O3", "-Xptxas=-O3", "--use_fast_math", "--extra-device-vectorization", "--maxrregcount=60"]

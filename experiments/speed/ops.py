@@ -38,10 +38,9 @@ LONGEST_PLAIN = 1024  # tokens: beyond, autodiff of the plain scan takes too muc
 
 
 def plain_scan(w_D, u_D, k_BTD, v_BTD, stored=lambda x: x):
-    """Eq. 16 in its safe form (Eqs. 23-28) as one scan over time, differentiated by JAX: the straightforward
-    implementation.
+    """Eq. 16 in its safe form (Eqs. 23-28) as one scan over time, for JAX to differentiate.
 
-    `stored` maps a state's arrays between tokens.
+    This is the straightforward implementation. `stored` maps a state's arrays between tokens.
     """
 
     def step(carry, kv):
@@ -60,8 +59,7 @@ def plain_scan(w_D, u_D, k_BTD, v_BTD, stored=lambda x: x):
 
 
 def inputs(B, T, D, dtype, count):
-    """Yield (w, u, k, v, dy), random and different each time: rolled along time, which is faster than drawing
-    again."""
+    """Yield (w, u, k, v, dy), different each time: random, then rolled along time, which is faster than drawing."""
     keys = jax.random.split(jax.random.key(0), 5)
     w_D, u_D = (jax.random.normal(key, (D,)) for key in keys[:2])
     tokens = [jax.jit(lambda key: jax.random.normal(key, (B, T, D)).astype(dtype))(key) for key in keys[2:]]
@@ -143,8 +141,10 @@ def first_calls(sides, given):
 
 
 def in_a_process(f, *args):
-    """Call f(*args) in a process of its own: torch loads the released kernel, with its one compiled-in length, only
-    once."""
+    """Call f(*args) in a process of its own.
+
+    torch loads the released kernel, which has one length compiled in, only once per process.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(f, *args).result()
 

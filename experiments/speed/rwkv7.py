@@ -101,8 +101,7 @@ def report(results: dict) -> list[str]:
 
 
 def operators(shape: dict, rounds: int) -> list[dict]:
-    """Return the seconds of each form of both operators, forward alone and both passes, and the temporary bytes of
-    both."""
+    """Return the seconds of each form of both operators, forward and both passes, and the latter's temporaries."""
     rows = []
     for name, op, plain in (("wkv6", wkv6, plain_wkv6), ("wkv7", wkv7, plain_wkv7)):
         forms = {form: lambda *x, op=op, form=form: op(*x, impl=form) for form in ("scan", "chunked")}
@@ -137,7 +136,7 @@ def operands(name, seed, B, T, H, K):
 
 
 def plain_wkv6(r, w, k, v, u_HK, state):
-    """The recurrence as one scan over time, differentiated by JAX: the straightforward implementation."""
+    """The recurrence as one scan over time, for JAX to differentiate: the straightforward implementation."""
 
     def step(state, token):
         r, w, k, v = token

@@ -77,8 +77,7 @@ def build(name, shape):
 
 
 def whole_step(model, shape):
-    """Return (a training step as a function of tokens [B, T+1], finished when it returns; its bytes of
-    temporaries)."""
+    """Return (a training step as a function of tokens [B, T+1], finished when it returns; its temporary bytes)."""
     tx, lr = optim.optimiser(), np.float32(1e-4)
     state = jax.jit(train.make_init(model, tx))(jax.random.key(0))
     batch = lambda tokens_BT: {"tokens": tokens_BT, "mask": np.ones_like(tokens_BT[:, 1:], bool)}

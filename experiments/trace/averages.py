@@ -9,8 +9,10 @@ ROLES = ("before", "first of subject", "middle of subject", "last of subject", "
 
 
 def roles(prompt) -> np.ndarray:
-    """Return [roles, T]: a mask of the tokens of each role. Each token has one role; a subject of one token is its
-    last."""
+    """Return [roles, T]: a mask of the tokens of each role.
+
+    Each token has one role; a subject of one token is its last.
+    """
     T = len(prompt.tokens_T)
     at = np.flatnonzero(prompt.subject_T)
     role_T = np.full(T, ROLES.index("after"))
@@ -30,16 +32,17 @@ def by_role(effect_KTL, roles_RT) -> np.ndarray:
 
 
 def other_tokens(prompt, rng) -> np.ndarray:
-    """Return [T]: a mask of as many tokens as the subject has, outside it and the separator; fewer if there are
-    fewer."""
+    """Return [T]: a mask of as many random tokens as the subject has, outside it and the separator.
+
+    There are fewer if the prompt has fewer.
+    """
     free = np.flatnonzero(prompt.valid_T & ~prompt.subject_T)[1:]
     chosen = rng.choice(free, min(len(free), int(prompt.subject_T.sum())), replace=False)
     return np.isin(np.arange(len(prompt.tokens_T)), chosen)
 
 
 def over_facts(values_FN) -> list:
-    """Return, for each of N columns, the mean over facts that have a value and its t interval; None for fewer than
-    two."""
+    """Return, for each of N columns, the mean over facts with a value and its t interval; None for fewer than two."""
     known = [values_F[~np.isnan(values_F)] for values_F in np.asarray(values_FN, float).T]
     return [_rounded(t_interval(values_F)) if len(values_F) > 1 else None for values_F in known]
 

@@ -34,8 +34,10 @@ class World(NamedTuple):
 
 
 def world(subjects: int, vocab_size: int, seed: int = 0) -> World:
-    """Return a world. Subjects share their tokens, so that no single token identifies one. Half of the vocabulary are
-    names."""
+    """Return a world. Half of the vocabulary are names.
+
+    Subjects share their tokens, so that no single token identifies a subject.
+    """
     rng = np.random.default_rng(seed)
     ids = iter(range(1, vocab_size))
     take = lambda n: [next(ids) for _ in range(n)]
@@ -102,7 +104,7 @@ def from_file(path: str, tokenizer) -> Prompt:
         ids = tokenizer.encode(text)
         start, stop = (len(tokenizer.encode(part)) for part in (before, text[: text.find(subject) + len(subject)]))
         if not found or not start < stop <= len(ids) or tokenizer.encode(before) != ids[:start]:
-            raise ValueError(f"{path}: fact {number}: {subject!r} is no run of tokens in {text!r}")
+            raise ValueError(f"{path}: fact {number}: {subject!r} is not a sequence of whole tokens in {text!r}")
         parts.append((ids[:start], ids[start:stop], ids[stop:], tokenizer.encode(f" {attribute.strip()}")[0]))
     longest = 1 + max(sum(map(len, part[:3])) for part in parts)
     return stacked([padded(*part, longest) for part in parts])

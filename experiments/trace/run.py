@@ -72,8 +72,10 @@ PRESETS = {
 
 
 def rows_of(prompts: facts.Prompt) -> dict:
-    """Return prompts and answers as training batches: the state is reset after the padding, and only the answer
-    counts."""
+    """Return prompts and answers as training batches.
+
+    The state is reset after the padding, and only the answer counts.
+    """
     P, T = prompts.tokens_T.shape
     return {
         "tokens": np.concatenate([prompts.tokens_T, prompts.answer[:, None]], axis=1),

@@ -38,8 +38,7 @@ def digest(path) -> str:
 
 
 def trajectory(path, tensors, tokens_NBT, lr):
-    """Return (losses, gradient norms, final tensors) of the released model, one step per batch of tokens [B, T +
-    1]."""
+    """Return (losses, gradient norms, final tensors) of the released model, one step per batch of tokens."""
     import torch
 
     V, D = tensors["emb.weight"].shape
