@@ -9,11 +9,16 @@ parameter. Two runs with the same seed are equal, bit for bit on a CPU.
     python -m experiments.bf16.run --preset=gpu           6 x 512
     python -m experiments.bf16.run --smoke
 
-Held-out text is scored in float32 for all arms, so differences come from training alone. Cost: 8 minutes on 2 CPU
-cores; `gpu` about 10 minutes on one H100. Paper: trained in bfloat16 (released code), without a float32 run beside it.
-Reproduced: the interval of the paired difference lies below +0.01 bits a byte. Contradicted: it lies above. Not
-resolved: otherwise. Deviations: one small model, one rate, few steps. These cannot show a loss of accuracy in long
-runs or large models.
+Held-out text is scored in float32 for all arms, so differences come from training alone.
+
+Cost: 8 minutes on 2 CPU cores; `gpu` about 10 minutes on one H100.
+
+Paper: trained in bfloat16 (released code), without a float32 run beside it.
+  reproduced     the interval of the paired difference lies below +0.01 bits a byte
+  contradicted   it lies above
+  not resolved   otherwise
+
+Deviations: one small model, one rate, few steps. These cannot show a loss of accuracy in long runs or large models.
 """
 
 import hashlib

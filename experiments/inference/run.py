@@ -25,11 +25,15 @@ Cost: 16 minutes on 2 CPU cores, alone on the machine; `gpu` a minute of one H10
 may make a token slower. Training steps compiled this way were 14 times slower than in experiments/speed/pile.json, for
 an unknown reason; they were discarded, and `gpu` trains nothing.
 
-Constant: reproduced if the slowest RWKV-4 position is within 25 % of the fastest and its memory is equal at all
-positions; contradicted if positions are 50 % apart, or memory differs; not resolved in between, because timing noise
-of a shared machine alone can reach that. (This last rule was added after a spread of 1.26.) The two factors: no claim,
-because they are not the paper's; reported is the ratio at batch 1 against the cached transformer. Not comparable:
-seconds for 1,000 tokens of anything smaller than 3B, because the law above gives small models another ratio.
+Constant time and memory of RWKV-4:
+  reproduced       the slowest position is within 25 % of the fastest, and memory is equal at all positions
+  contradicted     positions are 50 % apart, or memory differs
+  not resolved     in between, because timing noise of a shared machine alone can reach that (this last rule was added
+                   after a spread of 1.26)
+The two factors:
+  no claim         they are not the paper's; reported is the ratio at batch 1 against the cached transformer
+Seconds for 1,000 tokens:
+  not comparable   for anything smaller than 3B, because the law above gives small models another ratio
 
 Deviations: byte vocabulary and small shapes on a CPU; our transformer, not BLOOM, OPT, GPT-Neo or Pythia; the paper
 does not say whether its baselines used a cache.

@@ -9,8 +9,9 @@ back-propagation. Contradicted if the peak of any row with segments reaches 8 Gi
 RWKV-4 of 4 x 128 (that of configs/tiny.py, 256 bytes of vocabulary), one row, float32, Adam. Each row of the table is
 a separate process that takes two steps. "resident" is the largest resident set of that process, with Python, JAX and
 the compiler, sampled every 5 ms (Linux' own ru_maxrss reported 0.6 GB for a process seen at 6). "temporary" is the
-memory that XLA plans beside arguments and results (`memory_analysis`). Segments are of 1,024 tokens. Cost: some
-minutes on 2 cores. Writes results.json and figure.png.
+memory that XLA plans beside arguments and results (`memory_analysis`). Segments are of 1,024 tokens.
+
+Cost: some minutes on 2 cores. Writes results.json and figure.png.
 """
 
 import argparse

@@ -13,11 +13,14 @@ mostly rare tokens (BPE, 4,096, trained on the same text), because the effect is
 Cost: 12 minutes on 2 shared cores, and `--sweep` as long; `gpu`, estimated: 15 minutes on one H200.
 
 LN0's epsilon, 1e-5, belongs to the treatment: it outweighs the variance 3e-9 of U(-1e-4, 1e-4), so that the stream
-starts at 0.018 rather than 1, and grows into its norm. Each arm has its own best rate and a warm-up of 5 %. Measured:
-held-out loss at shares of the run, small with LN0 minus normal without, paired by seed and batches, with t intervals
-over seeds. *Same sign*: the loss at a tenth of the run is lower with its interval; *contradicted*: it is higher with
-it; else *not resolved*. The end is not judged: the paper's curves meet. The effect of each part is the mean over the
-other's two settings.
+starts at 0.018 rather than 1, and grows into its norm. Each arm has its own best rate and a warm-up of 5 %.
+
+Measured: held-out loss at shares of the run, small with LN0 minus normal without, paired by seed and batches, with t
+intervals over seeds. Verdict by the loss at a tenth of the run:
+  same sign      it is lower with its interval
+  contradicted   it is higher with its interval
+  not resolved   otherwise
+The end is not judged: the paper's curves meet. The effect of each part is the mean over the other's two settings.
 
 Deviations: a vocabulary of 4,096 rather than 50,277 and source code rather than the Pile, with fewer rare tokens; the
 paper's model and step count are unknown. Losses are nats a token of this vocabulary.

@@ -1,21 +1,26 @@
 """Speed against the implementations that people use, side by side in one run, as ratios.
 
-Claims, on 2 CPU cores in float32. train: a 6 x 512 byte-level RWKV-4 (batch 4, T 512) is at least 2 times as fast as
-transformers' RwkvForCausalLM. Our transformer is at least 0.9 times as fast as its GPT-2 with fused attention at the
-same shape, so that comparing RWKV-4 with ours is fair. RWKV-4 against the transformer is reported with both FLOP
-counts and a breakdown of each step. decode: over contexts of 0 to 131,072 tokens (6 x 768) a token of RWKV-4 takes
-constant time, and the transformer with its cache reads at 0.6 of the measured bandwidth or more at 8,192. generation:
-a 12 x 768 RWKV-4 with V 50,277 decodes at least 2 times as fast, and reads 1,024 tokens 1.6 times as fast, as the
-`rwkv` package's "cpu fp32"; a token takes at most 1 / 0.75 of the time of reading its parameters alone. ops: WKV
-forward and backward at B 4, T 1,024, D 512 takes at most 0.35 of the time of autodiff through a plain scan, 3 times
-its own forward pass, and a quarter of the temporary memory; time a token from 32k to 128k within 25 %. Three times its
-own forward pass is an aim: 3.3 on 2026-11-24. rwkv7: wkv6 and wkv7 against autodiff of a plain scan (5 times as fast
-wanted); a step of RWKV-7, 6 x 512, against RWKV-4, the transformer and, where it is installed (Python 3.12),
-jax-linear-attention (1.8 wanted); 12 x 768 with V 65,536 against the `rwkv` package (1.5 wanted); time a token after
-131,072 tokens. Runs only when named, because the package has one interface for RWKV-7 and another for the rest, and a
-process can load only one of them. startup: seconds of tracing, lowering and compiling a training step, a prompt and a
-decode step, and of the commands up to their first step or token, the token against that of the `rwkv` package.
-`--against=PATH`, a checkout of an earlier commit, measures that too. Runs only when named.
+Claims, on 2 CPU cores in float32:
+  train        A 6 x 512 byte-level RWKV-4 (batch 4, T 512) is at least 2 times as fast as transformers'
+               RwkvForCausalLM. Our transformer is at least 0.9 times as fast as its GPT-2 with fused attention at the
+               same shape, so that comparing RWKV-4 with ours is fair. RWKV-4 against the transformer is reported with
+               both FLOP counts and a breakdown of each step.
+  decode       Over contexts of 0 to 131,072 tokens (6 x 768) a token of RWKV-4 takes constant time, and the
+               transformer with its cache reads at 0.6 of the measured bandwidth or more at 8,192.
+  generation   A 12 x 768 RWKV-4 with V 50,277 decodes at least 2 times as fast, and reads 1,024 tokens 1.6 times as
+               fast, as the `rwkv` package's "cpu fp32". A token takes at most 1 / 0.75 of the time of reading its
+               parameters alone.
+  ops          WKV forward and backward at B 4, T 1,024, D 512 takes at most 0.35 of the time of autodiff through a
+               plain scan, 3 times its own forward pass, and a quarter of the temporary memory; time a token from 32k
+               to 128k within 25 %. Three times its own forward pass is an aim: 3.3 on 2026-11-24.
+  rwkv7        wkv6 and wkv7 against autodiff of a plain scan (5 times as fast wanted); a step of RWKV-7, 6 x 512,
+               against RWKV-4, the transformer and, where it is installed (Python 3.12), jax-linear-attention (1.8
+               wanted); 12 x 768 with V 65,536 against the `rwkv` package (1.5 wanted); time a token after 131,072
+               tokens. Runs only when named: the package has one interface for RWKV-7 and another for the rest, and a
+               process can load only one of them.
+  startup      Seconds of tracing, lowering and compiling a training step, a prompt and a decode step, and of the
+               commands up to their first step or token, the token against that of the `rwkv` package.
+               `--against=PATH`, a checkout of an earlier commit, measures that too. Runs only when named.
 
 On a GPU, with flash-linear-attention and torch for CUDA installed and RWKV-LM cloned to PATH, `--suite=ops` measures
 WKV against the released CUDA kernel, that package's Triton kernel and fused attention, in at most 8 minutes; `pile`

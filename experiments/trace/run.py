@@ -7,7 +7,7 @@ so at the words after it; one prompt, no interval, no control, noise not stated.
 Claim: the values that bring the answer back lie deeper at the words after the subject than at its end, and at those
 words the recurrent state carries them. Measured in a small model that has memorised generated facts: the average
 indirect effect (probability of the answer with one place restored minus that without) of the residual stream, of the
-state, and of both. The noise has 3 standard deviations of the embedding's entries, as in ROME (Meng et al., 2022).
+state, and of both. The noise is 3 standard deviations of the embedding's entries, as in ROME (Meng et al., 2022).
 
     python -m experiments.trace.run
     python -m experiments.trace.run --model=PATH --facts=FILE
@@ -17,10 +17,14 @@ state, and of both. The noise has 3 standard deviations of the embedding's entri
 `--model` also traces released weights, or any that `rwkv_jax.load` reads, on a JSON list of {"subject", "prompt",
 "attribute"}, such as ROME's known_1000.json: those facts whose answer the model finds, up to 100 of them.
 
-Cost: 4 minutes on 2 cores. RWKV-4 430M on a CPU: some minutes a fact. Same sign: the mean depth of the effect of both
-is greater at the words after the subject than at its last token (bootstrap interval over facts); at those words the
-effect of both is greater than that of the residual stream alone (t interval over facts). Contradicted: less. Not
-resolved: the interval contains zero. Controls: noise on as many other tokens; the mean effect of all places.
+Cost: 4 minutes on 2 cores. RWKV-4 430M on a CPU: some minutes a fact.
+
+  same sign      the mean depth of the effect of both is greater at the words after the subject than at its last token
+                 (bootstrap interval over facts); at those words the effect of both is greater than that of the
+                 residual stream alone (t interval over facts)
+  contradicted   less
+  not resolved   the interval contains zero
+Controls: noise on as many other tokens; the mean effect of all places.
 
 Deviations: a model of a few layers that knows nothing but the answers to its facts. Depth is in shares of the layers,
 each weighted by its effect where that is above zero.
