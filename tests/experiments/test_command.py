@@ -79,7 +79,7 @@ def test_experiment_command_keeps_cells_of_each_preset_and_option(experiment):
 
 def test_experiment_command_smoke_does_not_replace_results(experiment, tmp_path, capsys):
     assert experiment("--smoke") == 2
-    assert capsys.readouterr().err.startswith("error: a smoke would replace results that mean something")
+    assert capsys.readouterr().err.startswith("error: --smoke would overwrite real results")
     assert experiment("--smoke", f"--out={tmp_path / 'out'}") == 0
     assert not (tmp_path / "runs").exists() and not experiment.folder.exists()
     assert experiment.ran == ["a", "b", "c"]

@@ -30,7 +30,7 @@ def test_lra_evaluate_gives_the_value_at_each_number_of_levels():
     ):
         assert [listops.evaluate(tokens(text), levels) for levels in range(len(values))] == values
         assert listops.evaluate(tokens(text)) == values[-1]
-    with pytest.raises(ValueError, match="1 lists without an end"):
+    with pytest.raises(ValueError, match="1 unclosed lists"):
         listops.evaluate(tokens("[MAX 1 2"))
 
 

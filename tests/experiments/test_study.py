@@ -222,7 +222,7 @@ def test_config_of_an_arm_takes_nested_and_dotted_changes():
 def test_config_of_refuses_an_unknown_field_or_type_in_one_line():
     with pytest.raises(ValueError, match=r"^no config field 'model.unknown.shift_v'; rwkv_jax/train/run_config.py"):
         study.config_of(its(), {"model": {"unknown": {"shift_v": False}}})
-    with pytest.raises(ValueError, match=r"^a config field has another type: .*steps"):
+    with pytest.raises(ValueError, match=r"^a config field has the wrong type: .*steps"):
         study.config_of(its(), {"steps": "many"})
 
 

@@ -146,7 +146,7 @@ def test_facts_from_file_gives_padded_prompts_or_an_error(tmp_path):
     assert bytes(prompts.tokens_T[0][prompts.subject_T[0]].tolist()) == b" ab"
     with pytest.raises(ValueError, match="expected a JSON list"):
         read('[{"subject": "a"}]')
-    with pytest.raises(ValueError, match="fact 0: 'zz' is no run of tokens"):
+    with pytest.raises(ValueError, match="fact 0: 'zz' is not a sequence of whole tokens"):
         read('[{"subject": "zz", "prompt": "x ab is", "attribute": "cd"}]')
     with pytest.raises(ValueError, match="--model and --facts together"):
         run.cells(run.PRESETS["smoke"], None, model="x.pth")
