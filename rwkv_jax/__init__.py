@@ -1,7 +1,7 @@
 """RWKV in JAX and Flax: table of contents.
 
 Importing this module imports nothing else, not even jax; a name is loaded when it is first used. Only as the start of
-a command, `python -m rwkv_jax.NAME`, it sees to it that an interrupt of the imports ends with one line.
+a command, `rwkv-jax` or `python -m rwkv_jax.NAME`, it sees to it that an interrupt of the imports ends with one line.
 
 Dimension key, used in every array name of the project (`x_BTD` is [batch, time, width]):
 
@@ -12,6 +12,8 @@ Dimension key, used in every array name of the project (`x_BTD` is [batch, time,
 import importlib
 import signal
 import sys
+
+__version__ = "0.1.0"
 
 _CONTENTS = {
     "build": "models",  # a model by name: build("rwkv4", vocab_size=256, num_layers=6, dim=512)
@@ -24,8 +26,8 @@ _CONTENTS = {
     "log_likelihoods": "evaluate",  # nats of each token given those before it
 }
 _MODULES = (
-    "checkpoint", "command", "data", "evaluate", "files", "finetune", "generate", "hardware", "harness", "interop",
-    "models", "ops", "pretrained", "runs", "train",
+    "checkpoint", "command", "data", "doctor", "evaluate", "files", "finetune", "generate", "hardware", "harness",
+    "interop", "models", "ops", "pretrained", "runs", "train",
 )  # fmt: skip
 
 __all__ = ["RWKVForCausalLM", "build", "load", "log_likelihoods", "save", "stack", "stream", "unstack"]
@@ -45,6 +47,7 @@ def __dir__():
 
 # "-m" is Python's mark of a module that it is about to run; its name is the argument before those of the command.
 # Elsewhere the signal may be ignored, as after nohup.
-_starts_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].startswith("rwkv_jax.")
+_runs_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].partition(".")[0] == "rwkv_jax"
+_starts_command = _runs_module or "".join(sys.argv[:1]).rpartition("/")[2] == "rwkv-jax"
 if _starts_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, importlib.import_module("rwkv_jax.command").end_while_importing)

@@ -13,6 +13,7 @@ from texts import write_jsonl
 from training import write_text
 
 from rwkv_jax import command, data
+from rwkv_jax.__main__ import VERBS
 from rwkv_jax.train import run_config
 
 ROOT = Path(__file__).parents[1]
@@ -54,9 +55,11 @@ def test_every_command_of_a_page_parses(page, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parsed)
     targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     for program, *arguments in commands(page):
-        if program == "python":
+        if program in ("python", command.SCRIPT):
+            by_verb = program == command.SCRIPT
+            run = importlib.import_module(VERBS[arguments[0]][0]).main if by_verb else main(arguments[1])
             with pytest.raises(ParsedError) as stopped:
-                main(arguments[1])(arguments[2:])
+                run(arguments[1:] if by_verb else arguments[2:])
             args, rest = stopped.value.args
             assert not rest or run_config.read(args.config, rest)
         else:

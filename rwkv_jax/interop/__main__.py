@@ -10,7 +10,7 @@ from rwkv_jax.interop import FORMATS, check_format, destination, locate, save
 
 @command.reported(out_of_memory="--dtype=bfloat16 needs half of float32")
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m rwkv_jax.interop", description="Convert a model.")
+    parser = argparse.ArgumentParser(prog=command.program("rwkv_jax.interop"), description="Convert a model.")
     parser.add_argument("source", help="whatever holds a model: a file, a folder, a training workdir, a hub name")
     parser.add_argument("destination", help="a .pth or .safetensors; without a suffix, a folder for transformers")
     parser.add_argument("--dtype", help="of the parameters, e.g. bfloat16; by default that of the source")
