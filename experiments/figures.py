@@ -1,4 +1,4 @@
-"""Figures without a display, and that of every study without a `draw` of its own."""
+"""Figures without a display, and the default figure of a study."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter
 
 __all__ = ["COLOURS", "draw", "panels", "plt", "saved", "titled"]
 
-# One colour an arm, in every figure.
+# One colour per arm, the same in every figure.
 COLOURS = {
     "rwkv4": "#c0392b",
     "rwkv5": "#8d6e63",
@@ -26,7 +26,7 @@ COLOURS = {
 
 
 def panels(columns: int, rows: int = 1, width: float = 4.4, height: float = 3.8, **shared):
-    """Return a figure and its axes [rows, columns], each panel of a size in inches."""
+    """Return a figure and its axes [rows, columns]; `width` and `height` are inches per panel."""
     size = (width * columns, height * rows)
     return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **shared)
 
@@ -41,15 +41,15 @@ def titled(figure, results: dict, text: str = "") -> None:
 
 
 def saved(figure, path: Path, dpi: int = 110) -> None:
-    """Write a figure as PNG and let go of it."""
+    """Write a figure as PNG and close it."""
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
 
 
 def draw(results: dict, path: Path) -> None:
-    """The figure of a study: training loss of its arms, and their differences with the pairs of seeds behind them.
+    """Draw the figure of a study: training loss of its arms, and their differences with each pair of seeds.
 
-    The axis of the differences is linear near zero and logarithmic beyond: effects differ a hundredfold.
+    The axis of the differences is linear near zero and logarithmic beyond, because effects differ a hundredfold.
     """
     study, stamp = results["study"], results["stamp"]
     rows = {arm: row for arm, row in results["table"].items() if row.get("difference") is not None}

@@ -1,4 +1,4 @@
-"""Training workdirs as models; `load` and `describe` take one of these, or whatever `interop` reads."""
+"""Models from training workdirs; `load` and `describe` also take whatever `interop` reads."""
 
 import contextlib
 from pathlib import Path
@@ -13,14 +13,14 @@ from rwkv_jax.interop import card, formats
 from rwkv_jax.interop.official import activation_dtype, float_dtype, place, sharding_tree
 from rwkv_jax.models import build, lora, parameter_shapes, stack, unstack
 
-RELEASED_LENGTH = 1024  # tokens that the released RWKV-4 models were trained on at a time
+RELEASED_LENGTH = 1024  # tokens of a training sequence of the released RWKV-4 models
 
 
 def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True) -> tuple[nn.Module, Any]:
-    """Model and parameters from whatever `path` is, which its content tells and never its name.
+    """Return model and parameters from `path`, whose format is detected from its content.
 
     A training workdir (`config.json` beside `checkpoints/`) gives its newest valid checkpoint, with LoRA's adapters
-    merged into the weights beneath. Everything else is read by `interop.load`, which has the arguments and errors.
+    merged into the base weights. Everything else is read by `interop.load`, which documents arguments and errors.
     """
     path = interop.locate(path)
     if _is_workdir(path):
@@ -40,13 +40,13 @@ def load_with_training(
 
 
 def describe(path) -> nn.Module:
-    """The model that `load` would return for `path`, without reading its parameters; the same errors."""
+    """Return the model that `load` would return for `path`, without reading its parameters; the same errors."""
     path = interop.locate(path)
     return read_run(path).model if _is_workdir(path) else interop.describe(path)
 
 
 def trained_length(path) -> int:
-    """Tokens of a training sequence of the model at `path`: the workdir's own, else those of the released models."""
+    """Return the training sequence length of the model at `path`: the workdir's, else that of the released models."""
     config = files.user_path(path) / "config.json"
     length = (files.read_json(config) if config.is_file() else {}).get("seq_len", RELEASED_LENGTH)
     if type(length) is not int or length < 1:
@@ -60,8 +60,8 @@ class Run(NamedTuple):
     path: Path
     name: str
     fields: dict[str, Any]
-    finetune: dict[str, Any]  # that section of the run's config; empty where training began from nothing
-    fingerprint: str | None  # of the weights that a fine-tuning run lies on
+    finetune: dict[str, Any]  # that section of the run's config; empty if training began from scratch
+    fingerprint: str | None  # of the base weights of a fine-tuning run
 
     @property
     def method(self) -> str:
@@ -75,10 +75,10 @@ class Run(NamedTuple):
             raise ValueError(f"{self.path / 'config.json'}: {files.one_line(error)}") from error
 
     def base(self) -> Any:
-        """The parameters that a run by "lora" or "state" has left as they were.
+        """Return the frozen base parameters of a run by "lora" or "state".
 
         Raises:
-          ValueError: they are gone, or others are in their place.
+          ValueError: they are missing, or have changed.
         """
         source = self.finetune["model"]
         try:
@@ -91,7 +91,7 @@ class Run(NamedTuple):
 
 
 def read_run(workdir) -> Run:
-    """The run of a training workdir; ValueError where `workdir` is none."""
+    """Return the run of a training workdir; ValueError if `workdir` is not one."""
     workdir = files.user_path(workdir)
     path = workdir / "config.json"
     if not path.is_file():
@@ -162,11 +162,11 @@ def _last_losses(path: Path, step: int) -> dict[str, Any]:
 
 
 def _trained(run: Run) -> tuple[int | None, Any]:
-    """Step and parameters that a run has come to, with its adapters merged into the weights beneath.
+    """Return step and trained parameters of a run, with its adapters merged into the base weights.
 
     The step is None for a run by "state", which leaves the parameters as they were.
     """
-    from rwkv_jax import checkpoint  # here, because Orbax takes seconds to import and a .pth does without
+    from rwkv_jax import checkpoint  # here, because Orbax takes seconds to import and a .pth does not need it
 
     folder = run.path / "checkpoints"
     if run.method == "full":

@@ -1,4 +1,4 @@
-"""How commands end early, and that every command of the package ends so."""
+"""Early ends of commands, and that every command of the package handles them."""
 
 import argparse
 import importlib
@@ -43,7 +43,11 @@ def ended(error, capsys, **lines):
     [
         (KeyboardInterrupt(), 130, "kept"),
         (ValueError("a is 1,\n  expected 2"), 2, "error: a is 1, expected 2"),
-        (BrokenPipeError(32, "Broken pipe"), 2, "error: [Errno 32] Broken pipe"),  # of a socket: stdout is open
+        (
+            BrokenPipeError(32, "Broken pipe"),
+            2,
+            "error: [Errno 32] Broken pipe",
+        ),  # a socket: stdout is open
         (MemoryError("Unable to allocate 8 GiB"), 2, "error: out of memory; lower b: Unable to allocate 8 GiB"),
         (jax.errors.JaxRuntimeError(f"{ON_A_DEVICE}\nmore"), 2, f"error: out of memory; lower b: {ON_A_DEVICE}"),
         (ValueError(ON_A_DEVICE), 2, f"error: out of memory; lower b: {ON_A_DEVICE}"),  # as libraries wrap it
@@ -55,7 +59,7 @@ def test_reported_command_ends_with_one_line_and_an_exit_code(error, code, line,
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL: a"), KeyError("a"), OverflowError("a")])
-def test_reported_command_raises_what_is_not_the_users_mistake(error, capsys):
+def test_reported_command_raises_errors_that_are_not_the_users(error, capsys):
     with pytest.raises(type(error)):
         ended(error, capsys)
 
@@ -65,7 +69,7 @@ def test_reported_command_returns_its_own_exit_code():
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_reported_command_is_silent_where_nobody_reads_its_output(unbuffered):
+def test_reported_command_is_silent_when_its_reader_is_gone(unbuffered):
     program = "import sys; from rwkv_jax import command; sys.exit(command.reported()(print)())"
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -74,24 +78,24 @@ def test_reported_command_is_silent_where_nobody_reads_its_output(unbuffered):
         assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
-def test_reported_command_names_devices_that_are_not_here(monkeypatch, capsys):
+def test_reported_command_names_missing_devices(monkeypatch, capsys):
     def devices():
         raise cause
 
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    with pytest.raises(AssertionError):  # the devices are there
+    with pytest.raises(AssertionError):  # the devices are available
         ended(AssertionError(), capsys)
     monkeypatch.setattr(jax, "devices", devices)
     for cause in (AssertionError(), RuntimeError("Unable to initialize backend 'cuda'")):
         wrapped = ValueError("a.pth: its fields are not those of a model")
         wrapped.__cause__ = cause
         for error in (cause, wrapped):
-            line = "error: JAX_PLATFORMS is 'cuda', and JAX finds no such device here\n"
+            line = "error: JAX_PLATFORMS is 'cuda', but JAX finds no such device\n"
             assert ended(error, capsys) == (2, line)
     assert ended(ValueError("a"), capsys) == (2, "error: a\n")
 
 
-def test_command_ends_with_its_code_where_its_output_is_closed():
+def test_command_end_keeps_its_code_when_its_output_is_closed():
     program = f"{sys.executable} -c 'from rwkv_jax import command; command.end(2)'"
     for closed in (">&-", "2>&-", ">&- 2>&-"):
         assert subprocess.run(f"{program} {closed}", shell=True).returncode == 2
@@ -136,7 +140,7 @@ command.end(main())
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(3))
-def test_interrupt_while_xla_compiles_ends_in_one_line(attempt):
+def test_command_interrupted_while_xla_compiles_ends_in_one_line(attempt):
     process = subprocess.run([sys.executable, "-c", COMPILE_FOR_SECONDS], capture_output=True, text=True)
     assert (process.returncode, process.stdout, process.stderr) == (130, "", "stopped\n")
 
@@ -154,12 +158,12 @@ def test_interrupt_while_xla_compiles_ends_in_one_line(attempt):
         ),
     ],
 )
-def test_interrupt_of_a_commands_imports_ends_in_one_line(command_line, imported, script):
+def test_command_interrupted_during_imports_ends_in_one_line(command_line, imported, script):
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     program = [sys.executable, "-X", "importtime", *command_line.replace("rwkv-jax", str(script)).split()]
     with subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
-            if line.rstrip().endswith(f" {imported}"):  # imported: the rest takes seconds
+            if line.rstrip().endswith(f" {imported}"):  # other imports take seconds
                 process.send_signal(signal.SIGINT)
                 break
         rest = [line for line in process.stderr if not line.startswith("import time:")]
@@ -167,7 +171,7 @@ def test_interrupt_of_a_commands_imports_ends_in_one_line(command_line, imported
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_every_command_ends_as_reported(path, monkeypatch, capsys):
+def test_main_of_every_command_is_reported(path, monkeypatch, capsys):
     name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     main = importlib.import_module(name).main
 
@@ -268,8 +272,8 @@ def test_script_and_package_end_with_the_exit_code_of_the_verb(script):
             assert process.stderr.count("\n") == (code == 2)
 
 
-def test_every_script_of_the_experiments_ends_as_reported():
-    """But for two, which a measurement or a person who chooses a rate runs."""
+def test_main_of_every_experiment_script_is_reported():
+    """Two scripts are excepted: one is run by a measurement, the other by a person who chooses a rate."""
     folder = PACKAGE.parent / "experiments"
     scripts = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.py")}
     scripts = {name: text for name, text in scripts.items() if '__name__ == "__main__"' in text}
@@ -280,4 +284,4 @@ def test_every_script_of_the_experiments_ends_as_reported():
         "context/copying.py",
     }
     undecorated = [n for n, text in scripts.items() if "    end(main())" in text and "@reported(" not in text]
-    assert undecorated == ["ledger.py", "trajectory/run.py"]  # of other commands; and a call of `command.main`
+    assert undecorated == ["ledger.py", "trajectory/run.py"]  # runs other commands; calls `command.main`

@@ -1,4 +1,4 @@
-"""The shell blocks of the pages: every command is one, and those that a reader runs first do what the README says."""
+"""The shell blocks of the pages: every command parses, and the README's first commands do what it says."""
 
 import argparse
 import importlib
@@ -23,7 +23,7 @@ TINY = ("model.num_layers=1", "model.dim=16", "seq_len=16", "batch_size=4", "ste
 
 
 class ParsedError(Exception):
-    """Raised in place of what a command does after it has parsed its arguments."""
+    """Raised in place of running a command whose arguments have been parsed."""
 
 
 def commands(page):
@@ -46,7 +46,7 @@ def main(module):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_command_of_a_page_parses(page, monkeypatch):
+def test_pages_have_commands_that_parse(page, monkeypatch):
     def parsed(parser, *args):
         raise ParsedError(*parse(parser, *args))
 
@@ -67,7 +67,7 @@ def test_every_command_of_a_page_parses(page, monkeypatch):
 
 
 @pytest.mark.slow
-def test_first_commands_of_the_readme_do_what_it_says(tmp_path, monkeypatch, capsys):
+def test_readme_first_commands_do_what_it_says(tmp_path, monkeypatch, capsys):
     """Train, evaluate, continue a prompt, convert; on a small text, with a small model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RWKV_JAX_CACHE", str(tmp_path / "cache"))
@@ -84,8 +84,8 @@ def test_first_commands_of_the_readme_do_what_it_says(tmp_path, monkeypatch, cap
     assert Path("tiny.pth").is_file()
 
 
-def test_corpus_of_the_readme_has_line_breaks_in_its_prompts(tmp_path, monkeypatch, capsys):
-    """The same corpus for the command that describes it and for the one that fine-tunes on it."""
+def test_readme_corpus_has_line_breaks_in_its_prompts(tmp_path, monkeypatch, capsys):
+    """The command that describes the corpus and the one that fine-tunes on it agree."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RWKV_JAX_CACHE", str(tmp_path / "cache"))
     write_jsonl(tmp_path / "qa.jsonl", [{"question": f"{i}?", "answer": f"{i}!"} for i in range(99)])
@@ -100,5 +100,5 @@ def test_corpus_of_the_readme_has_line_breaks_in_its_prompts(tmp_path, monkeypat
     assert re.fullmatch(r"Question: (\d+)\?\n\nAnswer: \1!", document)
 
 
-def test_escapes_of_an_option_are_one_character_each():
+def test_unescaped_reads_each_escape_as_one_character():
     assert command.unescaped(r"a\nb\tc\\nd\e" + "\\") == "a\nb\tc\\nd\\e\\"

@@ -11,10 +11,10 @@ from rwkv_jax.interop import FORMATS, check_format, destination, locate, save
 @command.reported(out_of_memory="--dtype=bfloat16 needs half of float32")
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog=command.program("rwkv_jax.interop"), description="Convert a model.")
-    parser.add_argument("source", help="whatever holds a model: a file, a folder, a training workdir, a hub name")
+    parser.add_argument("source", help="file, folder, training workdir or hub name of a model")
     parser.add_argument("destination", help="a .pth or .safetensors; without a suffix, a folder for transformers")
     parser.add_argument("--dtype", help="of the parameters, e.g. bfloat16; by default that of the source")
-    parser.add_argument("--format", choices=FORMATS, help="if not what the suffix says; rwkv.cpp must be named")
+    parser.add_argument("--format", choices=FORMATS, help="default: by the suffix; rwkv.cpp must be given")
     args = parser.parse_args(argv)
     path, format = destination(args.destination, args.format)
     source = locate(args.source)
