@@ -16,8 +16,10 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
+SCRIPT = "rwkv-jax"  # see `rwkv_jax.__main__`
 STDOUT, STDERR = 1, 2  # file descriptors
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
@@ -25,6 +27,12 @@ ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 def unescaped(text: str) -> str:
     r"""Return an option's text with \n, \t and \\ expanded, which shells pass on unchanged."""
     return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], text)
+
+
+def program(module: str) -> str:
+    """Return how a user has run the command of a module, for its usage line: `rwkv-jax VERB` or `python -m MODULE`."""
+    path, *rest = sys.argv
+    return f"{SCRIPT} {rest[0]}" if Path(path).name == SCRIPT and rest else f"python -m {module}"
 
 
 def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger machine") -> Callable:
@@ -59,8 +67,8 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
                     return 0
                 if is_out_of_memory(error):
                     message = ": ".join([f"out of memory; {out_of_memory}", *str(error).splitlines()[:1]])
-                elif _lacks_its_devices(error):
-                    message = f"JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']!r}, but JAX finds no such device"
+                elif lacking := missing_devices(error):
+                    message = lacking
                 elif isinstance(error, RuntimeError | AssertionError):
                     raise
                 else:
@@ -100,19 +108,19 @@ def is_out_of_memory(error: Exception) -> bool:
     return told or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
-def _lacks_its_devices(error: Exception | None) -> bool:
-    """Return whether JAX_PLATFORMS caused an error, which JAX reports as an AssertionError or a RuntimeError."""
+def missing_devices(error: Exception | None) -> str | None:
+    """Return one line if JAX_PLATFORMS caused an error, which JAX reports as an AssertionError or a RuntimeError."""
     if not os.environ.get("JAX_PLATFORMS") or "jax" not in sys.modules:
-        return False
+        return None
     while error is not None and not isinstance(error, AssertionError | RuntimeError):
         error = error.__cause__
     if error is None:
-        return False
+        return None
     try:
         sys.modules["jax"].devices()
     except (AssertionError, RuntimeError):
-        return True
-    return False
+        return f"JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']!r}, but JAX finds no such device"
+    return None
 
 
 def _stdout_lost_its_reader() -> bool:

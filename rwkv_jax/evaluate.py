@@ -343,7 +343,7 @@ def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
 @command.reported(out_of_memory="lower --batch_size or --seq_len")
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.evaluate",
+        prog=command.program("rwkv_jax.evaluate"),
         description="Report bits per byte and perplexity of held-out text: in windows of the training length from an "
         "empty state, and by best practice (state carried, or sliding windows if it grows with the text).",
     )

@@ -100,7 +100,8 @@ def merge(base, adapters, destination) -> None:
 @command.reported()
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.finetune", description="Export and merge what fine-tuning by lora or state learned."
+        prog=command.program("rwkv_jax.finetune"),
+        description="Export and merge what fine-tuning by lora or state learned.",
     )
     commands = parser.add_subparsers(required=True)
     exports = commands.add_parser("export", help="a run's adapters, or its state as a context (.pth: as released)")

@@ -51,6 +51,7 @@ class RWKVForCausalLM:
     model: nn.Module
     params: Any
     tokenizer: tokenizers.Tokenizer | None = None
+    training: dict | None = None  # what is known of it, for the model card: see `runs.load_with_training`
 
     @classmethod
     def from_pretrained(
@@ -65,7 +66,7 @@ class RWKVForCausalLM:
             sharding: of the parameters, see `rwkv_jax.load`.
         """
         path = interop.locate(path_or_name)
-        model, params = runs.load(path, dtype=dtype, sharding=sharding, scan=False)
+        model, params, training = runs.load_with_training(path, dtype=dtype, sharding=sharding, scan=False)
         try:
             found = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
             tokenizers.warn_if_small(found.name, found.vocab_size, model.vocab_size)
@@ -74,11 +75,15 @@ class RWKVForCausalLM:
                 raise
             print(f"no tokenizer, only ids: {error}", file=sys.stderr)
             found = None
-        return cls(model, params, found)
+        return cls(model, params, found, training)
 
     def save_pretrained(self, folder) -> None:
-        """Write weights, sizes and tokenizer to a folder that `from_pretrained` and transformers read."""
-        interop.save(folder, self.model, self.params, format="huggingface")
+        """Write weights, sizes and tokenizer to a folder that `from_pretrained` and transformers read.
+
+        A README.md, the model card, has what is known of the model. Somebody else's README.md stays.
+        """
+        about = {"training": self.training, "tokenizer": self.tokenizer}
+        interop.save(folder, self.model, self.params, format="huggingface", **about)
         if self.tokenizer is not None:
             tokenizers.save(self.tokenizer, folder)
 

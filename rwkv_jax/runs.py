@@ -1,5 +1,6 @@
 """Models from training workdirs; `load` and `describe` also take whatever `interop` reads."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 
 from rwkv_jax import files, interop
-from rwkv_jax.interop import formats
+from rwkv_jax.interop import card, formats
 from rwkv_jax.interop.official import activation_dtype, float_dtype, place, sharding_tree
 from rwkv_jax.models import build, lora, parameter_shapes, stack, unstack
 
@@ -23,8 +24,19 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
     """
     path = interop.locate(path)
     if _is_workdir(path):
-        return _load_run(read_run(path), dtype, sharding, scan)
+        return _load_run(read_run(path), dtype, sharding, scan)[:2]
     return interop.load(path, dtype, sharding, scan)
+
+
+def load_with_training(
+    path, dtype: str | None = None, sharding: Any = None, scan: bool = True
+) -> tuple[nn.Module, Any, dict[str, Any] | None]:
+    """`load`, and the facts of `interop.card.FIELDS` that a workdir, or the model card of a folder, has; else None."""
+    path = interop.locate(path)
+    if _is_workdir(path):
+        model, params, step = _load_run(read_run(path), dtype, sharding, scan)
+        return model, params, None if step is None else _training(path, step)
+    return *interop.load(path, dtype, sharding, scan), card.read(path) if path.is_dir() else None
 
 
 def describe(path) -> nn.Module:
@@ -100,8 +112,9 @@ def _is_workdir(path: Path) -> bool:
     return path.is_dir() and not (config.is_file() and "model_type" in files.read_json(config))
 
 
-def _load_run(run: Run, dtype, sharding, scan) -> tuple[nn.Module, Any]:
-    model, params = run.model, _trained(run)
+def _load_run(run: Run, dtype, sharding, scan) -> tuple[nn.Module, Any, int | None]:
+    """Model, parameters and the step as from `_trained`."""
+    model, (step, params) = run.model, _trained(run)
     if scan != model.scan:
         model = model.clone(scan=scan)
         params = stack(params, len(model.layers), model.layers_apart) if scan else unstack(jax.device_get(params))
@@ -119,20 +132,49 @@ def _load_run(run: Run, dtype, sharding, scan) -> tuple[nn.Module, Any]:
 
         return place(read, leaf.shape, sharding)
 
-    return model, jax.tree.map_with_path(put, params, shapes, sharding_tree(sharding, shapes))
+    return model, jax.tree.map_with_path(put, params, shapes, sharding_tree(sharding, shapes)), step
 
 
-def _trained(run: Run) -> Any:
-    """Return the trained parameters of a run, with its adapters merged into the base weights."""
+def _training(workdir: Path, step: int) -> dict[str, Any]:
+    """What config.json and metrics.jsonl know of the run at a step."""
+    record = files.read_json(workdir / "config.json")
+    section = lambda name: found if isinstance(found := record.get(name), dict) else {}
+    corpus, config = section("corpus"), section("config")
+    finetune = config.get("finetune") or {}
+    facts = {"corpus": corpus.get("name"), "corpus_sha256": corpus.get("sha256"), "steps": step}
+    facts |= {"versions": section("versions") or None, "config": config or None}
+    facts["started_from"] = config.get("branch_from") or finetune.get("model") or None
+    sizes = config.get("batch_size"), config.get("seq_len")
+    if all(type(size) is int for size in sizes) and not config.get("branch_from"):  # a trunk may have had others
+        facts["tokens"] = step * sizes[0] * sizes[1]
+    return card.known(facts | _last_losses(workdir / "metrics.jsonl", step))
+
+
+def _last_losses(path: Path, step: int) -> dict[str, Any]:
+    """The newest training and held-out loss in a log up to a step; lines that are not JSON count for nothing."""
+    losses = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            row = files.parse_json(line)
+            if type(row.get("step")) is int and row["step"] <= step:
+                losses |= {name: row[name] for name in ("loss_nats", "valid_loss_nats") if name in row}
+    return losses
+
+
+def _trained(run: Run) -> tuple[int | None, Any]:
+    """Return step and trained parameters of a run, with its adapters merged into the base weights.
+
+    The step is None for a run by "state", which leaves the parameters as they were.
+    """
     from rwkv_jax import checkpoint  # here, because Orbax takes seconds to import and a .pth does not need it
 
     folder = run.path / "checkpoints"
     if run.method == "full":
-        return checkpoint.restore(folder, parameter_shapes(run.model), key="params")[1]
+        return checkpoint.restore(folder, parameter_shapes(run.model), key="params")
     params = run.base()
     if run.method != "lora":
-        return params
+        return None, params
     rank, targets = run.finetune["rank"], run.finetune["targets"]
     shapes = jax.eval_shape(lambda params: lora.init(jax.random.key(0), params, rank, targets), params)
-    _, adapters = checkpoint.restore(folder, shapes, key="params")
-    return lora.merge(params, adapters, run.finetune["alpha"])
+    step, adapters = checkpoint.restore(folder, shapes, key="params")
+    return step, lora.merge(params, adapters, run.finetune["alpha"])

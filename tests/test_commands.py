@@ -8,13 +8,17 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 import rwkv_jax
 from rwkv_jax import command, data, generate
+from rwkv_jax.__main__ import VERBS
+from rwkv_jax.__main__ import main as by_verb
 
 PACKAGE = Path(rwkv_jax.__file__).parent
 COMMANDS = sorted(path for path in PACKAGE.rglob("*.py") if '__name__ == "__main__"' in path.read_text())
@@ -142,12 +146,24 @@ def test_command_interrupted_while_xla_compiles_ends_in_one_line(attempt):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["interop", "train"])
-def test_command_interrupted_during_imports_ends_in_one_line(name):
-    program = [sys.executable, "-X", "importtime", "-m", f"rwkv_jax.{name}"]
-    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+@pytest.mark.parametrize(
+    "command_line, imported",
+    [
+        ("-m rwkv_jax.interop", "rwkv_jax"),
+        ("-m rwkv_jax.train", "rwkv_jax"),
+        *(
+            (command_line, name)
+            for command_line in ("-m rwkv_jax train", "rwkv-jax train")
+            for name in ("rwkv_jax", "numpy")
+        ),
+    ],
+)
+def test_command_interrupted_during_imports_ends_in_one_line(command_line, imported, script):
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    program = [sys.executable, "-X", "importtime", *command_line.replace("rwkv-jax", str(script)).split()]
+    with subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
-            if line.rstrip().endswith("rwkv_jax"):  # the package is imported; other imports take seconds
+            if line.rstrip().endswith(f" {imported}"):  # other imports take seconds
                 process.send_signal(signal.SIGINT)
                 break
         rest = [line for line in process.stderr if not line.startswith("import time:")]
@@ -166,6 +182,94 @@ def test_main_of_every_command_is_reported(path, monkeypatch, capsys):
     assert main([]) == 2
     assert capsys.readouterr() == ("", "error: a b\n")
     assert path.read_text().endswith("    command.end(main())\n")
+
+
+def test_every_command_has_a_verb():
+    modules = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in COMMANDS}
+    assert modules - {"rwkv_jax.__main__"} == {module for module, _ in VERBS.values()}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verb_is_the_command_of_its_module_under_another_name(verb, monkeypatch, capsys):
+    module = VERBS[verb][0].removesuffix(".__main__")
+    for path, name in (
+        ("/opt/bin/rwkv-jax", f"rwkv-jax {verb}"),
+        ("/opt/rwkv_jax/__main__.py", f"python -m {module}"),
+    ):
+        monkeypatch.setattr(sys, "argv", [path, verb, "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            by_verb()
+        assert capsys.readouterr().out.startswith(f"usage: {name} [-h] ")
+
+
+def test_verb_is_given_the_rest_of_the_arguments_and_gives_its_exit_code(tmp_path, capsys):
+    assert by_verb(["convert", str(tmp_path / "absent"), str(tmp_path / "m.pth")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/absent: no such file or folder")
+
+
+@pytest.mark.parametrize("arguments, names", [(["trian"], "'trian'"), ([], "VERB"), (["-x", "train"], "VERB")])
+def test_unknown_verb_is_one_line(arguments, names, capsys):
+    assert by_verb(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and names in err and err.count("\n") == 1
+
+
+def test_interrupt_while_a_verb_is_imported_ends_as_of_its_module(monkeypatch):
+    handlers = []
+
+    def imported(name):
+        handlers.append(signal.getsignal(signal.SIGINT))
+        return SimpleNamespace(main=command.reported()(lambda argv: handlers.append(signal.getsignal(signal.SIGINT))))
+
+    monkeypatch.setattr(importlib, "import_module", imported)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert by_verb(["train"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert handlers == [command.end_while_importing, signal.default_int_handler]
+
+
+HELP_AND_MODULES = """
+import contextlib, sys
+from rwkv_jax.__main__ import main
+
+with contextlib.suppress(SystemExit):
+    main(["--help"])
+print("modules:", *sys.modules)
+"""
+
+
+def test_help_of_the_verbs_imports_the_standard_library_alone():
+    program = [sys.executable, "-c", HELP_AND_MODULES]
+    out = subprocess.run(program, cwd=PACKAGE.parent, capture_output=True, text=True, check=True).stdout
+    shown, _, modules = out.partition("modules: ")
+    ours = {name for name in modules.split() if name.partition(".")[0] == "rwkv_jax"}
+    assert ours == {"rwkv_jax", "rwkv_jax.__main__", "rwkv_jax.command"}
+    assert not {"jax", "flax", "numpy"} & set(modules.split())
+    assert [line.split()[0] for line in shown.splitlines() if re.match(r"    \w", line)] == list(VERBS)
+
+
+@pytest.fixture
+def script(tmp_path):
+    """What pip writes for [project.scripts] of pyproject.toml."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    ((name, entry),) = project["project"]["scripts"].items()
+    module, _, function = entry.partition(":")
+    path = tmp_path / name
+    path.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    return path
+
+
+def test_script_and_package_end_with_the_exit_code_of_the_verb(script):
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    for program in (["-m", "rwkv_jax"], [str(script)]):
+        for arguments, code, out in ((["trian"], 2, ""), (["--version"], 0, f"rwkv-jax {rwkv_jax.__version__}\n")):
+            process = subprocess.run(
+                [sys.executable, *program, *arguments], env=environment, capture_output=True, text=True
+            )
+            assert (process.returncode, process.stdout) == (code, out)
+            assert process.stderr.count("\n") == (code == 2)
 
 
 def test_main_of_every_experiment_script_is_reported():

@@ -19,6 +19,7 @@ from training import write_text
 
 import rwkv_jax
 from rwkv_jax import command, data, models
+from rwkv_jax.__main__ import VERBS
 from rwkv_jax.train import run_config
 
 ROOT = Path(__file__).parents[1]
@@ -62,9 +63,11 @@ def test_pages_have_commands_that_parse(page, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parsed)
     targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     for program, *arguments in commands(page):
-        if program == "python":
+        if program in ("python", command.SCRIPT):
+            by_verb = program == command.SCRIPT
+            run = importlib.import_module(VERBS[arguments[0]][0]).main if by_verb else main(arguments[1])
             with pytest.raises(ParsedError) as stopped:
-                main(arguments[1])(arguments[2:])
+                run(arguments[1:] if by_verb else arguments[2:])
             args, rest = stopped.value.args
             assert not rest or run_config.read(args.config, rest)
         else:

@@ -20,7 +20,7 @@ ORDER = (
     {"experiments"},
     {"configs"},
     {"commands"},
-    {"pretrained", "finetune", "harness"},
+    {"pretrained", "finetune", "harness", "doctor"},
     {"train"},
     {"generate", "evaluate", "runs", "interop", "checkpoint", "hardware"},
     {"data", "models"},

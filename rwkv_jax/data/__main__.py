@@ -15,7 +15,7 @@ from rwkv_jax.files import to_json
 @command.reported()
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.data",
+        prog=command.program("rwkv_jax.data"),
         description="Tokenize a corpus, unless the cache holds it, and report for each split the tokens, documents, "
         "bytes per token, and copies of earlier documents, in the order train, valid, test.",
         epilog=r"\n, \t and \\ in --text and --prompt are a line break, a tab and a backslash.",

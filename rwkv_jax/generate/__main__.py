@@ -88,7 +88,7 @@ def _text(prompt, prompt_file, context) -> str:
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.generate", description="Continue a prompt; only the continuation is printed."
+        prog=command.program("rwkv_jax.generate"), description="Continue a prompt; only the continuation is printed."
     )
     parser.error = _refuse
     add = parser.add_argument

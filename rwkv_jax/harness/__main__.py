@@ -10,7 +10,7 @@ from rwkv_jax import command, files
 @command.reported(out_of_memory="lower --batch_size or --max_length")
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.harness",
+        prog=command.program("rwkv_jax.harness"),
         description="Run tasks of lm-evaluation-harness. Other arguments are passed to `lm_eval run` unchanged: "
         "--tasks, --num_fewshot, --limit, --include_path, --use_cache, ...",
         allow_abbrev=False,

@@ -13,7 +13,7 @@ import flax.linen as nn
 import numpy as np
 
 from rwkv_jax import files
-from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_file, states
+from rwkv_jax.interop import card, formats, huggingface, pth, rwkv_cpp, safetensors_file, states
 from rwkv_jax.interop.fingerprint import fingerprint
 from rwkv_jax.interop.official import check, from_official, model_of, to_official, version_of
 from rwkv_jax.models.block import RELEASED_EPSILON
@@ -124,13 +124,17 @@ def destination(path, format: str | None = None) -> tuple[Path, str]:
     return path, format
 
 
-def save(path, model: nn.Module, params: Any, format: str | None = None) -> None:
+def save(
+    path, model: nn.Module, params: Any, format: str | None = None, *, training: Any = None, tokenizer: Any = None
+) -> None:
     """Write model and parameters to `path`, whole or not at all.
 
     Args:
       format: "pth", the official state dict; "safetensors", the same tensors and the model's fields, for any model;
         "huggingface", a folder for transformers, of RWKV-4 or 7; "rwkv.cpp", float16 if the parameters are, else
         float32. None takes it from the suffix of `path`: .pth, .safetensors, or none for a folder.
+      training: for the model card of a folder, what `runs.load_with_training` knows of it; None: unknown.
+      tokenizer: for the card alone, the `data.tokenizers.Tokenizer` that the caller saves in the folder.
 
     Raises:
       ValueError: the format is not supported, cannot hold this model, or `params` are not this model's.
@@ -148,8 +152,11 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
         safetensors_file.write(path, tensors, {"format": "pt", _FIELDS: json.dumps(_fields(model))})
     elif format == "pth":
         pth.write(path, tensors)
+    elif format == "rwkv.cpp":
+        rwkv_cpp.write(path, tensors, model.head_norm_epsilon)
     else:
-        {"huggingface": huggingface, "rwkv.cpp": rwkv_cpp}[format].write(path, tensors, model.head_norm_epsilon)
+        readme = card.text(path.absolute().name, model, tensors, training, tokenizer)
+        huggingface.write(path, tensors, model.head_norm_epsilon, readme)
 
 
 def check_format(path, format: str, model: nn.Module) -> None:

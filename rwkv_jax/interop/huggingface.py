@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_jax import files
-from rwkv_jax.interop import fla, formats, pth, safetensors_file
+from rwkv_jax.interop import card, fla, formats, pth, safetensors_file
 from rwkv_jax.interop.official import layer_count, version_of, without_prefix
 from rwkv_jax.models.block import RELEASED_EPSILON
 
@@ -165,13 +165,16 @@ def _parts(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def write(folder, tensors: Mapping[str, np.ndarray], epsilon: float = RELEASED_EPSILON) -> None:
+def write(
+    folder, tensors: Mapping[str, np.ndarray], epsilon: float = RELEASED_EPSILON, readme: bytes | None = None
+) -> None:
     """Write official tensors of RWKV-4 or 7 as a folder that `from_pretrained` loads, whole or not at all.
 
     An earlier folder of this kind is replaced, but its other files (a tokenizer) are kept.
 
     Args:
       epsilon: of the heads' norm of their model.
+      readme: its model card, see `card`.
 
     Raises:
       FileExistsError: something else is there.
@@ -208,6 +211,8 @@ def write(folder, tensors: Mapping[str, np.ndarray], epsilon: float = RELEASED_E
         if parts.is_sharded:
             index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
             (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        if readme is not None:
+            card.write(new, folder, readme)
 
 
 def check_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from rwkv_jax.train.rehearse import rehearse, table
 )
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.train",
+        prog=command.program("rwkv_jax.train"),
         description="Train a model; the same command resumes.",
         allow_abbrev=False,
         epilog="--config.FIELD=VALUE sets any field of the config, for instance --config.optim.lr=6e-4",

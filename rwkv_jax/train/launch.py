@@ -22,7 +22,7 @@ from rwkv_jax import command
 @command.reported()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.train.launch", description=__doc__.partition("\n")[0], allow_abbrev=False
+        prog=command.program("rwkv_jax.train.launch"), description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--hosts", type=int, required=True, metavar="N", help="processes, 1 or more")
     parser.add_argument("--devices", type=int, metavar="N", help="virtual CPU devices of each; default: what there is")

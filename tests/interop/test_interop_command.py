@@ -56,7 +56,7 @@ def test_interop_command_refuses_a_cast_to_infinity(tmp_path, capsys):
 
 def test_interop_command_refuses_a_format_before_it_reads_weights(tmp_path, capsys, monkeypatch):
     rwkv_jax.save(tmp_path / "m.safetensors", *drawn(make("rwkv4", variant={"receptance": False})))
-    monkeypatch.setattr(rwkv_jax.runs, "load", None)
+    monkeypatch.setattr(rwkv_jax.runs, "load_with_training", None)
     assert main([str(tmp_path / "m.safetensors"), str(tmp_path / "m.pth")]) == 2
     assert "m.pth: pth holds released models only, and this one has receptance=False" in capsys.readouterr().err
 
