@@ -1,6 +1,6 @@
-# make compare    RWKV-4 against a transformer of equal size, on text that Python itself carries
-# make reproduce  the paper's experiments at the size of a CPU, under two hours; goes on where it was stopped
-# make test       what a contributor runs;  make test-slow the rest of the tests;  make test-all both
+# make compare    trains RWKV-4, RWKV-7 and two transformers on Python's own source files, and prints a table
+# make reproduce  the paper's experiments at the size of a CPU, under two hours; resumes after an interruption
+# make test       the fast tests;  make test-slow the others;  make test-all both
 # make lint       ruff, as CI runs it
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

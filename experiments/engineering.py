@@ -1,6 +1,7 @@
-"""What the README files say of experiments that are not the paper's: speed, precision, memory, fine-tuning."""
+"""Tables of experiments that judge no claim of the paper: speed, precision, memory, fine-tuning."""
 
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 
 from experiments.compare import table as compare_table
@@ -22,7 +23,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def hardware(stamp: dict) -> str:
-    """Of a result: the processor, or the accelerator."""
+    """Return the processor of a result, or its accelerator."""
     device = stamp["devices"][0]
     cores = f"{stamp['cores']} core" + "s" * (stamp["cores"] > 1)
     return f"{cores}, {stamp['processor']}" if device == "cpu" else device
@@ -65,16 +66,15 @@ def costs() -> str:
     first, last = generation["contexts"]
     long = {r["model"]: r["seconds"] for r in results["decode"]["sweep"]["rows"] if r["context"] == last["context"]}
     seconds = {row["what"].partition(",")[0]: row["seconds"] for row in startup["commands"]}
-    worst = max(x for what, x, _ in read("precision/results.json")["claims"] if "over its bound" in what)
     rows = [
         ("FLOPs of a token in training, 6 x 512", mflop["rwkv4"], f"{mflop['transformer']}, transformer"),
-        ("WKV in a training step, 6 x 512", _percent(models["rwkv4"]["parts"]["WKV"]), "of the step's time"),
+        ("WKV in a training step, 6 x 512", percent(models["rwkv4"]["parts"]["WKV"]), "of the step's time"),
         ("WKV forward and backward, B 4, T 1,024, D 512", _ms(ours), f"{_ms(plain)}, autodiff of a plain scan"),
-        ("its temporary memory", _percent(ours["temporary_bytes"] / plain["temporary_bytes"]), "of the plain scan's"),
-        ("its error, any form, to 100,000 tokens", f"{worst:.2f}", "of its stated bound, at most"),
+        ("its temporary memory", percent(ours["temporary_bytes"] / plain["temporary_bytes"]), "of the plain scan's"),
+        ("its error, any form, to 100,000 tokens", f"{worst():.2f}", "of its stated bound, at most"),
         ("a token of 12 x 768, the first", _ms(first), ""),
         (f"a token of 12 x 768, after {last['context']:,}", _ms(last), ""),
-        ("its speed", _percent(generation["bound"]["share"]), "of reading the parameters alone"),
+        ("its speed", percent(generation["bound"]["share"]), "of reading the parameters alone"),
         (f"a token of 6 x 768, after {last['context']:,}", _ms({"seconds": long["rwkv4"]}),
          f"{_ms({'seconds': long['transformer']})}, transformer with a cache"),
         ("first token of 12 x 768 from the shell", f"{seconds['generate']['ours']:.1f} s",
@@ -97,118 +97,78 @@ def wkv_on_a_gpu() -> str:
     return table(("", *(names.get(form, form) for form in forms)), lines)
 
 
-def training_on_a_gpu() -> str:
-    rows = [r for r in read("speed/pile.json")["rows"] if "tokens_per_second" in r and "wkv_impl" not in r]
+def fastest_steps() -> dict[tuple, dict]:
+    """Return the fastest training step on a GPU by (size, model, rows, tokens of a row)."""
     fastest = {}
-    for r in rows:
-        key = r["size"], r.get("name", "rwkv4"), r["batch"], r["seq_len"]
-        if key not in fastest or r["tokens_per_second"] > fastest[key]["tokens_per_second"]:
-            fastest[key] = r
+    for r in read("speed/pile.json")["rows"]:
+        if "tokens_per_second" in r and "wkv_impl" not in r:
+            key = r["size"], r.get("name", "rwkv4"), r["batch"], r["seq_len"]
+            fastest[key] = max(fastest.get(key, r), r, key=itemgetter("tokens_per_second"))
+    return fastest
+
+
+def training_on_a_gpu() -> str:
     lines = [
         (
             f"{'RWKV-4' if name == 'rwkv4' else 'transformer'} {size.upper().replace('1B5', '1.5B')}",
             f"{batch} x {seq_len:,}",
-            _three_digits(r["tokens_per_second"]),
-            _percent(r["mfu"]),
+            three_digits(r["tokens_per_second"]),
+            percent(r["mfu"]),
             f"{r['state_gb'] + r['temporary_gb']:.1f}",
         )
-        for (size, name, batch, seq_len), r in fastest.items()
+        for (size, name, batch, seq_len), r in fastest_steps().items()
     ]
     return table(("model", "rows x tokens", "tokens/s", "of the peak", "memory, GB"), lines)
 
 
-def engineering() -> str:
-    """Rows of the second table of the ledger: folder, question, command, hardware, what was found."""
-    rows = [_compare(), *_speed(), _precision(), _finetune(), _rehearsal(), _long()]
-    return table(("folder", "question", "command", "hardware", "found"), rows)
-
-
-def _compare():
-    results = read("compare/results.json")
-    minus = results["arms"]["rwkv4"]["minus"]
-    found = ", ".join(f"{minus[arm]['bits_per_byte']:+.2f} bits a byte against the {arm}" for arm in minus)
-    tokens, seed = results["preset"]["tokens"], results["preset"]["seed"]
-    found = f"a demonstration, {tokens:,} tokens, seed {seed}: RWKV-4 {found}"
-    question = "bits a byte of RWKV-4, a transformer of equal size, and the same with token shift"
-    return ["[compare](compare)", question, "`make compare`", hardware(results["stamp"]), found]
-
-
-def _speed():
-    results = read("speed/results.json")
-    claims = [(r["what"], r["theirs"], r["ratio"], r["wanted"]) for suite in ("train", "generation")
-              for r in results[suite]["rows"] if r["wanted"]]  # fmt: skip
-    told = "; ".join(
-        f"{what} {ratio:.1f} times {theirs} ({wanted:g} wanted)" for what, theirs, ratio, wanted in claims
+def others() -> str:
+    """Return the experiments that judge no claim of the paper: one number each."""
+    compare, speed, precision = (
+        read("compare/results.json"),
+        read("speed/results.json"),
+        read("precision/results.json"),
     )
-    told += "; WKV " + ", ".join(
-        f"{what} {x:.2f} (at most {most:g} wanted)" for what, x, most in results["ops"]["claims"]
-    )
-    question = "training, decoding and WKV beside what people use"
-    cpu = ["[speed](speed)", question, "`make speed`", hardware(results["train"]["stamp"]), told]
-    pile = read("speed/pile.json")
-    best = {}
-    for r in pile["rows"]:
-        if "tokens_per_second" in r and "name" not in r and r["seq_len"] == 1024:
-            best[r["size"]] = max(best.get(r["size"], (0, 0)), (r["tokens_per_second"], r["mfu"]))
-    told = "tokens/s and share of the peak: " + ", ".join(
-        f"{s} {_three_digits(t)} ({_percent(m)})" for s, (t, m) in best.items()
-    )
-    told += "; 3B beside what earlier rows had left in memory: out of memory"
-    command = "`python -m experiments.speed.pile`, `python -m experiments.speed.run --suite=ops --rwkv-lm=PATH`"
-    question = "training of the released sizes on one device; WKV beside the released kernel (tables in the README)"
-    return [cpu, ["[speed](speed), on a GPU", question, command, hardware(pile["stamp"]), told]]
+    tuned, slices, long = read("finetune/results.json"), read("rehearsal/results.json"), read("long/results.json")
+    minus = compare["arms"]["rwkv4"]["minus"]["transformer"]["bits_per_byte"]
+    training = next(r["ratio"] for r in speed["train"]["rows"] if r["theirs"] == "transformers RwkvForCausalLM")
+    largest = max(slices["rows"], key=itemgetter("memory_needed"))
+    gib = {what: largest[what] / 2**30 for what in ("memory_needed", "memory_capacity")}
+    longest = max(row["T"] for row in long["rows"])
+    mib = {row["way"]: row["resident_bytes"] / 2**20 for row in long["rows"] if row["T"] == longest}
+    rows = [
+        ("compare", "RWKV-4 minus a transformer of equal size", f"{minus:+.2f} bits a byte", compare),
+        ("speed", "training RWKV-4 beside transformers", f"{training:.1f} times the tokens/s", speed["train"]),
+        ("precision", "error of every form of WKV against float64", f"{worst():.2f} of its bound", precision),
+        ("finetune", "LoRA of rank 8: new text, against the base", _bits(tuned["table"]["LoRA, rank 8"]), tuned),
+        ("finetune", "LoRA of rank 8: old text, against the base", _bits(tuned["old"]["LoRA, rank 8"]), tuned),
+        ("rehearsal", f"training {largest['model']} on {largest['target']}: XLA's plan of a chip's memory",
+         "{memory_needed:.1f} of {memory_capacity:.0f} GiB".format(**gib), None),
+        ("long", f"training in segments, T {longest:,}: memory, beside {mib['whole']:,.0f} MiB in one piece",
+         f"{mib['segments']:,.0f} MiB", long),
+    ]  # fmt: skip
+    machine = lambda its: hardware(its["stamp"]) if its else "none: compiled only"
+    lines = [(f"[{name}](../experiments/{name})", what, found, machine(its)) for name, what, found, its in rows]
+    return table(("experiment", "quantity", "found", "hardware"), lines)
 
 
-def _precision():
-    results = read("precision/results.json")
-    worst = max(x for what, x, _ in results["claims"] if "over its bound" in what)
-    question = "error of every WKV form against float64, values and gradients"
-    found = f"every element within {worst:.2f} of its form's stated bound"
-    return ["[precision](precision)", question, "`make precision`", hardware(results["stamp"]), found]
+def worst() -> float:
+    """Return the largest error of any form of WKV, as a share of its bound."""
+    return max(x for what, x, _ in read("precision/results.json")["claims"] if "over its bound" in what)
 
 
-def _finetune():
-    results = read("finetune/results.json")
-    told = "; ".join(
-        f"{arm} {row['difference']:+.3f} on the new, {results['old'][arm]['difference']:+.3f} on the old text"
-        for arm, row in results["table"].items()
-        if arm != "none"
-    )
-    question = "bits a byte of new and old text after fine-tuning in several ways, one seed"
-    command = "`python -m experiments.finetune.run`"
-    return ["[finetune](finetune)", question, command, hardware(results["stamp"]), told]
-
-
-def _rehearsal():
-    rows = read("rehearsal/results.json")["rows"]
-    gib = lambda r, what: r[what] / 2**30
-    told = "; ".join(
-        f"{r['model']} on {r['target']} {gib(r, 'memory_needed'):.1f} of {gib(r, 'memory_capacity'):.0f} GiB a chip"
-        for r in rows
-    )
-    question = "does a training step fit a slice of TPUs that is not here: XLA's plan, nothing was run"
-    command = "`python -m experiments.rehearsal.run`"
-    return ["[rehearsal](rehearsal)", question, command, "libtpu's compiler on a CPU", told]
-
-
-def _long():
-    results = read("long/results.json")
-    mib = {(r["T"], r["way"]): r["resident_bytes"] / 2**20 for r in results["rows"]}
-    longest = max(T for T, _ in mib)
-    told = f"T {longest:,}: " + ", ".join(f"{way} {x:,.0f} MiB" for (T, way), x in mib.items() if longest == T)
-    question = "memory of a training step against its length"
-    return ["[long](long)", question, "`python -m experiments.long.run`", hardware(results["stamp"]), told]
+def _bits(row: dict) -> str:
+    return f"{row['difference']:+.3f} bits a byte"
 
 
 def _ms(row: dict) -> str:
     return f"{row['seconds'] * 1e3:.3g} ms"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _three_digits(x: float) -> str:
+def three_digits(x: float) -> str:
     return f"{float(f'{x:.3g}'):,.0f}"
 
 
@@ -218,5 +178,5 @@ BLOCKS = {
     "costs": costs,
     "wkv on a gpu": wkv_on_a_gpu,
     "training on a gpu": training_on_a_gpu,
-    "engineering": engineering,
+    "others": others,
 }

@@ -1,6 +1,6 @@
-"""Tables of this project's README files, read from committed results: no number of theirs is typed.
+"""Tables of this project's pages, read from committed results: no number of theirs is typed.
 
-    python -m experiments.ledger                      rewrites README.md and experiments/README.md
+    python -m experiments.ledger                      rewrites the blocks of FILES
     python -m experiments.ledger --run                runs the `cpu` presets first, but the long ones: make reproduce
 
 A block of a file stands between `<!-- NAME -->` and `<!-- end -->`; the rest is prose.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments import engineering
+from experiments import answers, engineering
 from experiments.engineering import hardware, table
 from experiments.perplexity import table as perplexity
 from rwkv_jax.command import end
@@ -21,7 +21,8 @@ from rwkv_jax.files import read_json
 
 HERE = Path(__file__).parent
 PERPLEXITY = HERE / "perplexity" / "results.json"
-FILES = (HERE.parent / "README.md", HERE / "README.md")
+ROOT = HERE.parent
+FILES = (ROOT / "README.md", ROOT / "README.zh.md", ROOT / "docs" / "results.md", HERE / "README.md")
 # In the order of the paper, after what all else rests on. A folder that is not named here comes last.
 ORDER = (
     "trajectory", "perplexity", "scaling", "context", "inference", "lra", "small_init", "decays", "trace", "zero_shot",
@@ -30,19 +31,18 @@ ORDER = (
 
 # `make reproduce` names them; all others together take under two hours.
 LONG = ("perplexity", "scaling", "ablations", "ablations_rwkv7", "recall", "tracking")
-# Claims of the README, then those that stand with them in the first table of experiments/README.md.
-HEADLINES = (
+# Claims of the first table of experiments/README.md.
+FIRST = (
     "The released trainer of RWKV-7, step for step",
     "Table 5: RWKV-4 minus transformer, bits a byte",
     "Parts of the model, one taken away at a time",
     "10 times as fast at 4,096 tokens",
     "Table 1: training against T, at equal B T",
-)
-FIRST = (
-    *HEADLINES,
     "The released trainer, step for step",
-    "RWKV-4 minus LSTM, bits a byte",
     "rwkv4 minus transformer+shift, bits a byte",
+    "rwkv7 minus rwkv4, bits a byte",
+    "Compute at equal loss, rwkv7 over rwkv4",
+    "Compute at equal loss, rwkv4 over transformer",
     "Fig. 4: a line through loss against compute, in the decade beyond it",
     "Fig. 4: that r2 0.994 shows a straight line",
     "Section 5.2, longer windows 1:10:10",
@@ -84,34 +84,24 @@ def _is_published(file: Path) -> bool:
 COLUMNS = ("claim", "the paper", "here", "run", "verdict")
 
 
-def rows(folder: str = "") -> list[tuple[str, list[str]]]:
-    """(claim, cells) of all rows, linked from a page that has the experiments in `folder`."""
+def rows() -> list[tuple[str, list[str]]]:
+    """Return (claim, cells) of all rows."""
     return [
-        (
-            row["artefact"],
-            [f"[{row['artefact']}]({folder}{name})", row["paper"], row["ours"], _run(row, its), row["verdict"]],
-        )
+        (row["artefact"], [f"[{row['artefact']}]({name})", row["paper"], row["ours"], _run(row, its), row["verdict"]])
         for name, its in results()
         for row in its["ledger"]
     ]
 
 
 def _run(row: dict, its: dict) -> str:
-    return ", ".join(filter(None, [row.get("run"), where(its)[0]]))
+    accelerator = [where(its)[0]] if its["stamp"]["devices"] != ["cpu"] else []
+    return ", ".join(filter(None, [row.get("run"), *accelerator]))
 
 
 def claims() -> str:
-    """Claims in the order of `FIRST`, the first results of each."""
-    return _picked(FIRST)
-
-
-def headlines() -> str:
-    return _picked(HEADLINES, "experiments/")
-
-
-def _picked(names, folder: str = "") -> str:
-    found = dict(reversed(rows(folder)))
-    return table(COLUMNS, [found[name] for name in names if name in found])
+    """Return the claims in the order of `FIRST`, the first results of each."""
+    found = dict(reversed(rows()))
+    return table(COLUMNS, [found[name] for name in FIRST if name in found])
 
 
 def more_claims() -> str:
@@ -126,9 +116,9 @@ def more_claims() -> str:
 
 
 def runs() -> str:
-    """The command, hardware and time of all results."""
-    its = [[f"[{name}]({name})", command_of(name, of), *where(of)] for name, of in results()]
-    return table(("experiment", "command", "hardware", "time"), its)
+    """Return the preset, hardware and time of all results."""
+    its = [(f"[{name}]({name})", of["preset"], *where(of)) for name, of in results()]
+    return table(("experiment", "preset", "hardware", "time"), its)
 
 
 def not_run() -> str:
@@ -167,7 +157,6 @@ def where(its: dict) -> tuple[str, str]:
 BLOCKS = {
     "claims": claims,
     "more claims": more_claims,
-    "headlines": headlines,
     "runs": runs,
     "differences": lambda: perplexity.differences(read_json(PERPLEXITY)),
     "trend": lambda: perplexity.sentences(read_json(PERPLEXITY)),
@@ -175,6 +164,7 @@ BLOCKS = {
     "not run": not_run,
     "hours": hours,
     **engineering.BLOCKS,
+    **answers.BLOCKS,
 }
 
 

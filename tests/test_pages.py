@@ -42,10 +42,15 @@ def commands(page):
                 yield words
 
 
-def of_readme(module, word):
-    """Return the arguments of the one command of the README that runs this module with this word."""
-    ((_, _, _, *arguments),) = (words for words in commands(README) if module in words and word in words)
-    return arguments
+def arguments_of(page, verb, word):
+    """Return the arguments of the first command of a page that runs this verb, or its module, with this word."""
+    module = VERBS[verb][0].removesuffix(".__main__")
+    found = next(words for words in commands(page) if {verb, module} & set(words[:3]) and word in words)
+    return found[2:] if found[0] == command.SCRIPT else found[3:]
+
+
+def run(verb, arguments):
+    return importlib.import_module(VERBS[verb][0]).main(arguments)
 
 
 def main(module):
@@ -65,9 +70,8 @@ def test_pages_have_commands_that_parse(page, monkeypatch):
     for program, *arguments in commands(page):
         if program in ("python", command.SCRIPT):
             by_verb = program == command.SCRIPT
-            run = importlib.import_module(VERBS[arguments[0]][0]).main if by_verb else main(arguments[1])
             with pytest.raises(ParsedError) as stopped:
-                run(arguments[1:] if by_verb else arguments[2:])
+                run(arguments[0], arguments[1:]) if by_verb else main(arguments[1])(arguments[2:])
             args, rest = stopped.value.args
             assert not rest or run_config.read(args.config, rest)
         else:
@@ -76,30 +80,38 @@ def test_pages_have_commands_that_parse(page, monkeypatch):
 
 @pytest.mark.slow
 def test_readme_first_commands_do_what_it_says(tmp_path, monkeypatch, capsys):
-    """Train, evaluate, continue a prompt, convert; on a small text, with a small model."""
+    """Train, evaluate, continue a prompt, convert, fine-tune; on a small text, with a small model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RWKV_JAX_CACHE", str(tmp_path / "cache"))
     Path("configs").symlink_to(ROOT / "configs")
     text = write_text(tmp_path / "held_out.txt")
+    Path("notes.txt").symlink_to(text)
+    of_readme = lambda verb, word: [
+        "--config.finetune.model=runs/tiny" if argument.endswith("=BASE") else argument
+        for argument in arguments_of(README, verb, word)
+    ]
     small = [f"--config.{field}" for field in (*TINY, f"corpus={text}")]
-    assert main("rwkv_jax.train")([*of_readme("rwkv_jax.train", "--workdir=runs/tiny"), *small]) == 0
+    assert run("train", [*of_readme("train", "--workdir=runs/tiny"), *small]) == 0
     capsys.readouterr()
-    assert main("rwkv_jax.evaluate")([*of_readme("rwkv_jax.evaluate", "--model=runs/tiny"), "--max_tokens=60"]) == 0
+    assert run("evaluate", [*of_readme("evaluate", "--model=runs/tiny"), "--max_tokens=60"]) == 0
     assert capsys.readouterr().out.startswith("held_out.txt: 60 tokens, 60 bytes\n")
-    assert main("rwkv_jax.generate")([*of_readme("rwkv_jax.generate", "--model=runs/tiny"), "--max_new_tokens=9"]) == 0
+    assert run("generate", [*of_readme("generate", "--model=runs/tiny"), "--max_new_tokens=9"]) == 0
     assert capsys.readouterr().out.endswith("\n")
-    assert main("rwkv_jax.interop")(of_readme("rwkv_jax.interop", "runs/tiny")) == 0
+    assert run("convert", of_readme("convert", "runs/tiny")) == 0
     assert Path("tiny.pth").is_file()
+    few = [f"--config.{field}" for field in TINY if not field.startswith("model.")]
+    assert run("train", [*of_readme("train", "--workdir=runs/lora"), *few]) == 0
 
 
-def test_readme_corpus_has_line_breaks_in_its_prompts(tmp_path, monkeypatch, capsys):
+def test_finetuning_page_has_line_breaks_in_its_prompts(tmp_path, monkeypatch, capsys):
     """The command that describes the corpus and the one that fine-tunes on it agree."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RWKV_JAX_CACHE", str(tmp_path / "cache"))
+    page = ROOT / "docs" / "finetuning.md"
     write_jsonl(tmp_path / "qa.jsonl", [{"question": f"{i}?", "answer": f"{i}!"} for i in range(99)])
-    assert main("rwkv_jax.data")([*of_readme("rwkv_jax.data", "qa.jsonl"), "--json"]) == 0
+    assert run("corpora", [*arguments_of(page, "corpora", "qa.jsonl"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    _, _, *overrides = of_readme("rwkv_jax.train", "--config.corpus=qa.jsonl")
+    _, _, *overrides = arguments_of(page, "train", "--config.corpus=qa.jsonl")
     config = run_config.read(str(ROOT / "configs" / "finetune.py"), overrides)
     corpus = data.prepare(config.corpus, text=config.data.text, prompt=config.data.prompt)
     assert corpus.sha256 == found["sha256"]

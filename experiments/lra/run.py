@@ -151,7 +151,7 @@ def conclude(its, values: dict) -> dict:
             details=f"{named(public['right'])}; lengths {above} to {below}: {named(rules)}",
         ),
     ]
-    missing = [] if is_public else [_not_run("ListOps at its own lengths", "", 1.1, "no GPU for so long")]
+    missing, absent = [] if is_public else [_not_run("ListOps at its own lengths", "", 1.1, "no GPU for so long")], {}
     for name, task in files.TASKS.items():
         if found := values.get(f"{name} by its files, rwkv4"):
             low, high = interval(found["right"], found["examples"])
@@ -160,8 +160,10 @@ def conclude(its, values: dict) -> dict:
             artefact = f"Long Range Arena, {task.title} (Table 4)"
             rows.append(claim(artefact, f"RWKV {PAPER[name]:.3f}", ours, verdict))
         elif name != "listops":
-            why = "its public files were not at hand, nor a GPU for so long"
-            missing.append(_not_run(task.title, f" --{name}=FOLDER", 0.4, why))
+            absent[task.title] = f" --{name}=FOLDER"
+    if absent:
+        why = "neither their public files nor a GPU for so long were at hand"
+        missing.append(_not_run(", ".join(absent), "".join(absent.values()), round(0.4 * len(absent), 1), why))
     return {"right": right, "rules": rules, "public_rules": public["right"], "ledger": rows, "not_run": missing}
 
 

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import rwkv_jax
 from experiments import command
+from experiments.command import not_run
 from rwkv_jax import evaluate, harness
 from rwkv_jax.command import end
 from rwkv_jax.data import SEPARATOR, tokenizers
@@ -149,12 +150,6 @@ def cells(preset: Preset, folder: Path) -> command.Cells:
     return found
 
 
-def harness_command(checkpoint: str) -> str:
-    """What reproduces a row of Tables 3 and 4."""
-    tasks = ",".join(EXPECTED["metrics"])
-    return f"python -m rwkv_jax.harness --model={checkpoint}.pth --add_bos_token --tasks={tasks}"
-
-
 def conclude(preset: Preset, values: dict) -> dict:
     size = f"{preset.num_layers} x {preset.dim}, random weights"
     rows = []
@@ -176,21 +171,14 @@ def conclude(preset: Preset, values: dict) -> dict:
                     else "contradicted",
                 }
             )
-    why = "the released weights, and the tasks' data, were not at hand"
-    return {
-        "expected": EXPECTED["rows"],
-        "ledger": rows,
-        "not_run": [
-            {
-                "artefact": f"Zero-shot, Tables 3 and 4 of version 1: {checkpoint}",
-                "command": harness_command(checkpoint),
-                "hardware": "one H100 or H200",
-                "hours": max(0.1, round(0.056 * billions, 1)),  # 1e7 tokens at 1e14 FLOP/s
-                "why": why,
-            }
-            for checkpoint, billions in PARAMETERS.items()
-        ],
-    }
+    missing = not_run(
+        f"Zero-shot, Tables 3 and 4 of version 1: {len(PARAMETERS)} released models",
+        f"python -m rwkv_jax.harness --model=FILE.pth --add_bos_token --tasks={','.join(EXPECTED['metrics'])}",
+        round(0.056 * sum(PARAMETERS.values()), 1),  # 1e7 tokens at 1e14 FLOP/s
+        "one H100 or H200",
+        "neither the released weights nor the tasks' data were at hand",
+    )
+    return {"expected": EXPECTED["rows"], "ledger": rows, "not_run": [missing]}
 
 
 if __name__ == "__main__":

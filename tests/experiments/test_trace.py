@@ -1,5 +1,7 @@
 """The causal trace: token-by-token passes, restored places, prompts and averages."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -78,10 +80,12 @@ def test_effects_of_a_restored_state_equal_a_state_replaced_between_calls(prompt
 def test_effects_of_restoring_places_that_no_token_reads_are_none(prompt, seen):
     by_kind = dict(zip(KINDS, seen.restored.swapaxes(0, 1), strict=True))
     nothing = np.broadcast_to(seen.corrupted[:, None], (2, L))
-    np.testing.assert_array_equal(by_kind["state"][:, -1], nothing)  # no token follows
-    np.testing.assert_array_equal(by_kind["both"][:, 0], nothing)  # padding
-    np.testing.assert_allclose(by_kind["residual"][:, -1, -1], [seen.clean] * 2, rtol=1e-6)
-    np.testing.assert_array_equal(by_kind["both"][:, :, -1][:, 1:-1], by_kind["state"][:, :, -1][:, 1:-1])
+    # Equal up to rounding: with AVX-512, rows of one batch round a product differently. Effects are above 1e-3.
+    equal = partial(np.testing.assert_allclose, rtol=1e-6)
+    equal(by_kind["state"][:, -1], nothing)  # no token follows
+    equal(by_kind["both"][:, 0], nothing)  # padding
+    equal(by_kind["residual"][:, -1, -1], [seen.clean] * 2)
+    equal(by_kind["both"][:, :, -1][:, 1:-1], by_kind["state"][:, :, -1][:, 1:-1])
     assert (abs(by_kind["both"] - by_kind["residual"]).max((0, 2)) > 1e-6)[3:-1].all()
 
 

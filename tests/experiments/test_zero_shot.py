@@ -16,8 +16,6 @@ def test_zero_shot_expected_numbers_have_the_published_means():
     np.testing.assert_allclose([round(np.mean(row), 2) for row in accuracies], MEANS, atol=0.005)
     assert [row["mean"] for row in rows] == MEANS
     assert len(run.PARAMETERS) == 6 and "ctx4096" in [*run.PARAMETERS][3] and "ctx8192" in [*run.PARAMETERS][5]
-    for checkpoint in run.PARAMETERS:
-        assert f"--model={checkpoint}.pth --add_bos_token --tasks=piqa," in run.harness_command(checkpoint)
 
 
 def test_zero_shot_conclude_judges_the_scorer_by_every_comparison():
