@@ -122,8 +122,19 @@ def runs() -> str:
 
 
 def not_run() -> str:
-    """Rows of what was not run, and why, as results give them."""
+    """Return what was not run, and why, as results give it; first the runs that published results lack."""
     rows = [
+        [
+            f"[{len(its['missing'])} of {len(its['missing']) + len(its['cells'])} cells of {name}]({name})",
+            f"`python -m experiments.{name}.run --resume --publish`",
+            "2 CPU cores",
+            "see its header",
+            "longer budgets, second seeds, other arms: still to run",
+        ]
+        for name, its in results()
+        if its.get("missing")
+    ]
+    rows += [
         [f"[{row['artefact']}]({name})", f"`{row['command']}`", row["hardware"], str(row["hours"]), row["why"]]
         for name, its in results()
         for row in its.get("not_run", [])

@@ -10,7 +10,7 @@ def differences(results: dict) -> str:
     tokens = sorted({int(at) for rows in results["pairs"].values() for at in rows})
     head = ("bits a byte", *(f"{at / 1e6:.3g} M tokens" for at in tokens), "overtaken at")
     rows = []
-    for pair, its in results["pairs"].items():
+    for pair, its in ((pair, its) for pair, its in results["pairs"].items() if its):
         of = {int(at): told(*(row[x] for x in ("difference", "low", "high"))) for at, row in its.items()}
         crossed = ", ".join(f"{where['tokens'] / 1e6:.2g} M" for where in results["overtakes"][pair])
         rows.append((pair, *(of.get(at, "") for at in tokens), crossed))
