@@ -7,7 +7,7 @@
 enwik8 is the 100,000,000 bytes of mattmahoney.net/dc/enwik8.zip, split 90/5/5 MB by position as usual.
 Cost: 2.5e8 FLOP a token, 2.2e16 an epoch of 5,493 steps; 40 epochs are about 9e17 FLOP, hours on one GPU.
 Expected: the paper prints 1.178 test bits a character for RWKV-4 (train 1.010) and 1.137 for the transformer. It does
-not say how many epochs, nor the last learning rate, nor whether it counts characters or bytes. Not run here.
+not state the epochs, the final learning rate, or whether it counts characters or bytes. Not run here.
 """
 
 from rwkv_jax.train import run_config

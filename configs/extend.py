@@ -1,22 +1,22 @@
-"""Context extension (section 5.3): from 1,024 tokens to 2,048, 4,096 and 8,192, each stage from the end of the last.
+"""Context extension (section 5.3): from 1,024 tokens to 2,048, 4,096 and 8,192, each stage resumes the last.
 
     python -m rwkv_jax.train --config=configs/extend.py:14b-2048 --workdir=runs/pile-14b-2048 --config.corpus=PATH
     python -m rwkv_jax.train --config=configs/extend.py:14b-4096 --workdir=runs/pile-14b-4096 --config.corpus=PATH
     python -m rwkv_jax.train --config=configs/extend.py:14b-8192 --workdir=runs/pile-14b-8192 --config.corpus=PATH
 
-goes on from `configs/pile.py:14b` in runs/pile-14b, for 10, 100 and 100 billion tokens; "169m" to "7b" likewise. The
-paper gives neither the learning rate of these stages nor the batch: here the last rate of the pre-training, constant,
-and as many tokens a step as there. Cost: 1.75e22 FLOP for 14b, 9.1e21 for 7b. Not run here.
+continue `configs/pile.py:14b` in runs/pile-14b for 10, 100 and 100 billion tokens; "169m" to "7b" likewise. The paper
+gives neither the learning rate nor the batch of these stages: here the final rate of pre-training, constant, and its
+tokens a step. Cost: 1.75e22 FLOP for 14b, 9.1e21 for 7b. Not run here.
 
-`:rwkv7-169m-8192` likewise, and other models of RWKV-5, 6 and 7 in `configs/pile.py`: their windows begin at 4,096.
+`:rwkv7-169m-8192` likewise, and other models of RWKV-5, 6 and 7 in `configs/pile.py`: their windows start at 4,096.
 
-The same in proportion for a CPU, bytes of the embedded corpus, from 128 tokens to 256, 512 and 1,024:
+The same scaled down for a CPU, on bytes of the embedded corpus, from 128 tokens to 256, 512 and 1,024:
 
     for T in 128 256 512 1024; do
         python -m rwkv_jax.train --config=configs/extend.py:tiny-$T --workdir=runs/tiny-$T
     done
 
-and with `tiny-rwkv7` in the place of `tiny` for another model of `configs/tiny.py`.
+and with `tiny-rwkv7` instead of `tiny` for another model of `configs/tiny.py`.
 
 Cost: 1,660 + 50 + 500 + 500 steps of 2,048 bytes, a few minutes on 2 CPU cores.
 """

@@ -1,15 +1,15 @@
-"""Fine-tuning of whatever `rwkv_jax.load` reads: `configs/finetune.py:full`, `:lora`, `:state`.
+"""Fine-tuning of any model that `rwkv_jax.load` reads: `configs/finetune.py:full`, `:lora`, `:state`.
 
     python -m rwkv_jax.train --config=configs/finetune.py:lora --workdir=runs/lora \\
         --config.finetune.model=RWKV-4-Pile-169M.pth --config.corpus=PATH
 
 Sizes and tokenizer are those of the weights. The parameters are float32 unless `--config.model.param_dtype=bfloat16`,
-which halves what "lora" and "state" keep of them. Frozen parts are rules of `optim.groups` with factor 0:
+which halves their memory under "lora" and "state". Rules of `optim.groups` with factor 0 freeze parts:
 
     --config.optim.groups='((r"^emb/", 0.0), (r"blocks.0-5/", 0.0), (r"/time_decay$", 2.0), (r"/time_first$", 3.0))'
 
-Learning rates: "full" has RWKV-LM's own advice for fine-tuning, 1e-5; the others are starting points, far from tuned
-(a small model wants more: experiments/finetune). "lora" and "state" compute no gradient and keep no moments of the
+Learning rates: "full" uses RWKV-LM's advice for fine-tuning, 1e-5; the others are untuned starting points
+(small models need more: experiments/finetune). "lora" and "state" compute no gradient and keep no moments of the
 model's own parameters. Not run here on released weights.
 """
 

@@ -1,8 +1,8 @@
-"""The released Pile models (Tables 2 and 3): `configs/pile.py:169m`, `:430m`, `:1b5`, `:3b`, `:7b`, `:14b`; RWKV-7's.
+"""The released Pile models (Tables 2 and 3): `configs/pile.py:169m`, `:430m`, `:1b5`, `:3b`, `:7b`, `:14b`; RWKV-7.
 
     python -m rwkv_jax.train --config=configs/pile.py:169m --workdir=runs/pile-169m --config.corpus=PATH \\
         --config.tokenizer=20B_tokenizer.json
-    python -m rwkv_jax.train --config=configs/pile.py:14b --rehearse=v5p:4x4x8         does it fit: see docs/scale.md
+    python -m rwkv_jax.train --config=configs/pile.py:14b --rehearse=v5p:4x4x8         its memory: docs/scale.md
 
 The Pile is one epoch of 332.1 billion GPT-NeoX-20B tokens in windows of 1,024; a constant learning rate for W of 8,043
 mini-epochs of 40,320 windows, then exponential decay. The batch was "128 or 256" windows, switched at a point that the
@@ -15,8 +15,8 @@ Expected: training loss 2.533, 2.260, 2.040, 1.945, 1.839, 1.757 nats a token at
 
 is the script of the released rwkv7-169m (RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh): windows of 4,096,
 240 a step, cosine decay after 10 steps of warm-up, weight decay 0.1, Adam's epsilon 1e-18. Its first step has a tenth
-of the rate, there a hundredth. `rwkv7-421m`, `rwkv7-1b5` and `rwkv6-173m` were released too; any other size that
-`build` knows of RWKV-5, 6 and 7, such as `rwkv5-0.1b`, takes the Pile's vocabulary. For all but rwkv7-169m the script
+of the rate, in the script a hundredth. `rwkv7-421m`, `rwkv7-1b5` and `rwkv6-173m` were released too; any other size of
+RWKV-5, 6 and 7 in `build`, such as `rwkv5-0.1b`, takes the Pile's vocabulary. For all but rwkv7-169m the script
 is an assumption, with its learning rates at width 768 and those of the World models at others.
 Cost: 2.6e20 FLOP for rwkv7-169m, 2.7e21 for rwkv7-1b5. Not run here.
 """

@@ -2,10 +2,10 @@
 
     python -m rwkv_jax.train --config=configs/world.py:rwkv7-0.1b --workdir=runs/world-0.1b --config.corpus=PATH
 
-The recipe of `configs/pile.py` with the World vocabulary and, of arXiv:2404.05892, the tokens a step and the weight
+The recipe of `configs/pile.py` with the World vocabulary and, from arXiv:2404.05892, the tokens a step and the weight
 decay of RWKV-5 and 6, 0.001 (RWKV-7: 0.1). One epoch: of World v2 for RWKV-5 and 6, of World v3 for RWKV-7.
 No source was found for the rates and the batch at 768 (here the rates of the Pile's rwkv7-169m, the batch of 1,024),
-nor for those of RWKV-7 at any width. Released RWKV-7 World models began from trained RWKV-5 and 6.
+nor for those of RWKV-7 at any width. Released RWKV-7 World models started from trained RWKV-5 and 6.
 Cost: 2.7e21 FLOP for rwkv7-0.1b, 1.3e23 for rwkv7-7.2b. Not run here.
 """
 

@@ -1,15 +1,15 @@
-"""The command of every experiment of the paper, and results that outlive a kill.
+"""The command line of the paper's experiments, with results that survive a kill.
 
     python -m experiments.NAME.run                    the preset `cpu` -> experiments/NAME/results.json, and the ledger
     python -m experiments.NAME.run --preset=gpu       -> gpu.json beside it
     python -m experiments.NAME.run --sweep            learning rates -> sweep.json, where there is something to sweep
     python -m experiments.NAME.run --smoke --out=DIR  seconds, numbers without meaning
-    python -m experiments.NAME.plot                   the figure of results.json, drawn again
+    python -m experiments.NAME.plot                   redraw the figure of results.json
 
-A preset is cut into cells, each a function without arguments that returns a JSON object. A cell is kept in
-runs/NAME/PRESET.json as soon as it is computed, so the same command goes on after a kill, on another day or machine
-too. It carries where it was computed; the stamp of the results is of where they were put together. `--again` starts
-over, which a change of the code asks for and a change of the preset does by itself.
+A preset consists of cells, each a function without arguments that returns a JSON object. Each cell is saved in
+runs/NAME/PRESET.json as soon as it is computed, so the same command resumes after a kill, also on another day or
+machine. A cell records where it was computed; the stamp of the results records where they were assembled. `--again`
+recomputes everything. Use it after a change of the code; after a change of the preset, cells are recomputed anyway.
 """
 
 import argparse
@@ -29,25 +29,25 @@ from rwkv_jax.files import read_json, user_path
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable", "no claim")
 STAMPED = ("commit", "date", "jax", "processor", "cores", "xla_flags", "devices")  # of each cell
-STOPPED = "stopped; runs that were done are kept, the same command resumes"
+STOPPED = "stopped; finished runs are kept, the same command resumes"
 Cells = dict[str, Callable[[], dict]]
 
 
 def main(
     folder: Path, doc: str, presets: dict, cells: Callable, conclude: Callable, sweep=None, options=None, argv=None
 ) -> int:
-    """Parse `argv`, compute what is missing, write results and figure; returns the exit code.
+    """Parse `argv`, compute the missing cells, write results and figure; return the exit code.
 
     Args:
-        folder: of the experiment, whose `plot.py` has `draw(results, path)`.
-        doc: docstring of `run.py`; its first line describes the command.
-        presets: frozen dataclasses by name: "smoke", "cpu", and others. A field `text` can be set by `--text`.
-        cells: (preset, folder for training runs and the like, which stays) -> the preset's cells by name.
-        conclude: (preset, values by cell) -> JSON object with what the cells say. Its "ledger" is a list of rows as
-            `claim` returns them; its "not_run" one of "artefact", "command", "hardware", "hours" and "why".
+        folder: the experiment's folder, whose `plot.py` has `draw(results, path)`.
+        doc: docstring of `run.py`; its first paragraph describes the command.
+        presets: frozen dataclasses by name: "smoke", "cpu", and others. `--text` sets a field `text`.
+        cells: (preset, folder for training runs and other files, which is kept) -> the preset's cells by name.
+        conclude: (preset, values by cell) -> JSON object of conclusions. Its "ledger" is a list of rows as `claim`
+            returns them; its "not_run" a list of rows as `not_run` returns them.
         sweep: (preset, path of sweep.json) -> None.
-        options: help by name of what a user can add, such as {"model": "released weights"} for `--model`. What is
-            given goes to `cells` by name ("_" for "-"), None where it is not; cells that it adds are named after it.
+        options: help of additional options by name, such as {"model": "released weights"} for `--model`. `cells` gets
+            each value by name ("_" for "-"), None if not given; name the cells that a value adds after it.
     """
     name = folder.name
     parser = argparse.ArgumentParser(
@@ -57,9 +57,9 @@ def main(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", choices=[p for p in presets if p != "smoke"], default="cpu")
-    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
-    parser.add_argument("--again", action="store_true", help="compute every cell again")
-    parser.add_argument("--out", type=user_path, default=folder, help="folder of what is written")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds, to check that it runs")
+    parser.add_argument("--again", action="store_true", help="recompute every cell")
+    parser.add_argument("--out", type=user_path, default=folder, help="output folder")
     if hasattr(presets["cpu"], "text"):
         parser.add_argument("--text", help="a text file or folder instead of the embedded corpus")
     for option, about in (options or {}).items():
@@ -73,7 +73,7 @@ def main(
     @reported(STOPPED)
     def computed(argv) -> None:
         if label == "smoke" and args["out"] == folder:
-            raise ValueError("a smoke would replace results that mean something: give it --out=FOLDER")
+            raise ValueError("--smoke would overwrite real results: give it --out=FOLDER")
         files.check_output_folder(args["out"])
         args["out"].mkdir(parents=True, exist_ok=True)
         if args.get("sweep"):
@@ -102,10 +102,10 @@ def claim(artefact: str, paper: str, ours: str, verdict: str, **more: str) -> di
     """Return a row of the ledger.
 
     Args:
-        ours: one number, with its interval where there is one.
-        verdict: one of `VERDICTS`; "not comparable" where the run could not have reproduced the claim, "no claim"
-            where the paper has none.
-        more: "run", the size of what was run in a few words; "details", numbers that stay in the results file.
+        ours: one number, with its interval if it has one.
+        verdict: one of `VERDICTS`; "not comparable" if the run could not have reproduced the claim, "no claim" if the
+            paper makes none.
+        more: "run", the size of the run in a few words; "details", numbers that stay in the results file.
     """
     return {"artefact": artefact, "paper": paper, "ours": ours, "verdict": verdict, **more}
 
@@ -113,16 +113,16 @@ def claim(artefact: str, paper: str, ours: str, verdict: str, **more: str) -> di
 def not_run(
     artefact: str, command: str, hours: float, hardware: str = "one H100 or H200", why: str = "no GPU for so long"
 ) -> dict:
-    """Return a row of the table of what was not run."""
+    """Return a row of the table of experiments that were not run."""
     return {"artefact": artefact, "command": command, "hardware": hardware, "hours": hours, "why": why}
 
 
 def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
-    """Values of all cells, those in the file `kept` taken from it, each with seconds, commit, date and hardware."""
+    """Return the values of all cells, cached in `kept` or computed, with seconds, commit, date and hardware."""
     found = read_json(kept) if kept.exists() and not again else {}
     if found.get("fields") != fields(preset):
         found = {"fields": fields(preset), "cells": {}}
-    done = dict(found["cells"])  # those that only options ask for stay too
+    done = dict(found["cells"])  # cells that only options ask for stay too
     for i, (name, cell) in enumerate(cells.items(), 1):
         if name in done:
             print(f"[{i}/{len(cells)}] {name}: kept from {done[name]['date']}", file=sys.stderr, flush=True)
@@ -138,11 +138,11 @@ def compute(cells: Cells, preset, kept: Path, again: bool = False) -> dict:
 
 
 def bare(values: dict) -> dict:
-    """Values of cells without their stamps."""
+    """Return the values of cells without their stamps."""
     added = ("hash", "wall_seconds", *STAMPED)
     return {n: {k: v for k, v in value.items() if k not in added} for n, value in values.items()}
 
 
 def fields(preset) -> dict:
-    """A preset as it reads in JSON."""
+    """Return a preset as JSON values."""
     return json.loads(json.dumps(asdict(preset) if is_dataclass(preset) else preset))

@@ -1,7 +1,7 @@
 """Measures of a trained model: functions (model, params, corpus) -> numbers, which `experiments.study` takes by name.
 
-The number that a measure is about has the measure's name, and is better the lower it is. Where a measure gives
-NAME_nats and NAME_bytes too, nats and bytes of each document, intervals are over documents as well.
+A measure's main number has the measure's name; lower is better. If a measure also returns NAME_nats and NAME_bytes,
+the nats and bytes of each document, intervals are over documents as well.
 """
 
 from typing import NamedTuple
@@ -21,14 +21,16 @@ class HeldOut(NamedTuple):
 
 
 def held_out(config, tokens: int) -> HeldOut:
-    """The beginnings of all held-out documents of a run's corpus, at most `tokens` tokens of each split."""
+    """Return the beginnings of all held-out documents of a run's corpus, at most `tokens` tokens of each split."""
     corpus = data.prepare(config.corpus, config.tokenizer)
     return HeldOut(capped(corpus.valid, tokens), capped(corpus.test, tokens), config.seq_len, config.batch_size)
 
 
 def capped(split: data.Split, max_tokens: int) -> data.Split:
-    """The beginnings of all documents of a split, as long as `max_tokens` tokens allow: more of them make a better
-    interval than more of each."""
+    """Return the beginnings of a split's documents, together at most `max_tokens` tokens.
+
+    More documents give a tighter interval than more of each document.
+    """
     lengths = np.diff(split.starts, append=len(split.tokens))[: max(1, max_tokens // 64)]
     longest, too_long = 2, lengths.max() + 1
     while too_long - longest > 1:
@@ -42,12 +44,12 @@ def capped(split: data.Split, max_tokens: int) -> data.Split:
 
 
 def level(nats_N: np.ndarray, split: data.Split) -> float:
-    """Bits per byte of a split of bytes, from nats aligned with its tokens."""
+    """Return the bits per byte of a split of bytes, from nats aligned with its tokens."""
     return evaluate.bits_per_byte(*evaluate.per_document(nats_N, split))
 
 
 def bits_per_byte(model, params, corpus: HeldOut) -> dict:
-    """Bits per byte in disjoint windows of the training length, each from an empty past: the same for every model."""
+    """Bits per byte in disjoint windows of the training length, each from an empty past, for every model."""
     shape = (corpus.seq_len, corpus.batch_size)
     valid_N = evaluate.windows(model, params, corpus.valid.tokens, *shape)
     nats_N = evaluate.windows(model, params, corpus.test.tokens, *shape)
@@ -56,15 +58,14 @@ def bits_per_byte(model, params, corpus: HeldOut) -> dict:
 
 
 def best_practice(model, params, corpus: HeldOut) -> dict:
-    """Bits per byte as the model predicts best: a recurrent state carried over whole documents, else windows half a
-    length apart."""
+    """Bits per byte at best practice: the state carried over whole documents, else windows half a length apart."""
     test = corpus.test
     nats_N = evaluate.best_practice(model, params, test.tokens, test.starts, corpus.seq_len, corpus.batch_size)
     return by_document("best_practice", nats_N, test)
 
 
 def by_document(name: str, nats_N, split) -> dict:
-    """Bits per byte as a measure called `name` returns them, from nats aligned with the tokens of a split."""
+    """Return bits per byte as a measure called `name` returns them, from nats aligned with the tokens of a split."""
     nats_D, bytes_D = evaluate.per_document(nats_N, split)
     return {
         name: round(level(nats_N, split), 5),
@@ -74,7 +75,7 @@ def by_document(name: str, nats_N, split) -> dict:
 
 
 def nats_per_token(model, params, corpus: HeldOut) -> dict:
-    """Mean loss of the tokens in windows of the training length, separators left out."""
+    """Mean loss per token in windows of the training length, without separators."""
 
     def nats(split) -> float:
         nats_N = evaluate.windows(model, params, split.tokens, corpus.seq_len, corpus.batch_size)

@@ -1,4 +1,4 @@
-"""A results file: written whole or not at all, drawn, printed as a table."""
+"""Results files: written atomically, drawn as figures, printed as tables."""
 
 import importlib
 import sys
@@ -21,7 +21,7 @@ def write_json(path: Path, value) -> None:
 def draw(name: str, path: Path) -> Path:
     """Draw the figure of a results file beside it: figure.png of results.json, gpu.png of gpu.json.
 
-    By `draw` of the experiment's plot.py, or that of every study where there is none.
+    Uses `draw` of the experiment's plot.py, or else that of `experiments.figures`.
     """
     own = name and (HERE / name / "plot.py").exists()
     module = importlib.import_module(f"experiments.{name}.plot" if own else "experiments.figures")
@@ -31,7 +31,7 @@ def draw(name: str, path: Path) -> Path:
 
 
 def redraw(name: str) -> None:
-    """Draw the committed figures of an experiment again: `python -m experiments.NAME.plot`."""
+    """Redraw the committed figures of an experiment: `python -m experiments.NAME.plot`."""
 
     def redrawn(argv) -> None:
         for path in (HERE / name / file for file in ("results.json", "gpu.json")):

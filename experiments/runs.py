@@ -1,7 +1,7 @@
-"""Training runs and other numbers, each kept under a hash of all that it depends on.
+"""Cached training runs and other measurements, each under a hash of everything its numbers depend on.
 
-A cell is one of an experiment's results: a run and what is measured of it, or anything else that takes minutes. Its
-numbers stay in a file that holds in the clear what the hash is of, so that a person can read what it is.
+A cell is one result of an experiment: a run with its measures, or any other computation that takes minutes. The cell's
+file holds its numbers next to the hashed fields, as plain JSON, so that a person can read what the numbers belong to.
 """
 
 import ast
@@ -27,14 +27,14 @@ from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import metrics
 from rwkv_jax.train.workdir import FREE_FIELDS
 
-CODE = 2  # raise it with a change of the code that changes what runs compute: kept ones are then computed again
-# What training does not depend on. Evaluations do count: results keep them.
+CODE = 2  # increment it when a code change alters what runs compute: cached runs are then recomputed
+# Config fields that training does not depend on. Evaluation fields count, because results contain evaluations.
 FREE = {*FREE_FIELDS, "tokenizer"} - {"eval_every", "eval_tokens", "finetune.model"}
 flat = partial(flatten_dict, sep=".")  # {"a.b": value} of nested or dotted fields
 
 
 class Cell(NamedTuple):
-    identity: dict  # all that its numbers depend on, as JSON
+    identity: dict  # everything its numbers depend on, as JSON
     compute: Callable[[], dict]
 
 
@@ -43,7 +43,7 @@ def hash_of(identity) -> str:
 
 
 def fixed(config) -> dict:
-    """The fields of a config that numbers depend on; weights that it starts from by their content."""
+    """Return the config fields that numbers depend on; an initial weights file counts by its content."""
     fields = flat(config.to_dict())
     weights = user_path(fields.get("finetune.model") or ".")
     if weights.is_file():
@@ -52,7 +52,10 @@ def fixed(config) -> dict:
 
 
 def identity_of(function: Callable) -> dict:
-    """Name, parameters and source of a function, without docstring and comments: what it computes by itself."""
+    """Return the name, parameters and source hash of a function, without docstring and comments.
+
+    The functions that it calls do not count.
+    """
     parameters = [function.args, function.keywords] if isinstance(function, partial) else []
     function = getattr(function, "func", function)
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -63,12 +66,12 @@ def identity_of(function: Callable) -> dict:
 
 
 def path_of_kept(cell: Cell, folder: Path) -> Path:
-    """Return the file that has, or will have, the numbers of a cell."""
+    """Return the path of a cell's file, whether or not it exists yet."""
     return folder / f"{hash_of(cell.identity)}.json"
 
 
 def kept(name: str, cell: Cell, folder: Path) -> dict:
-    """The numbers of a cell: those in `folder`, or computed, and kept there with where and when that was."""
+    """Return the numbers of a cell, read from `folder`, or computed and saved there with date, commit and hardware."""
     path = path_of_kept(cell, folder)
     if path.exists():
         numbers = read_json(path)["numbers"]
@@ -85,9 +88,9 @@ def kept(name: str, cell: Cell, folder: Path) -> dict:
 
 
 def restore(cells: dict[str, Cell], results: dict, folder: Path) -> None:
-    """Keep in `folder` what results have of these cells, such as those of another machine.
+    """Copy the cells that published results already have into `folder`, for example those of another machine.
 
-    Their numbers are taken where the hash is the same: not after a change of all that they depend on.
+    A cell is copied only if its hash is the same, that is if nothing its numbers depend on has changed.
     """
     for name, cell in cells.items():
         path, numbers = path_of_kept(cell, folder), results["cells"].get(name, {})
@@ -96,17 +99,18 @@ def restore(cells: dict[str, Cell], results: dict, folder: Path) -> None:
 
 
 def stages(config, budgets: Sequence[int], budget: int) -> list:
-    """Configs of the runs that lead to `budget` steps: stretches of a trunk of a constant rate, then a decayed branch.
+    """Return the configs of the runs that lead to `budget` steps: segments of a trunk, then a decayed branch.
 
-    Equal in bits on a CPU to one run of `budget` steps with the trunk's warm-up. The trunk ends a stretch at each
-    branching point, so that a short budget does not wait for a long one. The share `optim.decay` of a budget decays.
+    The trunk has a constant rate. On a CPU the result equals, bit for bit, one run of `budget` steps with the trunk's
+    warm-up. A segment of the trunk ends at each branching point, so a short budget does not wait for a long one. The
+    decay takes the share `optim.decay` of a budget.
     """
     warmup, point, found = round(config.optim.warmup * max(budgets)), 0, []
     for steps in sorted(b for b in budgets if b <= budget):
         stretch, before = config.copy_and_resolve_references(), point
         point = steps - round(config.optim.decay * steps)
         stretch.steps = point
-        # its warm-up is over before the first branch
+        # the warm-up ends before the first branch
         stretch.optim.update(schedule="constant", warmup=0.0 if before else warmup / point)
         found.append(stretch)
     branch = config.copy_and_resolve_references()
@@ -115,9 +119,10 @@ def stages(config, budgets: Sequence[int], budget: int) -> list:
 
 
 def trained(configs: Sequence, folder: Path):
-    """(model, params, workdirs) of runs each of which branches from the end of the one before.
+    """Train runs, each branching from the end of the previous one; return (model, params, workdirs).
 
-    Workdirs stay in `folder`, by the hash of all that led there, so that runs share trunks; each resumes.
+    Workdirs stay in `folder`, named by the hash of everything that led to them, so that runs share trunks. Each run
+    resumes.
     """
     workdirs = []
     for i, config in enumerate(configs):
@@ -138,8 +143,10 @@ def trained(configs: Sequence, folder: Path):
 
 
 def curve(workdirs: Sequence[Path], points: int = 40) -> dict:
-    """Training loss along runs that follow one another, in at most `points` points, each a mean of logged steps; and
-    the held-out loss of every evaluation."""
+    """Return the loss along consecutive runs: training loss in at most `points` points, and every evaluation.
+
+    A point is a mean over logged steps.
+    """
     rows = [row for workdir in workdirs for row in metrics.logged(workdir / "metrics.jsonl")]
     logged = [row for row in rows if "loss_nats" in row]
     groups = [[logged[i] for i in group] for group in np.array_split(np.arange(len(logged)), min(points, len(logged)))]

@@ -15,7 +15,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grai
 
 
 def stamp() -> dict:
-    """Command, commit (with "+" where the tree has changes), date, versions, processor, XLA's flags and devices."""
+    """Return command, commit (with "+" for a dirty tree), date, versions, processor, XLA flags and devices."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     return {
         "command": " ".join(["python -m", module.name if module else sys.argv[0], *_arguments()]),
@@ -30,13 +30,13 @@ def stamp() -> dict:
 
 
 def commit(folder: Path) -> str:
-    """Return the commit of the checkout that a folder is in, with "+" where the tree has changes."""
+    """Return the commit of the checkout that contains a folder, with "+" for a dirty tree."""
     git = lambda *args: subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True).stdout.strip()
     return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
 def _arguments() -> list[str]:
-    """Return the arguments of the command without `--out`, on which no number depends."""
+    """Return the arguments of the command without `--out`, which no number depends on."""
     before = ["", *sys.argv[1:]]
     return [x for last, x in itertools.pairwise(before) if last != "--out" and x.partition("=")[0] != "--out"]
 

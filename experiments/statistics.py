@@ -1,4 +1,4 @@
-"""Intervals of paired differences, verdicts on them, and what many comparisons do to them."""
+"""Intervals of paired differences, verdicts on them, and corrections for multiple comparisons."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,7 @@ from scipy import stats
 
 
 def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean of paired differences, one a seed, and its Student t interval; NaN for what too few seeds do not tell."""
+    """Return the mean of paired differences, one per seed, and its Student t interval; NaN for too few seeds."""
     x = np.asarray(differences, float)
     if len(x) < 2:
         return float(x[0]) if len(x) else np.nan, np.nan, np.nan
@@ -16,7 +16,7 @@ def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float
 
 
 def p_value(differences: Sequence[float]) -> float:
-    """Two-sided p of a mean of 0 under Student's t; NaN of one seed, 0 of equal differences that are not 0."""
+    """Return the two-sided p of a mean of 0 under Student's t; NaN for one seed, 0 for equal nonzero differences."""
     x = np.asarray(differences, float)
     if len(x) < 2:
         return np.nan
@@ -26,7 +26,7 @@ def p_value(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979): below 0.05 here, below 0.05 for the family as a whole."""
+    """Return p-values corrected for their number (Holm 1979): one below 0.05 is below 0.05 for the whole family."""
     p = np.asarray(p_values, float)
     order = np.argsort(p)
     raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
@@ -36,7 +36,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def bootstrap(statistic: Callable, documents: int, samples: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval over documents of `statistic(their indices)`; NaN of one document."""
+    """Return the 95 % percentile interval over documents of `statistic(their indices)`; NaN for one document."""
     if documents < 2:
         return np.nan, np.nan
     of_drawn = lambda drawn: statistic(drawn.astype(int))
@@ -52,13 +52,16 @@ def bootstrap(statistic: Callable, documents: int, samples: int = 2000) -> tuple
 
 
 def over_documents(nats_SD, bytes_D) -> tuple[float, float]:
-    """95 % bootstrap interval over documents of nats by seed and document, in bits per byte, the mean over seeds."""
+    """Return the 95 % bootstrap interval over documents, in bits per byte, of the mean over seeds.
+
+    The nats are by seed and document.
+    """
     bits_D, bytes_D = np.mean(nats_SD, axis=0) / np.log(2), np.asarray(bytes_D, float)
     return bootstrap(lambda drawn: bits_D[drawn].sum() / bytes_D[drawn].sum(), len(bytes_D))
 
 
 def wider(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """The wider of two intervals (low, high), NaN being none: over seeds and over documents, say."""
+    """Return the wider of two intervals (low, high), such as over seeds and over documents; NaN: no interval."""
     known = [(low, high) for low, high in (a, b) if not np.isnan(high - low)]
     return tuple(max(known, key=lambda x: x[1] - x[0])) if known else (np.nan, np.nan)
 
@@ -70,11 +73,11 @@ def told(mean: float, low: float | None, high: float | None, digits: int = 3) ->
 
 
 def verdict(low: float | None, high: float | None, sign: int, paper: float | None = None) -> str:
-    """Verdict on a difference whose interval is (low, high), None or NaN being none.
+    """Return the verdict on a difference whose interval is (low, high); None or NaN means no interval.
 
     Args:
-        sign: of the paper's difference, +1 or -1.
-        paper: its size, where the paper prints one that a run of this kind could reproduce.
+        sign: sign of the paper's difference, +1 or -1.
+        paper: its size, if the paper prints one that a run of this kind could reproduce.
     """
     if low is None or np.isnan(low) or low <= 0 <= high:
         return "not resolved"

@@ -1,22 +1,23 @@
-"""Studies: the arms of an experiment trained in pairs, kept run by run, and compared with intervals.
+"""Studies: train the arms of an experiment in pairs, cache each run, and compare the arms with intervals.
 
     study.main(base={...}, arms={"no shift of v": {...}}, seeds=3, measure="bits_per_byte", against="base")
 
-is a script; its docstring describes the study: the claim, the paper's number, what would reproduce or contradict it.
+is a whole script. Its docstring describes the study: the claim, the paper's number, and which results would reproduce
+or contradict it.
 
-    python -m experiments.NAME.run                    a draft: results.json and figure.png beside the script
-    ... --publish                                     the same for the ledger, which ignores drafts
+    python -m experiments.NAME.run                    a draft: results.json and figure.png next to the script
+    ... --publish                                     results for the ledger, which ignores drafts
     ... --arm=NAME --seed=1 --steps=50                some of the runs, or shorter ones
     ... --preset=gpu                                  another size -> gpu.json
-    ... --kept                                        with budgets: results of the runs that are done
-    ... --resume                                      only the runs that the published results lack, and theirs
+    ... --kept                                        with budgets: results of the finished runs only
+    ... --resume                                      reuse the published runs, run what they lack
     ... --sweep                                       learning rates of each arm -> sweep.json
-    ... --smoke                                       seconds, to see that it runs; nothing stays
+    ... --smoke                                       seconds, to check that it runs; nothing is kept
 
-Runs of a pair share seed, batches, and the initial values of the parameters that both models have. A run is kept in
-runs/studies/HASH.json, by a hash of all that its numbers depend on: its config, the corpus, the measure, `runs.CODE`.
-So the same command resumes after a kill, and another arm or seed costs its own runs only. A clone has none of these
-files, but the hashes in published results: with `--resume` it goes on from there.
+The runs of a pair share the seed, the batches, and the initial values of all parameters that both models have. Each
+run is cached in runs/studies/HASH.json, under a hash of everything its numbers depend on: config, corpus, measure and
+`runs.CODE`. The same command therefore resumes after a kill, and a new arm or seed costs only its own runs. A fresh
+clone has no cached runs, but published results contain their hashes and numbers: `--resume` reuses these.
 """
 
 import argparse
@@ -51,13 +52,13 @@ SMOKE = {
     "held_out": 2**10,
 }
 
-# Arms of every experiment that compares architectures.
+# Arms of all experiments that compare architectures.
 MODELS = {
     **{name: {"model": {"name": name}} for name in ("rwkv4", "rwkv5", "rwkv6", "rwkv7")},
     "transformer": {"model": {"name": "transformer"}},
     "transformer+shift": {"model": {"name": "transformer", "variant": {"token_shift": True}}},  # RWKV's token shift
     "lstm": {"model": {"name": "lstm"}},
-    "hybrid": {"model": {"name": "rwkv4", "layers": ("rwkv4", "attention")}},  # the two in turn
+    "hybrid": {"model": {"name": "rwkv4", "layers": ("rwkv4", "attention")}},  # alternating
 }
 
 
@@ -65,37 +66,40 @@ class Sweep(NamedTuple):
     """A search for each arm's learning rate: factors of 2 around the base's, extended while the best is at an end."""
 
     field: str = "optim.lr"
-    name: Callable = str  # of an arm in sweep.json: arms of one name share a rate
-    value: Callable = itemgetter("valid_bits_per_byte")  # of the numbers of a run
+    name: Callable = str  # an arm's name in sweep.json; arms with the same name share a rate
+    value: Callable = itemgetter("valid_bits_per_byte")  # the number of a run to compare
     better: Callable = min
-    changes: Mapping = MappingProxyType({})  # of the base, such as fewer steps
-    widest: int | None = None  # rates at most
+    changes: Mapping = MappingProxyType({})  # overrides of the base while sweeping, such as fewer steps
+    widest: int | None = None  # maximum number of rates
 
 
 @dataclass(frozen=True)
 class Study:
-    """Fields of a study, as `main` takes them. Those of configs are nested or dotted: {"model": {"dim": 64}} or
+    """Fields of a study, the arguments of `main`. Fields of configs are nested or dotted: {"model": {"dim": 64}} or
     {"model.dim": 64}.
 
     Args:
-        base: changes of `run_config.default()`; "tokens" may stand in place of "steps".
-        arms: changes of the base by arm, or a function of the base's config that returns them, or a list of changes,
-            one a stage: each stage branches from the end of the one before.
-        seeds: how many, or which; or either by arm.
-        measure: a function of `measures` by name, any other (model, params, corpus) -> numbers, or several of them.
-            Arms are compared by the number that has the first one's name; with `run`, a number's name is enough.
-        against: the arm that others are compared with; "base", without changes, needs no name among the arms.
-        budgets: steps of several lengths of the same run, each decayed, which branch from one trunk.
-        budgets_of: (arm, seed) -> which of the budgets are run; all where it is None.
-        held_out: tokens of validation and of test text that are measured, at most.
-        swept: whether each arm has its best learning rate of sweep.json beside the script, searched where missing.
-        prepare: (config, folder) -> None, which completes the config of a run with what has to be made first, such as
-            a vocabulary or weights to start from, in a folder that stays.
-        run: (config, folder) -> numbers in place of training on a corpus: `base` then has fields of its own.
-        also: numbers beside the runs, by name, each of a function (config of the base, folder) -> numbers.
-        options: flags of the command with their help: the base's fields of that name, or else arguments of `also`.
+        base: overrides of `run_config.default()`; "tokens" may replace "steps".
+        arms: overrides of the base by arm, or a function of the base's config that returns them, or a list of
+            overrides, one per stage: each stage branches from the end of the previous one.
+        seeds: the number of seeds, or the seeds; or either by arm.
+        measure: the name of a function in `measures`, any other function (model, params, corpus) -> numbers, or
+            several of them. Arms are compared by the number with the first one's name; with `run`, the name of a
+            number is enough.
+        against: the arm that others are compared with; "base", without overrides, need not be listed in `arms`.
+        budgets: several lengths of the same run, in steps; each is decayed and branches from one trunk.
+        budgets_of: (arm, seed) -> the budgets to run; None: all.
+        held_out: maximum number of validation tokens and of test tokens to measure.
+        swept: whether each arm takes its best learning rate from the sweep.json next to the script. Missing rates are
+            searched first.
+        prepare: (config, folder) -> None, completes the config of a run with files that must be made first, such as a
+            vocabulary or initial weights. The folder is kept.
+        run: (config, folder) -> numbers, instead of training on a corpus; `base` then has its own fields.
+        also: (options) -> {name: function (config of the base, folder) -> numbers}: numbers besides the runs.
+        options: flags of the command and their help: each sets the base's field of that name, or else an argument of
+            `also`.
         conclude: (study, values by name) -> JSON object with "ledger", and "not_run", as in `experiments.command`.
-        presets: changes of these fields by name. Arms there may be names of some.
+        presets: overrides of these fields by preset. Arms may be given by name there.
     """
 
     base: dict
@@ -116,7 +120,7 @@ class Study:
     presets: dict = field(default_factory=dict)
 
 
-# -------------------------------------------------------------------------------------------- what is run
+# ------------------------------------------------------------------------------------------------- runs
 
 
 def config_of(study: Study, changes: dict | None = None, seed: int = 0):
@@ -127,11 +131,11 @@ def config_of(study: Study, changes: dict | None = None, seed: int = 0):
     config, tokens = run_config.default().lock(), fields.pop("tokens", 0)
     config.update(eval_every=0, eval_tokens=0, save_every=0, seed=seed)
     if unknown := sorted(fields.keys() - flat(config.to_dict()).keys()):
-        raise ValueError(f"no config field {unknown[0]!r}; rwkv_jax/train/run_config.py has them all")
+        raise ValueError(f"no config field {unknown[0]!r}; rwkv_jax/train/run_config.py lists them")
     try:
         config.update_from_flattened_dict(fields)
     except TypeError as error:
-        raise ValueError(f"a config field has another type: {error}") from None
+        raise ValueError(f"a config field has the wrong type: {error}") from None
     if "steps" not in fields and tokens:
         config.steps = max(1, tokens // (config.seq_len * config.batch_size))
     if "log_every" not in fields:
@@ -140,7 +144,7 @@ def config_of(study: Study, changes: dict | None = None, seed: int = 0):
 
 
 def arms_of(study: Study) -> dict:
-    """{arm: changes of each of its stages}, most of one stage."""
+    """Return {arm: overrides of each of its stages}. Most arms have one stage."""
     implied = {"base": {}} if study.against == "base" else {}
     found = {}
     for arm, changes in (implied | study.arms).items():
@@ -159,7 +163,7 @@ def name_of(arm: str, seed: int, budget: int | None = None) -> str:
 
 
 def measured(study: Study, configs: Sequence, folder: Path) -> dict:
-    """Train a run; return the numbers of its measures, its curve and its size, which results keep."""
+    """Train a run; return what results keep: the numbers of its measures, its curve and its size."""
     model, params, workdirs = trained(configs, folder)
     config, corpus, numbers = configs[-1], measures.held_out(configs[-1], study.held_out), {}
     for measure in measures_of(study).values():
@@ -175,14 +179,14 @@ def measured(study: Study, configs: Sequence, folder: Path) -> dict:
 
 
 def measures_of(study: Study) -> dict[str, Callable]:
-    """The study's measures by name: the first is what arms are compared by."""
+    """Return the study's measures by name. Arms are compared by the first."""
     found = [study.measure] if isinstance(study.measure, str | Callable) else study.measure or ()
     name = lambda measure: measure if isinstance(measure, str) else getattr(measure, "func", measure).__name__
     return {name(m): getattr(measures, m, None) if isinstance(m, str) else m for m in found}
 
 
 def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
-    """Return the cell of one run, its weights and vocabulary prepared."""
+    """Return the cell of one run, after preparing its weights and vocabulary."""
     for config in configs if study.prepare else ():
         study.prepare(config, folder)
     identity = {"config": [fixed(config) for config in configs], "code": CODE, "corpus": corpus_of(configs[-1])}
@@ -193,12 +197,12 @@ def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
 
 
 def corpus_of(config) -> str | None:
-    """SHA-256 of the corpus that a config names, if it does."""
+    """Return the SHA-256 of the corpus that a config names; None if it names none."""
     return data.prepare(config.corpus, config.get("tokenizer", "bytes")).sha256 if config.get("corpus") else None
 
 
 def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> dict[str, Cell]:
-    """Return every run by name, small budgets and first seeds before others, then the cells of `also`."""
+    """Return the cells of all runs by name, small budgets and first seeds first, then the cells of `also`."""
     found, arms = {}, arms_of(study)
     rates = {arm: {study.sweep.field: swept_lr(study, arm, sweep, folder)} for arm in arms if study.swept}
     seeds = dict.fromkeys(seed for arm in arms for seed in seeds_of(study, arm))
@@ -219,8 +223,10 @@ def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> d
 
 
 def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
-    """The best learning rate of an arm at the study's size, from `path`; searched with the first seed and the smallest
-    budget where `path` lacks it."""
+    """Return the best learning rate of an arm at the study's size, from the sweep at `path`.
+
+    If `path` lacks the arm, search with the first seed and the smallest budget.
+    """
     its, changes = study.sweep, flat(arms_of(study)[arm][-1])
     base = config_of(study, changes)
     name = f"{its.name(arm)} {base.model.num_layers}x{base.model.dim}"
@@ -236,25 +242,25 @@ def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
     return sweeps.best(path, name, its.better)
 
 
-# --------------------------------------------------------------------------------------- what it says
+# ------------------------------------------------------------------------------------------- comparison
 
 
 def runs_of(study: Study, values: dict, arm: str, budget: int | None = None) -> list[dict]:
-    """Return the numbers of an arm's runs of a budget, one a seed."""
+    """Return the numbers of an arm's runs at a budget, one per seed."""
     names = (name_of(arm, seed, budget) for seed in seeds_of(study, arm))
     return [values[name] for name in names if name in values]
 
 
 def budgets_done(study: Study, values: dict) -> list[int]:
-    """Return the budgets of which some arm has a run."""
+    """Return the budgets for which some arm has a run."""
     return [budget for budget in study.budgets if any(runs_of(study, values, arm, budget) for arm in arms_of(study))]
 
 
 def compared(study: Study, values: dict, number: str | None = None, budget=None, against: str | None = None) -> dict:
-    """By arm: the mean over seeds of a number, and its paired difference from the arm `against`.
+    """Return, by arm, the mean over seeds of a number, and its paired difference from the arm `against`.
 
-    The 95 % interval is the wider of Student's t over seeds and a bootstrap over documents; p is Student's, `p_holm`
-    corrected for the number of arms, and `resolved` says whether that is below 0.05.
+    The 95 % interval is the wider of Student's t over seeds and a bootstrap over documents. `p` is Student's, `p_holm`
+    is corrected for the number of arms, and `resolved` is true if `p_holm` is below 0.05.
     """
     number, against = number or next(iter(measures_of(study))), against or study.against
     budget = budget or (max(budgets_done(study, values)) if study.budgets else None)
@@ -272,7 +278,7 @@ def compared(study: Study, values: dict, number: str | None = None, budget=None,
 
 
 def paired(study: Study, values: dict, arm: str, against: str, number: str | None = None, budget=None) -> dict:
-    """Return the paired difference of two arms over the seeds that both have, as in `compared`; {} where none has."""
+    """Return the paired difference of two arms over their common seeds, as in `compared`; {} if there are none."""
     number = number or next(iter(measures_of(study)))
     names = [(name_of(arm, seed, budget), name_of(against, seed, budget)) for seed in seeds_of(study, arm)]
     both = [(values[name], values[other]) for name, other in names if name in values and other in values]
@@ -291,7 +297,7 @@ def paired(study: Study, values: dict, arm: str, against: str, number: str | Non
 
 
 def table(study: Study, rows: dict) -> str:
-    """The comparison as text: an arm a line, the largest difference first."""
+    """Return the comparison as text, one line per arm, largest difference first."""
     number = next(iter(measures_of(study)))
     lines = [("", number, f"minus {study.against}", "95 %", "p (Holm)")]
     for arm, row in sorted(rows.items(), key=lambda item: -item[1].get("difference", np.inf)):
@@ -305,7 +311,7 @@ def table(study: Study, rows: dict) -> str:
 
 
 def fields_of(study: Study) -> dict:
-    """Return the fields that results keep of a study; `Study(**fields)` is enough for its conclusions."""
+    """Return the fields of a study that results keep; `Study(**fields)` suffices for `conclude`."""
     kept = {name: getattr(study, name) for name in ("seeds", "budgets", "against", "held_out")}
     return {"base": flat(study.base), "arms": arms_of(study), "measure": list(measures_of(study)), **kept}
 
@@ -314,7 +320,7 @@ def fields_of(study: Study) -> dict:
 
 
 def main(**fields) -> None:
-    """The command of the script that calls it, whose docstring describes the study. Takes the fields of `Study`."""
+    """Run the command line of the calling script, whose docstring describes the study. Takes the fields of `Study`."""
     caller = inspect.currentframe().f_back.f_globals
     script, doc = Path(caller["__file__"]).absolute(), inspect.cleandoc(caller["__doc__"] or "A study.")
     run = reported(command.STOPPED)(lambda _: _main(script, doc, Study(**fields)))
@@ -330,17 +336,17 @@ def _main(script: Path, doc: str, study: Study) -> None:
     given = {name: args[name] for name in study.options if name in study.base and args[name]}
     study = replace(study, base=study.base | given)
     if any(args[name] for name in ("arm", "seed", "steps")):
-        study = replace(study, conclude=None)  # it may need what was not asked for
+        study = replace(study, conclude=None)  # it may need runs that were left out
     if args["publish"] and (study.conclude is None or is_smoke):
         raise ValueError(
             "only a whole study with `conclude` can be published, without --arm, --seed, --steps, --smoke"
         )
     if args["kept"] and (args["sweep"] or not study.budgets):
-        raise ValueError(
-            "--kept is for studies with budgets, each of which is a result by itself, and not for --sweep"
-        )
+        raise ValueError("--kept is for studies with budgets, and excludes --sweep")
     if unknown := [name for name, measure in measures_of(study).items() if not (measure or study.run)]:
-        raise ValueError(f"no measure {unknown[0]!r} in experiments/measures.py, expected one of it or a function")
+        raise ValueError(
+            f"no measure {unknown[0]!r} in experiments/measures.py, expected a name from there or a function"
+        )
     with tempfile.TemporaryDirectory() as elsewhere:
         folder = Path(elsewhere) if is_smoke else RUNS
         out = args["out"] or (folder if is_smoke else script.parent)
@@ -358,7 +364,7 @@ def _main(script: Path, doc: str, study: Study) -> None:
             done = study.also(**options).keys() | {n for n, its in asked.items() if path_of_kept(its, folder).exists()}
             missing = [name for name in asked if name not in done]
             if not done - study.also(**options).keys():
-                raise ValueError(f"no run of this study is in {folder}: --kept needs one that is done")
+                raise ValueError(f"no run of this study is in {folder}: --kept needs at least one finished run")
         values = {name: kept(name, cell, folder) for name, cell in asked.items() if name not in missing}
         results = concluded(study, label, values) | {"missing": missing} | ({} if args["publish"] else {"draft": True})
         path = path_of(out / script.name, label, args["publish"])
@@ -370,7 +376,7 @@ def _main(script: Path, doc: str, study: Study) -> None:
         print("{artefact}: {ours} (paper: {paper}): {verdict}".format(**row))
     if args["publish"] and out.resolve().parent == ledger.HERE.resolve():
         ledger.refresh()
-    print(f"written: {path}" if path.exists() else "it runs; nothing was written")
+    print(f"written: {path}" if path.exists() else "the smoke run passed; nothing was written")
 
 
 def _parser(doc: str, study: Study) -> argparse.ArgumentParser:
@@ -380,23 +386,23 @@ def _parser(doc: str, study: Study) -> argparse.ArgumentParser:
     )
     presets = ["cpu", *(name for name in study.presets if name != "smoke")]
     parser.add_argument("--preset", choices=presets, default="cpu")
-    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs")
-    parser.add_argument("--kept", action="store_true", help="results of the runs that are done, without more runs")
-    parser.add_argument("--resume", action="store_true", help="take the runs of the published results as done")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds, to check that it runs")
+    parser.add_argument("--kept", action="store_true", help="write results of the finished runs only")
+    parser.add_argument("--resume", action="store_true", help="reuse the runs of the published results")
     parser.add_argument("--sweep", action="store_true", help="search learning rates instead -> sweep.json")
-    parser.add_argument("--publish", action="store_true", help="results for the ledger, which ignores drafts")
-    parser.add_argument("--arm", action="append", help="only this arm and what it is compared with; may be repeated")
-    parser.add_argument("--seed", action="append", type=int, help="only this seed; may be repeated")
-    parser.add_argument("--steps", type=int, help="steps of every run")
+    parser.add_argument("--publish", action="store_true", help="write results for the ledger, which ignores drafts")
+    parser.add_argument("--arm", action="append", help="only this arm and the one it is compared with; repeatable")
+    parser.add_argument("--seed", action="append", type=int, help="only this seed; repeatable")
+    parser.add_argument("--steps", type=int, help="number of steps of every run")
     parser.add_argument("--text", help="another corpus, such as enwik8, a text file or a folder")
-    parser.add_argument("--out", type=user_path, help="folder of what is written")
+    parser.add_argument("--out", type=user_path, help="output folder")
     for option, about in study.options.items():
         parser.add_argument(f"--{option}", help=about)
     return parser
 
 
 def chosen(study: Study, preset: str = "cpu", arms=None, seeds=None, steps=None, text=None) -> Study:
-    """The study at the size of a preset, and of it what the command asks for."""
+    """Return the study at a preset's size, restricted to what the command line asks for."""
     smoke = [SMOKE] if preset == "smoke" and study.run is None else []
     for changes in (*smoke, study.presets.get(preset, {})):
         changes = dict(changes, base=flat(study.base) | flat(changes.get("base", {})))

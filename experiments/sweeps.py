@@ -1,4 +1,4 @@
-"""Learning rates of arms and sizes: grids a factor of 2 apart, extended until the best is not at an end."""
+"""Learning rates of arms and sizes: grids a factor of 2 apart, extended until the best rate is not at an end."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,18 +14,18 @@ RELEASED = (768, 6e-4)  # width and rate of the smallest released model
 
 
 def swept(path: Path) -> dict:
-    """{"ARM LxD": {rate: loss}} of a sweep; nothing where there was none."""
+    """Return {"ARM LxD": {rate: loss}} of a sweep; {} if there is none."""
     return read_json(path)["runs"] if path.exists() else {}
 
 
 def bracket(
     path: Path, name: str, centre: float, value_of: Callable[[float], float], better=min, widest=None, **about
 ) -> None:
-    """Values of `name` around the power of 2 times 1e-3 that is nearest to `centre`, kept in `path` after each run.
+    """Sweep rates around the power of 2 times 1e-3 nearest to `centre`, and save the values under `name`.
 
     Args:
-        path: JSON {"runs": {name: {rate: value}}, ...}; what it holds is not run again.
-        about: what else it should say.
+        path: JSON {"runs": {name: {rate: value}}, ...}, written after each run; values in it are not recomputed.
+        about: other fields to write to it.
     """
     results = {"runs": swept(path)}
     runs, nearest = results["runs"].setdefault(name, {}), 1e-3 * 2.0 ** round(np.log2(centre / 1e-3))
@@ -38,12 +38,12 @@ def bracket(
 def search(
     rates: Sequence[float], values: dict, value_of: Callable[[float], float], better=min, widest: int | None = None
 ) -> Iterator[str]:
-    """Fill `values` {rate: value} at `rates`, and on by factors of 2 where the best is at an end; yields each new key.
+    """Fill `values` {rate: value} at `rates`, then by factors of 2 while the best is at an end; yield each new key.
 
     Args:
-        values: what it holds is not computed again. Keys are rates in the format "g".
-        better: min or max; of equal values the lowest rate is the best.
-        widest: rates at most, best inside or not.
+        values: values that it holds are not recomputed. Keys are rates in the format "g".
+        better: min or max; among equal values the lowest rate is the best.
+        widest: maximum number of rates, even if the best is at an end.
     """
     while rates and (widest is None or len(values) < widest):
         for rate in rates:
@@ -56,8 +56,10 @@ def search(
 
 
 def lr(path: Path, arm: str, num_layers: int, dim: int) -> float | None:
-    """The best rate of an arm at a size in `path` or in compare's sweep; between the widths of the latter, on a
-    straight line in log-log that ends at the released rate. None for an arm that neither has."""
+    """Return the best rate of an arm at a size in `path` or in compare's sweep; None for an arm that neither has.
+
+    Between the widths of compare's sweep, interpolate linearly in log-log; the line ends at the released rate.
+    """
     for sweep in (path, COMPARE):
         runs = swept(sweep)
         if f"{arm} {num_layers}x{dim}" in runs:
@@ -70,6 +72,6 @@ def lr(path: Path, arm: str, num_layers: int, dim: int) -> float | None:
 
 
 def best(path: Path, name: str, better=min) -> float | None:
-    """The rate of `name` in a sweep whose value is the best; None where it was not swept."""
+    """Return the rate of `name` with the best value in a sweep; None if it was not swept."""
     runs = swept(path).get(name)
     return runs and float(better(runs, key=runs.get))

@@ -1,4 +1,4 @@
-"""Training on generated sequences: the loop of the experiments whose data is a function of the step."""
+"""Training on generated sequences: the training loop of experiments whose data is a function of the step."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -24,21 +24,23 @@ def fit(
     look=None,
     params=None,
 ):
-    """Train from the initialisers, or from `params`; (params, what `look` returned).
+    """Train from the initialisers, or from `params`; return (params, list of what `look` returned).
 
     Args:
-        batch_of: step in [0, steps) -> {"tokens" [B, T + 1], "mask" [B, T]}: T inputs, and which of the tokens that
-            follow them count in the loss. With "targets" [B, T] those labels count instead. Each new shape compiles.
-        lr: after a warm-up of 5 % of the steps, constant until the last tenth, which takes it to lr / 10. Of several,
-            each trains a model of its own on the same batches, all in one program: params have a leading axis.
-        look: `look(step, params) -> (JSON value, whether to stop)`, called after each `every` steps and after the
-            last; "step" counts the steps taken.
+        batch_of: step in [0, steps) -> {"tokens" [B, T + 1], "mask" [B, T]}: T inputs, and a mask of the tokens that
+            follow them and count in the loss. With "targets" [B, T] these labels count instead. Each new shape
+            compiles.
+        lr: after a warm-up of 5 % of the steps, constant until the last tenth, which decays it to lr / 10. With
+            several rates, each trains its own model on the same batches, all in one program: params have a leading
+            axis.
+        look: `look(step, params) -> (JSON value, whether to stop)`, called every `every` steps and after the last one;
+            "step" counts the steps taken.
     """
     init, step = _programs(model, np.ndim(lr) > 0)
     share = optim.schedule("exponential", 1.0, 0.1, steps, steps // 20, steps - steps // 10)
     state, seen = init(jnp.broadcast_to(jax.random.key(seed), np.shape(lr))), []
     if params is not None:
-        state = state.replace(params=jax.tree.map(jnp.copy, params))  # a step takes its state away
+        state = state.replace(params=jax.tree.map(jnp.copy, params))  # a step donates its state
     for i in tqdm(range(steps), disable=None, leave=False):
         state, _ = step(state, batch_of(i), np.asarray(lr, np.float32) * np.float32(share(i)))
         if look and (i + 1 == steps or (every and (i + 1) % every == 0)):
@@ -51,7 +53,7 @@ def fit(
 
 @cache
 def _programs(model, several: bool):
-    """Compiled once for a model and a shape of batches, whatever data and rate."""
+    """Return the jitted init and step of a model, compiled once per shape of batches whatever the data and rate."""
     tx = optim.optimiser()
     init, step = train.make_init(model, tx), train.make_step(model, tx)
     if several:

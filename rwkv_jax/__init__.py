@@ -1,7 +1,7 @@
 """RWKV in JAX and Flax: table of contents.
 
-Importing this module imports nothing else, not even jax; a name is loaded when it is first used. Only as the start of
-a command, `python -m rwkv_jax.NAME`, it sees to it that an interrupt of the imports ends with one line.
+Importing this module imports nothing else, not even jax; names are loaded on first use. Under `rwkv-jax` and
+`python -m rwkv_jax.NAME` it also installs a handler of SIGINT, so that an interrupt of the imports ends with one line.
 
 Dimension key, used in every array name of the project (`x_BTD` is [batch, time, width]):
 
@@ -13,19 +13,21 @@ import importlib
 import signal
 import sys
 
+__version__ = "0.1.0"
+
 _CONTENTS = {
     "build": "models",  # a model by name: build("rwkv4", vocab_size=256, num_layers=6, dim=512)
     "stack": "models",  # parameters of one layer each -> stacked [L, ...]
-    "unstack": "models",  # and back
+    "unstack": "models",  # the inverse
     "load": "runs",  # (model, params) from any file or folder that holds them
-    "save": "interop",  # and back
+    "save": "interop",  # the inverse
     "RWKVForCausalLM": "pretrained",  # model, parameters and tokenizer: generate, stream, read, logits, score, embed
-    "stream": "generate",  # text that continues a prompt, in pieces as they come
+    "stream": "generate",  # text that continues a prompt, in pieces as it is generated
     "log_likelihoods": "evaluate",  # nats of each token given those before it
 }
 _MODULES = (
-    "checkpoint", "command", "data", "evaluate", "files", "finetune", "generate", "hardware", "harness", "interop",
-    "models", "ops", "pretrained", "runs", "train",
+    "checkpoint", "command", "data", "doctor", "evaluate", "files", "finetune", "generate", "hardware", "harness",
+    "interop", "models", "ops", "pretrained", "runs", "train",
 )  # fmt: skip
 
 __all__ = ["RWKVForCausalLM", "build", "load", "log_likelihoods", "save", "stack", "stream", "unstack"]
@@ -43,8 +45,9 @@ def __dir__():
     return sorted([*_CONTENTS, *_MODULES])
 
 
-# "-m" is Python's mark of a module that it is about to run; its name is the argument before those of the command.
-# Elsewhere the signal may be ignored, as after nohup.
-_starts_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].startswith("rwkv_jax.")
+# While Python searches the module of `python -m NAME`, sys.argv[0] is "-m", and NAME precedes the command's arguments
+# in sys.orig_argv. A signal that is ignored, as after nohup, stays ignored.
+_runs_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].partition(".")[0] == "rwkv_jax"
+_starts_command = _runs_module or "".join(sys.argv[:1]).rpartition("/")[2] == "rwkv-jax"
 if _starts_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, importlib.import_module("rwkv_jax.command").end_while_importing)

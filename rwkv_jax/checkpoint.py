@@ -1,9 +1,9 @@
-"""Checkpoints: Orbax for the arrays, a SHA-256 manifest for the truth.
+"""Checkpoints: arrays written by Orbax, verified by a SHA-256 manifest.
 
 `<folder>/<step>/` holds what Orbax wrote and `manifest.json`, the size and hash of every file, written last.
 Orbax restores most flipped bytes without an error. A checkpoint is therefore read only after its files match the
-manifest, and a folder without a manifest is not a checkpoint. The manifest is written once Orbax has found every array
-of the tree in what it wrote.
+manifest, and a folder without a manifest is not a checkpoint. The manifest is written once every array of
+the tree has been found in what Orbax wrote.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from rwkv_jax import files
 
 MANIFEST = "manifest.json"
 
-# Orbax logs every save through absl's one logger. This drops its information, and the tracebacks of its threads,
-# whose errors reach the caller. Its warnings stay, and so does what others log there.
+# Orbax logs every save through absl's one logger. This drops its info messages, and the tracebacks of its threads,
+# whose errors reach the caller. Its warnings stay, and so do messages of others.
 logging.getLogger("absl").addFilter(
     lambda r: "/orbax/" not in r.pathname or (r.levelno >= logging.WARNING and not r.exc_info)
 )
@@ -38,18 +38,18 @@ _writer = ThreadPoolExecutor(1, "checkpoint")
 
 
 def save(folder, step: int, tree: Any, keep: int = 2) -> None:
-    """`save_async`, returning once the checkpoint is complete on disk."""
+    """Call `save_async`, and return once the checkpoint is complete on disk."""
     save_async(folder, step, tree, keep).result()
 
 
 def save_async(folder, step: int, tree: Any, keep: int = 2) -> Future:
     """Write `tree` as the checkpoint of `step`; return once the arrays are copied to the host.
 
-    A thread does the rest, and the caller may donate the arrays meanwhile; the next save waits for it. (On a CPU the
-    host's copy is the device's buffer itself, which JAX then copies instead of donating it.) The step's folder appears
-    whole, by a rename, once everything in it is synchronised. Only then are others removed: all but the newest `keep`
-    up to `step`, and any beyond it, which a run that went back has abandoned. A save that fails or is killed leaves
-    the checkpoints before it untouched; what it wrote is removed at once, or by the next save.
+    A thread does the rest, and the caller may donate the arrays meanwhile; the next save waits for the thread. (On a
+    CPU the host's copy is the device's buffer itself, which JAX then copies instead of donating it.) The step's folder
+    appears by an atomic rename, once its files are synced. Only then are other checkpoints removed: all but the newest
+    `keep` up to `step`, and any later ones, which a run that was rewound has abandoned. A save that fails or is killed
+    leaves earlier checkpoints untouched; its partial files are removed at once, or by the next save.
 
     Args:
       folder: shared by all hosts, every one of which must call this.
@@ -66,7 +66,7 @@ def save_async(folder, step: int, tree: Any, keep: int = 2) -> Future:
     folder = Path(folder).absolute()
     wait()
     problem = _prepare(folder, tree) if jax.process_index() == 0 else "see the first host"
-    if multihost_utils.broadcast_one_to_all(np.int32(bool(problem))):  # and no host writes before the folder is clear
+    if multihost_utils.broadcast_one_to_all(np.int32(bool(problem))):  # no host writes before the folder is clean
         unsaved = Future()
         unsaved.set_exception(OSError(f"{folder / str(step)}: not saved: {problem}"))
         return unsaved
@@ -85,9 +85,9 @@ def wait() -> None:
 
 
 def _prepare(folder: Path, tree: Any) -> str:
-    """Remove what killed saves left, and return what is wrong with the folder, or "".
+    """Remove partial files of killed saves; return why the folder cannot take the tree, or "".
 
-    Without the check Orbax would fill the disk to its last byte, and every other writer would fail too.
+    Without the check of free space Orbax would fill the disk, and every other writer would fail too.
     """
     needed = sum(getattr(x, "nbytes", 8) for x in jax.tree.leaves(tree))
     try:
@@ -96,7 +96,7 @@ def _prepare(folder: Path, tree: Any) -> str:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         return str(error)
-    return f"it takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free" if free < needed else ""
+    return f"it needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free" if free < needed else ""
 
 
 def _complete(held, orbax, written: Path, saved: Any, folder: Path, step: int, keep: int) -> None:
@@ -116,7 +116,7 @@ def _complete(held, orbax, written: Path, saved: Any, folder: Path, step: int, k
             kept = [s for s in steps(folder) if s <= step][-keep:]
             for stale in set(steps(folder)) - set(kept):
                 _remove(folder / str(stale))
-    except Exception as error:  # Orbax and TensorStore raise many types for what a file system refuses
+    except Exception as error:  # Orbax and TensorStore raise many types for errors of a file system
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the next save removes what this one cannot
                 _remove_partial(folder)
@@ -125,7 +125,7 @@ def _complete(held, orbax, written: Path, saved: Any, folder: Path, step: int, k
 
 
 def steps(folder) -> list[int]:
-    """The steps of the complete checkpoints in `folder`, ascending; their files are not verified."""
+    """Return the steps of the complete checkpoints in `folder`, ascending; their files are not verified."""
     folder = Path(folder)
     paths = folder.iterdir() if folder.is_dir() else []
     return sorted(int(path.name) for path in paths if path.name.isdecimal() and _has_manifest(path))
@@ -144,7 +144,7 @@ def verify(folder, step: int) -> None:
     try:
         recorded = files.parse_json(written)
         if _encode(recorded) != written:
-            raise ValueError("not as it was written")
+            raise ValueError("not as written by save")
         digests = {name: entry["sha256"] for name, entry in recorded.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged checkpoint: {MANIFEST}: {error}") from error
@@ -161,16 +161,16 @@ def verify(folder, step: int) -> None:
 def restore(
     folder, like: Any, step: int | None = None, key: str | None = None, drop: tuple[str, ...] = ()
 ) -> tuple[int, Any]:
-    """Step and tree of a verified checkpoint: of `step`, or else of the newest valid one.
+    """Return step and tree of a verified checkpoint: that of `step`, or the newest valid one.
 
-    A damaged checkpoint that is passed over is reported in one line on stderr.
+    Each damaged checkpoint that is skipped is reported in one line on stderr.
 
     Args:
       like: the expected tree. A leaf with a sharding (a `jax.Array`, or a `jax.ShapeDtypeStruct` that has
-        one) comes back as a `jax.Array` on that sharding, whatever sharding it was saved from; one without,
+        one) is restored as a `jax.Array` on that sharding, whatever sharding it was saved from; one without,
         as a NumPy array.
-      key: restore only what the stored tree has under this name ("params"); `like` is then the tree below it.
-      drop: names of the stored tree that are not read, whether it has them or not.
+      key: restore only the subtree of this name ("params"); `like` is then that subtree.
+      drop: names of the stored tree that are not read; they may be absent.
 
     Raises:
       ValueError: no checkpoint is valid, or a leaf's presence, shape or dtype is not as in `like`.
@@ -187,7 +187,7 @@ def restore(
         stored = {k: v for k, v in dict(_stored(orbax, plain / str(step), path)).items() if k not in drop}
         _check(path, stored if key is None else {key: stored[key]} if key in stored else {}, item)
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-        # partial, since `_check` has seen everything: a None may also be missing on disk
+        # partial, as `_check` has compared all arrays: a None of the tree may be absent on disk
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
         tree = orbax.restore(plain / str(step), args=args)
     return step, tree if key is None else tree[key]
@@ -200,7 +200,7 @@ def _newest_valid(folder: Path) -> int:
             try:
                 verify(folder, step)
             except ValueError as error:
-                print(f"{error}; trying the one before", file=sys.stderr)
+                print(f"{error}; trying the previous one", file=sys.stderr)
             else:
                 newest = step
                 break

@@ -1,4 +1,4 @@
-"""Commands: escapes in the text of an option, and one line on stderr and an exit code for a mistake of the user.
+"""Commands: escapes in option text, and user errors as one line on stderr and an exit code.
 
 @command.reported()
 def main(argv=None): ...
@@ -16,33 +16,41 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
+SCRIPT = "rwkv-jax"  # see `rwkv_jax.__main__`
 STDOUT, STDERR = 1, 2  # file descriptors
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
 def unescaped(text: str) -> str:
-    r"""Return the text that an option spells with \n, \t and \\, which a shell hands on as they are."""
+    r"""Return an option's text with \n, \t and \\ expanded, which shells pass on unchanged."""
     return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], text)
 
 
+def program(module: str) -> str:
+    """Return how a user has run the command of a module, for its usage line: `rwkv-jax VERB` or `python -m MODULE`."""
+    path, *rest = sys.argv
+    return f"{SCRIPT} {rest[0]}" if Path(path).name == SCRIPT and rest else f"python -m {module}"
+
+
 def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger machine") -> Callable:
-    """Decorate a command's `main`: it then returns an exit code, 0 for None, also where it would raise
+    """Decorate a command's `main`: it then returns an exit code, 0 for None, also for these exceptions:
 
         KeyboardInterrupt       130, after the line `interrupted`
-        no memory left          2, after "error: out of memory; ", the advice `out_of_memory` and what was asked for
-        no device for JAX       2, after "error: JAX_PLATFORMS is ", where that asks for what is not here
-        ValueError, OSError     2, after "error: " and the message: the user's mistakes
-        BrokenPipeError         0, without a line, where nobody reads stdout any more: `... | head`
+        out of memory           2, after "error: out of memory; ", the advice `out_of_memory` and the failed request
+        no device for JAX       2, after "error: JAX_PLATFORMS is ", if that names a platform without devices
+        ValueError, OSError     2, after "error: " and the message: user errors
+        BrokenPipeError         0, without a line, if the reader of stdout has exited: `... | head`
 
-    Other exceptions pass.
+    Other exceptions propagate.
     """
 
     def decorate(main):
         @functools.wraps(main)
         def run(argv=None) -> int:
-            if isinstance(sys.stdout, io.TextIOWrapper):  # a file name that is no UTF-8 is printed as it is
+            if isinstance(sys.stdout, io.TextIOWrapper):  # file names that are not UTF-8 are printed unchanged
                 sys.stdout.reconfigure(errors="surrogateescape")
             if signal.getsignal(signal.SIGINT) is end_while_importing:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -55,12 +63,12 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
                 return 130
             except (MemoryError, RuntimeError, ValueError, OSError, AssertionError) as error:
                 if isinstance(error, BrokenPipeError) and _stdout_lost_its_reader():
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # for what is left to flush
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # for the flush at exit
                     return 0
                 if is_out_of_memory(error):
                     message = ": ".join([f"out of memory; {out_of_memory}", *str(error).splitlines()[:1]])
-                elif _lacks_its_devices(error):
-                    message = f"JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']!r}, and JAX finds no such device here"
+                elif lacking := missing_devices(error):
+                    message = lacking
                 elif isinstance(error, RuntimeError | AssertionError):
                     raise
                 else:
@@ -76,8 +84,9 @@ def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger ma
 def end(code: int) -> NoReturn:
     """End the process of a command that returned `code`.
 
-    After an interrupt or an error XLA may still compile or compute on threads of its own. An orderly end would free
-    what they use, and they would die of SIGSEGV in place of `code`; and of several hosts it would wait for the others.
+    After an interrupt or an error XLA may still compile or compute on its own threads. A normal exit would free what
+    they use, so that the process dies of SIGSEGV instead of returning `code`; with several hosts it would wait for the
+    others.
     """
     if not code:
         sys.exit()
@@ -88,34 +97,34 @@ def end(code: int) -> NoReturn:
 
 
 def end_while_importing(signum, frame) -> NoReturn:
-    """Handle SIGINT until a `reported` main begins: imports take seconds, and nothing has been touched."""
+    """Handle SIGINT until a `reported` main begins: imports take seconds and change nothing."""
     os.write(STDERR, b"stopped\n")
     os._exit(130)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """True for the error of Python, NumPy and the system, and for that of XLA on any device."""
+    """Return whether an error of Python, NumPy, the system, or XLA on any device means out of memory."""
     told = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY"))
     return told or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
-def _lacks_its_devices(error: Exception | None) -> bool:
-    """True where an error came of JAX_PLATFORMS, which JAX tells by an AssertionError or a RuntimeError."""
+def missing_devices(error: Exception | None) -> str | None:
+    """Return one line if JAX_PLATFORMS caused an error, which JAX reports as an AssertionError or a RuntimeError."""
     if not os.environ.get("JAX_PLATFORMS") or "jax" not in sys.modules:
-        return False
+        return None
     while error is not None and not isinstance(error, AssertionError | RuntimeError):
         error = error.__cause__
     if error is None:
-        return False
+        return None
     try:
         sys.modules["jax"].devices()
     except (AssertionError, RuntimeError):
-        return True
-    return False
+        return f"JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']!r}, but JAX finds no such device"
+    return None
 
 
 def _stdout_lost_its_reader() -> bool:
-    """True for a pipe that is closed at its other end; files, sockets and other pipes fail too."""
+    """Return whether stdout is a pipe without a reader; a BrokenPipeError may come from other files."""
     stdout = select.poll()
-    stdout.register(STDOUT, 0)  # errors are reported unasked
+    stdout.register(STDOUT, 0)  # errors are always reported
     return bool(stdout.poll(0))

@@ -4,9 +4,9 @@
 
 One primitive, `log_likelihoods`, and two protocols that apply it to a stream of tokens:
 
-    windows         disjoint windows of the training length from an empty past: the same for every model
+    windows         disjoint windows of the training length from an empty state: the same for every model
     best_practice   `carried`: whole documents through a recurrent state; or, with attention, `sliding`: windows half
-                    a length apart, of which the second half counts
+                    a length apart, scored in their second half
 
 A protocol returns the negative log-likelihood of each token, float32 nats [N] aligned with the stream, so that models
 can be compared token by token. Entry 0 is NaN because nothing precedes it; no other is, unless the model's output is.
@@ -27,20 +27,20 @@ from tqdm import tqdm
 from rwkv_jax import command, data, files, interop, runs
 from rwkv_jax.data import contents, tokenfiles, tokenizers
 
-POSITIONS = 128  # logits [B, POSITIONS, V] exist at one time
+POSITIONS = 128  # logits [B, POSITIONS, V] are in memory at one time
 SEGMENTS = (4, 32, 128, 512)  # lengths that `continuations` reads at one time: few, because each is compiled
 
 
 def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
     """Return log p(tokens[:, t + 1] | tokens[:, : t + 1]) for every t, [B, T - 1], and the state after the last input.
 
-    The inputs are the first T - 1 tokens; the last is only predicted, and begins the next call if text goes on. Masks
-    are aligned with the inputs, and so is the result: its entry t is about what follows input t.
+    The inputs are the first T - 1 tokens; the last is only predicted, and begins the next call if the text continues.
+    Masks and result are aligned with the inputs: entry t of the result is about the token after input t.
 
     Args:
         tokens_BT: ids in [0, V), T >= 2.
-        state: before the first input; None: no past.
-        reset_BT: [B, T - 1] True where a document starts: what comes before does not count.
+        state: before the first input; None: the empty state.
+        reset_BT: [B, T - 1] True where a document starts: the state is reset before it.
         valid_BT: [B, T - 1] False where the input is padding. The result has no meaning there.
 
     Returns:
@@ -51,7 +51,7 @@ def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, vali
 
 
 def judged(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
-    """Return nats and state like `log_likelihoods`; between them whether each token was the likeliest, [B, T - 1]."""
+    """Return (nats, whether each token was the likeliest [B, T - 1], state), nats and state as `log_likelihoods`."""
     tokens_BT = tokens_BT.astype(jnp.int32)
     x_BTD, state = model.apply(
         {"params": params}, tokens_BT[:, :-1], state, reset_BT=reset_BT, valid_BT=valid_BT, method="hidden"
@@ -73,7 +73,7 @@ _log_softmax = jax.jit(jax.nn.log_softmax)
 
 
 def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Score B texts: (log p of every token given all before it, whether it is the likeliest), each [N], of each text.
+    """Return, for each of B texts, (log p of every token given all before it, whether it is the likeliest), each [N].
 
     log p is in float32 nats, and its sum is the text's. At most 512 tokens are read at a time: memory does not grow
     with the length of the texts.
@@ -106,10 +106,10 @@ def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarr
 
 
 def windows(model, params, tokens, seq_len: int, batch_size: int, state=None) -> np.ndarray:
-    """Nats of each token [N], from disjoint windows of `seq_len` inputs, each with an empty past.
+    """Nats of each token [N], from disjoint windows of `seq_len` inputs, each from an empty state.
 
-    Documents do not matter, as in training: a window may hold the end of one and the beginning of the next.
-    `state`, leaves [batch_size, ...], replaces the empty past before every window: a tuned initial state.
+    Documents are ignored, as in training: a window may hold the end of one and the beginning of the next.
+    `state`, leaves [batch_size, ...], replaces the empty state before every window: a tuned initial state.
     """
     _check(model, tokens, None, seq_len, batch_size)
 
@@ -122,7 +122,7 @@ def windows(model, params, tokens, seq_len: int, batch_size: int, state=None) ->
 
 
 def sliding(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.ndarray:
-    """Nats of each token [N], from windows half of `seq_len` apart that count in their second half, the first in both.
+    """Nats of each token [N], from windows half of `seq_len` apart, scored in their second half, the first in both.
 
     Each token is predicted from at least half a window, or from all of its document, which begins at one of `starts`.
     """
@@ -156,7 +156,7 @@ def carried(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.
         for begin in range(0, max(row_lengths.sum() for _, row_lengths in rows), seq_len):
             at_BT = np.stack([_at(*row, begin + np.arange(seq_len)) for row in rows])
             counts_BT = (at_BT >= 0) & (at_BT < len(tokens) - 1)
-            # The last token of every document predicts a separator, also before padding: token 0 is one.
+            # Padding reads token 0 of the stream, a separator, which the last token of every document predicts.
             at_BT = np.maximum(at_BT, 0)
             yield at_BT, counts_BT, np.isin(at_BT, starts)
 
@@ -211,7 +211,7 @@ def _balanced(lengths, num_rows: int) -> list[list[int]]:
 
 
 def _at(starts, lengths, positions):
-    """Indices in the stream of positions in a row that holds these documents one after the other; -1 past its end."""
+    """Return the stream indices of positions in a row of these documents, concatenated; -1 past its end."""
     ends = np.cumsum(lengths)
     document = np.minimum(np.searchsorted(ends, positions, side="right"), len(ends) - 1)
     return np.where(positions < ends[-1], positions - (ends - lengths - starts)[document], -1)
@@ -235,7 +235,7 @@ def bits_per_byte(nats, num_bytes) -> float:
 def per_document(nats_N, split: data.Split) -> tuple[np.ndarray, np.ndarray]:
     """Nats and bytes of each document, [D] float64, without those of the separators.
 
-    A document gets bytes in proportion to its tokens: exact in sum, and for each document where a token is a byte.
+    A document gets bytes in proportion to its tokens: exact in sum, and for each document if a token is a byte.
     """
     if len(nats_N) != len(split.tokens):
         raise ValueError(f"{len(nats_N)} nats for a split of {len(split.tokens)} tokens")
@@ -248,7 +248,7 @@ def per_document(nats_N, split: data.Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paired_difference(a_N, b_N, split: data.Split, seed: int = 0, samples: int = 2000) -> tuple[float, float, float]:
-    """(difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and its 95 % interval.
+    """Return (difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and its 95 % interval.
 
     The difference is paired because text that is hard for one model is hard for the other. The interval is a
     percentile bootstrap over documents, because tokens of a document are not independent; NaN of one document.
@@ -292,7 +292,7 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> data.Split:
     text = np.concatenate(pieces)
     if tokenizer.name == "bytes":
         num_bytes = len(text)
-    else:  # a tokenizer may normalise: the file's own bytes count if all of it was read
+    else:  # a tokenizer may normalise, so the file's own bytes are counted if all of it was read
         num_bytes = num_read if missing else len(tokenizer.decode(text).encode())
     if not num_bytes:
         raise ValueError(f"the first {len(text)} tokens of {path} have no text, expected a larger max_tokens")
@@ -301,7 +301,7 @@ def _held_out(path: str, tokenizer, max_tokens: int | None) -> data.Split:
 
 
 def _expect_text(path: Path) -> None:
-    """Raise ValueError or OSError for what holds no text, before a model is loaded."""
+    """Raise ValueError or OSError unless the path holds text; to be called before a model is loaded."""
     if path.is_dir() or tokenfiles.find(path):
         what = "is a folder" if path.is_dir() else "holds tokens"
         raise ValueError(f"{path} {what}, expected a file of text")
@@ -309,7 +309,7 @@ def _expect_text(path: Path) -> None:
         raise FileNotFoundError(f"{path}: no such file, expected text")
     contents.expect_plain(path)
     if path.is_file() and contents.is_json_lines(path):
-        print(f"{path} holds JSON lines, read as text: braces and names of fields count too", file=sys.stderr)
+        print(f"{path} holds JSON lines, read as text, with braces and names of fields", file=sys.stderr)
 
 
 def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
@@ -343,9 +343,9 @@ def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
 @command.reported(out_of_memory="lower --batch_size or --seq_len")
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.evaluate",
-        description="Bits per byte and perplexity of held-out text: in windows of the training length from an empty "
-        "past, and as the model predicts best (state carried, or sliding windows where it grows with the text).",
+        prog=command.program("rwkv_jax.evaluate"),
+        description="Report bits per byte and perplexity of held-out text: in windows of the training length from an "
+        "empty state, and by best practice (state carried, or sliding windows if it grows with the text).",
     )
     parser.add_argument("--model", required=True, dest="path", help="a path or hub name that rwkv_jax.load reads")
     parser.add_argument("--data", required=True, help="a text file, all of it held out")

@@ -1,4 +1,4 @@
-"""Paths that a user gives, files and folders that appear whole or not at all, and JSON, read and written."""
+"""User paths, atomic writes of files and folders, and JSON, read and written."""
 
 import contextlib
 import itertools
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAX_DEPTH = 100  # of JSON; nothing that is read here needs 10
+MAX_DEPTH = 100  # of nested JSON; no file read here needs 10
 
 
 def user_path(path) -> Path:
@@ -23,7 +23,7 @@ def user_path(path) -> Path:
     """
     text = os.fspath(path)
     if not text or "\0" in text:
-        raise ValueError(f"{text!r} is no path, expected at least one character and no NUL byte")
+        raise ValueError(f"{text!r} is not a path, expected at least one character and no NUL byte")
     expanded = os.path.expanduser(text)  # which, unlike Path.expanduser, keeps the ~ of a file such as ~x.pth
     if f"{expanded}/".startswith("~/"):
         raise ValueError(f"{text} begins with the home folder, and there is none: set HOME, or name the whole path")
@@ -32,9 +32,9 @@ def user_path(path) -> Path:
 
 @contextlib.contextmanager
 def plainly_named(folder: Path) -> Iterator[Path]:
-    """Yield an absolute path to an existing folder of plain characters, a link where its own holds others.
+    """Yield an absolute path to an existing folder, of plain characters only: a temporary link if its own has others.
 
-    For libraries that take a path for a pattern, as Orbax does, or only UTF-8, as TensorStore and JAX's profiler do.
+    Orbax takes some characters of a path as a pattern; TensorStore and JAX's profiler accept only UTF-8.
     """
     folder = folder.absolute()
     if re.fullmatch(r"[\w/.,=+ -]+", str(folder)):
@@ -48,9 +48,9 @@ def plainly_named(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written(path) -> Iterator[BinaryIO]:
-    """Yield a file to write, which replaces `path` at the end, synchronised; after an error `path` is as it was.
+    """Yield a file to write, which atomically replaces `path` at the end, synced; an error leaves `path` unchanged.
 
-    A link stays, and what it leads to is replaced.
+    If `path` is a link, its target is replaced.
 
     Raises:
       OSError: as from `check_output`.
@@ -69,9 +69,9 @@ def written(path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def written_folder(path) -> Iterator[Path]:
-    """Yield a folder to fill, which replaces `path` at the end; after an error `path` is as it was.
+    """Yield a folder to fill, which replaces `path` at the end; an error leaves `path` unchanged.
 
-    A link stays, and what it leads to is replaced.
+    If `path` is a link, its target is replaced.
     """
     path = _followed(path)
     beside = _beside(path)
@@ -90,15 +90,15 @@ def written_folder(path) -> Iterator[Path]:
 
 
 def check_output(path) -> None:
-    """Raise OSError where `written` could put no file, before the work whose result the file is.
+    """Raise OSError if `written` could not write `path`; to be called before the work whose result the file is.
 
-    Its folder does not exist or may not be written to, or the path is that of a folder or a device.
+    Its folder does not exist or is not writable, or the path is that of a folder or a device.
     """
     _check_writable(_beside_file(_followed(path)), path)
 
 
 def check_output_folder(path) -> None:
-    """Raise OSError where no folder could be made, or the one that exists may not be written to; leaves nothing."""
+    """Raise OSError if the folder can neither be created nor, if it exists, be written to; creates nothing."""
     path = Path(path).absolute()
     nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     _check_writable(nearest / f".{os.getpid()}.tmp", path)
@@ -130,7 +130,7 @@ def _beside(path: Path) -> Path:
 
 
 def read_json(path, expected: type = dict) -> Any:
-    """The object in a JSON file, or the list where `expected` says so.
+    """Return the object in a JSON file, or the list if `expected` is `list`.
 
     Raises:
       OSError: the file cannot be read.
@@ -143,15 +143,15 @@ def read_json(path, expected: type = dict) -> Any:
 
 
 def parse_json(data: str | bytes, expected: type = dict) -> Any:
-    """The JSON object or list that `data` holds; ValueError for anything else, without where `data` is from.
+    """Return the JSON object or list in `data`; ValueError, which does not name the source, for anything else.
 
-    All JSON that others may have written is read here. What is nested more than `MAX_DEPTH` deep is refused, so that
-    no function that walks through the value meets Python's limit of recursion.
+    All untrusted JSON is read here. Nesting deeper than `MAX_DEPTH` is refused, so that no function that traverses the
+    value exceeds Python's recursion limit.
     """
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON: {error}") from error
+        raise ValueError(f"not JSON: {error}") from error
     if not isinstance(value, expected):
         wanted = {dict: "an object", list: "a list"}[expected]
         raise ValueError(f"holds a JSON {type(value).__name__}, expected {wanted}")
@@ -165,15 +165,15 @@ def parse_json(data: str | bytes, expected: type = dict) -> Any:
 
 
 def to_json(value, indent: int | None = None) -> str:
-    """The JSON of a value, whose arrays may be NumPy's and JAX's. A number that is not finite becomes null.
+    """Return the JSON of a value, with arrays of NumPy or JAX; numbers that are not finite become null.
 
-    All is ASCII, so that what is written can be read whatever a file in it is called.
+    It is ASCII, so that it can be read even if it contains file names that are not UTF-8.
     """
     return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def plain(value: Any) -> Any:
-    """The JSON value of an array, a number or a tree of them."""
+    """Return the JSON value of an array, a number or a tree of them."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, dict):
         return {name: plain(x) for name, x in value.items()}
@@ -183,5 +183,5 @@ def plain(value: Any) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """The message of another library's error, or of one that quotes a stranger's file, fit to be part of ours."""
+    """Return a foreign error's message on one line, shortened, to be quoted in ours."""
     return " ".join(str(error).split())[:300]

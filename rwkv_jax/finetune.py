@@ -1,13 +1,13 @@
-"""Fine-tuning: what a run trains of a model that `rwkv_jax.load` reads. The command is training's own:
+"""Fine-tuning of a model that `rwkv_jax.load` reads, by three methods. The command is training's own:
 
     python -m rwkv_jax.train --config=configs/finetune.py:lora --workdir=runs/lora --config.finetune.model=PATH
 
     full     all parameters; rules of `optim.groups` freeze some of them, or some layers
     lora     low-rank adapters beside matrices (`models.lora`). `rwkv_jax.load(workdir)` merges them
     state    the state before the first token (RWKV-4: 4 numbers a channel and layer; RWKV-5, 6 and 7: the matrices of
-             the heads, as released, while token shift begins at zero). `load` gives the model as it was
+             the heads, as released, while token shift begins at zero). `load` gives the base model
 
-What the last two learn can leave the workdir as one small file that belongs to the model, and only to it:
+The adapters or states that the last two learn can be exported to one small file, which only the base model accepts:
 
     python -m rwkv_jax.finetune export runs/lora adapters.safetensors
     python -m rwkv_jax.finetune merge BASE adapters.safetensors merged.pth        (any format of `rwkv_jax.save`)
@@ -37,7 +37,7 @@ def tuned_context(model, params, tuned) -> generate.Context:
 def save_adapters(path, model, params, adapters, alpha: float) -> None:
     """Write adapters as one .safetensors file, whole or not at all; leaves are named by path, "blocks/att/...".
 
-    The factor alpha / rank is not part of B. The file has the fingerprint of `params`, the weights beneath.
+    B does not include the factor alpha / rank. The file has the fingerprint of `params`, the base weights.
     """
     path = files.user_path(path)
     metadata = {"format": FORMAT, "alpha": repr(float(alpha)), "fingerprint": interop.fingerprint(model, params)}
@@ -66,9 +66,9 @@ def load_adapters(path, model, params) -> tuple[dict, float]:
 
 
 def export(workdir, destination) -> None:
-    """Write what a run by "lora" or "state" has learned as one file: adapters, or a context for `generate`.
+    """Write what a run by "lora" or "state" has learned to one file: adapters, or a context for `generate`.
 
-    A state's destination that ends in .pth becomes a file as released, which `generate` and the released code read.
+    A state goes to a destination in .pth in the released format, which `generate` and the released code read.
 
     Raises:
         ValueError: the run trained anything else, or a state that released files cannot hold.
@@ -77,7 +77,7 @@ def export(workdir, destination) -> None:
     files.check_output(path)
     run = runs.read_run(workdir)
     if run.method == "full":
-        raise ValueError(f"{workdir} is no run by lora or state: rwkv_jax.load gives all that it has learned")
+        raise ValueError(f"{workdir} is not a run by lora or state; rwkv_jax.load gives all that it has learned")
     model, params, f = run.model, run.base(), run.finetune
     method = Method(f["method"], f["rank"], f["alpha"], f["targets"])
     shapes = jax.eval_shape(lambda params: method.split(model, params, jax.random.key(0))[0], params)
@@ -100,14 +100,15 @@ def merge(base, adapters, destination) -> None:
 @command.reported()
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.finetune", description="Files of what fine-tuning by lora or state has learned."
+        prog=command.program("rwkv_jax.finetune"),
+        description="Export and merge what fine-tuning by lora or state learned.",
     )
     commands = parser.add_subparsers(required=True)
-    exports = commands.add_parser("export", help="a run's adapters, or its state as a context; state.pth: as released")
+    exports = commands.add_parser("export", help="a run's adapters, or its state as a context (.pth: as released)")
     exports.set_defaults(call=export)
     exports.add_argument("workdir")
     exports.add_argument("destination")
-    merges = commands.add_parser("merge", help="weights with adapters merged into them")
+    merges = commands.add_parser("merge", help="merge adapters into weights")
     merges.set_defaults(call=merge)
     merges.add_argument("base", help="whatever rwkv_jax.load reads")
     merges.add_argument("adapters")

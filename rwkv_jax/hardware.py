@@ -10,12 +10,12 @@ import jax.numpy as jnp
 class Chip(NamedTuple):
     """The data sheet of one chip. Its rates are upper bounds that no program reaches."""
 
-    kind: str  # what jax's device_kind begins with
+    kind: str  # prefix of jax's device_kind
     flops: float  # dense bf16 FLOP/s
     memory: float  # bytes of HBM
     memory_rate: float  # bytes/s
     link_rate: float  # bytes/s into the chip from the others of its slice or node, over all links together
-    network_rate: float | None  # bytes/s into the chip from other slices or nodes; None: as the cluster has it
+    network_rate: float | None  # bytes/s into the chip from other slices or nodes; None: depends on the cluster
     source: str
 
 
@@ -33,7 +33,7 @@ CHIPS = {
 
 
 def peak_flops(device) -> float | None:
-    """Peak bf16 FLOP/s of a device, None where no data sheet says (CPUs: see `matmul_peak`)."""
+    """Peak bf16 FLOP/s of a device, None without a data sheet (CPUs: see `matmul_peak`)."""
     fitting = [chip for chip in CHIPS.values() if device.device_kind.startswith(chip.kind)]
     return max(fitting, key=lambda chip: len(chip.kind)).flops if fitting else None
 
@@ -48,7 +48,7 @@ def matmul_peak(size: int = 2048, seconds: float = 1.0) -> float:
 def copy_bandwidth(seconds: float = 1.0) -> float:
     """Bytes a second, read and written together, of the best of repeated passes over an array.
 
-    In place: on a CPU, a copy into fresh memory measures how fast the system hands out pages (8 of 70 GB/s).
+    In-place: on a CPU, a copy into fresh memory measures the system's page allocation (8 of 70 GB/s).
     """
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = _large_array()
@@ -68,7 +68,7 @@ def read_bandwidth(seconds: float = 1.0) -> float:
 
 
 def _large_array():
-    """Larger than caches; on accelerators large enough that starting a program does not count."""
+    """Return an array larger than caches; on accelerators so large that the launch of a program is negligible."""
     return jax.random.normal(jax.random.key(0), (2**26 if jax.default_backend() == "cpu" else 2**30,))
 
 
@@ -90,7 +90,7 @@ def flops_per_token(model, seq_len: int) -> float:
 
 
 def recomputed_flops_per_token(model) -> float:
-    """FLOPs beside `flops_per_token` that `model.remat` costs: products with weights of the default hidden widths.
+    """FLOPs that `model.remat` adds to `flops_per_token`: products with weights of the default hidden widths.
 
     `Kind.recomputed` has, for each choice in `models.lm.REMAT`, the products with D^2 weights that the backward pass
     computes again; RWKV-4 has 13 in a layer's forward pass. Products with low-rank maps are not counted.

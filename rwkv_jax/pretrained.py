@@ -3,8 +3,8 @@
     lm = rwkv_jax.RWKVForCausalLM.from_pretrained("RWKV/rwkv-4-169m-pile")
     lm.generate("In a shocking finding,", max_new_tokens=40, temperature=0.8, top_p=0.9)
 
-The object is stateless. A `Context` holds the recurrent state: `read` returns one, every method takes one, and to use
-one twice is to fork it. The calls of Production-RWKV's RWKV_RNN_Model and those here:
+The object is stateless. A `Context` holds the recurrent state: `read` returns one, every method takes one, and using
+one twice forks it. The calls of Production-RWKV's RWKV_RNN_Model and those here:
 
     RWKVRNN4NeoForCausalLM.from_pretrained(name)    from_pretrained(path or hub name): sizes come from the file
     RWKVTokenizer.default(), .from_file(path)       from_pretrained(..., tokenizer=path), lm.tokenizer
@@ -19,9 +19,9 @@ one twice is to fork it. The calls of Production-RWKV's RWKV_RNN_Model and those
     should_return_full_context(True)                prompt + lm.generate(prompt)
     max_length, stop_on_eos                         max_new_tokens, stop_tokens=(0,), which is the default
     temperature, top_p, top_k                       the same
-    repetition_penalty=0                            the same name, but 1 is none
-    bad_words_ids                                   the same, and it bans them
-    force_words_ids                                 not here; there it did nothing
+    repetition_penalty=0                            the same name; 1 is off
+    bad_words_ids                                   the same name; here it bans them
+    force_words_ids                                 absent; there it had no effect
 """
 
 import sys
@@ -51,6 +51,7 @@ class RWKVForCausalLM:
     model: nn.Module
     params: Any
     tokenizer: tokenizers.Tokenizer | None = None
+    training: dict | None = None  # what is known of it, for the model card: see `runs.load_with_training`
 
     @classmethod
     def from_pretrained(
@@ -65,7 +66,7 @@ class RWKVForCausalLM:
             sharding: of the parameters, see `rwkv_jax.load`.
         """
         path = interop.locate(path_or_name)
-        model, params = runs.load(path, dtype=dtype, sharding=sharding, scan=False)
+        model, params, training = runs.load_with_training(path, dtype=dtype, sharding=sharding, scan=False)
         try:
             found = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
             tokenizers.warn_if_small(found.name, found.vocab_size, model.vocab_size)
@@ -74,11 +75,15 @@ class RWKVForCausalLM:
                 raise
             print(f"no tokenizer, only ids: {error}", file=sys.stderr)
             found = None
-        return cls(model, params, found)
+        return cls(model, params, found, training)
 
     def save_pretrained(self, folder) -> None:
-        """Write weights, sizes and tokenizer to a folder that `from_pretrained` and transformers read."""
-        interop.save(folder, self.model, self.params, format="huggingface")
+        """Write weights, sizes and tokenizer to a folder that `from_pretrained` and transformers read.
+
+        A README.md, the model card, has what is known of the model. Somebody else's README.md stays.
+        """
+        about = {"training": self.training, "tokenizer": self.tokenizer}
+        interop.save(folder, self.model, self.params, format="huggingface", **about)
         if self.tokenizer is not None:
             tokenizers.save(self.tokenizer, folder)
 
@@ -86,7 +91,7 @@ class RWKVForCausalLM:
         """Continue the prompt; return text for a text, ids for ids, a list for a list of either.
 
         Args:
-            prompt: empty: what comes after the context, or else the beginning of a document.
+            prompt: if empty, the text continues the context, or begins a document.
             context: a `Context` that the prompt continues; it is not changed.
             max_new_tokens: 100; one number, or one for each prompt.
             temperature: 1; 0 is greedy. Further settings: those of `generate.sampling.sampler`, and penalty_decay; or
@@ -153,7 +158,7 @@ class RWKVForCausalLM:
         return mean_BD[0] if single else mean_BD
 
     def save_context(self, path, context: Context, text: str | None = None) -> None:
-        """Write a context, and the text that it has read, to a file that only this model reads."""
+        """Write a context, and the text that it has read, to a file that only this model accepts."""
         generate.save_context(path, context, self.model, self.params, text)
 
     def load_context(self, path) -> tuple[Context, str | None]:

@@ -1,4 +1,4 @@
-"""Settings that hold for every test, made before jax is imported, and the count of the programs that tests compile."""
+"""Settings for every test, made before jax is imported, and the count of programs that tests compile."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most programs here run for milliseconds and compile for seconds: a third of that without LLVM's optimisations, and
 # half of it again without XLA's new fusion emitters (a version that has no such option ignores it).
-# JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the suite on what users run.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the suite with the optimisations that users have.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = " ".join(
     (
@@ -31,9 +31,9 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-BUDGET = 40  # programs that the fast tests of a file may compile; a file that needs more sets its own PROGRAMS
+BUDGET = 40  # programs that the fast tests of a file may compile; a file that needs more sets PROGRAMS
 MEMORY_MAPS = 40_000  # Linux allows a process 65,530, and every compiled program takes some
-COMPILE = "/jax/core/compile/backend_compile_duration"  # also where the program came from the cache on disk
+COMPILE = "/jax/core/compile/backend_compile_duration"  # includes programs read from the cache on disk
 
 programs = {}  # compiled by the tests of each file
 
@@ -48,7 +48,7 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_within_budget(request):
-    """A file fails whose fast tests compile more programs than it may: most of the suite's time goes into them."""
+    """Fail a file whose fast tests compile more programs than its budget: compiling takes most of the suite's time."""
     before = programs.get("in all", 0)
     yield
     name = str(request.path.relative_to(request.config.rootpath))
@@ -63,7 +63,7 @@ def programs_within_budget(request):
 
 
 def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):  # of pytest-xdist
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
         session.config.workeroutput["programs"] = programs
 
 
@@ -101,7 +101,7 @@ def module_patch():
 @pytest.fixture(scope="module")
 def text(module_patch, tmp_path_factory):
     """The path of a text, and a cache of tokens beside it."""
-    import training  # which imports the package
+    import training  # imports the package, so only when needed
 
     folder = tmp_path_factory.mktemp("text")
     module_patch.setenv("RWKV_JAX_CACHE", str(folder / "cache"))

@@ -1,7 +1,7 @@
-"""Models that tests of generation continue texts with, and one pass over whole texts to judge them by.
+"""Models for the tests of generation, and one pass over whole texts as their reference.
 
-Every program is compiled for a batch of 1 or of `B`, and most for prompts that fit a chunk of 16 tokens: tests of all
-files then share few programs.
+Every program is compiled for a batch of 1 or of `B`, and most for prompts that fit a chunk of 16 tokens: the tests of
+all files then share few programs.
 """
 
 import functools
@@ -17,12 +17,12 @@ from rwkv_jax.generate import Context
 from rwkv_jax.generate.context import begin
 
 LAYERS = {"rwkv4": ("rwkv4",), "hybrid": ("rwkv4", "attention")} | {f"rwkv{i}": (f"rwkv{i}",) * 2 for i in (5, 6, 7)}
-# Caches of attention have fast tests of their own.
+# The caches of attention have fast tests of their own.
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in LAYERS if kind != "rwkv4"]
 KINDS = pytest.mark.parametrize("kind", ["rwkv4", *SLOW])
-FIELDS = {"vocab_size": 256, "dim": 16, "hidden_dim": 64}  # equal to what is loaded from a .pth
-B, LENGTH, SLOTS = 3, 544, 768  # of the pass over whole texts
-NEARLY_GREEDY = {"temperature": 1e-4}  # with the program that draws: temperature 0 is another one
+FIELDS = {"vocab_size": 256, "dim": 16, "hidden_dim": 64}  # as loaded from a .pth
+B, LENGTH, SLOTS = 3, 544, 768  # batch, tokens and cache slots of the pass over whole texts
+NEARLY_GREEDY = {"temperature": 1e-4}  # shares the program that draws; temperature 0 compiles another
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def ids(length, seed=2):
 
 
 def filled(kind, batch, room=1, seed=0) -> Context:
-    """A context with the shapes of one after texts, with empty caches: no model has made it."""
+    """A context of random numbers with the shapes of one after texts, with empty caches."""
     rng = np.random.default_rng(seed)
     context = begin(unstacked(kind)[0], None, batch, room)
 
@@ -68,14 +68,14 @@ def _whole(model, params, tokens_BT, valid_BT):
 
 
 def assert_near(actual: Context, expected: Context):
-    """Every row of every leaf, of caches what they hold."""
+    """Check every row of every leaf; of caches, the filled slots."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(_held(actual)), jax.tree.leaves(_held(expected)), strict=True):
         assert x.dtype == y.dtype and worst_ratio(x, y, axis=0) < 1e-5
 
 
 def _held(context):
-    """The context with caches that end with the longest text, and zeros behind every text."""
+    """The context with caches as long as the longest text, and zeros after each text."""
 
     def cut(entry):
         if not hasattr(entry, "cache"):
@@ -91,7 +91,7 @@ def _held(context):
 
 
 def assert_read(kind, context: Context, *texts):
-    """The context is that of these texts, each a list of ids that is not empty."""
+    """Check that the context is the one after these texts, each a non-empty list of ids."""
     assert len(context.logits_BV) == len(texts)
     assert_near(context, whole(*unstacked(kind), texts)[1])
 
@@ -104,13 +104,13 @@ def assert_equal(actual, expected):
 
 
 def row(context: Context, b: int) -> Context:
-    """What `rows(context, b)` is, without JAX."""
+    """Equals `rows(context, b)`, without JAX."""
     return jax.tree.map(lambda x: np.asarray(x)[[b]], context)
 
 
 def cycling(text):
-    """(model, params) of bigrams, with blocks that are zero: after the last byte of this text of at most 16 bytes, in
-    which none comes twice, it goes round and round it."""
+    """(model, params) of bigrams, with blocks that are zero: they repeat this text of at most 16 distinct bytes
+    endlessly."""
     cycle, width = list(text.encode()), FIELDS["dim"]
     model, params = unstacked("rwkv4")
     params = jax.tree.map(np.zeros_like, params)

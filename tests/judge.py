@@ -1,4 +1,4 @@
-"""How far two arrays are apart."""
+"""Distances between arrays."""
 
 import jax
 import numpy as np
@@ -21,5 +21,6 @@ def worst_ratio(actual, expected, axis=-1) -> float:
 
 
 def assert_same(actual, expected, limit=2e-6):
-    """Every array of a tree within an `error_ratio` of its counterpart: one computation in two programs."""
+    """Check that every array of a tree is within an `error_ratio` of its counterpart: one computation in two
+    programs."""
     jax.tree.map(lambda a, b: np.testing.assert_array_less(error_ratio(a, b), limit), actual, expected)

@@ -1,4 +1,4 @@
-"""Judges of a recurrence of `rwkv_jax.ops` that hold for any operator: masks, any split of T, and errors."""
+"""Judges that hold for every recurrence of `rwkv_jax.ops`: masks, any split of T, and errors."""
 
 import functools
 from typing import NamedTuple
@@ -70,7 +70,7 @@ def check(actual, expected: Sized, allowed, dtype=np.float32, terms=1.0):
 
 
 def check_rounded(actual, expected: Sized, allowed):
-    """As `check` of float32 before a single rounding to bfloat16, by half a unit in the last place."""
+    """`check` of float32 with a single rounding to bfloat16, by half a unit in the last place."""
     assert actual.dtype == jnp.bfloat16
     error = np.abs(np.float64(actual) - expected.value)
     before_rounding = allowed[..., None] * expected.magnitude + np.finfo(np.float32).tiny

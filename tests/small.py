@@ -1,4 +1,4 @@
-"""Small models of every kind with parameters drawn by NumPy, for tests of values rather than of sizes."""
+"""Small models of every kind with parameters drawn by NumPy, for tests of values rather than sizes."""
 
 import functools
 
@@ -35,9 +35,10 @@ def shapes_of(model):
 
 @functools.cache
 def made(kind, **overrides):
-    """(model, params), every tensor shaken: at the start most matrices are zero and hide what they multiply.
+    """(model, params), with noise on every tensor: initially most matrices are zero and hide the tensors they
+    multiply.
 
-    Norms, mixes and decays have their values at the start, and 0.3 of noise.
+    Norms, mixes and decays have their initial values, and 0.3 of noise.
     """
     model = make(kind, **overrides)
     rng = np.random.default_rng(0)
@@ -53,7 +54,7 @@ def made(kind, **overrides):
 
 
 def drawn(model, seed=1, scale=0.5):
-    """(model, params) with which nothing is zero, and that remember long."""
+    """(model, params) without zeros, and with a long memory."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -78,7 +79,7 @@ def one_by_one(model, params, tokens_BT, state):
 
 
 def token_by_token(model, params, tokens_BT, reset_BT, valid_BT):
-    """(logits [B, T, V], state) of passes that each have one valid token: all are the program of all tokens."""
+    """(logits [B, T, V], state) of passes with one valid token each: all run the program of all tokens."""
     state, steps = model.init_state(len(tokens_BT)), []
     for t in range(tokens_BT.shape[1]):
         now = valid_BT & (np.arange(tokens_BT.shape[1]) == t)[None]

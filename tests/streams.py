@@ -1,4 +1,4 @@
-"""A stream of documents, what each protocol of `rwkv_jax.evaluate` must predict its tokens from, and a fake model."""
+"""A stream of documents, the nats that each protocol of `rwkv_jax.evaluate` must give it, and a fake model."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def windows_alone(nats_of, seq_len):
 
 
 def sliding_alone(nats_of, seq_len):
-    """Each token from the beginning of its window, or of its document where that begins later."""
+    """Each token from the beginning of its window, or of its document if that begins later."""
     expected, stride = [], (seq_len + 1) // 2
     for newest in range(LENGTH - 1):
         window = next(
@@ -30,7 +30,7 @@ def sliding_alone(nats_of, seq_len):
 
 
 def carried_alone(nats_of):
-    """Each document, its separator and the next one's included."""
+    """Each document, with its separator and that of the next document."""
     ends = [*STARTS[1:], LENGTH]
     return np.concatenate([nats_of(TOKENS[start : end + 1]) for start, end in zip(STARTS, ends, strict=True)])
 
@@ -40,9 +40,9 @@ class Loglik(np.ndarray):
 
 
 class HashModel:
-    """A model whose state is a hash of the tokens since the last reset, and whose nats are one of state and target.
+    """A model whose state is a hash of the tokens since the last reset, and whose nats depend on state and target.
 
-    Any token that a protocol reads too much, too little or in another place changes all that follows.
+    Any token that a protocol reads too often, not at all or in another place changes all later nats.
     """
 
     vocab_size, prime = 256, 1_000_003
@@ -50,13 +50,13 @@ class HashModel:
     def __init__(self, recurrent=True):
         self.recurrent = recurrent
         self.layers = ("rwkv4",) if recurrent else ("attention",)
-        self.calls = []  # shapes of what each call was given
+        self.calls = []  # shapes of the arguments of each call
 
     def init_state(self, batch):
         return np.zeros(batch, np.int64)
 
     def judged(self, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
-        """As `evaluate.judged`; where the input is padding the state stays, and the nats mean nothing."""
+        """Like `evaluate.judged`; padding in the input keeps the state, and its nats are undefined."""
         assert tokens_BT.dtype == np.int32 and params == {}
         assert all(mask is None or mask.shape == tokens_BT[:, 1:].shape for mask in (reset_BT, valid_BT))
         self.calls.append(tuple(None if x is None else x.shape for x in (tokens_BT, state, reset_BT, valid_BT)))
@@ -77,11 +77,11 @@ class HashModel:
 
 
 def judged(model, *args, **masks):
-    """In place of `evaluate._judged`."""
+    """Replaces `evaluate._judged`."""
     return model.judged(*args, **masks)
 
 
 def log_likelihoods(model, *args, **masks):
-    """In place of `evaluate._log_likelihoods`."""
+    """Replaces `evaluate._log_likelihoods`."""
     loglik_BT, _, state = model.judged(*args, **masks)
     return loglik_BT, state

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit, on any devices; saves run behind the caller, one at a time."""
+"""Checkpoints: a restore is bit-exact, on any devices; saves run in the background, one at a time."""
 
 import json
 import logging
@@ -25,13 +25,13 @@ def test_restore_is_bit_exact(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_save_holds_the_values_of_its_step_though_later_steps_take_its_buffers(tmp_path, monkeypatch):
-    """40 MB, so that the steps run while they are written; and the manifest waits for them, however fast the disk."""
+def test_save_async_keeps_the_values_of_its_step_under_donation(tmp_path, monkeypatch):
+    """40 MB, so that later steps run during the write. The manifest waits for them, however fast the disk is."""
     stepped, manifest = threading.Event(), checkpoint._write_manifest
     monkeypatch.setattr(checkpoint, "_write_manifest", lambda path: stepped.wait(60) and manifest(path))
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = jax.device_put({f"w{i}": np.full(1_000_000, i, np.float32) for i in range(10)})
-    state = overwrite(overwrite(state))  # compiled, and an output of a step as in training
+    state = overwrite(overwrite(state))  # the step is compiled, and the state is its output, as in training
     saving = checkpoint.save_async(tmp_path, 1, state)
     for _ in range(3):
         state = overwrite(state)
@@ -44,7 +44,7 @@ def test_save_holds_the_values_of_its_step_though_later_steps_take_its_buffers(t
     assert all((np.asarray(restored[f"w{i}"]) == i + 2).all() for i in range(10))
 
 
-def test_save_waits_for_the_one_before_and_keeps_the_newest(tmp_path):
+def test_save_async_waits_for_the_previous_save_and_keeps_the_newest(tmp_path):
     saves = [checkpoint.save_async(tmp_path, step, train_state(step), keep=2) for step in (1, 2, 10)]
     assert saves[0].done() and saves[1].done()
     checkpoint.wait()
@@ -65,7 +65,7 @@ def test_save_of_an_earlier_step_replaces_it_and_drops_later_ones(tmp_path):
     assert checkpoint.restore(tmp_path, abstract(train_state()))[1].step == 5
 
 
-def test_manifest_lists_every_file_and_all_are_on_disk_before_it(tmp_path, monkeypatch):
+def test_save_writes_the_manifest_of_every_file_after_syncing_them(tmp_path, monkeypatch):
     synchronised, synchronise = [], checkpoint._synchronise
 
     def spied(path):
@@ -83,7 +83,7 @@ def test_manifest_lists_every_file_and_all_are_on_disk_before_it(tmp_path, monke
     assert synchronised[-2:] == [partial, tmp_path]
 
 
-def test_part_is_restored_without_the_optimizer(tmp_path):
+def test_restore_of_parameters_leaves_out_the_optimizer(tmp_path):
     state = train_state(3)
     checkpoint.save(tmp_path, 3, state)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params)
@@ -93,7 +93,7 @@ def test_part_is_restored_without_the_optimizer(tmp_path):
     assert bits(params) == bits(state.params)
 
 
-def test_leaf_unlike_the_expected_one_is_named(tmp_path):
+def test_restore_names_a_leaf_unlike_the_expected_one(tmp_path):
     state = train_state(1)
     checkpoint.save(tmp_path, 1, state)
     like = abstract(state)
@@ -125,7 +125,7 @@ def test_restore_places_arrays_on_four_devices_and_back_on_one(tmp_path):
     assert bits(one) == bits({"w": tree["w"] + 1})
 
 
-def test_orbax_logs_warnings_only_and_others_keep_their_logs():
+def test_checkpoint_hides_orbax_logs_below_warnings_and_no_others():
     (kept,) = [f for f in logging.getLogger("absl").filters if f.__module__ == checkpoint.__name__]
     record = lambda path, level, exc=None: logging.LogRecord("absl", level, path, 1, "", (), exc)
     assert kept(record("/a/orbax/b.py", logging.WARNING)) and kept(record("/a/b.py", logging.INFO))

@@ -1,4 +1,4 @@
-"""Checkpoints after faults: damaged files are noticed, and a kill at any moment leaves the checkpoint before."""
+"""Checkpoints after faults: damaged files are detected, and a kill at any moment leaves the previous checkpoint."""
 
 import errno
 import os
@@ -14,14 +14,14 @@ from trees import abstract, bits, files_of, one_line, train_state
 from rwkv_jax import checkpoint
 
 
-def test_folder_without_checkpoints_is_one_line(tmp_path):
+def test_restore_of_a_folder_without_checkpoints_is_one_line(tmp_path):
     assert checkpoint.steps(tmp_path / "absent") == []
     with pytest.raises(ValueError, match="no valid checkpoint") as error:
         checkpoint.restore(tmp_path / "absent", train_state())
     one_line(error)
 
 
-def test_checkpoint_without_manifest_does_not_exist(tmp_path):
+def test_steps_and_restore_skip_a_checkpoint_without_manifest(tmp_path):
     checkpoint.save(tmp_path, 1, train_state(1))
     checkpoint.save(tmp_path, 2, train_state(2))
     (tmp_path / "2" / "manifest.json").unlink()
@@ -31,7 +31,7 @@ def test_checkpoint_without_manifest_does_not_exist(tmp_path):
     assert checkpoint.restore(tmp_path, abstract(train_state()))[1].step == 3
 
 
-def test_leftovers_of_a_killed_save_are_cleared_and_nothing_else(tmp_path):
+def test_save_removes_only_the_leftovers_of_a_killed_save(tmp_path):
     for name in ("5.partial", "7.partial.orbax-checkpoint-tmp-1", "4.partial.removed", "9"):
         (tmp_path / name / "d").mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("mine")
@@ -40,7 +40,7 @@ def test_leftovers_of_a_killed_save_are_cleared_and_nothing_else(tmp_path):
     assert checkpoint.steps(tmp_path) == [6]
 
 
-def test_folder_of_any_name_keeps_checkpoints(tmp_path):
+def test_save_and_restore_accept_a_folder_of_any_name(tmp_path):
     names = ["lr=1e-3,wd=[0.1]", "**", "a\\b", "gs:", "a\nb", "caf\udce9"]
     for name in names:
         checkpoint.save(tmp_path / name, 1, train_state(1))
@@ -50,7 +50,7 @@ def test_folder_of_any_name_keeps_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["all", "one"])
-def test_save_counts_only_once_its_arrays_are_found(lost, tmp_path, monkeypatch):
+def test_save_fails_unless_its_arrays_are_found_afterwards(lost, tmp_path, monkeypatch):
     metadata = ocp.AsyncCheckpointer.metadata
 
     def forgetful(self, path):
@@ -66,8 +66,8 @@ def test_save_counts_only_once_its_arrays_are_found(lost, tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
-def test_failed_save_tells_why_though_its_threads_write_on(tmp_path, monkeypatch):
-    """A file that appears in a folder while it is being deleted is not the cause of the failure."""
+def test_save_reports_its_error_while_its_threads_still_write(tmp_path, monkeypatch):
+    """A file that appears in a folder during its deletion is not the cause of the failure."""
     left, remove = [3], shutil.rmtree
 
     def interrupted(path):
@@ -87,7 +87,7 @@ def test_failed_save_tells_why_though_its_threads_write_on(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
-def test_verify_notices_every_flipped_byte(tmp_path):
+def test_verify_detects_every_flipped_byte(tmp_path):
     checkpoint.save(tmp_path, 1, train_state(1))
     rng = np.random.default_rng(0)
     files = files_of(tmp_path, 1)
@@ -118,7 +118,7 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(damage, two, tmp_path, capfd):
+def test_restore_reports_a_damaged_checkpoint_and_uses_the_previous(damage, two, tmp_path, capfd):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     file = max(files_of(folder, 2), key=lambda file: file.stat().st_size)
     whole = file.read_bytes()
@@ -135,7 +135,7 @@ def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(damage, two, 
         checkpoint.restore(folder, abstract(train_state()), step=2)
 
 
-def test_folder_of_damaged_checkpoints_is_one_line(two, tmp_path):
+def test_restore_of_damaged_checkpoints_alone_is_one_line(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     for step in (1, 2):
         (folder / str(step) / "_METADATA").write_bytes(b"{}")
@@ -147,11 +147,11 @@ def test_folder_of_damaged_checkpoints_is_one_line(two, tmp_path):
 
 
 class KilledError(BaseException):
-    """Ends the thread that saves where it is, with nothing cleaned up, as a kill would."""
+    """Ends the saving thread at once without any cleanup, as a kill would."""
 
 
 def _killed_at(patch, module, function, name):
-    """From now on saving ends where it calls `module.function` on a path of this name."""
+    """Makes saving end at its call of `module.function` on a path of this name."""
     call = getattr(module, function)
 
     def killed(path, *args, **kwargs):
@@ -174,7 +174,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("moment", KILLS)
-def test_save_killed_at_any_moment_leaves_the_newest_complete_one(moment, two, tmp_path, capfd):
+def test_save_killed_at_any_moment_leaves_the_newest_complete_checkpoint(moment, two, tmp_path, capfd):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     *call, step, newest = KILLS[moment]
     with pytest.MonkeyPatch.context() as patch:

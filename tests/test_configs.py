@@ -1,4 +1,4 @@
-"""Every config builds the model and the schedule that its header names."""
+"""Every config builds the model and the schedule that its header states."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ PARAMETERS = {
     "pile.py:rwkv5-0.1b": 169_411_584, "pile.py:rwkv6-173m": 173_558_784,
     "pile.py:rwkv7-169m": 167_638_272, "pile.py:rwkv7-421m": 421_080_064, "pile.py:rwkv7-1b5": 1_465_014_272,
 }  # fmt: skip
-NAMES = {  # of the later versions
+NAMES = {  # fields of the later versions
     f"{'pile' if its['vocab_size'] == 50304 else 'world'}.py:{name}-{size}": its
     for name in ("rwkv5", "rwkv6", "rwkv7")
     for size, its in kind_of(name).sizes.items()
@@ -60,7 +60,7 @@ FAST = ("tiny.py:rwkv5", "pile.py:rwkv6-173m", "world.py:rwkv7-0.1b")
 @pytest.mark.parametrize(
     "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in FAST)]
 )
-def test_first_step_of_a_config_can_be_traced(name):
+def test_config_traces_its_first_step(name):
     config = run_config.read(f"configs/{name}")
     model, o = run_config.check(config, devices=config.batch_size), config.optim
     tx = optim.optimiser(tuple(o.betas), o.eps, o.weight_decay, o.clip, o.groups)
@@ -104,6 +104,6 @@ def test_extend_config_starts_each_stage_where_the_last_one_ended(size):
         ("world.py:rwkv7-421m", "unknown size 'rwkv7-421m', expected one of rwkv5-0.1b, .*rwkv7-7.2b$"),
     ],
 )
-def test_config_of_an_unknown_size_or_length_is_one_line(name, expected):
+def test_config_refuses_an_unknown_size_or_length_in_one_line(name, expected):
     with pytest.raises(ValueError, match=expected):
         run_config.read(f"configs/{name}")

@@ -1,7 +1,7 @@
-"""Each row of `docs/errata.md` that can be executed, in about ten lines of plain arithmetic.
+"""The rows of `docs/errata.md` that can be executed, each in about ten lines of plain arithmetic.
 
-"The released code" is goldens/official_trajectory.npz: tensors that `RWKV-v4neo/src/model.py` itself made (V 64, L 3,
-D 32), and goldens/rwkv4.npz, what the `rwkv` package and transformers computed.
+"The released code" is goldens/official_trajectory.npz, tensors written by `RWKV-v4neo/src/model.py` itself (V 64, L 3,
+D 32), and goldens/rwkv4.npz, computed by the `rwkv` package and transformers.
 """
 
 import math
@@ -63,7 +63,7 @@ def test_released_zero_matrices_are_not_those_printed():
         return jnp.sum(jax.nn.sigmoid(x_D @ W_r) * (jax.nn.relu(x_D @ W_k) ** 2 @ W_v) * x_D)
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(np.zeros((D, 4 * D)), np.zeros((D, D)), W_v)
-    assert not any(np.asarray(gradient).any() for gradient in gradients)  # and so it stays, whatever the step
+    assert not any(np.asarray(gradient).any() for gradient in gradients)  # and stays zero after any step
 
 
 def test_receptance_mix_has_its_half_in_the_exponent():
@@ -93,7 +93,7 @@ def test_token_shift_takes_the_normalised_input():
     x_D = weights["emb.weight"][token]
     for name in ("blocks.0.ln0", "blocks.0.ln1"):
         x_D = norm(x_D) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-    np.testing.assert_allclose(state[0].att_last[0], x_D, rtol=1e-4, atol=1e-5)  # logits are theirs: test_goldens.py
+    np.testing.assert_allclose(state[0].att_last[0], x_D, rtol=1e-4, atol=1e-5)  # test_goldens.py compares the logits
 
 
 def test_layer_norm_leaves_tiny_embeddings_below_unit_scale():
@@ -106,7 +106,7 @@ def test_layer_norm_leaves_tiny_embeddings_below_unit_scale():
     after = {name: norm(table).std() for name, table in tables.items()}
     assert after == pytest.approx({"v4": 0.0316, "v5": 0.0183, "v4neo": 0.109}, rel=0.01)
     assert norm(tables["v4"], eps=1e-6).std() == pytest.approx(0.0995, rel=0.01)
-    assert norm(tables["v4"] * 100).std() > 0.95  # what a norm is for
+    assert norm(tables["v4"] * 100).std() > 0.95  # the purpose of a norm
     assert 5.9e-4 < np.abs(released("emb.weight")).max() <= 6e-4  # the released trainer's: its learning rate
 
 
@@ -180,7 +180,7 @@ def test_released_order_needs_more_than_64_bits():
 
 
 def test_bfloat16_row_gradients_lose_sums_that_nearly_cancel():
-    rows_B = np.array([1.001, -1.0])  # of one channel's decay gradient, two rows of a batch
+    rows_B = np.array([1.001, -1.0])  # the decay gradient of one channel, for two rows of a batch
     by_row = rows_B.astype(ml_dtypes.bfloat16).astype(np.float64)
     assert rows_B.sum() == pytest.approx(1e-3) and by_row.sum() == 0
 
@@ -228,14 +228,14 @@ def test_long_range_arena_average_is_not_the_printed_one():
 
 def test_enwik8_bits_are_of_a_vocabulary_of_characters():
     assert round(num_parameters(6064, 6, 512) / 1e6) == 27  # the 27M of the RWKV-2 release with this number
-    assert round(num_parameters(256, 6, 512) / 1e6) == 21  # of bytes, at the same 6 x 512
+    assert round(num_parameters(256, 6, 512) / 1e6) == 21  # with a vocabulary of bytes, also 6 x 512
     text = "é" * 4 + "a" * 992
     assert len(text.encode()) / len(text) == pytest.approx(1.004, abs=1e-4)  # about enwik8's bytes for a character
 
 
 def test_straight_line_fits_a_law_that_bends():
     compute = np.logspace(18, 20, 40)
-    law = lambda C: np.log10(1.69 + 1070 * C**-0.155)  # it ends at 1.69 nats whatever is spent
+    law = lambda C: np.log10(1.69 + 1070 * C**-0.155)  # the limit is 1.69 nats
     line = linregress(np.log10(compute), law(compute))
     assert line.rvalue**2 > 0.994  # the paper's r^2, of a law that bends
     held_out = np.logspace(20, 23, 30)

@@ -26,7 +26,7 @@ def case(kind):
 
 @functools.cache
 def reader(kind):
-    """A function of tokens: nats of tokens[1:] from one pass over them alone, the softmax in float64."""
+    """A function from tokens to the nats of tokens[1:], by one pass over them alone and a softmax in float64."""
     model, params = case(kind)
     forward = jax.jit(lambda tokens_BT: model.apply({"params": params}, tokens_BT)[0])
 
@@ -56,7 +56,7 @@ def check_stream(nats, expected):
 @KINDS
 def test_log_likelihoods_are_the_log_softmax_under_masks(kind):
     nats_of = reader(kind)
-    assert len(TOKENS) > evaluate.POSITIONS + 1  # positions are scored in more than one group
+    assert len(TOKENS) > evaluate.POSITIONS + 1  # positions need more than one group
     padded = np.concatenate([TOKENS[1:5], [9, 9, 9], TOKENS[5:149]])
     tokens_BT = np.stack([TOKENS, TOKENS[::-1], TOKENS, padded])
     reset_BT, valid_BT = np.zeros((4, 150), bool), np.ones((4, 150), bool)
@@ -83,7 +83,7 @@ def test_log_likelihoods_of_bfloat16_are_float32_and_sum_to_one():
 
 
 @KINDS
-def test_protocols_of_a_model_score_windows_and_documents_alone(kind):
+def test_windows_and_best_practice_score_each_window_or_document_alone(kind):
     check_stream(evaluate.windows(*case(kind), TOKENS, SEQ_LEN, 4), windows_alone(reader(kind), SEQ_LEN))
     best = evaluate.best_practice(*case(kind), TOKENS, STARTS, SEQ_LEN, 3)
     check_stream(best, carried_alone(reader(kind)) if kind == "rwkv4" else sliding_alone(reader(kind), SEQ_LEN))
@@ -108,7 +108,7 @@ def test_paired_difference_is_a_bootstrap_over_documents():
     starts = np.arange(documents) * length
     split = Split(np.zeros(documents * length, np.uint8), starts, ("",) * documents, documents * (length - 1))
     hard = rng.exponential(2, documents * length)
-    shift = np.repeat(rng.normal(0.05, 0.1, documents), length)  # as large for all tokens of a document
+    shift = np.repeat(rng.normal(0.05, 0.1, documents), length)  # equal for all tokens of a document
     a, b = hard + shift, hard.copy()
     a[0] = b[0] = np.nan
 
@@ -122,14 +122,14 @@ def test_paired_difference_is_a_bootstrap_over_documents():
 
     assert evaluate.paired_difference(b, a, split, seed=4)[0] == pytest.approx(-difference)
     assert evaluate.paired_difference(a, b, split, seed=4) == (difference, low, high)
-    # documents of different lengths, the same difference in all their tokens: nothing varies
+    # documents of different lengths with the same difference in all tokens: no variance
     uneven = split._replace(starts=np.array([0, 51, 400, 5000]), num_bytes=documents * length - 4)
     assert evaluate.paired_difference(hard + 1, hard, uneven) == pytest.approx([1 / np.log(2)] * 3)
     one = split._replace(starts=starts[:1], num_bytes=documents * length - 1)
     assert np.isnan(evaluate.paired_difference(a, b, one)[1:]).all()
 
 
-def test_reductions_of_nothing_are_refused():
+def test_bits_per_byte_perplexity_and_per_document_refuse_empty_input():
     for call in (
         lambda: evaluate.bits_per_byte(np.zeros(3), 0),
         lambda: evaluate.bits_per_byte([], []),
@@ -147,5 +147,5 @@ def test_paired_difference_leaves_out_documents_without_text():
     assert difference == pytest.approx(1 / np.log(2)) == low == high
 
 
-def test_perplexity_beyond_the_range_of_a_float_is_infinite_without_a_warning():
+def test_perplexity_beyond_the_range_of_a_float_is_infinite():
     assert evaluate.perplexity([1e4]) == np.inf

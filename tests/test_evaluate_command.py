@@ -78,7 +78,7 @@ def test_held_out_counts_bytes_of_the_text_and_not_tokens(tmp_path):
     assert part.num_bytes == len(tokenizer.decode(part.tokens[1:]).encode())
 
 
-def test_held_out_counts_bytes_of_the_file_where_the_tokenizer_normalises(tmp_path):
+def test_held_out_counts_bytes_of_the_file_under_a_normalising_tokenizer(tmp_path):
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     library.normalizer = tokenizers.normalizers.NFKC()
     library.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
@@ -88,7 +88,7 @@ def test_held_out_counts_bytes_of_the_file_where_the_tokenizer_normalises(tmp_pa
     assert split.num_bytes == 60 and len(split.tokens) == 21
 
 
-def test_evaluate_command_counts_the_bytes_that_it_read_of_a_pipe(workdir, tmp_path, capsys):
+def test_evaluate_command_counts_the_bytes_read_from_a_pipe(workdir, tmp_path, capsys):
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     library.save(str(tmp_path / "ab.json"))
@@ -103,7 +103,7 @@ def test_evaluate_command_counts_the_bytes_that_it_read_of_a_pipe(workdir, tmp_p
     assert report["windows"]["bits_per_byte"] == pytest.approx(np.log2(report["windows"]["perplexity"]) * 30 / 40)
 
 
-def test_evaluate_command_prints_numbers_of_a_file_whose_name_is_no_utf8(case, workdir, tmp_path, capsysbinary):
+def test_evaluate_command_accepts_a_file_whose_name_is_not_utf8(case, workdir, tmp_path, capsysbinary):
     path = os.fsencode(tmp_path) + b"/K\xe4se.txt"
     with open(path, "wb") as file:
         file.write(b"some text")
@@ -132,7 +132,7 @@ def test_held_out_refuses_a_pipe_of_compressed_text():
     os.close(reader)
 
 
-def test_evaluate_says_that_it_reads_json_lines_as_text(case, workdir, tmp_path, capsys):
+def test_evaluate_command_reports_that_it_reads_json_lines_as_text(case, workdir, tmp_path, capsys):
     (tmp_path / "a.json").write_text('{"text": "a"}\n' * 9)
     assert evaluate.main([f"--model={workdir}", f"--data={tmp_path / 'a.json'}"]) == 0
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Protocols of evaluation, judged in NumPy by a model whose nats are a hash of the tokens it has read."""
+"""Protocols of evaluation, judged in NumPy by a model whose nats are a hash of the tokens read so far."""
 
 import numpy as np
 import pytest
@@ -17,12 +17,12 @@ def likelihoods_of_the_fake(monkeypatch):
 def check(nats, expected, model, batch_size, seq_len):
     assert nats.dtype == np.float32 and np.isnan(nats[0])
     np.testing.assert_array_equal(nats[1:], expected)
-    [(tokens, *_)] = set(model.calls)  # a single program, whatever is left over at the end
+    [(tokens, *_)] = set(model.calls)  # one shape for all calls, the last one included
     assert tokens == (batch_size, seq_len + 1)
 
 
 @pytest.mark.parametrize(("seq_len", "batch_size"), [(16, 4), (15, 1), (1, 7), (150, 2), (200, 1)])
-def test_windows_have_an_empty_past_each(seq_len, batch_size):
+def test_windows_each_start_with_an_empty_past(seq_len, batch_size):
     model = HashModel(recurrent=False)
     nats = evaluate.windows(model, {}, TOKENS, seq_len, batch_size)
     check(nats, windows_alone(model.nats_of, seq_len), model, batch_size, seq_len)
@@ -58,7 +58,7 @@ def test_carried_rows_are_balanced():
     assert max(lengths[row].sum() for row in rows) <= 12  # 32 tokens in 3 rows
 
 
-def test_best_practice_is_carried_without_attention_and_sliding_with_it():
+def test_best_practice_is_carried_for_recurrent_models_and_sliding_for_others():
     for recurrent, protocol in ((True, evaluate.carried), (False, evaluate.sliding)):
         arguments = (HashModel(recurrent), {}, TOKENS, STARTS, 16, 3)
         np.testing.assert_array_equal(evaluate.best_practice(*arguments), protocol(*arguments))
@@ -89,7 +89,7 @@ def test_continuations_read_texts_of_any_lengths_in_segments(longest, segment):
         evaluate.continuations(model, {}, [[1], []], logits_BV[:2], np.full(2, state))
 
 
-def test_protocols_refuse_what_they_cannot_score():
+def test_protocols_refuse_input_that_they_cannot_score():
     model = HashModel()
     with pytest.raises(ValueError, match="1 tokens, expected at least 2"):
         evaluate.windows(model, {}, TOKENS[:1], 16, 4)

@@ -1,4 +1,4 @@
-"""Paths of a user, files and folders that appear whole or not at all, and the guarded reader of JSON."""
+"""Users' paths, atomic writes of files and folders, and the guarded reader of JSON."""
 
 import json
 import re
@@ -23,14 +23,14 @@ def test_user_path_takes_text_and_path_objects_and_expands_the_home_folder(tmp_p
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b'{"a": ', "x.json: no JSON: Expecting value"),
-        (b"\x80abc", "x.json: no JSON: .*codec can't decode"),
-        (b"[" * 100_000, "x.json: no JSON: "),
+        (b'{"a": ', "x.json: not JSON: Expecting value"),
+        (b"\x80abc", "x.json: not JSON: .*codec can't decode"),
+        (b"[" * 100_000, "x.json: not JSON: "),
         (b'{"a": ' + b"[" * 100 + b"1" + b"]" * 100 + b"}", "x.json: JSON nested more than 100 deep"),
         (b"[1, 2]", "x.json: holds a JSON list, expected an object"),
     ],
 )
-def test_read_json_names_the_file_that_holds_no_object(tmp_path, content, message):
+def test_read_json_names_a_file_without_an_object(tmp_path, content, message):
     (tmp_path / "x.json").write_bytes(content)
     with one_line(message):
         files.read_json(tmp_path / "x.json")
@@ -38,29 +38,30 @@ def test_read_json_names_the_file_that_holds_no_object(tmp_path, content, messag
     assert files.read_json(tmp_path / "x.json") == {"a": [1, None]}
 
 
-def test_read_json_takes_what_is_nested_as_deep_as_allowed(tmp_path):
+def test_read_json_accepts_nesting_up_to_its_limit(tmp_path):
     (tmp_path / "x.json").write_text("[" * 100 + "1" + "]" * 100)
     assert files.read_json(tmp_path / "x.json", list)
     with one_line("holds a JSON list, expected an object"):
         files.read_json(tmp_path / "x.json")
 
 
-def test_json_is_ascii_and_holds_null_for_a_number_that_is_not_finite():
+def test_to_json_writes_ascii_and_null_for_numbers_that_are_not_finite():
     value = {"a": np.float32("nan"), "b": [np.inf, (1, -np.inf)], "c": np.arange(2), "d": "é\udce4", "e": True}
     text = files.to_json(value)
     assert text == r'{"a": null, "b": [null, [1, null]], "c": [0, 1], "d": "\u00e9\udce4", "e": true}'
     assert json.loads(text)["d"] == "é\udce4"
 
 
-def test_sources_read_json_by_the_guarded_reader_alone():
-    """`json.loads(json.dumps(...))` reads nothing, and neither does what a process of our own has printed."""
+def test_read_json_is_the_only_reader_of_json_in_the_sources():
+    """Exceptions: `json.loads(json.dumps(...))` reads no file, and the output of our own child processes is
+    trusted."""
     pattern = re.compile(r"json\.loads?\((?!json\.dumps|\w+\.(stdout\.)?splitlines)")
     sources = [path for folder in ("rwkv_jax", "configs", "experiments") for path in (ROOT / folder).rglob("*.py")]
     assert {path.name for path in sources if pattern.search(path.read_text())} == {"files.py"}
 
 
 @pytest.mark.parametrize("name", ["a*[b]?", "\udce4", "c:d@e", "\\"])
-def test_folder_of_any_name_has_a_plain_one(tmp_path, name):
+def test_plainly_named_gives_a_folder_of_any_name_a_plain_one(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
     with files.plainly_named(folder) as plain:
@@ -71,7 +72,7 @@ def test_folder_of_any_name_has_a_plain_one(tmp_path, name):
         assert plain == tmp_path
 
 
-def test_written_file_appears_whole_or_not_at_all(tmp_path):
+def test_written_replaces_a_file_atomically(tmp_path):
     path = tmp_path / "x"
     for content in (b"first", b"second"):
         with files.written(path) as file:
@@ -88,7 +89,7 @@ def test_written_file_appears_whole_or_not_at_all(tmp_path):
         pass
 
 
-def test_what_is_written_through_a_link_is_where_it_leads(tmp_path):
+def test_written_and_written_folder_follow_links(tmp_path):
     (tmp_path / "disk" / "old").mkdir(parents=True)
     for name, target in (("file", "a"), ("folder", "old"), ("new", "absent")):
         (tmp_path / name).symlink_to(tmp_path / "disk" / target)
@@ -108,8 +109,8 @@ def test_what_is_written_through_a_link_is_where_it_leads(tmp_path):
         files.check_output(tmp_path / "lost")
 
 
-def test_written_file_never_replaces_a_folder_or_a_device(tmp_path):
-    """Which `check_output` says without touching anything."""
+def test_written_never_replaces_a_folder_or_a_device(tmp_path):
+    """`check_output` refuses them, too, without touching them."""
     for taken in (tmp_path, Path("/dev/null")):
         for use in (files.check_output, lambda path: files.written(path).__enter__()):
             with one_line(f"{taken} is a folder or a device", FileExistsError):
@@ -119,7 +120,7 @@ def test_written_file_never_replaces_a_folder_or_a_device(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_written_folder_replaces_the_old_one_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_written_folder_replaces_a_folder_atomically(tmp_path, monkeypatch):
     folder = tmp_path / "x"
     for name in ("first", "second"):
         with files.written_folder(folder) as new:

@@ -33,7 +33,7 @@ def _adapters(model, params):
     return _drawn(jax.eval_shape(lambda params: LORA.split(model, params, jax.random.key(0))[0], params))
 
 
-def test_tuned_state_has_a_gradient_where_the_empty_one_has_none():
+def test_tuned_state_has_a_gradient_unlike_the_empty_one():
     """Row 0 of the batch begins with the tuned state, row 1 with the empty one."""
     model, params = small.drawn(small.make("rwkv4", num_layers=1, scan=False, receptance=False), scale=0.2)
     tokens_BT = np.tile(small.tokens(1, 8), (2, 1))
@@ -48,14 +48,14 @@ def test_tuned_state_has_a_gradient_where_the_empty_one_has_none():
         return model.apply({"params": params}, tokens_BT, state)[0].std((1, 2)).sum()
 
     of_tuned, of_empty = gradients((methods.untuned_state(model), tuple(entry.wkv for entry in empty)))
-    # at value 0 the first factor of d/d(log den) is the average itself, at which a token's own share is aimed
+    # at value 0 the gradient by log_den, (value - average) times a share, is not zero
     for name in ("att_last", "value", "log_den", "ffn_last"):
         assert np.count_nonzero(of_tuned["blocks"][name]) == D
     assert not any(np.any(x) for x in jax.tree.leaves(of_empty))
 
 
 @pytest.mark.parametrize("kind", ["rwkv5", "rwkv6", "rwkv7"])
-def test_tuned_matrices_of_heads_have_a_gradient_at_zero_and_vectors_stay_zero(kind):
+def test_tuned_state_of_heads_has_a_gradient_at_zero_in_matrices_alone(kind):
     model, params = small.drawn(small.make(kind, scan=False), scale=0.2)
     untuned = methods.untuned_state(model)
     assert jax.tree.map(jnp.shape, untuned) == {"blocks": {"wkv": (small.L, 2, 4, 4)}}
@@ -92,7 +92,7 @@ def test_tuned_state_is_value_and_denominator_in_every_row(base):
             np.testing.assert_allclose(x_BD, np.tile(x_D, (3, 1)), rtol=1e-6)
 
 
-def test_saved_adapters_round_trip_and_belong_to_their_model(base, tmp_path):
+def test_load_adapters_inverts_save_adapters_for_the_same_model_alone(base, tmp_path):
     model, params = base
     adapters, path = _adapters(model, params), tmp_path / "a.safetensors"
     finetune.save_adapters(path, model, params, adapters, 3.0)
@@ -106,12 +106,12 @@ def test_saved_adapters_round_trip_and_belong_to_their_model(base, tmp_path):
 @pytest.mark.parametrize(
     "kind, method, expected",
     [
-        ("hybrid", Method("state"), "finetune.method is 'state', and the state of 'attention' layers cannot be tuned"),
+        ("hybrid", Method("state"), "is 'state', expected full or lora: 'attention' has no tunable state"),
         ("rwkv4", Method("lora", 2, 4.0, "attention"), "LoRA targets 'attention' match no kernel, expected some of"),
         ("rwkv4", Method(groups=(("atr", 0.0),)), "optim.groups: 'atr' matches none of blocks/att/key/kernel"),
     ],
 )
-def test_check_names_what_a_method_cannot_train(kind, method, expected):
+def test_method_check_names_models_that_it_cannot_train(kind, method, expected):
     with pytest.raises(ValueError, match=re.escape(expected)):
         method.check(small.make(kind))
 
@@ -125,7 +125,7 @@ def test_finetune_command_reports_mistakes_in_one_line(tmp_path, base, capsys):
     assert list(tmp_path.iterdir()) == [weights]
 
 
-def test_fine_tuning_takes_sizes_that_no_default_tells_from_the_weights(tmp_path):
+def test_completed_reads_sizes_that_are_not_defaults_from_the_weights(tmp_path):
     fields = {"vocab_size": 256, "num_layers": 2, "dim": 16, "head_size": 8, "low_ranks": (2, 3, 4, 5)}
     weights = tmp_path / "m.safetensors"
     model = rwkv_jax.build("rwkv7", head_norm_epsilon=1e-5, **fields)

@@ -1,4 +1,4 @@
-"""Fine-tuning runs: what they train and leave, how they load, export, merge and resume, and their mistakes."""
+"""Fine-tuning runs: trained parameters, loading, export, merge and resume, and mistakes."""
 
 import functools
 import shutil
@@ -18,7 +18,7 @@ from rwkv_jax.train import assemble, methods, run_config
 from rwkv_jax.train.methods import Method
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = 60  # the fingerprint of weights, and each shape that a file holds
+PROGRAMS = 60  # fingerprints of weights, and every shape in a file
 STEPS = 4
 V, D, L = 256, 8, 2
 LORA = Method("lora", 2, 4.0, "att/(key|output)|head")
@@ -26,7 +26,7 @@ LORA = Method("lora", 2, 4.0, "att/(key|output)|head")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """(model, params) and their file."""
+    """(model, params, path of their file)."""
     model, params = small.drawn(rwkv_jax.build("rwkv4", vocab_size=V, num_layers=L, dim=D), scale=0.2)
     path = tmp_path_factory.mktemp("base") / "base.pth"
     rwkv_jax.save(path, model, params)
@@ -44,7 +44,7 @@ def _config(base, text, method, **changes):
 
 @pytest.fixture(scope="module")
 def runs(base, text, tmp_path_factory):
-    """A run by a method, when it is first asked for: workdir and final state."""
+    """A function that gives (workdir, final state) of a run by method, trained at its first call."""
     folder = tmp_path_factory.mktemp("runs")
 
     @functools.cache
@@ -74,7 +74,7 @@ def test_lora_run_loads_with_adapters_merged(runs, base):
     assert training.same(params, lora.merge(jax.device_put(base[1]), state.params, LORA.alpha))
 
 
-def test_exported_adapters_merge_into_the_base(runs, base, tmp_path):
+def test_finetune_export_and_merge_of_a_lora_run_equal_loading_it(runs, base, tmp_path):
     workdir, _ = runs("lora")
     adapters, merged = str(tmp_path / "adapters.safetensors"), str(tmp_path / "merged.safetensors")
     assert finetune.main(["export", str(workdir), adapters]) == 0
@@ -104,7 +104,7 @@ def test_state_run_trains_the_state_alone(runs, base):
 
 
 @pytest.mark.slow
-def test_exported_state_is_a_context_for_generate(runs, base, tmp_path):
+def test_finetune_export_of_a_state_run_is_a_context_for_generate(runs, base, tmp_path):
     workdir, state = runs("state")
     model, params, _ = base
     path = tmp_path / "tuned.context"
@@ -118,8 +118,8 @@ def test_exported_state_is_a_context_for_generate(runs, base, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rwkv5", "rwkv6", "rwkv7"])
-def test_state_run_of_later_versions_leaves_as_a_released_file(kind, text, tmp_path):
-    """Trained, exported in both forms, which are one context; the released one holds value-major matrices alone."""
+def test_finetune_export_of_a_state_run_writes_a_released_file(kind, text, tmp_path):
+    """Both exported forms give the same context; the released one holds value-major matrices alone."""
     model, params = small.drawn(rwkv_jax.build(kind, vocab_size=V, num_layers=L, dim=D, head_size=4), scale=0.2)
     rwkv_jax.save(tmp_path / "base.pth", model, params)
     base = model, params, str(tmp_path / "base.pth")
@@ -140,7 +140,7 @@ def test_state_run_of_later_versions_leaves_as_a_released_file(kind, text, tmp_p
 
 
 @pytest.mark.slow
-def test_state_of_rwkv4_has_no_released_form(runs, tmp_path, capsys):
+def test_finetune_export_refuses_a_released_file_of_an_rwkv4_state(runs, tmp_path, capsys):
     workdir, _ = runs("state")
     capsys.readouterr()
     assert finetune.main(["export", str(workdir), str(tmp_path / "tuned.pth")]) == 2
@@ -149,7 +149,7 @@ def test_state_of_rwkv4_has_no_released_form(runs, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_frozen_parts_of_a_run_keep_their_bits(base, text, tmp_path):
+def test_run_with_frozen_groups_keeps_them_bit_equal(base, text, tmp_path):
     config = _config(base, text, "full", strategy="fsdp")
     groups = ((r"^emb/", 0.0), (r"blocks.0/", 0.0), (r"blocks.1/att", 0.5), (r"time_decay$", 2.0))
     config.optim.update(groups=groups, weight_decay=0.1)
@@ -166,7 +166,7 @@ def test_frozen_parts_of_a_run_keep_their_bits(base, text, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "state"])
 @pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
-def test_strategies_agree_on_fine_tuning(strategy, method, runs, base, text, tmp_path):
+def test_strategies_agree_on_finetuning(strategy, method, runs, base, text, tmp_path):
     config = _config(base, text, method, strategy=strategy)
     state = train.run(config, tmp_path / "run")
     difference = jax.tree.map(lambda x, y: np.abs(x - np.asarray(y)).max(), runs(method)[1].params, state.params)
@@ -177,7 +177,7 @@ def test_strategies_agree_on_fine_tuning(strategy, method, runs, base, text, tmp
 
 
 @pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("full", "state"))])
-def test_resumed_fine_tuning_is_bit_exact(method, runs, base, text, tmp_path):
+def test_finetuning_resumes_bit_exactly(method, runs, base, text, tmp_path):
     config = _config(base, text, method)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(training.DiedError):
         training.die_before(patch, lambda row: row["step"] == 4)
@@ -187,7 +187,7 @@ def test_resumed_fine_tuning_is_bit_exact(method, runs, base, text, tmp_path):
     assert training.same(state, runs(method)[1])
 
 
-def test_run_is_held_to_the_weights_that_it_began_with(runs, base, text, tmp_path):
+def test_finetuning_refuses_to_resume_on_other_weights(runs, base, text, tmp_path):
     model, params, path = base
     workdir, _ = runs("lora")
     shutil.copy(path, tmp_path / "kept")
@@ -210,12 +210,12 @@ def test_run_is_held_to_the_weights_that_it_began_with(runs, base, text, tmp_pat
 @pytest.mark.parametrize(
     "fields, expected",
     [
-        ({"model.vocab_size": 300}, "model.vocab_size is 300, and 256 in "),
+        ({"model.vocab_size": 300}, "model.vocab_size is 300, expected 256 as in "),
         ({"finetune.model": ""}, "finetune.method is 'lora', which needs finetune.model"),
         ({"finetune.model": "/nowhere.pth"}, "/nowhere.pth: no such file or folder"),
     ],
 )
-def test_assembled_names_what_does_not_fit_the_weights(fields, expected, base, text, tmp_path):
+def test_assembled_names_fields_that_do_not_fit_the_weights(fields, expected, base, text, tmp_path):
     config = _config(base, text, "lora", tokenizer="bytes")
     config.update_from_flattened_dict(fields)
     with pytest.raises((ValueError, OSError)) as raised:
@@ -224,15 +224,15 @@ def test_assembled_names_what_does_not_fit_the_weights(fields, expected, base, t
 
 
 @pytest.mark.slow
-def test_another_tokenizer_than_that_of_the_base_is_refused(runs, base, text, tmp_path):
+def test_finetuning_refuses_another_tokenizer_than_the_bases(runs, base, text, tmp_path):
     config = _config(base, text, "lora", tokenizer="characters")
     config.finetune.model = str(runs("full")[0])
-    with pytest.raises(ValueError, match=r"tokenizer is 'characters', and .*full comes with another: 'bytes'"):
+    with pytest.raises(ValueError, match=r"tokenizer is 'characters', expected 'bytes' as in .*full$"):
         train.run(config, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_export_of_a_full_run_is_refused(runs, tmp_path, capsys):
+def test_finetune_export_refuses_a_full_run(runs, tmp_path, capsys):
     assert finetune.main(["export", str(runs("full")[0]), str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""RWKV-4 against what the released code computes (`goldens/make_goldens.py`)."""
+"""RWKV-4 against the released code's numbers (`goldens/make_goldens.py`)."""
 
 import functools
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_rwkv4_token_by_token_logits_match_the_released_code(golden):
 @pytest.mark.live
 @pytest.mark.parametrize("seed", [10, 11])
 def test_rwkv4_agrees_with_both_reference_packages_on_fresh_weights(seed, monkeypatch):
-    """Whole sequences, gradients, and the state carried token by token, against packages that run here."""
+    """Compares whole sequences, gradients, and token-by-token passes with packages that run here."""
     monkeypatch.syspath_prepend(GOLDENS)
     import make_goldens
 

@@ -1,4 +1,4 @@
-"""Models that we save, read by the `rwkv` package and transformers: logits, and 200 greedy tokens."""
+"""Saved models, read by the `rwkv` package and transformers: logits, and 200 greedy tokens."""
 
 import functools
 import json
@@ -58,7 +58,7 @@ PACKAGES = {"rwkv package": (".pth", RWKV_PACKAGE), "transformers": ("", TRANSFO
 
 @functools.cache
 def drawn(i):
-    """(model, params, prompt) of SHAPES[i], with matrices that keep the scale of what they multiply."""
+    """(model, params, prompt) of SHAPES[i]; the matrices preserve the scale of their inputs."""
     model, params = made("rwkv4", **SHAPES[i])
     scaled = lambda path, x: x * np.float32(3 / x.shape[-2] ** 0.5) if path[-1].key == "kernel" else x
     params = jax.tree_util.tree_map_with_path(scaled, params)
@@ -76,7 +76,7 @@ def ours(i):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_saved_models_have_equal_logits_and_greedy_continuations_in_other_packages(package, tmp_path):
+def test_saved_models_have_equal_logits_and_greedy_tokens_in_other_packages(package, tmp_path):
     suffix, program = PACKAGES[package]
     jobs = []
     for i in range(len(SHAPES)):
@@ -91,7 +91,7 @@ def test_saved_models_have_equal_logits_and_greedy_continuations_in_other_packag
         jax.tree.map(np.testing.assert_array_equal, read, drawn(i)[1])
         expected, (logits_TV, new, last_V) = np.load(output), ours(i)
         assert_within(logits_TV, expected["logits"], 1e-5)
-        assert len(set(new)) > 5  # not one token for ever
+        assert len(set(new)) > 5  # not one token repeated
         assert new == expected["new"].tolist()
         assert_within(last_V, expected["last"], 1e-4)
 

@@ -1,4 +1,4 @@
-"""Notebooks: committed with their output, restricted to public names, and still running."""
+"""Notebooks: committed with their output, restricted to public names, and runnable."""
 
 import ast
 import importlib.util
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OURS = {"rwkv_jax", "configs", "experiments"}
 OTHERS = {"IPython", "PIL", "jax", "matplotlib", "numpy"}
-SECONDS = 1200  # for each cell: ends one that hangs; how long one takes beside other tests says nothing
+SECONDS = 1200  # a cell that takes longer hangs; beside other tests the time of a cell varies
 ids = lambda path: path.stem
 
 
@@ -29,8 +29,8 @@ def outputs(notebook, kind=None):
     ]
 
 
-def said(notebook) -> str:
-    """All text of a notebook, what came out of its cells included."""
+def text_of(notebook) -> str:
+    """All text of a notebook, including the output of its cells."""
     texts = [cell.source for cell in notebook.cells]
     for output in outputs(notebook):
         data = output.get("data", {})
@@ -39,7 +39,7 @@ def said(notebook) -> str:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
-def test_notebook_is_committed_as_it_ran(path):
+def test_notebook_is_committed_with_its_output(path):
     assert path.stat().st_size < 600_000
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -48,8 +48,8 @@ def test_notebook_is_committed_as_it_ran(path):
     assert counts == list(range(1, len(counts) + 1))
     assert not outputs(notebook, "error")
     assert len([x for x in outputs(notebook) if "image/png" in x.get("data", {})]) >= 4
-    assert not re.search(r"/(home|root|tmp|Users|usr|var)/", said(notebook))
-    assert "warning" not in said(notebook).lower()
+    assert not re.search(r"/(home|root|tmp|Users|usr|var)/", text_of(notebook))
+    assert "warning" not in text_of(notebook).lower()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
@@ -73,7 +73,7 @@ def test_notebook_uses_public_names_only(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_notebook_runs_in_an_empty_folder(path, tmp_path, monkeypatch):
-    """With JAX as users have it: the other tests compile without optimisations."""
+    """Runs with JAX's default options; the other tests compile without optimisations."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
         monkeypatch.delenv(name, raising=False)

@@ -1,28 +1,37 @@
-"""The shell blocks of the pages: every command is one, and those that a reader runs first do what the README says."""
+"""The pages: every command in a shell block parses, Python blocks run, numbers are those of code and results."""
 
 import argparse
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from small import drawn
 from texts import write_jsonl
 from training import write_text
 
-from rwkv_jax import command, data
+import rwkv_jax
+from rwkv_jax import command, data, models
+from rwkv_jax.__main__ import VERBS
 from rwkv_jax.train import run_config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "experiments" / "README.md"]
+SUBJECTS = ("training", "models", "weights", "generation", "finetuning", "operators")
+CACHE = 4096  # tokens for which the page of models gives the transformer room
 TINY = ("model.num_layers=1", "model.dim=16", "seq_len=16", "batch_size=4", "steps=2", "eval_tokens=64")
 
 
 class ParsedError(Exception):
-    """Raised in place of what a command does after it has parsed its arguments."""
+    """Raised in place of running a command whose arguments have been parsed."""
 
 
 def commands(page):
@@ -45,7 +54,7 @@ def main(module):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_command_of_a_page_parses(page, monkeypatch):
+def test_pages_have_commands_that_parse(page, monkeypatch):
     def parsed(parser, *args):
         raise ParsedError(*parse(parser, *args))
 
@@ -54,9 +63,11 @@ def test_every_command_of_a_page_parses(page, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parsed)
     targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     for program, *arguments in commands(page):
-        if program == "python":
+        if program in ("python", command.SCRIPT):
+            by_verb = program == command.SCRIPT
+            run = importlib.import_module(VERBS[arguments[0]][0]).main if by_verb else main(arguments[1])
             with pytest.raises(ParsedError) as stopped:
-                main(arguments[1])(arguments[2:])
+                run(arguments[1:] if by_verb else arguments[2:])
             args, rest = stopped.value.args
             assert not rest or run_config.read(args.config, rest)
         else:
@@ -64,7 +75,7 @@ def test_every_command_of_a_page_parses(page, monkeypatch):
 
 
 @pytest.mark.slow
-def test_first_commands_of_the_readme_do_what_it_says(tmp_path, monkeypatch, capsys):
+def test_readme_first_commands_do_what_it_says(tmp_path, monkeypatch, capsys):
     """Train, evaluate, continue a prompt, convert; on a small text, with a small model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RWKV_JAX_CACHE", str(tmp_path / "cache"))
@@ -81,8 +92,8 @@ def test_first_commands_of_the_readme_do_what_it_says(tmp_path, monkeypatch, cap
     assert Path("tiny.pth").is_file()
 
 
-def test_corpus_of_the_readme_has_line_breaks_in_its_prompts(tmp_path, monkeypatch, capsys):
-    """The same corpus for the command that describes it and for the one that fine-tunes on it."""
+def test_readme_corpus_has_line_breaks_in_its_prompts(tmp_path, monkeypatch, capsys):
+    """The command that describes the corpus and the one that fine-tunes on it agree."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RWKV_JAX_CACHE", str(tmp_path / "cache"))
     write_jsonl(tmp_path / "qa.jsonl", [{"question": f"{i}?", "answer": f"{i}!"} for i in range(99)])
@@ -97,5 +108,64 @@ def test_corpus_of_the_readme_has_line_breaks_in_its_prompts(tmp_path, monkeypat
     assert re.fullmatch(r"Question: (\d+)\?\n\nAnswer: \1!", document)
 
 
-def test_escapes_of_an_option_are_one_character_each():
+def test_unescaped_reads_each_escape_as_one_character():
     assert command.unescaped(r"a\nb\tc\\nd\e" + "\\") == "a\nb\tc\\nd\\e\\"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_python_blocks_of_a_page_run(subject, tmp_path):
+    """One after the other in one process, beside a tiny model of bytes at runs/tiny and a text, book.txt."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / f"docs/{subject}.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    (tmp_path / "runs").mkdir()
+    model, params = drawn(rwkv_jax.build("rwkv4", vocab_size=256, num_layers=2, dim=32))
+    rwkv_jax.save(tmp_path / "runs" / "tiny", model, params)
+    write_text(tmp_path / "book.txt")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RWKV_JAX_CACHE": str(tmp_path / "cache")}
+    page = [sys.executable, "-c", "\n".join(blocks)]
+    done = subprocess.run(page, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def rows(subject, cells):
+    """The rows of tables on a page that have so many cells, in order."""
+    lines = (ROOT / f"docs/{subject}.md").read_text().splitlines()
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in found if len(row) == cells and row[1][:3] != "---"]
+
+
+def test_sizes_of_the_models_page_are_those_of_the_code():
+    num_bytes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    def row(name, size):
+        model = rwkv_jax.build(name, size=size, dtype="bfloat16", param_dtype="bfloat16")
+        params = models.parameter_shapes(model)
+        number = sum(x.size for x in jax.tree.leaves(params))
+        state = num_bytes(jax.eval_shape(lambda: model.init_state(1, CACHE)))
+        total = num_bytes(params) + state
+        return [name, size, f"{number:,}", *(f"{x:,.0f}" for x in (2e-6 * number, state / 1024, 1e-6 * total))]
+
+    named = ((name, size) for name in ("rwkv4", "rwkv5", "rwkv6", "rwkv7") for size in models.KINDS[name].sizes)
+    expected = [row(*model) for model in (*named, ("transformer", "169m"))]
+    table = [row for row in rows("models", 6) if row[0].isalnum()]
+    assert table[1:] == expected
+
+
+def test_numbers_of_the_operators_page_are_those_of_the_results():
+    speed = json.loads((ROOT / "experiments/speed/results.json").read_text())
+    seconds = {(r["operator"], r["form"]): (r["forward"], r["both"]) for r in speed["rwkv7"]["operators"]}
+    of_wkv4 = [r for r in speed["ops"]["rows"] if r["shape"] == [4, 1024, 512, "float32"]]
+    for form in ("scan", "plain scan, autodiff"):
+        seconds["wkv4", form] = tuple(r["seconds"] for r in of_wkv4 if r["form"] == form)
+    times = {row[0]: row[1:] for row in rows("operators", 5) if row[0].startswith("`wkv")}
+    assert len(times) == 4
+    for name, row in times.items():
+        operator, form = name.replace("`", "").split(", ")
+        plain = seconds[operator, "plain scan, autodiff"]
+        assert row == [f"{1e3 * x:,.1f}" for x in (*seconds[operator, form], *plain)], name
+
+    precision = json.loads((ROOT / "experiments/precision/results.json").read_text())
+    share = lambda name: max(x for claim, x, _ in precision["claims"] if claim.startswith(name) and "float32" in claim)
+    page = " ".join((ROOT / "docs/operators.md").read_text().split())
+    assert f"{share('WKV-'):.2f} of its bound, in `wkv4`, and {share('WKV-7'):.2f} in `wkv7`" in page

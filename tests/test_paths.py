@@ -1,4 +1,4 @@
-"""Public functions take the paths of users by `files.user_path`, and commands look at their outputs first."""
+"""Users' paths in public functions, by `files.user_path`, and early checks of commands' outputs."""
 
 import importlib
 import re
@@ -46,25 +46,25 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_public_function_refuses_what_can_be_no_path(call, tmp_path, monkeypatch):
+def test_public_functions_refuse_text_that_cannot_be_a_path(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("", "a\0b"):
-        with one_line("is no path"):
+        with one_line("is not a path"):
             call(path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_public_function_says_that_there_is_no_home_folder(call, tmp_path, monkeypatch):
+def test_public_functions_report_a_missing_home_folder(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # nor an entry in /etc/passwd
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # no entry in /etc/passwd either
     with one_line("~/x begins with the home folder, and there is none: set HOME"):
         call("~/x")
     assert not list(tmp_path.iterdir())
 
 
-def test_cache_needs_a_home_folder_only_where_nothing_names_it(monkeypatch):
+def test_cache_dir_needs_a_home_folder_only_without_environment_variables(monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME", "RWKV_JAX_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
@@ -74,14 +74,14 @@ def test_cache_needs_a_home_folder_only_where_nothing_names_it(monkeypatch):
     assert str(data.cache_dir()) == "/somewhere/rwkv_jax"
 
 
-def test_sources_take_paths_by_user_path_alone():
+def test_user_path_is_the_only_reader_of_paths_in_the_sources():
     pattern = re.compile(r"type=Path\b|expanduser|Path\.home|Path\(sys\.argv")
     sources = [path for folder in ("rwkv_jax", "configs", "experiments") for path in (ROOT / folder).rglob("*.py")]
     found = {path.name for path in sources if pattern.search(path.read_text())}
     assert found == {"files.py"}
 
 
-def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+def test_public_functions_and_commands_expand_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     model, params = drawn(make("rwkv4", vocab_size=256))
     rwkv_jax.save("~/model.pth", model, params)
@@ -117,8 +117,8 @@ FOLDER_OUTPUTS = {
 
 
 @pytest.mark.parametrize("name, arguments", [*FILE_OUTPUTS.items(), *FOLDER_OUTPUTS.items()])
-def test_every_output_is_checked_before_the_work(name, arguments, tmp_path, capsys):
-    """Below a file; and for a file in a folder that is absent, and where a folder is."""
+def test_commands_check_every_output_before_the_work(name, arguments, tmp_path, capsys):
+    """Covers an output below a file, a file in an absent folder, and a file in place of a folder."""
     module = f"rwkv_jax.{name.split()[0]}"
     is_module = importlib.util.find_spec(module).submodule_search_locations is None
     main = importlib.import_module(module if is_module else f"{module}.__main__").main

@@ -14,7 +14,7 @@ from rwkv_jax.data import tokenizers
 from rwkv_jax.generate import decode, sampling
 
 TEXT = "One morning, when Gregor Samsa woke from troubled dreams.\n" * 2
-PROGRAMS = 50  # half of them only place weights that were loaded, one for each shape
+PROGRAMS = 50  # half of them only place loaded weights on the device, one for each shape
 encoded = lambda text: list(text.encode())
 decoded = lambda tokens: bytes(tokens).decode(errors="replace")
 
@@ -25,14 +25,14 @@ def lm(kind="rwkv4"):
 
 @pytest.fixture
 def short_segments(monkeypatch):
-    """Texts are scored in segments and embedded in chunks that are shorter than they are."""
+    """Scores texts in segments and embeds them in chunks that are shorter than the texts."""
     monkeypatch.setattr(evaluate, "SEGMENTS", (32,))
     monkeypatch.setattr(decode, "FIRST_CHUNKS", (32,))
     monkeypatch.setattr(decode, "PROMPT_CHUNK", 32)
     assert len(TEXT) > 3 * 32
 
 
-def test_generate_returns_text_for_text_ids_for_ids_and_a_list_for_a_list():
+def test_pretrained_generate_returns_text_ids_or_lists_as_given():
     loaded, settings = lm(), {"max_new_tokens": 8} | NEARLY_GREEDY
     ids = loaded.generate([72, 105], **settings)
     assert len(ids) == 8 and all(isinstance(token, int) for token in ids)
@@ -47,7 +47,7 @@ def test_generate_returns_text_for_text_ids_for_ids_and_a_list_for_a_list():
     assert len({loaded.generate("Hi", seed=seed, max_new_tokens=20) for seed in (0, 1)}) == 2
 
 
-def test_generate_ends_at_the_separator_unless_told_otherwise():
+def test_pretrained_generate_ends_at_the_separator_by_default():
     nothing_else = {"logit_bias": {0: 1e6}, "max_new_tokens": 3}
     assert lm().generate([72], **nothing_else) == []
     assert lm().generate([72], stop_tokens=(), **nothing_else) == [0, 0, 0]
@@ -55,7 +55,7 @@ def test_generate_ends_at_the_separator_unless_told_otherwise():
     assert "".join(lm().stream("H", stop_tokens=(), **nothing_else)) == "\0\0\0"
 
 
-def test_generate_and_stream_continue_a_context():
+def test_pretrained_generate_and_stream_continue_a_context():
     loaded, settings = lm(), {"max_new_tokens": 6} | NEARLY_GREEDY
     context = loaded.read("One mor")
     at_once = loaded.generate("One morning, when", **settings)
@@ -65,8 +65,8 @@ def test_generate_and_stream_continue_a_context():
     assert text + loaded.generate("", context=after, max_new_tokens=3, **NEARLY_GREEDY) == at_once
 
 
-def test_generate_compiles_nothing_for_other_prompts_and_settings(compiled):
-    """One program for each length of a first chunk and one that decodes are enough."""
+def test_pretrained_generate_compiles_no_program_for_other_prompts(compiled):
+    """One program for each length of a first chunk, and one that decodes, are enough for all prompts and settings."""
     loaded = lm()
 
     def use(lengths, **settings):
@@ -84,8 +84,8 @@ def test_generate_compiles_nothing_for_other_prompts_and_settings(compiled):
     assert compiled() == 0
 
 
-def test_logits_equal_one_full_pass_of_text_and_ids():
-    """A list for a list; of an empty text those after the separator."""
+def test_pretrained_logits_equal_one_full_pass_of_text_and_ids():
+    """A list gives a list. An empty text gives the logits after the separator."""
     texts = ["Hi", "One mo", "m"]
     expected, context = whole(*unstacked("rwkv4"), [encoded(text) for text in texts])
     found, after = lm().logits(texts)
@@ -104,7 +104,7 @@ def test_logits_equal_one_full_pass_of_text_and_ids():
 
 
 @KINDS
-def test_scores_are_log_likelihoods_whatever_the_batch_and_the_cut(kind, short_segments):
+def test_pretrained_score_gives_log_likelihoods_for_any_batch_and_cut(kind, short_segments):
     model, ids = lm(kind), encoded(TEXT)
     (logits_TV,), _ = whole(*unstacked(kind), [[0, *ids]])
     expected = special.log_softmax(np.float64(logits_TV[:-1]), axis=-1)[np.arange(len(ids)), ids]
@@ -114,13 +114,13 @@ def test_scores_are_log_likelihoods_whatever_the_batch_and_the_cut(kind, short_s
         (model.score(TEXT), expected),
         (model.score(ids[:1]), expected[:1]),
         (model.score(ids[15:], context), expected[15:]),
-        (model.score(ids[15:], context), expected[15:]),  # the context stays
+        (model.score(ids[15:], context), expected[15:]),  # the context is unchanged
     ):
         np.testing.assert_allclose(actual, wanted, atol=2e-4)
 
 
 @KINDS
-def test_an_embedding_is_the_mean_of_the_inputs_of_the_head(kind, short_segments):
+def test_pretrained_embed_gives_the_mean_of_the_inputs_of_the_head(kind, short_segments):
     model, params = unstacked(kind)
     hidden = jax.jit(lambda ids_BT: model.apply({"params": params}, ids_BT, method="hidden"))
     hidden_TD = np.asarray(hidden(np.array([encoded(TEXT)]))[0][0], np.float64)
@@ -133,7 +133,7 @@ def test_an_embedding_is_the_mean_of_the_inputs_of_the_head(kind, short_segments
     assert error_ratio(after, hidden_TD[16:].mean(axis=0)) < 1e-5
 
 
-def test_save_pretrained_survives_the_round_trip(tmp_path):
+def test_from_pretrained_inverts_save_pretrained(tmp_path):
     lm().save_pretrained(tmp_path / "folder")
     again = rwkv_jax.RWKVForCausalLM.from_pretrained(tmp_path / "folder")
     assert again.tokenizer.name == "bytes" and again.model == lm().model
@@ -148,8 +148,8 @@ def test_save_pretrained_survives_the_round_trip(tmp_path):
     assert isinstance(half.generate("Hi", max_new_tokens=4), str)
 
 
-def test_without_a_tokenizer_only_ids_are_read_and_written(tmp_path, capsys):
-    rwkv_jax.save(tmp_path / "model.pth", *made("rwkv4", scan=False))  # of 11 tokens
+def test_pretrained_without_a_tokenizer_reads_and_writes_ids_alone(tmp_path, capsys):
+    rwkv_jax.save(tmp_path / "model.pth", *made("rwkv4", scan=False))  # a vocabulary of 11 tokens
     loaded = rwkv_jax.RWKVForCausalLM.from_pretrained(tmp_path / "model.pth")
     err = capsys.readouterr().err
     assert err.startswith("no tokenizer, only ids: ") and err.count("\n") == 1
@@ -169,7 +169,7 @@ def test_pretrained_names_mistakes():
         (lm().embed, ("",), "nothing to embed"),
         (lm().score, (["a", "b"], lm().read("text")), "the context holds 1 texts"),
         (lm().score, ([72, 256],), "holds token 256, expected ids from 0 to 255"),
-        (lm().score, ([-1],), "holds token -1"),  # which NumPy would count from the end
+        (lm().score, ([-1],), "holds token -1"),  # as an index NumPy would count it from the end
         (lm().embed, ([1.5],), "expected ids"),
         (lm().embed, ([[72], [2**40]],), "holds token 1099511627776"),
     ):

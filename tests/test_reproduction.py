@@ -1,4 +1,4 @@
-"""Every experiment of the paper runs with `--smoke` and writes what the ledger needs."""
+"""Every experiment of the paper runs with `--smoke` and writes the results that the ledger needs."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ NAMES = [folder.name for folder in ledger.reproductions()]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke_of_an_experiment_writes_what_the_ledger_needs(name, tmp_path):
+def test_smoke_of_every_experiment_writes_results_for_the_ledger(name, tmp_path):
     program = [sys.executable, "-W", "error", "-m", f"experiments.{name}.run", "--smoke", f"--out={tmp_path}"]
     run = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""Training workdirs as models: which parameters are loaded, and what is refused."""
+"""Training workdirs as models: loaded parameters, and refusals."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_load_stacks_the_layers_of_a_run_without_scan(tmp_path):
         ),
     ],
 )
-def test_load_names_what_is_wrong_with_a_workdir(tmp_path, config, message):
+def test_load_names_the_mistake_in_the_config_of_a_workdir(tmp_path, config, message):
     (tmp_path / "config.json").write_text(config)
     with one_line(message):
         rwkv_jax.load(tmp_path)
@@ -64,7 +64,7 @@ def test_load_names_a_workdir_of_another_config(tmp_path):
         rwkv_jax.load(tmp_path)
 
 
-def test_trained_length_is_the_workdirs_or_that_of_the_released_models(tmp_path):
+def test_trained_length_is_read_from_a_workdir_or_that_of_released_models(tmp_path):
     assert runs.trained_length(tmp_path / "model.pth") == 1024
     (tmp_path / "config.json").write_text('{"seq_len": 48}')
     assert runs.trained_length(tmp_path) == 48

@@ -1,4 +1,4 @@
-"""Rules that a reader of the sources can check: who imports whom, who names whom, and where tests are."""
+"""Rules that hold for the sources: imports, names of kinds, and the places of tests."""
 
 import ast
 import collections
@@ -15,20 +15,20 @@ SOURCES = sorted(path for folder in ("rwkv_jax", "configs", "experiments") for p
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
-# A module may import those of its own line and of lines further down; no two of a line may need each other.
+# A part may import those of its own line and of lines below; no two of a line may need each other.
 ORDER = (
     {"experiments"},
     {"configs"},
     {"commands"},
-    {"pretrained", "finetune", "harness"},
+    {"pretrained", "finetune", "harness", "doctor"},
     {"train"},
     {"generate", "evaluate", "runs", "interop", "checkpoint", "hardware"},
     {"data", "models"},
     {"ops", "files", "command"},
 )
 RANK = {name: len(ORDER) - i for i, line in enumerate(ORDER) for name in line}
-EDGES = {"run_config.py", "configs", "experiments"}  # what may import absl and ml_collections
-PURE = ("step", "methods", "optim")  # of train: arrays in, arrays out
+EDGES = {"run_config.py", "configs", "experiments"}  # files and parts that may import absl and ml_collections
+PURE = ("step", "methods", "optim")  # modules of train with arrays in and arrays out
 LIBRARIES = ("jax.", "flax.", "optax.", "orbax.", "grain.")
 
 
@@ -37,9 +37,10 @@ def name_of(path: Path) -> str:
 
 
 def module_of(path: Path) -> str:
-    """The room that a file belongs to: "ops" for rwkv_jax/ops/wkv4.py, "train", "experiments", "configs".
+    """The part of the project that a file belongs to: "ops" for rwkv_jax/ops/wkv4.py, "train", "experiments",
+    "configs".
 
-    A `__main__.py` is a command, which stands above the room in whose folder it lies: no module may import it.
+    A `__main__.py` is a command, which ranks above the part in whose folder it is: no module may import it.
     """
     if path.name == "__main__.py":
         return "commands"
@@ -48,7 +49,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(tree):
-    """Dotted names that a file imports, those inside functions included: "jax.numpy", "rwkv_jax.models.build"."""
+    """Dotted names that a file imports, also inside functions: "jax.numpy", "rwkv_jax.models.build"."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -59,8 +60,8 @@ def imports(tree):
 IMPORTS = {path: set(imports(tree)) for path, tree in TREES.items()}
 
 
-def rooms(path: Path):
-    """Rooms of this project that a file imports."""
+def imported_parts(path: Path):
+    """Parts of this project that a file imports."""
     for name in IMPORTS[path]:
         first, *rest = name.split(".")
         if first in ("experiments", "configs"):
@@ -77,7 +78,7 @@ def private_names(source, names):
 
 
 def forbidden_imports(here: str, names):
-    """Imports that a room does not allow."""
+    """Imports that are not allowed in a part."""
     for name in names:
         root = name.split(".")[0]
         wrong = (
@@ -94,24 +95,24 @@ def test_imports_point_one_way():
     wrong = [f"{name_of(path)}: relative {name}" for path in SOURCES for name in IMPORTS[path] if name[0] == "."]
     for path in SOURCES:
         here = module_of(path)
-        for room in rooms(path):
-            # a name of the table of contents, such as rwkv_jax.build, says nothing about where it lives
-            if room not in RANK:
-                wrong.append(f"{name_of(path)}: import {room} from its own module")
-            elif RANK[room] > RANK[here]:
-                wrong.append(f"{name_of(path)}: {here} imports {room}")
+        for part in imported_parts(path):
+            # a lazy name of the package, such as rwkv_jax.build, does not show its module
+            if part not in RANK:
+                wrong.append(f"{name_of(path)}: import {part} from its own module")
+            elif RANK[part] > RANK[here]:
+                wrong.append(f"{name_of(path)}: {here} imports {part}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_imports_of_modules_form_no_circle():
+def test_imports_of_modules_form_no_cycle():
     needs = collections.defaultdict(set)
     for path in SOURCES:
-        needs[module_of(path)] |= set(rooms(path)) - {module_of(path)}
+        needs[module_of(path)] |= set(imported_parts(path)) - {module_of(path)}
     graphlib.TopologicalSorter(needs).prepare()  # raises CycleError
 
 
-def test_imports_of_experiments_form_no_circle():
-    """Any of their files may be the command that is run: what a circle breaks depends on where it is entered."""
+def test_imports_of_experiments_form_no_cycle():
+    """Any of their files may be run as the command: the effect of a cycle depends on where it is entered."""
     modules = {name_of(path)[:-3].replace("/", "."): path for path in SOURCES if module_of(path) == "experiments"}
     needs = {
         name: {n for n in modules for x in IMPORTS[path] if x == n or x.startswith(f"{n}.")}
@@ -120,9 +121,9 @@ def test_imports_of_experiments_form_no_circle():
     graphlib.TopologicalSorter(needs).prepare()  # raises CycleError
 
 
-def test_imports_of_a_room_are_allowed_there():
-    room = lambda path: path.name if path.name in EDGES else module_of(path)
-    found = ((path, forbidden_imports(room(path), IMPORTS[path])) for path in SOURCES)
+def test_imports_of_each_part_are_allowed_there():
+    part = lambda path: path.name if path.name in EDGES else module_of(path)
+    found = ((path, forbidden_imports(part(path), IMPORTS[path])) for path in SOURCES)
     wrong = [f"{name_of(path)}: {name}" for path, names in found for name in names]
     assert not wrong, "\n".join(wrong)
 
@@ -135,13 +136,13 @@ def test_step_imports_neither_files_nor_sampling():
         assert own and all(imported.startswith(allowed) for imported in own), f"{name_of(path)}: {own}"
 
 
-def test_private_names_of_libraries_are_not_used():
+def test_sources_use_no_private_names_of_libraries():
     wrong = [f"{name_of(path)}: {name}" for path in SOURCES for name in private_names(path.read_text(), IMPORTS[path])]
     assert not wrong, "\n".join(wrong)
 
 
-def test_rules_of_imports_find_offenders():
-    """The other tests find nothing in a clean project; this is a file that breaks the rules."""
+def test_forbidden_imports_and_private_names_find_offenders():
+    """The other tests pass on a clean project; this source breaks the rules."""
     dirty = "from jax import _src\nimport flax.linen as nn\nfrom . import a\nnn.module._x\nnn.__doc__\n"
     names = set(imports(ast.parse(dirty)))
     assert names == {"jax._src", "flax.linen", "..a"}
@@ -164,8 +165,8 @@ def words_of_code(tree):
                 yield node.lineno, text
 
 
-def test_kinds_of_layers_are_named_in_their_own_files_and_the_weight_tables_only():
-    """What other code knows of a kind stands in its record: see `models/block.py`."""
+def test_kinds_are_named_in_their_own_files_and_the_weight_tables_only():
+    """Other code reads the record of a kind: see `models/block.py`."""
     from rwkv_jax.models import KINDS
 
     own = {f"models/{name}.py" for name in ("kinds", *KINDS)}
@@ -178,13 +179,13 @@ def test_kinds_of_layers_are_named_in_their_own_files_and_the_weight_tables_only
     assert not wrong, "\n".join(wrong)
 
 
-def test_folders_of_tests_mirror_the_package():
+def test_tests_mirror_the_folders_of_the_package():
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in TESTS} - {".", "goldens", "experiments"}
     missing = sorted(folder for folder in folders if not (ROOT / "rwkv_jax" / folder).is_dir())
     assert not missing, f"folders of tests without one in rwkv_jax: {missing}"
 
 
-def test_names_of_test_files_are_unique():
+def test_tests_have_unique_file_names():
     """pytest imports each test file under its basename."""
     names = collections.Counter(path.name for path in TESTS if path.name != "conftest.py")
     assert names.most_common(1)[0][1] == 1, names.most_common(1)
@@ -208,7 +209,7 @@ def test_package_import_loads_the_standard_library_alone():
     assert {name for name in run.stdout.split() if name.split(".")[0] not in sys.stdlib_module_names} == {"rwkv_jax"}
 
 
-def test_package_has_every_name_of_its_contents():
+def test_package_provides_every_name_of_its_contents():
     import rwkv_jax
 
     names = {name: getattr(rwkv_jax, name).__name__ for name in dir(rwkv_jax)}

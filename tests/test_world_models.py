@@ -1,4 +1,4 @@
-"""Files of every version with the World vocabulary: whatever `load` reads is used without being told what it is."""
+"""Files of every version with the World vocabulary: `load` detects all it needs to use them."""
 
 import io
 
@@ -26,9 +26,9 @@ def path(request, tmp_path_factory):
     return path
 
 
-def test_world_model_generates_scores_embeds_and_saves_contexts(path, tmp_path, capsys):
+def test_pretrained_world_model_generates_scores_embeds_and_saves_contexts(path, tmp_path, capsys):
     lm = rwkv_jax.RWKVForCausalLM.from_pretrained(path)
-    assert capsys.readouterr().err == f"{path} carries no tokenizer: world, guessed from its vocabulary of 65536\n"
+    assert capsys.readouterr().err == f"{path} has no tokenizer: world, guessed from its vocabulary of 65536\n"
     assert isinstance(lm.tokenizer, WorldTokenizer)
     text = lm.generate(TEXT, max_new_tokens=6, **NEARLY_GREEDY)
     assert text and "".join(lm.stream(TEXT, max_new_tokens=6, **NEARLY_GREEDY)) == text
@@ -47,7 +47,7 @@ def test_world_model_generates_scores_embeds_and_saves_contexts(path, tmp_path, 
     assert lm.embed(TEXT).shape == (lm.model.dim,) and np.isfinite(lm.embed(TEXT)).all()
 
 
-def test_world_model_chats_with_the_world_template(path, tmp_path, capsys, monkeypatch):
+def test_chat_of_a_world_model_uses_the_world_template(path, tmp_path, capsys, monkeypatch):
     typed = f"Good day\n/save {tmp_path / 'talk'}\n".encode()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
     assert main([f"--model={path}", "--chat", "--max_new_tokens=4"]) == 0

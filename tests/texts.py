@@ -1,4 +1,4 @@
-"""Small corpora on disk, and what `prepare` made of them."""
+"""Small corpora on disk, and the documents in the splits that `prepare` makes of them."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ from rwkv_jax.data import SEPARATOR
 
 
 def prose(seed, lines=30):
-    """Text with no line twice."""
+    """Text without repeated lines."""
     letters = np.array(list("abcdefghijklmnopqrstuvwxyzäé€😀   "))
     return "\n".join("".join(row) for row in np.random.default_rng(seed).choice(letters, (lines, 40)))
 

@@ -1,7 +1,7 @@
-"""Runs of training for tests: a config, a text, and a toy step that compiles in a moment.
+"""Runs of training for tests: a config, a text, and a toy step that compiles quickly.
 
-The toy has parameters, a moment, and a carry per row, all functions of every batch and learning rate so far: an end
-that is bit-equal has seen the same steps. Strategies, loop, log and checkpoints around it are the real ones.
+The toy has parameters, a moment, and a carry for each row, all functions of every batch and learning rate so far: a
+bit-equal final state has seen the same steps. Strategies, loop, log and checkpoints around it are the real ones.
 """
 
 import functools
@@ -23,7 +23,7 @@ NOISE = np.random.default_rng(0).standard_normal(WIDTH).astype(np.float32)
 
 
 class DiedError(Exception):
-    """Raised where a process would be killed."""
+    """Raised in place of a kill of the process."""
 
 
 def write_text(path):
@@ -47,7 +47,7 @@ def config(text, **changes):
 
 
 def arguments(text, workdir, **changes):
-    """The same run as `config`, for the command line."""
+    """The run of `config`, as arguments of the command line."""
     fields = FIELDS | {"corpus": text} | changes
     return [
         "--config=configs/tiny.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())
@@ -59,7 +59,7 @@ def same(a, b):
 
 
 def numbers(workdir):
-    """Rows of the log without those of starts, and without what depends on the clock."""
+    """Rows of the log without those of starts, and without fields that depend on the clock."""
     clock = re.compile("goodput|mfu|.*_seconds?|.*_per_second.*")
     rows = [row for row in metrics.logged(workdir / "metrics.jsonl") if "began" not in row]
     return [{k: v for k, v in row.items() if not clock.fullmatch(k)} for row in rows]
@@ -71,7 +71,7 @@ def losses(workdir, name="loss_nats"):
 
 
 def die_before(patch, doomed):
-    """From now on a run dies instead of logging a row that `doomed(row)` holds for."""
+    """Make a run die instead of logging a row for which `doomed(row)` holds."""
     append = metrics.append
 
     def dies(path, row):
@@ -97,7 +97,7 @@ def toy_init(model, tx, method=None, carry_rows=None):
 
 def toy_step(model, tx, **options):
     def step(state, batch, lr, axis_name=None):
-        mean = batch["tokens"][:, 1:].astype(jnp.float32).mean() / 256  # of 2^n small integers: exact in any order
+        mean = batch["tokens"][:, 1:].astype(jnp.float32).mean() / 256  # 2^n small integers: exact in any order
         mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)
         (moments,) = state.opt_state
         m = 0.5 * moments["m"] + mean
@@ -123,7 +123,7 @@ def toy_windows(model, params, tokens, seq_len, batch_size, state=None):
 
 
 def install_toy(patch):
-    """Runs train the toy instead of the model of their config."""
+    """Makes runs train the toy instead of the model of their config."""
     patch.setattr(assemble, "make_init", toy_init)
     patch.setattr(assemble, "make_step", toy_step)
     patch.setattr(assemble, "make_diagnose", toy_diagnose)
@@ -132,7 +132,7 @@ def install_toy(patch):
 
 
 class Runs(NamedTuple):
-    """A run that nothing disturbed, and the workdir of one that died after its step 4 was saved."""
+    """An undisturbed run, and the workdir of one that died after its step 4 was saved."""
 
     whole: object
     state: train.TrainState

@@ -1,4 +1,4 @@
-"""Tiny weights that no program initialises, and comparisons of tensors bit for bit."""
+"""Tiny weights made without compiling a program, and comparisons of tensors bit for bit."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ NAMES = {
     "safetensors": "m.safetensors",
     "huggingface": "m",
     "rwkv.cpp": "m.bin",
-}  # of files, by format
+}  # names of files, by format
 
 MATRICES = {
     "att.key": (D, D),
@@ -64,7 +64,7 @@ def official(dtype=np.float32, num_layers=L):
 
 @functools.cache
 def tiny(dtype="float32", scan=True, kind="rwkv4", **fields):
-    """(model, params) as `load` returns the model of an official file with weights of `dtype`."""
+    """(model, params) as `load` returns them for an official file with weights of `dtype`."""
     sizes = {"vocab_size": V, "num_layers": L, "dim": D, "hidden_dim": F}
     model, params = drawn(rwkv_jax.build(kind, **(sizes | RELEASED[kind] | fields)))
     keeps = lambda path: path[-1].key in KEPT_WIDE
@@ -95,7 +95,7 @@ def write_workdir(path, model, params, *steps):
 
 
 def assert_same_tensors(actual, expected):
-    """Two dicts of tensors, bit for bit."""
+    """Check that two dicts of tensors are bit-equal."""
     assert actual.keys() == expected.keys()
     for name, x in expected.items():
         assert (actual[name].dtype, actual[name].shape) == (x.dtype, x.shape), name
@@ -103,7 +103,7 @@ def assert_same_tensors(actual, expected):
 
 
 def assert_same_params(actual, expected):
-    """Two trees of parameters, bit for bit."""
+    """Check that two trees of parameters are bit-equal."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape), path
@@ -112,7 +112,7 @@ def assert_same_params(actual, expected):
 
 @contextlib.contextmanager
 def one_line(match, error=ValueError):
-    """An error whose message matches, in one line that is not long."""
+    """Expects an error whose message matches, in one short line."""
     with pytest.raises(error, match=match) as raised:
         yield
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000

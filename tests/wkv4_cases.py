@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 @functools.cache
 def case(T, dtype=np.float32) -> Case:
-    """A row for each regime of log weights, all after a past."""
+    """One row for each regime of log weights, all after a past."""
     rng = np.random.default_rng(T)
     shape = (T, D)
     noise = rng.standard_normal(shape)
@@ -55,10 +55,10 @@ def empty(rows) -> WKV4State:
 def random_case(seed, T, B=32):
     """(case, masks) in float32 with rows of any regime, documents, padding and past; padding holds large numbers.
 
-    Rows 0 and 1 are nothing but padding; the loss of the last four is on their last document alone.
+    Rows 0 and 1 are padding only; the loss of the last four depends on their last document alone.
     """
     rng = np.random.default_rng(seed)
-    eighths = lambda most, *shape: np.float32(rng.integers(-8 * most, 8 * most + 1, shape) / 8)  # none that underflows
+    eighths = lambda most, *shape: np.float32(rng.integers(-8 * most, 8 * most + 1, shape) / 8)  # no weight underflows
     draw = lambda most, *shape: np.float32(rng.uniform(-most, most, shape))
 
     def pick(*choices):
@@ -107,7 +107,7 @@ def allowed_error(dtype, u_D, k_BTD, state):
 
 
 def check_all(y, after, grads, before, want, allowed, summing=0.0, dtype=np.float32, terms=1.0):
-    """Outputs, final state and gradients ((w, u, k, v), state `before`) of sum(dy * y) against `formula`.
+    """Check outputs, final state and gradients ((w, u, k, v), state `before`) of sum(dy * y) against `formula`.
 
     `allowed` [B, 1] is for each row; the gradients of w and u, sums over rows and time, may err by `summing` more.
     """
@@ -137,17 +137,17 @@ def check_state(after, want, *within):
 
 
 def check_case(y, after, grads, inputs, dtype=np.float32):
-    """Compare what a form computed from `case` with the formula."""
+    """Check a form's results on `case` against the formula."""
     (w, u, k, v), before, dy = inputs
     allowed = allowed_error(dtype, u, k, before)
     check_all(y, after, grads, before, formula(w, u, k, v, past_of(before), dy), allowed, dtype=dtype)
 
 
 def check_random(y, after, grads, inputs, masks, steps):
-    """Compare what a form computed from `random_case` with the formula, within what rounding costs in `steps` merges.
+    """Check a form's results on `random_case` against the formula, within the rounding of `steps` merges.
 
     An output lies between the values that its token has seen, the first token of a document is its own average, and a
-    row of padding leaves the state as it is.
+    row of padding leaves the state unchanged.
     """
     (w, u, k, v), before, dy = inputs
     past, valid, eps = past_of(before), masks["valid_BT"], np.finfo(np.float32).eps
@@ -187,7 +187,8 @@ def in_bfloat16(inputs) -> Case:
 
 
 def check_bfloat16(y, after, grads, inputs):
-    """y, dk and dv are rounded to bfloat16 once, at the end; all else is computed in float32 and stays in it."""
+    """Check that y, dk and dv are rounded to bfloat16 once, at the end; all else is computed in float32 and stays in
+    it."""
     (w, u, k, v), before, dy = inputs
     (dw, du, dk, dv), dstate = grads
     assert {x.dtype for x in (dw, du, *after, *dstate)} == {np.dtype("float32")}

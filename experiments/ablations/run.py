@@ -1,8 +1,9 @@
-"""Ablations of RWKV-4: what each part of the model and of its recipe is worth, one changed at a time.
+"""Ablations of RWKV-4: what each part of the model and of its training recipe is worth, one changed at a time.
 
 Claim: each part that the paper argues for (token shift, the bonus u of the current token, receptance, a trained decay,
-ReLU^2) lowers the loss. The paper prints no ablation of them; of its printed initialiser (appendix E) the claim here
-is that it leaves channel mixing without a gradient, so that the released one, its opposite, must be meant.
+ReLU^2) lowers the loss. The paper prints no ablation of them. For the paper's printed initialiser (appendix E), the
+claim here is that it leaves channel mixing without a gradient, so that the released initialiser, its opposite, must be
+meant.
 
     python -m experiments.ablations.run               2 x 64, 12 changes, 3 seeds each
     python -m experiments.ablations.run --preset=gpu  6 x 256, each arm at its own best learning rate
@@ -10,15 +11,15 @@ is that it leaves channel mixing without a gradient, so that the released one, i
 
 Cost: 38 minutes on 2 shared cores, 39 runs of a minute; `gpu`: 52 runs or more, estimated 2 hours of one H200.
 
-Measured: bits per byte of held-out text, changed minus released, in pairs (`study.compared`); *resolved* is a p below
-0.05 after Holm's correction, which at three pairs and twelve comparisons asks for fifteen standard errors.
-  same sign      of the changes that take a part away, one is resolved as worse and none as better
+Measured: bits per byte of held-out text, changed minus released, in pairs (`study.compared`). *Resolved* means p below
+0.05 after Holm's correction, which at three pairs and twelve comparisons requires fifteen standard errors.
+  same sign      among the changes that remove a part, one is resolved as worse and none as better
   contradicted   one is resolved as better; for the printed initialiser: it is resolved as worse
-  not resolved   else
+  not resolved   otherwise
 
 Deviations: byte-level models a thousandth of the paper's in size, after half a million tokens. `cpu` trains every arm
-at the learning rate that is best for the released model (1.6e-2, from experiments/compare/sweep.json): what an arm
-would gain by its own rate counts against it.
+at the best learning rate of the released model (1.6e-2, from experiments/compare/sweep.json), so an arm is not
+credited with what its own best rate would gain.
 """
 
 from experiments import statistics, study
@@ -26,11 +27,11 @@ from experiments.command import claim, not_run
 
 RELEASED, PRINTED = "RWKV-4", "initialiser as printed"
 FROZEN_DECAY = (("/time_decay$", 0.0), ("/time_first$", 3.0))
-# Those that take a part away, the important first.
+# Changes that remove a part, the most important first.
 PARTS = {
     "no token shift": {"model.variant.token_shift": False},
     "no receptance": {"model.variant.receptance": False},
-    # F + D: what the receptances had, 2 D^2
+    # F + D: as many parameters as the receptances had, 2 D^2
     "no receptance, F + D": lambda base: {"model.variant.receptance": False, "model.hidden_dim": 5 * base.model.dim},
     "u = 0": {"model.variant.current_token": "plain"},
     "no current token": {"model.variant.current_token": "excluded"},
@@ -44,7 +45,7 @@ OTHERS = {"exponent n": {"model.variant.previous_token": "decayed"}, PRINTED: {"
 
 
 def conclude(its, values: dict) -> dict:
-    """Rows of the ledger: what the parts are worth, and the printed initialiser."""
+    """Return the rows of the ledger: the parts, and the printed initialiser."""
     rows = study.compared(its, values)
     told = lambda arm: f"{arm} {statistics.told(*map(rows[arm].get, ('difference', 'low', 'high')))}"
     worse = [arm for arm, row in rows.items() if row.get("resolved") and row["difference"] > 0]

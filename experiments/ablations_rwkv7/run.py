@@ -1,31 +1,31 @@
-"""Ablations of RWKV-7: what each part of its time mixing is worth, one changed at a time, and another start.
+"""Ablations of RWKV-7: what each part of its time mixing is worth, one changed at a time, and a different start.
 
-Claim: each part that the paper (arXiv:2503.14456) argues for lowers the loss: the delta rule, its learned rate a, the
-value residual, the bonus, token shift, a decay that depends on the text. Its main text has no number for them, and
-its appendix of ablations was not at hand. And of users of flash-linear-attention (fla, issue 218): from the start
-values that it had until April 2025 the loss falls worse than from the released ones; a picture, no number.
+Claims: each part that the paper (arXiv:2503.14456) argues for lowers the loss: the delta rule, its learned rate a, the
+value residual, the bonus, token shift, a decay that depends on the text. The paper's main text has no number for them,
+and its appendix of ablations was not at hand. The second claim is by users of flash-linear-attention (fla, issue 218):
+from the start values that fla had until April 2025 the loss falls worse than from the released ones. They show a
+picture, no number.
 
     python -m experiments.ablations_rwkv7.run         2 x 64, 8 changes, 3 seeds each
     python -m experiments.ablations_rwkv7.run --smoke
 
 Cost, estimated: 30 minutes on 2 idle cores, 27 runs of a minute.
 
-Measured: bits per byte of held-out text, changed minus released, in pairs (`study.compared`); *resolved* is a p below
-0.05 after Holm's correction for 8 comparisons, which at three pairs asks for effects a dozen times their standard
-error.
-  same sign      parts that this paper argues for by the loss (rate a, value residual, decay): one that is taken away
-                 is resolved as worse and none as better; start: it is resolved as worse
+Measured: bits per byte of held-out text, changed minus released, in pairs (`study.compared`). *Resolved* means p below
+0.05 after Holm's correction for 8 comparisons, which at three pairs requires effects of a dozen standard errors.
+  same sign      parts that the paper argues for by the loss (rate a, value residual, decay): one removed part is
+                 resolved as worse and none as better; start: it is resolved as worse
   contradicted   parts: one is resolved as better; start: it is resolved as better
-  not resolved   else
-  not comparable the delta rule by itself, which the paper argues for by recall and state tracking, not by the loss of
+  not resolved   otherwise
+  not comparable the delta rule by itself, which the paper argues for by recall and state tracking, not by the loss on
                  text of 128 bytes
-  no claim       removal 2, which the released model has not
+  no claim       removal 2, which the released model does not have
 
 Deviations: byte-level models of one head, a thousandth of the paper's in size, after 614,400 tokens, where RWKV-7 is
-still behind RWKV-4: parts that pay late look worthless. Every arm has the rate that is best for the released model
-(4e-3, from experiments/compare/sweep.json): what an arm would gain by its own counts against it. A decay that does
-not depend on the text keeps its map, which stays zero. fla's start has the released widths of the low-rank maps, and
-no initial value in common with its pair but zeros and ones.
+still behind RWKV-4: parts that pay off late look worthless. Every arm has the best rate of the released model (4e-3,
+from experiments/compare/sweep.json), so an arm is not credited with what its own best rate would gain. The arm without
+a text-dependent decay keeps the decay's map, which stays zero. fla's start has the released widths of the low-rank
+maps, and shares no initial value with its pair except zeros and ones.
 """
 
 import re
@@ -49,10 +49,10 @@ PARTS = {
     "no token shift": {"model.variant.token_shift": False},
     "decay without text": {"optim.groups": ((r"/att/w[12]$", 0.0), (r"/w0$", 2.0))},
 }
-# by the loss of text; the delta rule is for recall and state tracking, bonus and token shift are of earlier papers
+# by the loss on text; the delta rule is for recall and state tracking, bonus and token shift are from earlier papers
 ARGUED_FOR = ("in-context rate 1", "no value residual", "decay without text")
 OTHERS = {SWAPS: {"model.variant.removal": 2.0}, START: {"finetune.model": START}}
-# What others say of each.
+# Published statements on each arm.
 SAID = {
     DELTA: "argued for by recall and state tracking",
     "in-context rate 1": "argued for: how much is replaced may differ by channel and token",
@@ -64,9 +64,9 @@ SAID = {
     SWAPS: "eigenvalues to -1 are for state tracking; no number for text",
     START: "worse from the first steps on (fla, issue 218)",
 }
-# fla at 10f8c073 (2025-03-07), fla/layers/rwkv7.py and fla/models/rwkv7/modeling_rwkv7.py, by path: the first that
-# matches. Vectors, k_k among them, are zero: nothing is removed then, and k_k never gets a gradient. Pull requests 365
-# to 493 of April to June 2025 brought the released values.
+# fla at 10f8c073 (2025-03-07), fla/layers/rwkv7.py and fla/models/rwkv7/modeling_rwkv7.py, by path: the first
+# match counts. Vectors, including k_k, start at zero: nothing is removed then, and k_k never gets a gradient. Pull
+# requests 365 to 493 of April to June 2025 brought the released values.
 VALUES_OF_FLA = (
     (r"/scale$", nn.initializers.ones),
     (r"^(emb|head)/|/ffn/\w+/kernel$", nn.initializers.normal(0.02)),
@@ -76,7 +76,7 @@ VALUES_OF_FLA = (
 
 
 def start_of_fla(model, seed: int):
-    """Parameters as fla started them, for a model with one set a layer."""
+    """Return parameters with fla's start values, for a model with one set per layer."""
 
     def drawn(path, like):
         name = "/".join(key.key for key in path)
@@ -89,7 +89,7 @@ def start_of_fla(model, seed: int):
 
 
 def prepare(config, folder: Path) -> None:
-    """Put a file of weights in the place of `START` in a config."""
+    """Replace `START` in a config by the path of a weights file."""
     if config.finetune.model == START:
         model = run_config.model_of(config).clone(scan=False)
         path = folder / f"fla-{model.num_layers}x{model.dim}-seed{config.seed}.safetensors"
@@ -99,11 +99,11 @@ def prepare(config, folder: Path) -> None:
 
 
 def conclude(its, values: dict) -> dict:
-    """Rows of the ledger: the parts together, the delta rule, removal 2 and the start; and all of them beside SAID."""
+    """Return the rows of the ledger (parts, delta rule, removal 2, start), and every arm beside SAID."""
     rows = study.compared(its, values)
     of = lambda arm: statistics.told(*(rows[arm][name] for name in ("difference", "low", "high")))
     resolved = lambda arm, sign: rows[arm]["resolved"] and sign * rows[arm]["difference"] > 0
-    taken = [arm for arm in ARGUED_FOR if arm in rows]  # not all in a smoke run
+    taken = [arm for arm in ARGUED_FOR if arm in rows]  # a smoke run lacks some
     worse, better = ([arm for arm in taken if resolved(arm, sign)] for sign in (1, -1))
     largest = max(taken, key=lambda arm: rows[arm]["difference"])
     parts = "contradicted" if better else "same sign" if worse else "not resolved"

@@ -1,19 +1,24 @@
-"""Training in bfloat16 beside float32, everything else the same: activations, or the parameters, in bfloat16.
+"""Training in bfloat16 against float32, everything else equal: activations, or parameters, in bfloat16.
 
-Claims: the released models were trained in bfloat16; with parameters, moments, WKV, norms' statistics and logits in
+Claims: the released models were trained in bfloat16. With parameters, moments, WKV, norms' statistics and logits in
 float32, bfloat16 activations cost less than 0.01 bits a byte of held-out text. Parameters kept in bfloat16 lose what
-rounding them after every step takes (a change below 1/512 of a parameter is gone), for 2 bytes a parameter less
-memory. The same seed twice is the same run, bit for bit on a CPU.
+rounding after every step removes (a change below 1/512 of a parameter vanishes), and save 2 bytes of memory per
+parameter. Two runs with the same seed are equal, bit for bit on a CPU.
 
     python -m experiments.bf16.run                        2 x 64 on the embedded corpus, 3 seeds of each
     python -m experiments.bf16.run --preset=gpu           6 x 512
     python -m experiments.bf16.run --smoke
 
-Held-out text is scored in float32 for all arms, so that differences are those of training.
+Held-out text is scored in float32 for all arms, so differences come from training alone.
+
 Cost: 8 minutes on 2 CPU cores; `gpu` about 10 minutes on one H100.
-Paper: trained in bfloat16 (released code), no float32 beside it. Reproduced: the interval of the paired difference
-lies below +0.01 bits a byte; contradicted: it lies above; not resolved: else.
-Deviations: one small model, one rate, few steps, which cannot show a loss of accuracy of long runs or large models.
+
+Paper: trained in bfloat16 (released code), without a float32 run beside it.
+  reproduced     the interval of the paired difference lies below +0.01 bits a byte
+  contradicted   it lies above
+  not resolved   otherwise
+
+Deviations: one small model, one rate, few steps. These cannot show a loss of accuracy in long runs or large models.
 """
 
 import hashlib
@@ -33,7 +38,7 @@ ARMS = {
     "bfloat16 activations": {"model.dtype": "bfloat16"},
     "bfloat16 parameters": {"model.param_dtype": "bfloat16"},
 }
-REPEATED = (BASE, "bfloat16 activations")  # arms of which the first seed runs twice
+REPEATED = (BASE, "bfloat16 activations")  # arms whose first seed runs twice
 TOLERATED = 0.01  # bits a byte
 
 
@@ -45,12 +50,12 @@ def in_float32(model, params, corpus) -> dict:
 
 
 def digest(model, params, corpus) -> dict:
-    """SHA-256 of the parameters."""
+    """Return the SHA-256 of the parameters."""
     return {"digest": hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))).hexdigest()}
 
 
 def again(changes, config, folder) -> dict:
-    """A second run with the same seed."""
+    """Repeat a run with the same seed."""
     config.update_from_flattened_dict(changes)
     _, params, workdirs = trained([config], folder / "again")
     return digest(None, params, None) | {"curve": curve(workdirs)}
@@ -63,7 +68,7 @@ def verdict(low, high) -> str:
 
 
 def conclude(its, values) -> dict:
-    """Rows of the ledger: what each arm costs, and whether a seed is a run."""
+    """Return the rows of the ledger: the cost of each arm, and whether runs of one seed are equal."""
     config, compared = study.config_of(its), study.compared(its, values)
     size = f"{config.model.num_layers} x {config.model.dim}, {config.steps} steps, "
     size += f"{len(study.seeds_of(its, BASE))} paired seeds"

@@ -1,4 +1,5 @@
-"""Levels to read a byte model's bits per byte against: counts of the same training bytes, and a file compressor."""
+"""Reference levels for a byte model's bits per byte: n-gram counts of the same training bytes, and a file
+compressor."""
 
 import lzma
 
@@ -8,17 +9,18 @@ ORDER = 6  # longest n-gram: five bytes of context
 
 
 def ngram_bits(train_NT, test_T, order: int = ORDER):
-    """Bits of each byte of `test` under a Witten-Bell n-gram of the rows of `train`, for orders 1 to `order`.
+    """Return the bits of each byte of `test` under a Witten-Bell n-gram of the rows of `train`, by order.
 
-    p_n(x | h) = (count(h x) + types(h) p_{n-1}(x | h')) / (count(h) + types(h)), with h' the context without its first
-    byte, types(h) the number of different bytes seen after h, and p_0 = 1/256.
+    p_n(x | h) = (count(h x) + types(h) p_{n-1}(x | h')) / (count(h) + types(h)), where h' is the context without its
+    first byte, types(h) is the number of different bytes seen after h, and p_0 = 1/256.
 
     Args:
-        train_NT: bytes; n-grams do not run from one row into the next.
+        train_NT: bytes; n-grams do not cross from one row into the next.
         test_T: bytes of one stream.
+        order: the largest n.
 
     Returns:
-        One array [T] for every order.
+        One array [T] for each n from 1 to `order`.
     """
     probability_T = np.full(len(test_T), 1 / 256)
     bits = []
@@ -40,7 +42,7 @@ def ngram_bits(train_NT, test_T, order: int = ORDER):
 
 
 def _grams(rows_NT, n: int):
-    """Every n-gram within a row, as one integer with the newest byte lowest."""
+    """Return every n-gram within a row, as one integer with the newest byte lowest."""
     windows = np.lib.stride_tricks.sliding_window_view(rows_NT, n, axis=1)
     grams = np.zeros(windows.shape[:2], np.int64)
     for i in range(n):
@@ -54,6 +56,6 @@ def _lookup(keys, values, wanted):
 
 
 def xz_bits_per_byte(train: bytes, test: bytes) -> float:
-    """Bits that xz adds per byte of `test` once it has compressed `train`."""
+    """Return the bits that xz adds per byte of `test` after compressing `train`."""
     size = lambda text: len(lzma.compress(text, preset=9))
     return 8 * (size(train + test) - size(train)) / len(test)

@@ -2,42 +2,45 @@
 
 import numpy as np
 
-from experiments.figures import COLOURS, plt, saved
+from experiments.figures import COLOURS, label_ends, panels, saved, style, titled
 from experiments.results import redraw
 
 
 def draw(results, path) -> None:
     """Write the figure as PNG."""
-    figure, (tokens, seconds, decode) = plt.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
-    for arm, row in results["arms"].items():
-        style = {"color": COLOURS[arm], "label": arm}
-        curve = np.array(row["curve"])
+    arms = results["arms"]
+    figure, [(tokens, seconds, decode)] = panels(3, width=4.1, height=3.9)
+    for arm, row in arms.items():
+        curve, its = np.array(row["curve"]), style(arm)
         bits = _smooth(curve[:, 2])
-        tokens.plot(curve[:, 0] / 1e6, bits, **style)
-        seconds.plot(curve[:, 1], bits, **style)
-        tokens.plot(curve[-1, 0] / 1e6, row["bits_per_byte"], "o", color=COLOURS[arm])
+        tokens.plot(curve[:, 0] / 1e6, bits, **its | {"marker": ""})
+        seconds.plot(curve[:, 1], bits, **its | {"marker": ""})
+        for axis, x in ((tokens, curve[-1, 0] / 1e6), (seconds, curve[-1, 1])):
+            axis.plot(x, row["bits_per_byte"], its["marker"], color=COLOURS[arm])
         cost = [(d["context"], 1e3 / d["tokens_per_second"]) for d in row["decode"]]
-        decode.plot(*np.array(cost).T, "o-", **style)
+        decode.plot(*np.array(cost).T, **its)
+    low = min(min(row["bits_per_byte"] for row in arms.values()), *results["counted"].values())
     for axis in (tokens, seconds):
         for name, level in results["counted"].items():
             if name != "unigram":
-                axis.axhline(level, color="grey", linewidth=0.8, linestyle=":")
-                axis.annotate(
-                    name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-                )
-        axis.set_ylabel("bits per byte (training; dots: held out)")
-        low = min(min(a["bits_per_byte"] for a in results["arms"].values()), *results["counted"].values())
+                axis.axhline(level, color="#888888", linewidth=0.8, linestyle=":", label=name)
         axis.set_ylim(low - 0.2, max(4.5, low + 1))
-    tokens.set_xlabel("training tokens, millions")
-    seconds.set_xlabel("training time, seconds")
-    decode.set(xlabel="context, tokens", ylabel="ms per decoded token", xscale="log", yscale="log")
-    decode.legend(frameon=False)
-    preset, stamp = results["preset"], results["stamp"]
-    figure.suptitle(
-        f"{preset['num_layers']} x {preset['dim']}, {preset['tokens'] / 1e6:.2f} M tokens of "
-        f"{results['corpus']['name']}, one seed; {stamp['cores']} cores, {stamp['date']}",
-        fontsize=10,
+    tokens.set(xlabel="training tokens, millions", ylabel="bits per byte")
+    tokens.set_title("training, smoothed; markers: held out")
+    seconds.set(xlabel="training time, seconds", title="the same, by time")
+    decode.set(
+        xlabel="context, tokens", ylabel="ms a token", title="time to decode a token", xscale="log", yscale="log"
     )
+    for axis in (tokens, decode):
+        label_ends(axis)
+    seconds.tick_params(labelleft=False)
+    preset, stamp = results["preset"], results["stamp"]
+    longest = max(row["decode"][-1]["context"] for row in arms.values())
+    last = {arm: 1e3 / row["decode"][-1]["tokens_per_second"] for arm, row in arms.items()}
+    decoding = ", ".join(f"{arm} {ms:.2g} ms" for arm, ms in sorted(last.items(), key=lambda item: item[1]))
+    size = f"{preset['num_layers']} x {preset['dim']}, {preset['tokens'] / 1e6:.2f} M tokens"
+    condition = f"{size} of {results['corpus']['name']}, one seed; {stamp['cores']} cores"
+    titled(figure, results, f"A token decoded after {longest:,}: {decoding}", condition)
     saved(figure, path)
 
 

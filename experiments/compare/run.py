@@ -1,17 +1,17 @@
 """RWKV-4 and RWKV-7 against a transformer of equal size, and against that transformer with RWKV's token shift.
 
-Claim: on the same batches, each at its own learning rate, at equal size and tokens, the table says how many bits per
-byte lie between the four on held-out text, with a 95 % interval over files. It is a demonstration of the tokens it
-names and of one seed: small byte-level runs measure token shift more than recurrence against attention, and the
-paper's own difference at 12 x 512 has the other sign (+0.041 bits per character, RWKV-4 worse; Table 5).
+Claim: on the same batches, each at its own learning rate, at equal size and tokens, the table gives the differences in
+bits per byte between the four models on held-out text, with 95 % intervals over files. It is a demonstration for the
+tokens it names and for one seed: small byte-level runs measure token shift more than recurrence against attention, and
+the paper's own difference at 12 x 512 has the other sign (+0.041 bits per character, RWKV-4 worse; Table 5).
 
     make compare                                      (DURATION=minutes, SEED=, TEXT=file or folder)
     python -m experiments.compare.run --duration=6
     python -m experiments.compare.run --sweep         learning rates of each arm and width -> sweep.json
     python -m experiments.compare.run --smoke --out=DIR
 
-Cost: `--duration` minutes, 6 unless told, on any machine: it takes the steps that fit. `--sweep`: hours on 2 cores.
-Writes results.json and figure.png beside this file; the trained models stay in runs/compare/<arm>.
+Cost: `--duration` minutes, by default 6, on any machine: the run takes the steps that fit. `--sweep`: hours on 2
+cores. Writes results.json and figure.png beside this file; the trained models stay in runs/compare/<arm>.
 """
 
 import argparse
@@ -56,17 +56,17 @@ class Preset:
 
 
 SMOKE = Preset(num_layers=2, dim=32, seq_len=64, batch_size=4, test_bytes=2**12, contexts=(64, 512), decoded=4)
-SWEPT = (*ARMS, "rwkv5", "rwkv6")  # their defaults come from here too, see `Kind.learning_rates`
+SWEPT = (*ARMS, "rwkv5", "rwkv6")  # default rates come from this sweep too, see `Kind.learning_rates`
 SWEEP_WIDTHS, SWEEP_STEPS = ((64, 2), (128, 4), (256, 6)), 160
-# Beside training: compiling, then evaluation and decoding, which take about as long as so many steps of every arm (two
-# machines, one three times as fast as the other).
+# Time besides training: compiling, in seconds, then evaluation and decoding, in steps of every arm that take as long
+# (measured on two machines, one three times as fast as the other).
 COMPILING_SECONDS, OTHER_STEPS = 25, 50
 CALIBRATION = 6  # steps
 BASELINES = ("transformer", "transformer+shift")
 
 
 def arm_config(arm, preset, steps, seed=0, text="stdlib", lr=None):
-    """The training run of one arm."""
+    """Return the training config of one arm."""
     config = run_config.default()
     config.model.update(MODELS[arm]["model"], num_layers=preset.num_layers, dim=preset.dim)
     config.update(corpus=text, steps=steps, seed=seed, seq_len=preset.seq_len, batch_size=preset.batch_size)
@@ -76,8 +76,10 @@ def arm_config(arm, preset, steps, seed=0, text="stdlib", lr=None):
 
 
 def steps_that_fit(seconds, preset, seed, text, batches_in_epoch) -> int:
-    """Steps that all arms can take in `seconds` together, evaluation and decoding included; each runs a few to see.
-    At most an epoch, but never less than 20."""
+    """Return the steps that all arms can take in `seconds` together, including evaluation and decoding.
+
+    Each arm runs a few steps for this estimate. The result is at most an epoch, and at least 20.
+    """
     per_step = 0.0
     for arm in ARMS:
         with tempfile.TemporaryDirectory() as workdir:
@@ -88,7 +90,7 @@ def steps_that_fit(seconds, preset, seed, text, batches_in_epoch) -> int:
 
 
 def train_arm(arm, config, workdir):
-    """(model, params, what the run logged). Once it is whole, the run takes the place of the one in `workdir`."""
+    """Train an arm; return (model, params, logged rows). Only a complete run replaces the one in `workdir`."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workdir.parent) as beside:
         state = train.run(config, Path(beside) / arm)
@@ -102,8 +104,10 @@ def train_arm(arm, config, workdir):
 
 
 def decode_cost(model, params, contexts, decoded) -> list[dict]:
-    """Tokens/s and state bytes of one stream after contexts of several lengths, a cache filled with noise. The state
-    of RWKV is the same after all of them: what differs between its rows is the clock."""
+    """Return tokens/s and state bytes of one stream after contexts of several lengths, with caches full of noise.
+
+    RWKV's state has the same size after all of them: its rows differ by timing noise alone.
+    """
     model, params = model.clone(scan=False), rwkv_jax.unstack(params)
     rows = []
     for context in contexts:
@@ -120,7 +124,7 @@ def decode_cost(model, params, contexts, decoded) -> list[dict]:
 
 
 def counted_baselines(rows_NT, test):
-    """Bits of each test byte under n-grams of the training bytes, and what xz adds."""
+    """Return the nats of each test byte under n-grams of the training bytes, and the bits per byte that xz adds."""
     tokens = np.asarray(test.tokens)
     bits = baselines.ngram_bits(rows_NT, tokens)
     nats = {"unigram": bits[0] * np.log(2), f"{baselines.ORDER}-gram": bits[-1] * np.log(2)}
@@ -129,7 +133,7 @@ def counted_baselines(rows_NT, test):
 
 
 def compare(preset, minutes, seed, text, models):
-    """Everything that the table and the figure need, as one JSON object."""
+    """Train and measure all arms; return the numbers of the table and the figure as one JSON object."""
     began = time.perf_counter()
     clock = lambda: f"{time.perf_counter() - began:3.0f} s of about {60 * minutes:.0f} s"
     say = lambda what: print(f"[{clock()}] {what}", file=sys.stderr, flush=True)
@@ -192,9 +196,10 @@ def _difference(a_N, b_N, test, seed):
 
 
 def sweep(path):
-    """Held-out bits per byte of every arm and width over a grid of learning rates, extended until the best is inside.
+    """Sweep the learning rates of every arm and width by held-out bits per byte.
 
-    `path` is rewritten after each run, and runs that it already holds are not repeated.
+    A grid is extended until the best rate is not at its end. `path` is rewritten after each run; runs that it already
+    holds are not repeated.
     """
     for dim, num_layers in SWEEP_WIDTHS:
         preset = Preset(num_layers=num_layers, dim=dim)
@@ -216,10 +221,10 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.compare.run", description="RWKV-4 and RWKV-7 against a transformer of equal size."
     )
-    parser.add_argument("--duration", type=float, default=6.0, help="minutes in all, about (default: %(default)s)")
+    parser.add_argument("--duration", type=float, default=6.0, help="approximate total minutes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", default="stdlib", help="a text file or folder instead of the embedded corpus")
-    parser.add_argument("--out", type=user_path, default=HERE, help="folder of results.json and figure.png")
+    parser.add_argument("--out", type=user_path, default=HERE, help="folder for results.json and figure.png")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes, numbers without meaning")
     parser.add_argument("--sweep", action="store_true", help="sweep learning rates instead")
     args = parser.parse_args(argv)
@@ -233,7 +238,7 @@ def main(argv=None) -> None:
         sweep(args.out / "sweep.json")
         return
     preset, minutes = (SMOKE, 0.1) if args.smoke else (Preset(), args.duration)
-    with tempfile.TemporaryDirectory() as elsewhere:  # a smoke's models must not replace anybody's
+    with tempfile.TemporaryDirectory() as elsewhere:  # models of a smoke run must not replace real ones
         models = Path(elsewhere if args.smoke else "runs/compare")
         results = compare(preset, minutes, args.seed, args.text or "stdlib", models)
     write_json(args.out / "results.json", results)

@@ -1,4 +1,4 @@
-"""results.json as the table that a person reads.
+"""The table of compare's results.json, as text.
 
 python -m experiments.compare.table [results.json]
 """
@@ -9,7 +9,7 @@ from experiments.results import print_table
 
 
 def render(results) -> str:
-    """One column an arm, then the levels that counting reaches and what the numbers are."""
+    """Return the table, one column per arm, then the n-gram and xz levels and notes on the numbers."""
     arms, preset = results["arms"], results["preset"]
     best = lambda arm: "sliding window" if arm.startswith("transformer") else "state carried"
     rows = [
@@ -53,7 +53,7 @@ def render(results) -> str:
 
 
 def _warning(results):
-    """A transformer that loses to counting proves nothing about transformers."""
+    """Return a line if a transformer loses to counting, which then proves nothing about transformers."""
     name, level = next((n, bits) for n, bits in results["counted"].items() if n.endswith("-gram"))
     losing = [arm for arm, a in results["arms"].items() if a["bits_per_byte"] > level]
     if not losing:
@@ -62,7 +62,7 @@ def _warning(results):
 
 
 def _against(other, arms):
-    """Two rows: by how much each arm differs from another, and the interval; nothing of that arm itself."""
+    """Return two rows: the difference of each arm from another one, and its interval; blank for that arm itself."""
     told, intervals = [], []
     for arm, its in arms.items():
         d = its["minus"][other]

@@ -1,4 +1,4 @@
-"""Long-range copy: a symbol is to be kept over a number of other symbols, the lag, and then given back.
+"""Long-range copying: a model repeats a symbol after a number of other symbols, the lag.
 
 x x x STORE a x x x x x ASK a        x, a: any of the same symbols; lag 6, from a to ASK
 
@@ -24,10 +24,10 @@ VERSIONS = ("rwkv4", "rwkv5", "rwkv6", "rwkv7")
 
 
 def batch(lag_B, seq_len: int, rng) -> dict:
-    """Rows of `seq_len` tokens that end with the question; only its answer counts.
+    """Return rows of `seq_len` tokens that end with ASK; only the answer counts.
 
     Args:
-        lag_B: of each row, 1 to seq_len - 2.
+        lag_B: lag of each row, 1 to seq_len - 2.
     """
     B, T = len(lag_B), seq_len
     if min(lag_B) < 1 or max(lag_B) > T - 2:
@@ -41,7 +41,7 @@ def batch(lag_B, seq_len: int, rng) -> dict:
 
 
 class Task(NamedTuple):
-    """Fields of the training: windows of one length, then stages (factor of that length, steps of as many symbols)."""
+    """Training of the task: windows of one length, then stages (factor of that length, steps of as many symbols)."""
 
     seq_len: int = 64
     batch_size: int = 64
@@ -55,7 +55,7 @@ TASK = Task()
 
 
 def stage_batches(task: Task, stages, seed: int):
-    """Batches by step: as many tokens in each, in windows of the stage that the step is in."""
+    """Return batches by step, all with the same number of tokens, in windows of the step's stage."""
     ends = np.cumsum([steps for _, steps in stages])
 
     def batch_of(step: int) -> dict:
@@ -72,13 +72,13 @@ def model_of(name: str):
 
 @cache
 def first_stage(task: Task, name: str, seed: int):
-    """Parameters of a model after windows of the task's own length, from the initialisers."""
+    """Return the parameters after windows of the task's own length, from the initialisers."""
     batches = stage_batches(task, ((1, task.steps),), seed)
     return tasks.fit(model_of(name), batches, lr=task.lr, steps=task.steps, seed=seed)[0]
 
 
 def learn(task: Task, name: str, seed: int, more, config, folder) -> dict:
-    """Share of symbols that a model gives back, by lag, after the first stage and `more` stages."""
+    """Return the share of symbols copied, by lag, after the first stage and the stages `more`."""
     model, params, steps = model_of(name), first_stage(task, name, seed), sum(steps for _, steps in more)
     if more:
         batches = stage_batches(task, more, seed + 1)
@@ -89,7 +89,7 @@ def learn(task: Task, name: str, seed: int, more, config, folder) -> dict:
 
 
 def at_its_rate(task: Task, name: str) -> Task:
-    """The task with the best learning rate of the sweep, where it has none."""
+    """Return the task with the best learning rate of the sweep, unless it has one."""
     lr = task.lr or sweeps.best(SWEEP, swept_name(name), max)
     if lr is None:
         raise ValueError(f"no learning rate of {name} in {SWEEP}: run `python -m experiments.context.copying`")
@@ -101,8 +101,8 @@ def swept_name(name: str) -> str:
 
 
 def sweep(task: Task, path: Path) -> None:
-    """Share of symbols given back in windows of training length after a third of the steps, by learning rate."""
-    steps = task.steps // 3  # later many are perfect
+    """Sweep learning rates by the share copied in windows of training length, after a third of the steps."""
+    steps = task.steps // 3  # later, many rates reach 1
     batches = stage_batches(task, ((1, steps),), seed=2)
     test = stage_batches(task._replace(batch_size=512), ((1, steps),), seed=3)(0)
     for name in VERSIONS:

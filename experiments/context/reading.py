@@ -1,7 +1,7 @@
-"""Loss of the same bytes after contexts of several lengths: paired, as some text is harder than other text by far more
-than context helps.
+"""Loss of the same bytes after contexts of several lengths.
 
-Of each document what is told is a mean, in bits a byte, so that documents can be drawn anew for an interval.
+The comparison is paired, because texts differ in difficulty far more than context helps. Each document gives one mean,
+in bits a byte, so that documents can be resampled for an interval.
 """
 
 import itertools
@@ -21,14 +21,14 @@ score = jax.jit(evaluate.log_likelihoods, static_argnums=0)
 
 class Targets(NamedTuple):
     text: data.Split  # the beginnings of long documents
-    at_N: np.ndarray  # where each target begins
-    document_N: np.ndarray  # whose it is
+    at_N: np.ndarray  # start of each target
+    document_N: np.ndarray  # its document
 
 
 def bits_after_context(model, params, corpus, T: int, contexts, number: int) -> dict:
-    """Bits a byte by document: after each context, with the past reset every T bytes, and as the model reads best.
+    """Bits a byte by document: after each context, with resets every T bytes, and by best practice.
 
-    Of a model with attention, contexts end at T.
+    For a model with attention, contexts end at T.
     """
     longest = max(contexts)
     its = targets(corpus.test, number, longest, 64 * T)
@@ -48,9 +48,9 @@ def bits_after_context(model, params, corpus, T: int, contexts, number: int) -> 
 
 
 def targets(split: data.Split, number: int, context: int, longest: int) -> Targets:
-    """At most `number` targets, evenly spread over documents, each with `context` bytes of its document before it.
+    """Return at most `number` targets, spread evenly over documents, each with `context` bytes before it.
 
-    Documents that are too short for that are left out, the others cut after `longest` bytes.
+    Documents too short for that are skipped; the others are truncated to `longest` bytes.
     """
     lengths = np.diff(split.starts, append=len(split.tokens))
     long_enough = lengths > context + TARGET
@@ -69,7 +69,7 @@ def targets(split: data.Split, number: int, context: int, longest: int) -> Targe
 
 
 def bits_after(model, params, targets: Targets, context: int) -> np.ndarray:
-    """Bits a byte of each target [N], read from an empty past after the `context` bytes before it."""
+    """Return the bits a byte of each target [N], read from an empty past after the `context` bytes before it."""
     rows = targets.text.tokens[targets.at_N[:, None] + np.arange(-context, TARGET)]
     at_once = max(1, TOKENS_AT_ONCE // rows.shape[1])
     padded = np.pad(rows, ((0, -len(rows) % at_once), (0, 0)), mode="edge")  # one shape, one program
@@ -78,19 +78,22 @@ def bits_after(model, params, targets: Targets, context: int) -> np.ndarray:
 
 
 def bits_of(nats_N, targets: Targets) -> np.ndarray:
-    """Bits a byte of each target [N], of nats of a protocol of `evaluate`, aligned with the text."""
+    """Return the bits a byte of each target [N], from nats of an `evaluate` protocol aligned with the text."""
     return nats_N[targets.at_N[:, None] + np.arange(TARGET)].mean(1) / np.log(2)
 
 
 def by_document(bits_N, targets: Targets) -> list[float]:
-    """Mean of the targets of each document that has some."""
+    """Return the mean over the targets of each document that has any."""
     counts = np.bincount(targets.document_N, minlength=len(targets.text.starts))
     sums = np.bincount(targets.document_N, bits_N, minlength=len(counts))
     return [round(float(s / n), 5) for s, n in zip(sums, counts, strict=True) if n]
 
 
 def gain_by_distance(reset_N, best_N, text: data.Split, edges) -> list[list[float]]:
-    """Bits a byte saved against resets, at bytes `edges[i]` + 1 to `edges[i + 1]` of each document that has all."""
+    """Return the bits a byte saved over resets, by document and distance.
+
+    Distances are bytes `edges[i]` + 1 to `edges[i + 1]`. Documents that lack some of them are skipped.
+    """
     gain_N = (reset_N - best_N) / np.log(2)
     lengths = np.diff(text.starts, append=len(text.tokens)) - 1
     starts = text.starts[lengths >= edges[-1]] + 1
@@ -101,13 +104,15 @@ def gain_by_distance(reset_N, best_N, text: data.Split, edges) -> list[list[floa
 
 
 def bootstrap(statistic: Callable, documents: int) -> tuple[float, float, float]:
-    """`statistic(indices of documents)`, and its 95 % percentile interval over documents; NaN of one."""
+    """Return `statistic(indices of documents)` and its 95 % percentile interval; NaN for one document."""
     return float(statistic(np.arange(documents))), *statistics.bootstrap(statistic, documents)
 
 
 def reach(contexts, bits_C, share: float = 0.95) -> float:
-    """Bytes of context at which `share` of what the longest context gains over the shortest is had; between two of
-    them on a line over log context."""
+    """Return the bytes of context that give `share` of what the longest context gains over the shortest.
+
+    Between two contexts, interpolate linearly in log context.
+    """
     gained_C = bits_C[0] - np.asarray(bits_C)
     wanted = share * gained_C[-1]
     i = int(np.argmax(gained_C >= wanted)) if gained_C[-1] > 0 else 0

@@ -1,9 +1,9 @@
-"""Context: how far back a model reads, how far its state carries, what longer training windows add (Fig. 6), and what
-each version of RWKV changed in that.
+"""Context: how far back a model reads, how far its state carries, and what longer training windows add (Fig. 6), for
+each version of RWKV.
 
-The paper's loss on the Pile falls with the context up to 2^11 tokens (Fig. 6, 7B and 14B extended to 8,192 tokens),
-and section 5.2 extends windows from 1,024 to 8,192 in stages of 10, 100 and 100 billion tokens, without a control on
-as many tokens. Models trained on 1,024 tokens hold their loss to about 2,500 (README of the released code). Later
+In the paper the loss on the Pile falls with the context up to 2^11 tokens (Fig. 6, 7B and 14B extended to 8,192
+tokens). Section 5.2 extends windows from 1,024 to 8,192 in stages of 10, 100 and 100 billion tokens, without a control
+on as many tokens. Models trained on 1,024 tokens hold their loss to about 2,500 (README of the released code). Later
 versions on PG19, 3B, trained on 4,096 tokens (arXiv:2404.05892, Fig. 5): RWKV-4 rises beyond about 10,000 tokens, to
 about 3.6 nats, RWKV-5 stays, RWKV-6 still falls, to about 2.2. RWKV-7 trained on the Pile falls beyond 4,096 tokens,
 and finds pass keys 35,000 tokens back (arXiv:2503.14456, second-hand).
@@ -25,18 +25,23 @@ Claims, each about a small model of bytes trained here on windows of T:
 Cost, estimated: 35 minutes on 2 cores, of which RWKV-4 took 11, later versions 10 more, copying by version 14; `gpu`:
 16 minutes on one H200.
 
-context, extension: same sign where the paired difference is below 0 with its interval over documents, or over seeds if
-wider; contradicted where it is above; else not resolved. carrying: same sign where what a carried state saves over one
-reset every T bytes falls by less than 0.005 bits a byte from the first bytes beyond T to the last below 64 T, with its
-interval; contradicted where it falls by more. copy: same sign where extension solves a longer lag than both start and
-control, contradicted where a shorter one, else not resolved. versions: by the rule of context, the change of RWKV-5's
-and RWKV-6's loss from T to 4,096 bytes minus RWKV-4's, and RWKV-7's own change; documents resolve about 0.001 bits a
-byte, and RWKV-4 itself did not move by that. The longest lag copied, as a ratio to RWKV-4's over three seeds, is *not
-comparable*: no paper has a number that a model of 2 x 64 could meet.
+Verdicts:
+  context, extension   same sign: the paired difference is below 0 with its interval over documents, or over seeds if
+                       wider; contradicted: it is above; else not resolved
+  carrying             saving: what a carried state saves over one reset every T bytes. Same sign: the saving falls by
+                       less than 0.005 bits a byte, with its interval, from the first bytes beyond T to the last below
+                       64 T; contradicted: it falls by more
+  copy                 same sign: extension solves a longer lag than both start and control; contradicted: a shorter
+                       one; else not resolved
+  versions             by the rule of context: the change of RWKV-5's and RWKV-6's loss from T to 4,096 bytes minus
+                       RWKV-4's, and RWKV-7's own change. Documents resolve about 0.001 bits a byte, and RWKV-4 itself
+                       did not move by that. The longest lag copied, as a ratio to RWKV-4's over three seeds, is *not
+                       comparable*: no paper has a number that a model of 2 x 64 could meet
 
-Deviations: T 256 and bytes of source code instead of 1,024 tokens of the Pile; the extension's tokens are as many as
-the control's, not the same; its learning rate, which the paper does not give, is the last of the training before it.
-Versions differ in parameters (state: 5 D numbers a layer in RWKV-4, 2 D + 64 D after it). One seed of each reads text.
+Deviations: T 256 and bytes of source code instead of 1,024 tokens of the Pile. The extension trains on as many tokens
+as the control, but not on the same ones. Its learning rate, which the paper does not give, is the last one of the
+training before it. Versions differ in parameters (state: 5 D numbers a layer in RWKV-4, 2 D + 64 D after it). One seed
+of each reads text.
 """
 
 import itertools
@@ -50,20 +55,20 @@ from experiments.context import copying
 from experiments.context.reading import bits_after_context, bootstrap, reach
 from experiments.statistics import t_interval, told, verdict, wider
 
-MARGIN = 0.005  # bits a byte by which the gain of a carried state may fall and still be called safe
+MARGIN = 0.005  # bits a byte: largest fall of a carried state's gain that is still called safe
 COPIES = ("copy", "copy, extended", "copy, control")
 LATER = copying.VERSIONS[1:]
 SHORTEST, LONGEST = copying.TASK.lags[0], copying.TASK.lags[-1]
 
 
 def arm_of(name: str, base) -> dict:
-    """A model at the best learning rate of compare's sweep, or between those of swept widths."""
+    """Return a model at the best learning rate of compare's sweep, interpolated between swept widths."""
     lr = sweeps.lr(sweeps.COMPARE, name, base.model.num_layers, base.model.dim)
     return study.flat(study.MODELS[name]) | {"optim.lr": lr}
 
 
 def longer(windows, base) -> list[dict]:
-    """The run of RWKV-4, then stages (windows in T, steps of as many tokens) at its last learning rate."""
+    """Return the run of RWKV-4, then stages (windows in T, steps of as many tokens) at its last learning rate."""
     found, steps = [arm_of("rwkv4", base)], base.steps
     lr = found[0]["optim.lr"] / 10
     constant = {"optim": {"schedule": "constant", "lr": lr, "lr_end": lr, "warmup": 0.0, "decay": 0.0}}
@@ -75,15 +80,18 @@ def longer(windows, base) -> list[dict]:
 
 
 def arms_of(stages, others=()) -> dict:
-    """RWKV-4, the same extended, its control with as many tokens more at T, and other models."""
+    """Return RWKV-4, the same extended, its control with as many tokens more at T, and other models."""
     control = ((1, sum(steps for _, steps in stages)),)
     extended = {"extended": partial(longer, stages), "control": partial(longer, control)}
     return {"rwkv4": partial(arm_of, "rwkv4")} | extended | {arm: partial(arm_of, arm) for arm in others}
 
 
 def also(task: copying.Task = copying.TASK, seeds: int = 3) -> dict:
-    """The copy task: windows of one length, then longer ones, or as many tokens more of the first; and the first alone
-    by version of RWKV and seed, of which RWKV-4's first seed is the same run."""
+    """Return the cells of the copy task.
+
+    For RWKV-4: windows of one length, then longer ones, or as many tokens more of the first length. By version of RWKV
+    and seed: the first length alone, where RWKV-4's first seed is the same run.
+    """
     control = ((1, sum(steps for _, steps in task.stages)),)
     more = zip(COPIES, ((), task.stages, control), strict=True)
     of = {name: copying.at_its_rate(task, name) for name in copying.VERSIONS}
@@ -98,7 +106,7 @@ def copy_of(name: str, seed: int) -> str:
 
 
 def conclude(its, values: dict) -> dict:
-    """Rows of the ledger: what context, a carried state, longer windows and later versions are worth."""
+    """Return the rows of the ledger: the gains from context, a carried state, longer windows and later versions."""
     T, arms = study.config_of(its).seq_len, study.arms_of(its)
     factor = arms["extended"][-1]["seq_len"] // T
     base, extended, control = (study.runs_of(its, values, arm) for arm in ("rwkv4", "extended", "control"))
@@ -158,8 +166,10 @@ def conclude(its, values: dict) -> dict:
 
 
 def difference(cells, of_a, of_b, others=None) -> tuple[float, float, float]:
-    """Paired difference in bits a byte of cells, one a seed, or of `cells` minus `others`, and its 95 % interval: over
-    documents, or over seeds where that is wider."""
+    """Return the paired difference in bits a byte of cells, one per seed, or of `cells` minus `others`.
+
+    Its 95 % interval is over documents, or over seeds if wider.
+    """
     weights_D = np.array(cells[0]["targets"])
     bits_SD = np.array([np.subtract(of_a(a), of_b(b)) for a, b in zip(cells, others or cells, strict=True)])
     mean_D = bits_SD.mean(0)
@@ -169,13 +179,13 @@ def difference(cells, of_a, of_b, others=None) -> tuple[float, float, float]:
 
 
 def window_and_longest(its, cell) -> tuple[str, str]:
-    """The contexts that are compared: the longest within a window of training, and the longest of all."""
+    """Return the contexts to compare: the longest within a training window, and the longest of all."""
     contexts = list(cell["after"])
     return max((c for c in contexts if int(c) <= study.config_of(its).seq_len), key=int), contexts[-1]
 
 
 def _change(its, values, name: str, against: str | None = None) -> tuple[float, float, float]:
-    """Change of a model's loss from a window of context to the longest, or minus that of another; its interval."""
+    """Return the change of a model's loss from a window to the longest context, or minus another's; its interval."""
     cells = study.runs_of(its, values, name)
     window, longest = window_and_longest(its, cells[0])
     after = lambda context: lambda cell: cell["after"][context]
@@ -186,7 +196,7 @@ def _change(its, values, name: str, against: str | None = None) -> tuple[float, 
 
 
 def _versions(its, values, from_window: str) -> list[dict]:
-    """Rows of the later versions of RWKV that the study has."""
+    """Return the rows of the later versions of RWKV in the study."""
     pg19 = "3B on PG19: {}, where RWKV-4 rises beyond 10,000 tokens (arXiv:2404.05892, Fig. 5)"
     goose = "falls on PG19 beyond 4,096 tokens, trained on the Pile (arXiv:2503.14456)"
     claims = {
@@ -205,7 +215,7 @@ def _versions(its, values, from_window: str) -> list[dict]:
 
 
 def lags_by_version(values) -> dict[str, list[int]]:
-    """The longest lag that each version copies without longer windows, by seed; nothing where none was run."""
+    """Return the longest lag that each version copies without longer windows, by seed; {} if none was run."""
     found = {}
     for name, value in values.items():
         if name.startswith("copy, ") and ", seed " in name:
@@ -214,7 +224,10 @@ def lags_by_version(values) -> dict[str, list[int]]:
 
 
 def _copied(lags: dict) -> list[dict]:
-    """The row of the longest lag of RWKV-7 over RWKV-4's. A model that copies over none counts half the shortest."""
+    """Return the row of RWKV-7's longest lag over RWKV-4's.
+
+    A model that copies over no lag counts as half the shortest.
+    """
     log2 = lambda name: np.log2(np.maximum(lags[name], SHORTEST / 2))
     at_least = "at least " * (max(lags["rwkv7"]) >= LONGEST)
     ours = f"{at_least}{2 ** np.mean(log2('rwkv7') - log2('rwkv4')):.2g} times as long as RWKV-4's"
@@ -223,7 +236,7 @@ def _copied(lags: dict) -> list[dict]:
 
 
 def _reach(cells) -> tuple[float, float, float]:
-    """Bytes of context with 95 % of the gain, and its interval over documents."""
+    """Return the bytes of context that give 95 % of the gain, and their interval over documents."""
     weights_D, contexts = np.array(cells[0]["targets"]), list(cells[0]["after"])
     bits_CD = np.mean([[cell["after"][c] for c in contexts] for cell in cells], axis=0)
     level_C = lambda drawn: np.average(bits_CD[:, drawn], axis=1, weights=weights_D[drawn])
@@ -231,18 +244,18 @@ def _reach(cells) -> tuple[float, float, float]:
 
 
 def longest_solved(share: dict, enough: float = 0.99) -> int:
-    """The longest lag up to which all are solved; 0: none."""
+    """Return the longest lag up to which all are solved; 0 if none."""
     solved = itertools.takewhile(lambda lag: share[lag] >= enough, share)
     return max(map(int, solved), default=0)
 
 
 def safe(low: float, high: float) -> str:
-    """Verdict on a carried state whose gain falls by what the interval holds."""
+    """Return the verdict on a carried state whose gain falls by an amount in the interval."""
     return "same sign" if high < MARGIN else "contradicted" if low > MARGIN else "not resolved"
 
 
 def farther(first: int, extended: int, control: int) -> str:
-    """Verdict on the longest lags that are solved."""
+    """Return the verdict on the longest lags solved."""
     most = max(first, control)
     return "same sign" if extended > most else "contradicted" if extended < most else "not resolved"
 

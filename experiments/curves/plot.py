@@ -122,8 +122,7 @@ def draw(runs, drawn, path, axis="tokens", smooth=0) -> None:
             panel.plot(*points(run, f"valid_{metric}", axis), color=colour, **VALIDATION)
         panel.xaxis.set_major_formatter(EngFormatter())
         panel.set(xlabel=AXES[axis], ylabel=metric.replace("_", " "))
-        panel.grid(alpha=0.3)
-    legend = panels[0, 0].legend(frameon=False, fontsize=8)
+    legend = panels[0, 0].legend()
     for text, run in zip(legend.get_texts(), runs, strict=True):  # a name may hold $, which begins a formula
         text.set(text=os.fsencode(run.name).decode(errors="replace"), parse_math=False)
     beside = path.with_name(f".{path.name}.partial")

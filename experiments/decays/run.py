@@ -1,4 +1,4 @@
-"""Decays of every layer before and after training (Fig. 10), and whether their pattern is learned or given.
+"""Decays of every layer before and after training (Fig. 10): is their pattern learned, or given by the initialisers?
 
 The paper draws the decays exp(-exp(time_decay)) of RWKV-4 169M by layer: many near 1 in the last layers, many near 0
 in the first, "partly learned", partly from the initialisers. It tests neither part.
@@ -10,17 +10,23 @@ Measured: that contrast, mean log2 half-life of the last layer minus the first, 
     python -m experiments.decays.run --preset=gpu
     python -m experiments.decays.run --smoke
 
-`--model` draws released weights, or any others that `rwkv_jax.load` reads, beside: their own decays, and those that
-the initialisers give at their size.
+`--model` also draws released weights, or any others that `rwkv_jax.load` reads: their own decays, and those that the
+initialisers give at their size.
 
-Cost: 2 minutes on 2 cores, two runs of 250 steps; 13 on two that were shared.
-Reproduced: the contrast that is learned from the flat start is above zero with its interval. Contradicted: it is below
-zero with its interval. Not resolved: the interval holds zero. Of the drawn pattern itself, same sign: the last layer
-has more decays above 0.9 than the first; contradicted: it has not; not comparable: it had so before training.
+Cost: 2 minutes on 2 cores, two runs of 250 steps; 13 on two shared cores.
 
-Deviations: 4 x 128 on about a million bytes, one seed, where the figure's model is 12 x 768 after 3.3e11 tokens. In
-so few steps decays hardly move, so the learned share is a lower bound. The flat start takes away the decays' pattern
-alone: token shift and bonus keep theirs. Its half-life is that of the mean time_decay of the released start.
+The contrast learned from the flat start:
+  reproduced       it is above zero with its interval
+  contradicted     it is below zero with its interval
+  not resolved     the interval contains zero
+The drawn pattern itself:
+  same sign        the last layer has more decays above 0.9 than the first
+  contradicted     it has not
+  not comparable   it had them before training
+
+Deviations: 4 x 128 on about a million bytes, one seed, where the figure's model is 12 x 768 after 3.3e11 tokens. In so
+few steps decays hardly move, so the learned share is a lower bound. The flat start removes only the pattern of the
+decays: token shift and bonus keep theirs. Its half-life is that of the mean time_decay of the released start.
 """
 
 from functools import partial
@@ -37,33 +43,33 @@ from experiments.runs import flat, trained
 from rwkv_jax.train import metrics, run_config
 
 NEAR_ONE = 0.9
-POINTS = 33  # of each layer's sorted decays that results keep
+POINTS = 33  # points of each layer's sorted decays in results
 
 
 def initial(model, seed: int = 0):
-    """The released initialisers' parameters."""
+    """Return the released initialisers' parameters."""
     return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def flattened(params):
-    """Replace every time_decay by their mean: one half-life everywhere."""
+    """Return parameters with every time_decay replaced by their mean: one half-life everywhere."""
     att = params["blocks"]["att"]
     flat_LD = jnp.full_like(att["time_decay"], att["time_decay"].mean())
     return params | {"blocks": params["blocks"] | {"att": att | {"time_decay": flat_LD}}}
 
 
 def decays_of(params) -> jax.Array:
-    """time_decay [L, D]."""
+    """Return time_decay [L, D]."""
     return params["blocks"]["att"]["time_decay"]
 
 
 def half_lives(x_LD) -> np.ndarray:
-    """Tokens in which exp(-exp(x)) a token halves a channel's sums."""
+    """Return the tokens after which a decay of exp(-exp(x)) per token has halved a channel's sums."""
     return np.log(2) / np.exp(x_LD)
 
 
 def contrast(log2_LD) -> list:
-    """Last layer minus first: mean over channels and its t interval."""
+    """Return last layer minus first: the mean over channels and its t interval."""
     return [round(x, 4) for x in statistics.t_interval(log2_LD[-1] - log2_LD[0])]
 
 
@@ -91,7 +97,7 @@ def told(before_LD, after_LD) -> dict:
 
 
 def learned(config, folder: Path) -> dict:
-    """Decays before and after a run from the released initialisers, or from the same with flat decays."""
+    """Return the decays before and after a run from the released initialisers, or from flat decays."""
     fields = config.to_dict()
     start, run = fields.pop("start"), run_config.default()
     run.update(eval_every=0, save_every=0)
@@ -109,7 +115,7 @@ def learned(config, folder: Path) -> dict:
 
 
 def of_model(path: str, config, folder) -> dict:
-    """Decays of given weights, beside those that the initialisers give at their size."""
+    """Return the decays of given weights, and those that the initialisers give at their size."""
     model, params = rwkv_jax.load(path)
     if set(model.layers) != {"rwkv4"}:
         raise ValueError(f"{path} has layers {model.layers}, expected rwkv4 alone: attention has no decays")
@@ -119,7 +125,7 @@ def of_model(path: str, config, folder) -> dict:
 
 
 def conclude(its, values: dict) -> dict:
-    """Rows of the ledger: the drawn pattern, and what of it is learned."""
+    """Return the rows of the ledger: the drawn pattern, and its learned part."""
     config = study.config_of(its)
     released, flat = (values[study.name_of(start, 0)] for start in ("released", "flat"))
     shares = lambda layers: f"{layers[0]['above_0.9']:.0%} to {layers[-1]['above_0.9']:.0%}"
@@ -172,7 +178,7 @@ STUDY = {
     "against": "released",
     "run": learned,
     "also": lambda model=None: {model: partial(of_model, model)} if model else {},
-    "options": {"model": "weights to draw beside: a .pth, a folder, or whatever else rwkv_jax.load reads"},
+    "options": {"model": "weights to draw too: a .pth, a folder, or anything else that rwkv_jax.load reads"},
     "conclude": conclude,
     "presets": {
         "smoke": {

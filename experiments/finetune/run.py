@@ -1,14 +1,14 @@
-"""A small model of source code adapted to prose, by every way to fine-tune.
+"""A small model of source code, adapted to prose by every fine-tuning method.
 
-Claim: after the same few batches of the new text, full fine-tuning comes closest to it and forgets most of the old;
-LoRA comes near with a fraction of the parameters, and a tuned initial state, 4 numbers a channel and layer, gains a
-little. Contradicted where an interval of the table says otherwise. A demonstration: one seed, a base of minutes, and
-the better of two learning rates.
+Claim: after the same few batches of the new text, full fine-tuning comes closest to it and forgets most of the old.
+LoRA comes near with a fraction of the parameters. A tuned initial state, 4 numbers a channel and layer, gains a
+little. Contradicted where an interval of the table says otherwise. A demonstration: one seed, a base trained for
+minutes, and the better of two learning rates.
 
     python -m experiments.finetune.run                (--text=PATH: other text; --base=PATH: another base, of bytes)
     python -m experiments.finetune.run --smoke
 
-The base learns the embedded corpus, the source of Python's library; the new text is Python's reference manual
+The base learns the embedded corpus, the source of Python's library. The new text is Python's reference manual
 (`pydoc_data.topics`), cut at blank lines into pieces of a few kilobytes. Learning rates are chosen on the validation
 split of the new text; the table is of test splits.
 
@@ -46,7 +46,7 @@ ARMS = {
 
 
 def topics() -> Path:
-    """A folder of Python's reference manual, in pieces."""
+    """Return a folder of Python's reference manual, in pieces."""
     folder = data.cache_dir() / f"pydoc-topics-{platform.python_version()}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def topics() -> Path:
 
 
 def _pieces(text):
-    """Consecutive parts of a text, each of whole paragraphs and at least PIECE_BYTES, but for the last."""
+    """Yield consecutive parts of a text, of whole paragraphs and at least PIECE_BYTES each, except the last."""
     piece = ""
     for paragraph in text.strip().split("\n\n"):
         piece += paragraph + "\n\n"
@@ -71,7 +71,7 @@ def _pieces(text):
 
 
 def base_of(config, folder: Path) -> Path:
-    """Return the path of the weights to start from: those that were given, or a run on the embedded corpus."""
+    """Return the path of the initial weights: the given ones, or a run on the embedded corpus."""
     if config.base:
         return user_path(config.base)
     run = run_config.default()
@@ -86,7 +86,7 @@ def shaped(run, config, steps: int):
 
 
 def arm_config(config, lr: float, base: Path):
-    """The training run of an arm: the command of training with configs/finetune.py."""
+    """Return the training config of an arm, from configs/finetune.py."""
     run = run_config.read(f"{CONFIG}:{config.method}")
     run.update_from_flattened_dict(flat(config.to_dict().get("changes", {})))
     run.corpus, run.tokenizer = config.corpus or str(topics()), "bytes"
@@ -95,7 +95,7 @@ def arm_config(config, lr: float, base: Path):
 
 
 def adapted(config, folder: Path) -> dict:
-    """Bits per byte of new and old held-out text after fine-tuning at the best of the arm's learning rates."""
+    """Return the bits per byte of new and old held-out text after fine-tuning at the arm's best learning rate."""
     old, new = data.prepare("stdlib"), data.prepare(config.corpus or str(topics()))
     valid, new_test, old_test = (capped(x, config.held_out_bytes) for x in (new.valid, new.test, old.test))
     base, tried, numbers = base_of(config, folder), {}, {"trained": 0}
@@ -128,9 +128,9 @@ TINY = {"num_layers": 2, "dim": 16}
 STUDY = {
     "base": {
         "model": {"num_layers": 4, "dim": 128},
-        "base": None,  # where other weights are
+        "base": None,  # None: train a base
         "base_steps": 250,
-        "corpus": None,  # Python's manual
+        "corpus": None,  # None: Python's manual
         "steps": 40,
         "seq_len": 256,
         "batch_size": 8,
@@ -140,7 +140,7 @@ STUDY = {
     "measure": "new",
     "against": "none",
     "run": adapted,
-    "options": {"base": "whatever rwkv_jax.load reads, of bytes, instead of training one"},
+    "options": {"base": "byte-level weights that rwkv_jax.load reads, instead of training a base"},
     "conclude": conclude,
     "presets": {
         "smoke": {

@@ -1,4 +1,4 @@
-"""Conclusions from the cells: ratios against the law, batches at which claims hold, rows of the ledger."""
+"""Conclusions from the cells: ratios against the law, batches at which the claims hold, rows of the ledger."""
 
 import math
 
@@ -8,41 +8,41 @@ from experiments.command import claim, not_run
 from rwkv_jax import models
 
 CLAIMS = ((10, 4096), (100, 32768))  # times as fast, tokens of context
-CONSTANT, NOISE = 1.25, 1.5  # slowest over fastest position of RWKV-4; what a shared machine alone may reach
+CONSTANT, NOISE = 1.25, 1.5  # slowest over fastest position of RWKV-4; the ratio that a shared machine alone may cause
 CACHED, SHIFTED, UNCACHED = "transformer", "transformer+shift", "transformer, no cache"
 FIGURE_7, FIGURES_13_14 = 1000, 512  # tokens
 
 
 def weights(num_layers: int, dim: int, vocab_size: int) -> int:
-    """Numbers that a token of either model reads: V D + 13 D^2 L."""
+    """Return the numbers that a token of either model reads: V D + 13 D^2 L."""
     return vocab_size * dim + 13 * dim**2 * num_layers
 
 
 def law(num_layers, dim, vocab_size, tokens, batch) -> float:
-    """Time of a token of a cached transformer over RWKV-4's after `tokens` others, where only reading counts."""
+    """Return a cached transformer's time a token over RWKV-4's after `tokens` others, if only reads count."""
     return 1 + 2 * batch * tokens * dim * num_layers / weights(num_layers, dim, vocab_size)
 
 
 def batch_for(factor, tokens, num_layers, dim, vocab_size) -> int:
-    """The least batch at which the law gives that factor."""
+    """Return the least batch at which the law gives that factor."""
     return math.ceil((factor - 1) / (law(num_layers, dim, vocab_size, tokens, 1) - 1) - 1e-9)
 
 
 def cumulative(rows, tokens) -> float:
-    """Seconds of generating `tokens` tokens, one text: the integral of latency over positions, straight in between."""
+    """Return the seconds of generating `tokens` tokens of one text: piecewise linear latency, integrated."""
     at, seconds = (np.array([row[name] for row in rows], float) for name in ("position", "seconds"))
     grid = np.unique([0, *at[at < tokens], tokens])
     return float(np.trapezoid(np.interp(grid, at, seconds), grid))
 
 
 def straightness(rows) -> float:
-    """r^2 of a straight line through (position, cumulative seconds)."""
+    """Return r^2 of a straight line through (position, cumulative seconds)."""
     x, y = (np.array([row[name] for row in rows], float) for name in ("position", "seconds"))
     return float(np.corrcoef(x, y)[0, 1] ** 2)
 
 
 def ratios(preset, values) -> list[dict]:
-    """Time of a baseline's token over that of RWKV-4, by shape, batch and position, beside the law."""
+    """Return the time of a baseline's token over RWKV-4's, by shape, batch and position, beside the law."""
     found = []
     for name, shape in preset.shapes.items():
         fields = (shape.num_layers, shape.dim, shape.vocab_size)
@@ -62,7 +62,8 @@ def _rows(values, name, arm, batch):
 
 
 def claimed(preset, measured) -> list[dict]:
-    """For each factor: the ratios at its length by shape and batch, and the batch that the law asks of every size."""
+    """Return, for each factor, the measured ratios at its length, and the batch that the law requires of every
+    size."""
     found = []
     for factor, tokens in CLAIMS:
         sizes = {name: (s.num_layers, s.dim, s.vocab_size) for name, s in preset.shapes.items()}
@@ -127,7 +128,7 @@ def _constant(preset, values):
 
 
 def _factor(claimed, measured):
-    """One factor: what each batch gives, and from which on it holds."""
+    """Return the row of one factor: the ratio at each batch, and the batches at which the factor holds."""
     factor, tokens, its = claimed["factor"], claimed["tokens"], claimed["measured"]
     said = [f"{r['shape']} batch {r['batch']}: {r['ratio']:.1f} (law {r['law']:.1f})" for r in its]
     uncached = max((r for r in measured if r["baseline"] == UNCACHED), key=lambda r: r["position"], default=None)
@@ -150,7 +151,10 @@ def _factor(claimed, measured):
 
 
 def _seconds(preset, values):
-    """Figures 7 and 14: seconds for 1,000 and 512 tokens; the first costs with a cache what it costs without."""
+    """Return the row of figures 7 and 14: seconds for 1,000 and 512 tokens.
+
+    The first token costs the same with a cache as without.
+    """
     name, batch = _first(preset)
     rows = {arm: _rows(values, name, arm, batch) for arm in ("rwkv4", CACHED, UNCACHED)}
     rows[UNCACHED] = [rows[CACHED][0], *rows[UNCACHED]]
@@ -195,7 +199,7 @@ def _memory(preset, values):
 
 
 def _training(values):
-    """Table 1, training: tokens/s and temporary memory of the shortest and the longest windows."""
+    """Return the row of Table 1's training half: tokens/s and temporary memory of the shortest and longest windows."""
     start = "training, "
     its = {name.removeprefix(start): cell["rows"] for name, cell in values.items() if name.startswith(start)}
     ends = {arm: (rows[0], rows[-1]) for arm, rows in its.items()}

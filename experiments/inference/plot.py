@@ -1,70 +1,95 @@
 """The figure of `results.json`: a token's cost against context, ratios beside the law, training against T."""
 
-from experiments.figures import COLOURS, panels, saved
+from matplotlib.ticker import NullFormatter
+
+from experiments.figures import COLOURS, label_ends, panels, saved, style, titled
 from experiments.results import redraw
 
 LINES = ("-", "--", ":")
 
 
 def draw(results, path) -> None:
-    """Write the figure as PNG."""
-    figure, [(time_axis, memory_axis), (ratio_axis, training_axis)] = panels(2, 2, width=5.5)
+    """Write the figure as PNG: three panels of decoding, and two of training where it was measured."""
+    cells = results["cells"]
+    training = {name.removeprefix("training, "): cell["rows"] for name, cell in cells.items() if "training, " in name}
+    figure, axes = panels(3, 2 if training else 1, width=4.3, height=3.7)
+    time_axis, memory_axis, ratio_axis = axes[0]
     shape, its = next(iter(results["fields"]["shapes"].items()))
     for number, batch in enumerate(its["batches"]):
         for arm in COLOURS:
-            cell = results["cells"].get(f"{shape}, {arm}, batch {batch}", {"rows": []})
-            rows = [row for row in cell["rows"] if row["position"]]
+            rows = cells.get(f"{shape}, {arm}, batch {batch}", {"rows": []})["rows"]
+            rows = [row for row in rows if row["position"]]
             at = [row["position"] for row in rows]
-            style = {"color": COLOURS[arm], "linestyle": LINES[number], "marker": ".", "linewidth": 1}
-            if rows:
-                seconds = [1e3 * row["seconds"] for row in rows]
-                time_axis.loglog(at, seconds, label=f"{arm}, batch {batch}", **style)
-            if rows and not number:
-                memory_axis.loglog(at, [row["memory_bytes"] / 2**20 for row in rows], label=arm, **style)
+            line = style(arm) | {"linestyle": LINES[number]}
+            line["label"] = f"{_short(arm)}, batch {batch}" if number in (0, len(its["batches"]) - 1) else None
+            time_axis.loglog(at, [1e3 * row["seconds"] for row in rows], **line)
+            if not number:
+                line["label"] = _short(arm)
+                memory_axis.loglog(at, [row["memory_bytes"] / 2**20 for row in rows], **line)
         _ratios(ratio_axis, results, shape, batch, LINES[number])
-    time_axis.set(xlabel="tokens before", ylabel="ms a token", title=f"{shape}: time of a token, all texts of a batch")
-    time_axis.legend(frameon=False, fontsize=6, ncols=2, loc="upper center")
-    time_axis.set_ylim(top=20 * time_axis.get_ylim()[1])  # room for the legend
-    memory_axis.set(xlabel="tokens before", ylabel="MiB", title="memory without parameters, first batch")
+    styles = ", ".join(
+        f"{name} {batch}" for name, batch in zip(("line: batch", "dashes:", "dots:"), its["batches"], strict=False)
+    )
+    time_axis.set(ylabel="ms", title=f"time of a token; {styles}")
+    memory_axis.set(ylabel="MiB", title=f"memory without parameters, batch {its['batches'][0]}")
     for claim in results["claims"]:
-        ratio_axis.loglog(claim["tokens"], claim["factor"], marker="*", color="#e67e22", markersize=10)
-    ratio_axis.set(xlabel="tokens before", ylabel="cached transformer / RWKV-4")
-    ratio_axis.set_title("ratio; grey: the law; stars: the claims")
-    _training(training_axis, results["cells"])
-    for axis in (memory_axis, ratio_axis, training_axis):
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=7)
+        ratio_axis.loglog(claim["tokens"], claim["factor"], marker="*", color="#d55e00", markersize=10)
+    ratio_axis.set(ylabel="cached transformer / RWKV-4", title="ratio of times; grey: law; stars: claims")
+    for axis in axes[0]:
+        axis.set_xlabel("tokens of context")
+        label_ends(axis)
+    if training:
+        _training(axes[1], training)
+    measured = cells[
+        f"{shape}, rwkv4, batch {its['batches'][0]}"
+    ]  # has the device; results may be concluded elsewhere
+    titled(figure, {"stamp": measured}, _finding(results, shape, its["batches"][0]), shape)
     saved(figure, path)
 
 
+def _short(arm: str) -> str:
+    return arm.replace("transformer, no cache", "no cache")
+
+
+def _of_cached(results, shape, batch) -> list[dict]:
+    ratios = results["ratios"]
+    its = [row for row in ratios if (row["shape"], row["batch"], row["baseline"]) == (shape, batch, "transformer")]
+    return [row for row in its if row["position"]]
+
+
+def _finding(results, shape, batch) -> str:
+    rows = _of_cached(results, shape, batch)
+    if not rows:
+        return "Time and memory of a token against context"
+    last = max(rows, key=lambda row: row["position"])
+    after = f"After {last['position']:,} tokens at batch {batch}"
+    return f"{after} a transformer with a cache takes {last['ratio']:.2g} times RWKV-4's time for a token"
+
+
 def _ratios(axis, results, shape, batch, line):
-    its = [r for r in results["ratios"] if (r["shape"], r["batch"], r["baseline"]) == (shape, batch, "transformer")]
-    its = [r for r in its if r["position"]]
-    at = [r["position"] for r in its]
-    axis.loglog(at, [r["law"] for r in its], color="#bbbbbb", linestyle=line, linewidth=3)
-    style = {"color": "#2c3e50", "linestyle": line, "marker": ".", "linewidth": 1}
-    axis.loglog(at, [r["ratio"] for r in its], label=f"batch {batch}", **style)
+    its = _of_cached(results, shape, batch)
+    at = [row["position"] for row in its]
+    axis.loglog(at, [row["law"] for row in its], color="#cccccc", linestyle=line, linewidth=3)
+    ratios = [row["ratio"] for row in its]
+    axis.loglog(at, ratios, color="#000000", linestyle=line, marker=".", label=f"batch {batch}")
 
 
-def _training(axis, cells):
-    its = {
-        name.removeprefix("training, "): cell["rows"] for name, cell in cells.items() if name.startswith("training")
-    }
-    if not its:
-        axis.set_axis_off()
-        return
-    memory = axis.twinx()
+def _training(axes, its):
+    speed_axis, memory_axis, left_out = axes
+    left_out.set_axis_off()
     for arm, rows in its.items():
-        style = {"color": COLOURS[arm.split(", ")[0]], "linestyle": "--" if "associative" in arm else "-"}
+        line = style(arm.split(", ")[0]) | {"linestyle": "--" if "associative" in arm else "-", "label": arm}
         at = [row["T"] for row in rows]
-        axis.semilogx(at, [row["tokens_per_second"] for row in rows], marker=".", label=arm, **style)
-        mib = [row["temporary_bytes"] / 2**20 for row in rows]
-        memory.semilogx(at, mib, linewidth=0.5, marker="x", markersize=4, **style)
-    axis.set_xticks(at, [f"{T:,}" for T in at])
-    axis.minorticks_off()
-    axis.set(xlabel="T, at equal B T", ylabel="tokens/s", ylim=(0, None))
-    axis.set_title("training; thin, crosses: temporary memory")
-    memory.set(ylabel="MiB", ylim=(0, None))
+        speed_axis.plot(at, [row["tokens_per_second"] for row in rows], **line)
+        memory_axis.plot(at, [row["temporary_bytes"] / 2**20 for row in rows], **line)
+    for axis in (speed_axis, memory_axis):
+        axis.set(xscale="log", xlabel="T, tokens, at equal B T", ylim=(0, None))
+        axis.set_xticks(at, [f"{T:,}" for T in at])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.minorticks_off()
+        label_ends(axis)
+    speed_axis.set(ylabel="tokens/s", title="training speed")
+    memory_axis.set(ylabel="MiB", title="temporary memory of a training step")
 
 
 if __name__ == "__main__":

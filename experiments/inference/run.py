@@ -1,10 +1,10 @@
-"""Seconds a token and bytes of memory against context, RWKV-4 beside a transformer with and without a cache.
+"""Seconds a token and bytes of memory against context: RWKV-4, and a transformer with and without a cache.
 
 Claims: a token of RWKV-4 costs the same time and memory after any context (Table 1; Figs. 7, 13, 14: 3B in a straight
 line to about 10 to 15 s for 1,000 tokens where transformers of its size curve up to 45 to 65 s; less memory for 512
-tokens than any of them); and, not in the paper but said of this project, it is 10 times as fast at 4,096 tokens and
-100 times at 32,768. Where reading memory is what takes the time, both are a law: a token reads W = V D + 13 D^2 L
-weights once for all B texts, and a cached transformer 2 T D L numbers of keys and values for each, so that
+tokens than any of them). Not in the paper but said of this project: it is 10 times as fast at 4,096 tokens and 100
+times at 32,768. If reading memory takes all the time, both factors follow from a law: a token reads W = V D + 13 D^2 L
+weights once for all B texts, and a cached transformer 2 T D L numbers of keys and values for each text, so that
 
     ratio(T, B) = 1 + 2 B T D L / W
 
@@ -13,25 +13,30 @@ weights once for all B texts, and a cached transformer 2 T D L numbers of keys a
     python -m experiments.inference.run --preset=paper    3B and 7B too, to 131,072 tokens, and training
     python -m experiments.inference.run --smoke --out=DIR
 
-Latency is that of some tokens after a filled context. A cache is filled with noise, and attention reads the filled
-part only; RWKV-4 reads its context, up to `read_tokens`, and continues from that state beyond (`gpu` reads nothing).
-The transformer without a cache computes the whole text for each token. Cumulative time is the integral of latency over
-positions, checked by generating tokens one after the other. Memory is what a token needs beside the parameters: state
-and XLA's temporaries. Caches above `memory_share` of the memory that parameters leave are left out, by name. The
-training half of Table 1: tokens/s and XLA's temporary memory of a step against T, at equal B T.
+Latency is measured over some tokens after a filled context. A cache is filled with noise, and attention reads the
+filled part only. RWKV-4 reads its context, up to `read_tokens`, and continues from that state beyond (`gpu` reads
+nothing). The transformer without a cache recomputes the whole text for each token. Cumulative time is the integral of
+latency over positions, checked by generating tokens one by one. Memory is what a token needs beside the parameters:
+state and XLA's temporaries. Caches above `memory_share` of the memory that parameters leave are skipped, and listed by
+name. The training half of Table 1: tokens/s and XLA's temporary memory of a step against T, at equal B T.
 
 Cost: 16 minutes on 2 CPU cores, alone on the machine; `gpu` a minute of one H100 once its programs are compiled;
 `paper`, estimated, 30 minutes. The programs of `gpu` were compiled with XLA_FLAGS=--xla_gpu_autotune_level=0, which
-may make a token slower. Training steps compiled so were 14 times slower than in experiments/speed/pile.json for a
-reason that was not found; they were discarded, and `gpu` trains nothing.
+may make a token slower. Training steps compiled this way were 14 times slower than in experiments/speed/pile.json, for
+an unknown reason; they were discarded, and `gpu` trains nothing.
 
-Constant: reproduced where the slowest RWKV-4 position is within 25 % of the fastest, its memory equal at all;
-contradicted where positions are 50 % apart, or memory differs; not resolved between, as the clock of a shared machine
-alone can make them so. (This last rule came after a spread of 1.26.) The two factors: no claim, not being the paper's;
-what is told is the ratio at batch 1 against the cached transformer. Not comparable: seconds for 1,000 tokens of
-anything smaller than 3B, as the law above gives small models another ratio. Deviations: byte vocabulary and small
-shapes on a CPU; our transformer, not BLOOM, OPT, GPT-Neo or Pythia; the paper does not say whether its baselines used
-a cache.
+Constant time and memory of RWKV-4:
+  reproduced       the slowest position is within 25 % of the fastest, and memory is equal at all positions
+  contradicted     positions are 50 % apart, or memory differs
+  not resolved     in between, because timing noise of a shared machine alone can reach that (this last rule was added
+                   after a spread of 1.26)
+The two factors:
+  no claim         they are not the paper's; reported is the ratio at batch 1 against the cached transformer
+Seconds for 1,000 tokens:
+  not comparable   for anything smaller than 3B, because the law above gives small models another ratio
+
+Deviations: byte vocabulary and small shapes on a CPU; our transformer, not BLOOM, OPT, GPT-Neo or Pythia; the paper
+does not say whether its baselines used a cache.
 """
 
 import math
@@ -75,10 +80,10 @@ class Preset:
     positions: tuple = (0, 512, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
     shift_positions: tuple = (512, 4096, 32768)  # of the transformer with token shift, at the first batch only
     tokens: int = 32  # timed after each position
-    rounds: int = 2  # of which the faster counts
-    read_tokens: int = 2**15  # that RWKV-4 really reads, all texts of a batch together
+    rounds: int = 2  # the fastest counts
+    read_tokens: int = 2**15  # tokens that RWKV-4 actually reads, summed over a batch
     uncached: tuple = (512, 2048)
-    uncached_tokens: int = 2**14  # of a batch, at most
+    uncached_tokens: int = 2**14  # maximum per batch
     direct: int = 2048
     memory_share: float = 0.5
     lengths: tuple = (256, 2048, 8192)  # of training; none: no training
@@ -111,7 +116,7 @@ def built(shape: Shape, dtype, arm, **fields):
 
 
 def random_parameters(model):
-    """Noise for every parameter, made where it stays: the initialisers would take minutes for 7B."""
+    """Return noise for every parameter, drawn on the device: the initialisers would take minutes for 7B."""
     shapes = models.parameter_shapes(model)
     draw = jax.jit(lambda key, like: 0.02 * jax.random.normal(key, like.shape, like.dtype), static_argnums=1)
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(shapes))))
@@ -119,17 +124,17 @@ def random_parameters(model):
 
 
 def cache_limit(preset, params) -> int:
-    """Bytes that a state may take."""
+    """Return the bytes that a state may take."""
     return int(preset.memory_share * (memory_bytes() - total_bytes(params)))
 
 
 def room(count) -> int:
-    """Slots of a cache for so many tokens, as generation makes them."""
+    """Return the cache slots for `count` tokens, as generation allocates them."""
     return generate.CACHE_STEP * math.ceil(count / generate.CACHE_STEP)
 
 
 def filled(model, batch, position, slots):
-    """A transformer's state after `position` tokens, its caches full of noise."""
+    """Return a transformer's state after `position` tokens, its caches full of noise."""
     shapes = jax.eval_shape(lambda: model.init_state(batch, max_length=slots))
     block = jax.random.normal(jax.random.key(2), (generate.CACHE_STEP, *shapes[0].cache.k_BHSK.shape[3:]))
 
@@ -142,7 +147,7 @@ def filled(model, batch, position, slots):
 
 
 def program(model, params, state):
-    """(compiled decoding of some tokens from states of that shape, bytes that it takes beside the parameters)."""
+    """Return (compiled decoding of some tokens from states of that shape, its bytes beside the parameters)."""
     compiled = greedy.lower(model, params, state, first_token(state), 1).compile()
     plan = compiled.memory_analysis()
     held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
@@ -154,23 +159,23 @@ def first_token(state):
 
 
 def timed(run, *args):
-    """(seconds, what `run` returns)."""
+    """Return (seconds, result of `run`)."""
     began = time.perf_counter()
     result = jax.block_until_ready(run(*args))
     return time.perf_counter() - began, result
 
 
 def decoded(compiled, params, state, position, count, rounds):
-    """(seconds of `count` tokens after `position`, the state after them), the fastest of some rounds."""
+    """Return (seconds of `count` tokens after `position`, the state after them), the fastest of `rounds`."""
     token_B1, times = first_token(state), []
-    for n in [1] + [count] * rounds:  # one token first, to have everything in its place
+    for n in [1] + [count] * rounds:  # one token first, to warm up
         seconds, (_, state) = timed(compiled, params, at_context(state, position), token_B1, n)
         times.append(seconds)
     return min(times[1:]), state
 
 
 def latency(preset, shape, arm, batch) -> dict:
-    """Seconds a token, bytes of state and of all memory beside the parameters, at every position that fits."""
+    """Return the seconds a token, state bytes and memory beside the parameters, at every position that fits."""
     model = built(shape, preset.dtype, arm, scan=False)
     params = random_parameters(model)
     limit, rng = cache_limit(preset, params), np.random.default_rng(0)
@@ -201,7 +206,7 @@ def latency(preset, shape, arm, batch) -> dict:
 
 
 def without_cache(preset, shape, batch) -> dict:
-    """Seconds of one more token after each context, everything computed again."""
+    """Return the seconds of one more token after each context, with everything recomputed."""
     model = built(shape, preset.dtype, "transformer")
     params = random_parameters(model)
 
@@ -223,7 +228,7 @@ def without_cache(preset, shape, batch) -> dict:
 
 
 def generated(preset, shape, arm) -> dict:
-    """Cumulative seconds of really generating, one text from nothing, its cache growing as that of `generate`."""
+    """Return the cumulative seconds of generating one text token by token, its cache growing as that of `generate`."""
     model = built(shape, preset.dtype, arm, scan=False)
     params, step = random_parameters(model), generate.CACHE_STEP
     state, total, rows = model.init_state(1, max_length=step), 0.0, [{"position": 0, "seconds": 0.0}]
@@ -240,7 +245,7 @@ def generated(preset, shape, arm) -> dict:
 
 
 def trained(preset, arm, wkv=None) -> dict:
-    """Tokens/s of a training step and its temporary memory, activations and gradients, at every length."""
+    """Return the tokens/s of a training step and its temporary memory, activations and gradients, at every length."""
     rows = []
     for length in tqdm(preset.lengths, desc=f"training, {arm}", disable=None, leave=False):
         model, tx = built(preset.training, preset.training_dtype, arm, wkv_impl=wkv), optim.optimiser()

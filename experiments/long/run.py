@@ -1,15 +1,16 @@
 """Memory of a training step against the length of its sequence, whole and in segments.
 
-Claim: with `segments` a step on T tokens takes the memory of one segment and a state of fixed size a border, so that
-a small model trains at T = 65,536 on one CPU within 8 GiB, by the whole gradient or by truncated back-propagation.
-Contradicted where the peak of any row with segments reaches 8 GiB.
+Claim: with `segments`, a step on T tokens takes the memory of one segment plus a state of fixed size per border. A
+small model therefore trains at T = 65,536 on one CPU within 8 GiB, by the whole gradient or by truncated
+back-propagation. Contradicted if the peak of any row with segments reaches 8 GiB.
 
     python -m experiments.long.run [--smoke] [--out=DIR]
 
 RWKV-4 of 4 x 128 (that of configs/tiny.py, 256 bytes of vocabulary), one row, float32, Adam. Each row of the table is
-a process of its own that takes two steps: "resident" is the largest resident set of that process, with Python, JAX and
-the compiler, looked at every 5 ms (Linux' own ru_maxrss said 0.6 GB of a process seen at 6), "temporary" what XLA
-plans beside arguments and results (`memory_analysis`). Segments are of 1,024 tokens.
+a separate process that takes two steps. "resident" is the largest resident set of that process, with Python, JAX and
+the compiler, sampled every 5 ms (Linux' own ru_maxrss reported 0.6 GB for a process seen at 6). "temporary" is the
+memory that XLA plans beside arguments and results (`memory_analysis`). Segments are of 1,024 tokens.
+
 Cost: some minutes on 2 cores. Writes results.json and figure.png.
 """
 
@@ -41,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def measure(seq_len: int, segments: int, stop_gradient: bool) -> dict:
-    """Bytes of two steps of training in a process of their own."""
+    """Return the memory of two training steps, run in a process of their own."""
     command = [sys.executable, "-m", "experiments.long.run", f"--child={seq_len}:{segments}:{int(stop_gradient)}"]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if child.returncode:

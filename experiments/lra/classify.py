@@ -1,4 +1,4 @@
-"""Classification of token sequences: the mean of a model's activations over a sequence, into a linear classifier."""
+"""Classification of token sequences: a linear classifier on the mean of a model's activations over a sequence."""
 
 import math
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ POINTS = 40  # of the curve of a run
 
 
 class Classifier(nn.Module):
-    """Logits [B / num_documents, classes]: causal activations, their mean over the valid positions, a linear layer.
+    """Logits [B / num_documents, classes]: a linear layer on the mean of causal activations over valid positions.
 
-    With two documents an example, rows 2i and 2i + 1 are a pair, and the classifier sees both means, their product and
+    With two documents per example, rows 2i and 2i + 1 are a pair. The classifier sees both means, their product and
     their difference.
     """
 
@@ -41,10 +41,10 @@ class Classifier(nn.Module):
 
 
 def batches(examples: Examples, buckets: Sequence[int], batch_size: int, rng=None) -> list[tuple[int, np.ndarray]]:
-    """(T, indices of examples) of each batch: those of a batch have the same least bucket that holds them.
+    """Return (T, indices of examples) of each batch; its examples share the smallest bucket that holds them.
 
-    With a generator, batches for training: in random order, and what does not fill one is left out. Without, all
-    examples in turn, where batches are filled up with their first one.
+    With `rng`, batches are for training: in random order, dropping the rest that does not fill a batch. Without it,
+    they cover all examples in order; `batch` fills up the last ones of a bucket.
     """
     lengths = np.array([len(tokens) for tokens in examples.tokens]).reshape(-1, examples.num_documents).max(axis=1)
     if lengths.max() > buckets[-1]:
@@ -59,7 +59,10 @@ def batches(examples: Examples, buckets: Sequence[int], batch_size: int, rng=Non
 
 
 def batch(examples: Examples, T: int, index, batch_size: int) -> dict:
-    """Arrays of one batch, padded behind: tokens and valid [batch_size * num_documents, T], labels [batch_size]."""
+    """Return the arrays of one batch: tokens and valid [batch_size * num_documents, T], labels [batch_size].
+
+    Sequences are padded on the right. Missing examples are filled up with the first one.
+    """
     index = np.concatenate([index, np.full(batch_size - len(index), index[0])])
     rows = (index[:, None] * examples.num_documents + np.arange(examples.num_documents)).ravel()
     tokens_BT, valid_BT = np.zeros((len(rows), T), np.int32), np.zeros((len(rows), T), bool)
@@ -70,10 +73,10 @@ def batch(examples: Examples, T: int, index, batch_size: int) -> dict:
 
 
 def fit(model: Classifier, known: Examples, valid: Examples, preset, *, lr: float, epochs: int, seed: int):
-    """(params, curve): trained with the released recipe from the initialisers of `seed`, on batches of `seed`.
+    """Train with the released recipe from the initialisers of `seed`, on batches of `seed`; return (params, curve).
 
-    The curve has the number of steps and of tokens so far, the mean training loss since its last point, and after
-    each epoch the loss on `valid` and the share of it that is right.
+    The curve has the number of steps and of tokens so far, and the mean training loss since its last point; after each
+    epoch also the loss on `valid` and the share of correct classes.
     """
     order = lambda epoch: batches(known, preset.buckets, preset.batch_size, np.random.default_rng([seed, epoch]))
     tx, total = optim.optimiser(), epochs * len(order(0))
@@ -111,7 +114,7 @@ def fit(model: Classifier, known: Examples, valid: Examples, preset, *, lr: floa
 
 
 def judge(model: Classifier, params, examples: Examples, preset) -> tuple[np.ndarray, np.ndarray]:
-    """Return the loss in nats of each example, and whether its class is the likeliest."""
+    """Return the loss in nats of each example, and whether its class is the most likely."""
     nats, right = np.zeros(len(examples.labels)), np.zeros(len(examples.labels), bool)
     for T, index in tqdm(batches(examples, preset.buckets, preset.batch_size), disable=None, leave=False):
         found = _judge(model, params, batch(examples, T, index, preset.batch_size))

@@ -1,6 +1,6 @@
-"""The tasks of the Long Range Arena from their public files, as token sequences and classes.
+"""Readers of the Long Range Arena's public files: token sequences and classes.
 
-An option names the folder, as its archive unpacks:
+Each option names the folder that its archive unpacks to:
 
     --listops     lra_release.gz: listops-1000/        basic_{train,val,test}.tsv
     --aan         lra_release.gz: tsv_data/            new_aan_pairs.{train,eval,test}.tsv
@@ -8,9 +8,9 @@ An option names the folder, as its archive unpacks:
     --imdb        aclImdb_v1.tar.gz: aclImdb/          {train,test}/{pos,neg}/*.txt
     --cifar10     cifar-10-binary.tar.gz: cifar-10-batches-bin/    {data_batch_1..5,test_batch}.bin, without pickle
 
-Texts are bytes, images grey levels in rows. As in S4's loaders, ListOps loses its parentheses, texts are cut at 4,096
-bytes and papers at 4,000, Pathfinder is its harder set, split 8:1:1 at random, and an empty file does not count. Where
-there is no validation split, a tenth of the training data, drawn at random, is one.
+Texts are bytes, images are grey levels in rows. As in S4's loaders, ListOps drops its parentheses, texts are truncated
+to 4,096 bytes and papers to 4,000, Pathfinder is its harder set, split 8:1:1 at random, and empty files are skipped.
+Without a validation split, a random tenth of the training data is used as one.
 """
 
 import csv
@@ -79,7 +79,7 @@ def pathfinder(folder: Path) -> Splits:
             place, name, _, label, *_ = line.split()
             path = _there(folder / place / name)
             if path.stat().st_size:
-                pixels = np.round(imread(path) * 255)  # grey as [32, 32], or with channels behind
+                pixels = np.round(imread(path) * 255)  # grey as [32, 32], or with channels last
                 grey = pixels if pixels.ndim == 2 else (pixels[..., :3] * GREY).sum(axis=-1) // 1000
                 images.append(grey.astype(np.uint8).ravel())
                 labels.append(int(label))
@@ -129,7 +129,7 @@ TASKS = {
 
 
 def load(name: str, folder: Path) -> Splits:
-    """Train, valid and test examples of a task."""
+    """Return the training, validation and test examples of a task."""
     try:
         return TASKS[name].read(folder)
     except (KeyError, IndexError, ValueError) as error:

@@ -3,10 +3,10 @@
     [MAX 4 3 [MIN 2 3 ] 1 0 [MED 1 5 8 9 2 ] ]  ->  5
 
 The public recipe (google-research/long-range-arena, lra_benchmarks/data/listops.py): above the greatest depth an
-expression is nested with probability 1/4 and else a digit; operator and digits are uniform, the number of arguments is
-uniform from 2 to the most; expressions of a length strictly between two limits are kept, none twice. MED is the
-median, rounded down where it falls between two digits; SM is the sum modulo 10. An operator with its bracket is one
-token and so is the closing bracket; there are no parentheses (S4's loader strips those of the public files).
+expression is nested with probability 1/4, otherwise a digit. Operators and digits are uniform; the number of arguments
+is uniform from 2 to the maximum. Expressions with a length strictly between two limits are kept, without duplicates.
+MED is the median, rounded down if it falls between two digits; SM is the sum modulo 10. An operator with its bracket
+is one token, and so is the closing bracket; there are no parentheses (S4's loader strips those of the public files).
 """
 
 import random
@@ -26,10 +26,10 @@ OPERATORS = {
     "SM": lambda values: sum(values) % 10,
 }
 FUNCTIONS = tuple(OPERATORS.values())
-TYPICAL = (0, 9, 4, 4)  # what an expression is worth to a rule that does not look into it: MIN, MAX, MED, SM
+TYPICAL = (0, 9, 4, 4)  # value that a rule assumes for an expression it does not evaluate: MIN, MAX, MED, SM
 OPERATOR, END, VOCAB_SIZE = 10, 14, 15  # tokens: the digits, the operators, the closing bracket
 NESTED = 0.25
-PIECE = 500  # expressions of one seed, so that any number of processes makes the same ones
+PIECE = 500  # expressions per seed, so that the result does not depend on the number of processes
 
 
 class Recipe(NamedTuple):
@@ -45,7 +45,7 @@ PUBLIC = Recipe()
 
 
 class Examples(NamedTuple):
-    """Token sequences of any length, and the class of each. With `num_documents` 2, two sequences make an example."""
+    """Token sequences of any length, and the class of each. With `num_documents` 2, two sequences form an example."""
 
     tokens: Sequence[np.ndarray]  # unsigned integers
     labels: np.ndarray  # [examples]
@@ -61,7 +61,7 @@ class _TooLongError(Exception):
 
 
 def generate(number: int, recipe: Recipe = PUBLIC, seed: int = 0, processes: int = 1) -> Examples:
-    """The first `number` different expressions of a seed."""
+    """Return the first `number` distinct expressions of a seed."""
     found, piece = {}, 0
     with tqdm(total=number, desc="expressions", disable=None, leave=False) as bar:
         while len(found) < number:
@@ -80,7 +80,7 @@ def _mapped(function, jobs, processes):
     if processes == 1:
         yield from map(function, jobs)
         return
-    # not by fork: the process that starts these has JAX's threads
+    # not by fork, because this process has JAX's threads
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(function, jobs)
 
@@ -117,11 +117,11 @@ def _expression(rng, recipe, depth, tokens) -> int:
 
 
 def evaluate(tokens: Sequence[int], levels: float = np.inf) -> int:
-    """The value of an expression whose operators are evaluated down to so many levels, 1 being the root alone.
+    """Return the value of an expression, evaluating its operators down to `levels` levels; 1 is the root alone.
 
-    Deeper ones count as `TYPICAL` of their operator; 0 levels look at the root's operator only.
+    Deeper expressions count as `TYPICAL` of their operator. With 0 levels, only the root's operator counts.
     """
-    stack = []  # (operator, values so far) of what is open
+    stack = []  # (operator, values so far) of open lists
     for token in map(int, tokens):
         if token < OPERATOR:
             value = token
@@ -134,11 +134,11 @@ def evaluate(tokens: Sequence[int], levels: float = np.inf) -> int:
         if not stack:
             return value
         stack[-1][1].append(value)
-    raise ValueError(f"{len(stack)} lists without an end, expected one expression")
+    raise ValueError(f"{len(stack)} unclosed lists, expected one expression")
 
 
 def rules(known: Examples, asked: Examples, levels: Sequence[int] = (1, 2, 3)) -> dict[str, float]:
-    """Share of `asked` that rules without learning get right; the most frequent answers are those of `known`."""
+    """Return the share of `asked` that rules without learning get right; most frequent answers are from `known`."""
     answer = lambda labels: int(np.bincount(labels, minlength=10).argmax())
     root = lambda examples: np.array([tokens[0] for tokens in examples.tokens])
     by_operator = {operator: answer(known.labels[root(known) == operator]) for operator in range(OPERATOR, END)}

@@ -1,26 +1,26 @@
-"""Order of a prompt: whether a model answers better when it knows the question before it reads the data.
+"""Order of a prompt: does a model answer better if it knows the question before it reads the data?
 
-Claim: an RNN cannot look back, so a prompt should ask first (the paper, appendix L, Tables 6 and 7). Here in a
+Claim: an RNN cannot look back, so a prompt should ask first (the paper, appendix L, Tables 6 and 7). Tested here on a
 synthetic task: of n pairs of key and value, name the value of one key, asked before the pairs or after them. Asked
-before, the model need remember one key and one value; asked after, all n pairs. Attention can look back: the
-transformers are the control, which should not care. One model of each arm is trained on both orders, half of every
-batch each, with 1 to 16 pairs, and tested on the same questions in both; two layers of width 64.
+before, the model needs to remember one key and one value; asked after, all n pairs. Attention can look back: the
+transformers are the control, which should not depend on the order. One model of each arm is trained on both orders,
+half of every batch each, with 1 to 16 pairs, and tested on the same questions in both; two layers of width 64.
 
     python -m experiments.order.run                   up to 16 pairs, vocabulary 40, 2 seeds
     python -m experiments.order.run --smoke
 
 Cost: 9 minutes, each run on one core.
 
-The paper's numbers, RWKV-4-Raven-14B without examples, the prompt in ChatGPT's order and with the question first:
-RTE 44.2 and 74.8 (F1), WNLI 47.9 and 49.3, GoEmotions 7.9 and 7.9, PolEmo2 38.2 and 40.9. They would take the weights
-and tasks of that table, of which some are gated: not run.
+The paper's numbers, RWKV-4-Raven-14B without examples, the prompt in ChatGPT's order and with the question first: RTE
+44.2 and 74.8 (F1), WNLI 47.9 and 49.3, GoEmotions 7.9 and 7.9, PolEmo2 38.2 and 40.9. They need the weights and tasks
+of that table, some of which are gated: not run.
 
-By accuracy at the end of training, question first minus question last, of RWKV-4 at the largest n:
-  *same sign*       above 0.05 with every seed, and above what it is for the transformer with token shift
+Verdict by the accuracy of RWKV-4 at the largest n at the end of training, question first minus question last:
+  *same sign*       above 0.05 with every seed, and above the difference of the transformer with token shift
   *contradicted*    below -0.05 with every seed
-  *not resolved*    else. The tasks differ from the paper's, so *reproduced* is not among the verdicts.
+  *not resolved*    otherwise. The tasks differ from the paper's, so *reproduced* is not among the verdicts.
 
-Known deviations: trained from the initialisers on this task alone, at the learning rates of recall's sweep.
+Deviations: trained from the initialisers on this task alone, at the learning rates of recall's sweep.
 """
 
 from functools import partial
@@ -37,16 +37,16 @@ from experiments.recall.sequences import shuffled
 SWEEP = Path(__file__).parents[1] / "recall" / "sweep.json"
 ARMS = ("rwkv4", "transformer+shift", "transformer")
 ORDERS = ("first", "last")
-SMALLEST = 0.05  # difference of accuracies that counts
+SMALLEST = 0.05  # smallest difference of accuracies that counts
 
 
 def asked(rng: np.random.Generator, pairs_B, most: int, vocab_size: int, order: str) -> dict:
-    """{"tokens" [B, T + 1], "mask" [B, T]} with T = 2 most + 3, of which the last token alone counts.
+    """Return {"tokens" [B, T + 1], "mask" [B, T]} with T = 2 most + 3; only the last token counts.
 
         first    _ _ ? q k1 v1 ... kn vn ! v
         last     _ _ k1 v1 ... kn vn ? q ! v
 
-    Row b has pairs_B[b] pairs, at most `most`. Keys and values are of two halves of the vocabulary without its last
+    Row b has pairs_B[b] pairs, at most `most`. Keys and values come from two halves of the vocabulary without its last
     three tokens, which are "?", "!" and "_".
     """
     (B,), half = pairs_B.shape, (vocab_size - 3) // 2
@@ -54,7 +54,7 @@ def asked(rng: np.random.Generator, pairs_B, most: int, vocab_size: int, order: 
     if not 1 <= pairs_B.min() <= pairs_B.max() <= most <= half:
         raise ValueError(f"{max(most, pairs_B.max())} pairs do not fit a vocabulary of {vocab_size}")
     keys_BN, values_BN = (shuffled(rng, B, low, low + half)[:, :most] for low in (0, half))
-    which_B1 = most - 1 - rng.integers(pairs_B)[:, None]  # the pairs stand at the end of their block
+    which_B1 = most - 1 - rng.integers(pairs_B)[:, None]  # the pairs are at the end of their block
     question_B2 = np.insert(np.take_along_axis(keys_BN, which_B1, axis=1), 0, ask, axis=1)
     data_BT = np.stack([keys_BN, values_BN], axis=2).reshape(B, 2 * most)
     place_T, start_B1 = np.arange(2 * most + 2)[None], 2 * (most - pairs_B)[:, None]
@@ -92,20 +92,20 @@ def learn(config, folder) -> dict:
 
 
 def arm_of(name: str, base) -> dict:
-    """A model at the best learning rate of recall's sweep, but where the base has one."""
+    """Return a model at the best learning rate of recall's sweep, unless the base has a rate."""
     lr = base.lr or sweeps.best(SWEEP, f"{name} {base.model.num_layers}x{base.model.dim}", max)
     return study.flat(study.MODELS[name]) | {"lr": lr}
 
 
 def verdict(differences: list[float], control: list[float]) -> str:
-    """Verdict on differences of accuracy, question first minus last, one a seed."""
+    """Return the verdict on differences of accuracy, question first minus last, one per seed."""
     if min(differences) > SMALLEST and np.mean(differences) > np.mean(control):
         return "same sign"
     return "contradicted" if max(differences) < -SMALLEST else "not resolved"
 
 
 def conclude(its, values) -> dict:
-    """A row of the ledger: accuracy by the number of pairs, asked first and last."""
+    """Return a row of the ledger: accuracy by the number of pairs, asked first and last."""
     pairs, told_pairs = its.base["pairs"], its.base["told"]
     accuracy = {}
     for arm in ARMS:
@@ -152,11 +152,11 @@ def conclude(its, values) -> dict:
 STUDY = {
     "base": {
         "model": {"num_layers": 2, "dim": 64, "vocab_size": 40},
-        "pairs": (1, 2, 4, 8, 16),  # as many of each in training
-        "told": (4, 16),  # of which the ledger tells
+        "pairs": (1, 2, 4, 8, 16),  # equally often in training
+        "told": (4, 16),  # reported in the ledger
         "batch_size": 32,
         "examples": 96_000,
-        "every": 8_000,  # examples between two looks at the tests
+        "every": 8_000,  # examples between two tests
         "tested": 256,  # questions of each test
         "lr": None,
     },

@@ -1,34 +1,34 @@
 """Bits per byte of RWKV by generation against a transformer of equal size (Table 5), by tokens, FLOPs and seconds.
 
 Claim (Table 5, enwik8, 12 x 512): the transformer predicts better, 1.137 against 1.178 bits per character, which is
-+0.041 for RWKV-4. Here every arm has one trunk of a constant learning rate, from which runs branch at six budgets and
-decay, on the same batches from the same seeds. Beside RWKV-4 and the transformer: RWKV-7, the transformer with RWKV's
-token shift, RWKV-5.2, RWKV-6 and an LSTM at one budget, and what counting reaches on the same bytes.
++0.041 for RWKV-4. Here every arm has one trunk of constant learning rate, from which runs branch at six budgets and
+decay, on the same batches from the same seeds. Arms: RWKV-4, the transformer, RWKV-7, and the transformer with RWKV's
+token shift; at one budget RWKV-5.2, RWKV-6 and an LSTM. N-grams and xz on the same bytes are reference levels.
 
     python -m experiments.perplexity.run                   4 x 128, T 512, 1 to 34 M tokens of classic-books
-    python -m experiments.perplexity.run --kept            the same from the runs that are done
+    python -m experiments.perplexity.run --kept            the same from the finished runs
     python -m experiments.perplexity.run --preset=slice    6 x 512, 100 M tokens, three arms: see slice.sh
     python -m experiments.perplexity.run --preset=gpu --text=enwik8      Table 5's shape, 1.5 epochs
     python -m experiments.perplexity.run --preset=paper --text=enwik8    Table 5's shape, 40 epochs
 
-Cost, estimated: cpu 5 to 18 hours on 2 cores, by their speed, in runs that outlive a kill; slice 11 minutes and gpu 24
+Cost, estimated: cpu 5 to 18 hours on 2 cores, by their speed, in runs that survive a kill; slice 11 minutes and gpu 24
 of one H200, paper 6 GPU hours.
 Effect: RWKV-4 minus transformer after the largest budget, disjoint windows of the training length for both, paired
 (`study.compared`).
-  reproduced       the interval holds +0.041 and not 0
+  reproduced       the interval contains +0.041 and not 0
   same sign        the interval is above 0
   contradicted     the interval is below 0
-  not resolved     the interval holds 0
+  not resolved     the interval contains 0
   not comparable   another shape or corpus, or less than an epoch of 90 MB, or a transformer that does not beat a
-                   Witten-Bell 6-gram of the same bytes: such a run could not have reproduced Table 5. One budget
-                   against the LSTM cannot either: the paper claims that RWKV scales as LSTMs do not
+                   Witten-Bell 6-gram of the same bytes: such a run could not have reproduced Table 5. Nor can one
+                   budget against the LSTM: the paper claims that RWKV scales as LSTMs do not
   no claim         the paper has no such arm
 Trend: the difference of the first seed at each budget against log2 of its tokens, on a straight line through the
 budgets of 2 M tokens and more. It says which budget would decide the sign at this width, not what 12 x 512 would give.
 Deviations: classic-books, not enwik8; bytes, not characters; learning rates of each arm from experiments/compare's
 sweep, not 6e-4 for all; one Adam for all (RWKV-7's own epsilon of 1e-18 changed it by +0.013 at 2 x 64); LN0 and
-RWKV's small embedding in all arms; less than an epoch. In `gpu` and `paper` weight decay and dropout as in Table 5,
-this on the embedding and the residual stream, as in RWKV-v4neo. Seconds are of training steps alone.
+RWKV's small embedding in all arms; less than an epoch. `gpu` and `paper` have Table 5's weight decay and dropout, the
+latter on the embedding and the residual stream, as in RWKV-v4neo. Seconds are of training steps alone.
 """
 
 import time
@@ -50,7 +50,7 @@ from rwkv_jax.data.tokenizers import get_tokenizer
 from rwkv_jax.generate import generate_texts
 from rwkv_jax.train import optim
 
-SWEEP = Path(__file__).with_name("sweep.json")  # of the LSTM, which compare's lacks
+SWEEP = Path(__file__).with_name("sweep.json")  # for the LSTM, which compare's sweep lacks
 MAIN = ("rwkv4", "rwkv7", "transformer", "transformer+shift")
 TABLE_5_ARMS = ("rwkv4", "transformer", "transformer+shift")
 OTHERS = ("rwkv5", "rwkv6", "lstm")
@@ -71,25 +71,25 @@ PAIRS = (
 
 
 def arm_of(name: str, base) -> dict:
-    """An architecture at the best learning rate of its sweep, or between those of swept widths."""
+    """Return an architecture at the best learning rate of its sweep, interpolated between swept widths."""
     lr = sweeps.lr(SWEEP, name, base.model.num_layers, base.model.dim) or base.optim.lr
     return study.flat(study.MODELS[name]) | {"optim.lr": lr}
 
 
 def budgets_of(arm: str, seed: int) -> tuple:
-    """All budgets for the first seed of the main arms, one of 8 M tokens for all else."""
+    """Return all budgets for the first seed of the main arms, otherwise the one of 8 M tokens."""
     return BUDGETS if arm in MAIN and not seed else (AT_8M,)
 
 
 def sample(model, params, corpus) -> dict:
-    """300 bytes that the model writes after the first words of a held-out book, drawn with seed 0."""
+    """Return 300 bytes that the model generates after the first words of a held-out book, with seed 0."""
     start = corpus.test.tokens[1:65].astype(np.uint8).tobytes().decode(errors="replace")
     [text] = generate_texts(model, params, [start], get_tokenizer("bytes"), max_new_tokens=300, seed=0).texts
     return {"sample": text}
 
 
 def counted(budgets, config, folder) -> dict:
-    """Bits per byte that counting reaches on the bytes of seed 0, by budget: what gives the levels a meaning."""
+    """Return the bits per byte of n-grams and xz on the bytes of seed 0, by budget, as reference levels."""
     test = measures.held_out(config, TEST_BYTES).test
     shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
     stream = batches.dataset(data.prepare(config.corpus).train.tokens, **shape, seed=0)
@@ -102,7 +102,7 @@ def counted(budgets, config, folder) -> dict:
 
 
 def speed(arms, config, folder, rounds: int = 5) -> dict:
-    """Training tokens a second of every arm: the median of steps for which the arms take turns."""
+    """Return the training tokens a second of every arm, from median step times; the arms take turns."""
     tokens = np.random.default_rng(0).integers(1, 256, (config.batch_size, config.seq_len + 1), dtype=np.int32)
     batch = {"tokens": tokens, "mask": np.ones((config.batch_size, config.seq_len), bool)}
     tx, steps, states, seconds = optim.optimiser(weight_decay=config.optim.weight_decay), {}, {}, {}
@@ -126,7 +126,7 @@ def also(arms, budgets) -> dict:
 
 
 def points_of(its, values: dict, arm: str) -> list[dict]:
-    """Level of an arm after each budget, and how many tokens, FLOPs and seconds that took."""
+    """Return the level of an arm after each budget, with its tokens, FLOPs and seconds."""
     rate, found = values.get("speed", {}).get("tokens_per_second", {}).get(arm), []
     for budget in its.budgets:
         if runs := study.runs_of(its, values, arm, budget):
@@ -137,7 +137,7 @@ def points_of(its, values: dict, arm: str) -> list[dict]:
 
 
 def conclude(its, values: dict) -> dict:
-    """Paired differences at every budget, where one arm overtakes another, and what the paper's sign would take."""
+    """Return paired differences at every budget, their crossings, the trend, and the rows of the ledger."""
     config, done = study.config_of(its), study.budgets_done(its, values)
     arms, tokens_of = study.arms_of(its), {budget: budget * config.batch_size * config.seq_len for budget in done}
     points = {arm: points_of(its, values, arm) for arm in arms}
@@ -163,10 +163,10 @@ def conclude(its, values: dict) -> dict:
 
 
 def rows_of(config, pairs: dict, behind: list[int], is_counted: bool) -> list[dict]:
-    """Rows of the ledger: each pair at the largest budget that both arms have.
+    """Return the rows of the ledger: each pair at the largest budget that both arms have.
 
     Args:
-        behind: tokens after which the transformer is behind the 6-gram; unknown where nothing `is_counted`.
+        behind: tokens after which the transformer is behind the 6-gram; unknown unless `is_counted`.
     """
     says = {
         "rwkv4 minus transformer": (f"{PAPER:+.3f} at 12 x 512", PAPER, 1),
@@ -203,7 +203,7 @@ def not_run_of(config) -> list[dict]:
 
 
 def preset(budgets: tuple, **base) -> dict:
-    """A preset for a GPU, with the arms of Table 5 and the transformer with token shift."""
+    """Return a preset for a GPU, with the arms of Table 5 and the transformer with token shift."""
     large = {"model": {"num_layers": 12, "dim": 512, "dtype": "bfloat16"}, "seq_len": 1024, "optim.warmup": 0.01}
     return {
         "base": study.flat(large) | {"optim.lr": 1e-3} | base,

@@ -1,4 +1,4 @@
-"""What results.json says, as text: differences at each budget, who overtakes whom, the trend, and samples."""
+"""Text from results.json: differences at each budget, crossings, the trend, and samples."""
 
 from experiments.engineering import table
 from experiments.perplexity import trend
@@ -6,7 +6,7 @@ from experiments.statistics import told
 
 
 def differences(results: dict) -> str:
-    """A pair of arms a row, a budget a column; then the tokens at which a difference changes its sign."""
+    """Return a table with a row per pair of arms, a column per budget, and the tokens of each change of sign."""
     tokens = sorted({int(at) for rows in results["pairs"].values() for at in rows})
     head = ("bits a byte", *(f"{at / 1e6:.3g} M tokens" for at in tokens), "overtaken at")
     rows = []
@@ -24,7 +24,7 @@ def sentences(results: dict) -> str:
 
 
 def samples(results: dict) -> str:
-    """What each arm writes after the same words, at the largest budget that it has."""
+    """Return the text that each arm generates after the same words, at its largest budget."""
     found = {}
     for name, cell in results["cells"].items():
         if "sample" in cell:

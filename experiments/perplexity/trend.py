@@ -1,4 +1,4 @@
-"""A difference against the tokens of training: where it changes its sign, and the straight line through it."""
+"""A difference against the number of training tokens: where it changes sign, and the straight line through it."""
 
 from itertools import pairwise
 
@@ -7,8 +7,9 @@ from scipy import stats
 
 
 def crossings(gaps: dict) -> list[dict]:
-    """Tokens at which a difference changes its sign, and whether it is above 0 from there, on straight lines between
-    the budgets in log tokens.
+    """Return the tokens at which a difference changes sign, and whether it is above 0 from there.
+
+    Interpolates linearly in log tokens between the budgets.
 
     Args:
         gaps: {tokens: difference}, tokens ascending.
@@ -22,11 +23,10 @@ def crossings(gaps: dict) -> list[dict]:
 
 
 def trend(gaps: dict, value: float) -> dict | None:
-    """The least-squares line of a difference against log2 tokens, and what it says about `value`; None of fewer than
-    three budgets.
+    """Return the least-squares line of a difference against log2 tokens, and where it reaches `value`.
 
-    The 95 % intervals are Student's for one more run. They take the budgets for independent, while runs that branch
-    from one trunk are not, and the line for straight beyond them.
+    None for fewer than three budgets. The 95 % intervals are Student's for one more run. They assume that budgets are
+    independent, although runs that branch from one trunk are not, and that the line stays straight beyond them.
     """
     if len(gaps) < 3:
         return None
@@ -39,7 +39,7 @@ def trend(gaps: dict, value: float) -> dict | None:
         half = t * residual * np.sqrt(1 + 1 / len(x) + np.square(at - x.mean()) / spread)
         return its.intercept + its.slope * at + np.array([-half, 0 * at, half])
 
-    at = np.linspace(x[0], x[-1] + 30, 4001)  # doublings: to a billion times as many tokens
+    at = np.linspace(x[0], x[-1] + 30, 4001)  # 30 doublings: to a billion times as many tokens
     low, line, high = bits(at)
     first = lambda where: float(2 ** at[np.argmax(where)]) if where.any() else None
     return {
@@ -52,7 +52,7 @@ def trend(gaps: dict, value: float) -> dict | None:
 
 
 def told(its: dict) -> list[str]:
-    """What `trend` found, in three sentences."""
+    """Return the results of `trend` in three sentences."""
     m = lambda tokens: "no budget" if tokens is None else f"{tokens / 1e6:,.3g} million tokens"
     low, slope, high = its["per_doubling"]
     first, last = (f"{tokens / 1e6:.3g}" for tokens in its["tokens"])

@@ -1,7 +1,7 @@
-"""WKV of RWKV-4 (arXiv:2305.13048, Eq. 16) in NumPy float64, token after token, at any T: exact beside float32.
+"""WKV of RWKV-4 (arXiv:2305.13048, Eq. 16) in NumPy float64, token by token, at any T: the exact reference.
 
-A channel's past is a mean m of values with a log weight l, so that nothing overflows and nothing is shared with the
-forms that it judges, which carry sums and a scale. A token takes a share s of what it reads and p of what it leaves:
+A channel's past is a mean m of values with a log weight l. Nothing overflows, and the judge shares nothing with the
+forms under test, which carry sums and a scale. A token has a share s in what it reads, and p in what it leaves:
 
     s = sigmoid(u + k - l)            y = m + s (v - m)
     p = sigmoid(k - (l + w))          m <- m + p (v - m),   l <- log(exp(l + w) + exp(k))
@@ -12,15 +12,15 @@ With p_ti the weight of token i in y_t and a_ti its age t - 1 - i there, the gra
     dL/du   = sum_t s_t dy_t (v_t - y_t)
     dL/dw   = sum_t dy_t (sum_{i<t} p_ti a_ti v_i - y_t sum_{i<t} p_ti a_ti)
 
-and every sum over p is a recurrence of the same kind: means of the past going forward, totals of the future going
-back. Each result comes with its magnitude, the same sum with absolute values in place of the terms.
+Every sum over p is a recurrence of the same kind: means of the past in the forward direction, totals of the future in
+the backward one. Each result comes with its magnitude, the same sum with absolute values in place of the terms.
 """
 
 import numpy as np
 
 
 def exact(w_C, u_C, k_TC, v_TC, dy_TC):
-    """{"y", "w", "u", "k", "v": (value, magnitude)} of every channel from an empty past; w finite."""
+    """Return {"y", "w", "u", "k", "v": (value, magnitude)} of every channel from an empty past; w must be finite."""
     w, u, k, v, dy = (np.asarray(x, np.float64) for x in (w_C, u_C, k_TC, v_TC, dy_TC))
     k = k - k.max(0)  # a common factor of all weights changes nothing
     weight_TC = _log_weights(w, k)  # l before each token
@@ -40,7 +40,7 @@ def exact(w_C, u_C, k_TC, v_TC, dy_TC):
 
 
 def _sigmoids(x):
-    """sigmoid(x) and 1 - sigmoid(x), each to full relative precision."""
+    """Return sigmoid(x) and 1 - sigmoid(x), each to full relative precision."""
     return np.exp(-np.logaddexp(0, -x)), np.exp(-np.logaddexp(0, x))
 
 
@@ -54,7 +54,7 @@ def _log_weights(w_C, k_TC):
 
 
 def _means(p_TC, left_TC, v_TC):
-    """Before each token, the past's means of v and |v| [2, T, C], and of age, age·v and age·|v| [3, T, C]."""
+    """Return, before each token, the past's means of v and |v| [2, T, C], and of age, age·v and age·|v| [3, T, C]."""
     values_T2C = np.stack([v_TC, abs(v_TC)], axis=1)
     means, ages = np.zeros(values_T2C.shape), np.zeros((len(v_TC), 3, v_TC.shape[1]))
     mean, age = means[0].copy(), ages[0].copy()
@@ -68,7 +68,7 @@ def _means(p_TC, left_TC, v_TC):
 
 
 def _totals(p_TC, left_TC, s_TC, past_TC, terms):
-    """sum_t p_ti x_t for each source i and each x of `terms`."""
+    """Return sum_t p_ti x_t for each source i and each x of `terms`."""
     x_TNC = np.stack(terms, axis=1)
     later_TNC = past_TC[:, None] * x_TNC
     out, future = np.empty_like(x_TNC), np.zeros(x_TNC.shape[1:])

@@ -1,4 +1,4 @@
-"""`ops.wkv6` and `ops.wkv7` in NumPy float64, token after token, at any T: exact beside float32, with all gradients.
+"""`ops.wkv6` and `ops.wkv7` in NumPy float64, token by token, at any T: the exact reference, with all gradients.
 
 In both, a token maps the state of a head by a matrix A_t, and the backward pass maps dS = dL/dS by its transpose:
 
@@ -7,31 +7,31 @@ In both, a token maps the state of a head by a matrix A_t, and the backward pass
     wkv6   A = diag(exp(w))                       y_t = S_{t-1}^T r_t + (r_t . u k_t) v_t
     wkv7   A = diag(exp(w)) + b a^T               y_t = S_t^T r_t
 
-Only these two lines are loops; the rest is computed for a span of tokens at once from its states, recomputed in the
-backward pass from those kept between spans. Heads are the last axis, which is the one that NumPy is fast along.
+Only these two lines are loops. The rest is computed for a span of tokens at once from its states, which the backward
+pass recomputes from those kept between spans. Heads are the last axis, along which NumPy is fast.
 
 Each result comes with its magnitude. A result of wkv6 is a sum of products, and its magnitude is the same sum with
 absolute values in place of the terms, as for WKV-4 (`judge`). In wkv7 absolute values would grow without limit, since
 a token would add its removal to what it removes from. There the magnitude is |X|^T |x| where a result is X^T x, such
-as |S_t|^T |r_t| for y_t; and of that the largest in a head over time, as a token mixes the channels of a head and
-passes an error on to all later ones.
+as |S_t|^T |r_t| for y_t, and of that the largest in a head over time, because a token mixes the channels of a head and
+passes an error on to all later tokens.
 """
 
 import numpy as np
 
-SPAN = 200  # tokens of which all states are in memory
+SPAN = 200  # tokens whose states are all in memory
 
 
 def exact5(r_TKH, w_KH, *others):
-    """As `exact6`, with one decay for all tokens, and its gradient over all."""
+    """Return the results of `exact6` for one decay shared by all tokens, with its gradient summed over them."""
     found = exact6(r_TKH, np.broadcast_to(w_KH, r_TKH.shape), *others)
     return found | {"w": tuple(x.sum(0) for x in found["w"])}
 
 
 def exact6(r_TKH, w_TKH, k_TKH, v_TVH, u_KH, state_KVH, dy_TVH, dstate_KVH):
-    """{name: (value, magnitude)} of "y", the "final" state, and the gradients of sum(dy y) + sum(dstate final).
+    """Return {name: (value, magnitude)} of "y", the "final" state, and the gradients of sum(dy y) + sum(dstate final).
 
-    Gradients have the names of the operands: that of w is for each token, that of u over all.
+    Gradients have the names of the operands: that of w is for each token, that of u is summed over all.
     """
     r, w, k, v, u, state, dy, dstate = _float64(r_TKH, w_TKH, k_TKH, v_TVH, u_KH, state_KVH, dy_TVH, dstate_KVH)
     u = np.broadcast_to(u, r.shape)
@@ -42,7 +42,7 @@ def exact6(r_TKH, w_TKH, k_TKH, v_TVH, u_KH, state_KVH, dy_TVH, dstate_KVH):
 
 
 def exact7(r_TKH, w_TKH, k_TKH, v_TVH, a_TKH, b_TKH, state_KVH, dy_TVH, dstate_KVH):
-    """As `exact6`, of wkv7."""
+    """Return the results of wkv7, as `exact6` does those of wkv6."""
     *operands, state, dy, dstate = _float64(
         r_TKH, w_TKH, k_TKH, v_TVH, a_TKH, b_TKH, state_KVH, dy_TVH, dstate_KVH
     )  # fmt: skip
@@ -56,10 +56,10 @@ def _float64(*arrays):
 
 
 def _over_time(span_of, operands, state, dstate):
-    """All results by name.
+    """Return all results by name.
 
-    `span_of` maps the operands of a span of tokens to (A as a function, what each token adds to S, and to dS, results
-    as a function of S before the first token and after each, and of dS likewise).
+    `span_of` maps the operands of a span of tokens to (A as a function, the tokens' additions to S, their additions to
+    dS, results as a function of S before the first token and after each, and of dS likewise).
     """
     spans = [slice(i, i + SPAN) for i in range(0, len(operands[0]), SPAN)]
     states = [state]
@@ -77,7 +77,7 @@ def _over_time(span_of, operands, state, dstate):
 
 
 def _repeat(A, x_KVH, added_TKVH, backward=False):
-    """[T + 1, K, V, H]: x <- A_t x + added_t over time, from first to last or the transpose backward in time."""
+    """Return [T + 1, K, V, H]: x <- A_t x + added_t over time, or its transpose from last to first if `backward`."""
     out = np.empty((len(added_TKVH) + 1, *x_KVH.shape))
     out[-1 if backward else 0] = x_KVH
     for t in reversed(range(len(added_TKVH))) if backward else range(len(added_TKVH)):

@@ -1,9 +1,9 @@
-"""WKV of RWKV-5, 6 and 7 as the experiment judges it: inputs, and the forms that are run on them.
+"""WKV of RWKV-5, 6 and 7 under test: inputs, and the forms that run on them.
 
 A head of 4 x 4 channels for every kind of token and decay; the incoming state and the cotangent of the outgoing one
-from N(0, 1). The log decay of a channel is its head's times exp(N(0, 1)), drawn for each token, or once in RWKV-5.
-"Large keys" are 1,000 times as large in one token of 100; "repeated keys" are one key and 5 % of noise; RWKV-7's
-in-context rates are anything from 0 to 1 where not named. w, u and states are float32 throughout, as a model has them.
+are drawn from N(0, 1). The log decay of a channel is its head's times exp(N(0, 1)), drawn for each token, or once in
+RWKV-5. "Large keys" are 1,000 times as large in one token of 100. "Repeated keys" are one key plus 5 % of noise.
+RWKV-7's in-context rates are anything from 0 to 1 unless named. w, u and states are always float32, as in a model.
 """
 
 from functools import partial
@@ -28,13 +28,13 @@ _of_kind = lambda kind, names: np.array([name.startswith(kind) for name in names
 
 
 def inputs5(T, dtype):
-    """As `inputs6`, with one decay for all tokens, w_KH."""
+    """Return `inputs6` with one decay for all tokens, w_KH."""
     r, w, *others = inputs6(T, dtype)
     return r, w[0], *others
 
 
 def inputs6(T, dtype):
-    """(r_TKH, w_TKH, k_TKH, v_TVH, u_KH, state_KVH, dy_TVH, dstate_KVH): r, k, v and dy of `dtype`."""
+    """Return (r_TKH, w_TKH, k_TKH, v_TVH, u_KH, state_KVH, dy_TVH, dstate_KVH); r, k, v and dy have `dtype`."""
     normal, r, w, k, v, dy = _tokens(T, HEADS6, np.tile(DECAYS6, len(KINDS6)))
     state, dstate, u = normal(CHANNELS, *r.shape[1:]), normal(CHANNELS, *r.shape[1:]), normal(*r.shape[1:])
     r, k, v, dy = _rounded(dtype, r, k, v, dy)
@@ -42,7 +42,7 @@ def inputs6(T, dtype):
 
 
 def inputs7(T, dtype):
-    """(r_TKH, w_TKH, k_TKH, v_TVH, a_TKH, b_TKH, state_KVH, dy_TVH, dstate_KVH): float32 are w and states."""
+    """Return (r_TKH, w_TKH, k_TKH, v_TVH, a_TKH, b_TKH, state_KVH, dy_TVH, dstate_KVH); w and states are float32."""
     normal, r, w, k, v, dy = _tokens(T, HEADS7, np.tile(DECAYS7, len(KINDS7)))
     key, rate = normal(*r.shape), np.abs(np.sin(normal(*r.shape)))
     of = partial(_of_kind, names=HEADS7)
@@ -73,7 +73,7 @@ def _rounded(dtype, *arrays):
 
 
 def sides(op, names, T, dtype):
-    """Functions of the inputs that are measured, by name; `names` are those of the operands."""
+    """Return the functions of the inputs to measure, by name; `names` are those of the operands."""
     return {form: partial(results, op, form, names) for form in TOKENS}
 
 
@@ -83,7 +83,7 @@ sides7 = partial(sides, wkv7, "rwkvab")
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def results(op, form, names, *given):
-    """y, the final state, and the gradients of sum(dy y) + sum(dstate final), by name, heads last."""
+    """Return y, the final state, and the gradients of sum(dy y) + sum(dstate final), by name, heads last."""
     *operands, state, dy, dstate = given
     (y, final), transposed = jax.vjp(partial(_heads_last, op, form), *operands, state)
     return {"y": y, "final": final} | dict(zip((*names, "state"), transposed((dy, dstate)), strict=True))
@@ -98,7 +98,7 @@ def _heads_last(op, form, *operands_and_state):
 
 
 def allowed(form, name, *given):
-    """The bound of a form on the result `name` of each head; `given` as in `inputs5`, `inputs6` and `inputs7`."""
+    """Return the bound of a form on the result `name` of each head; `given` are the inputs."""
     T, size = len(given[0]), abs(given[1])
     slowest_H, strongest_H = (size if size.ndim == 2 else size.mean(0)).min(0), size.max(tuple(range(size.ndim - 1)))
     summed = name == "u" or (name == "w" and size.ndim == 2)

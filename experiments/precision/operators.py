@@ -1,6 +1,6 @@
-"""The operators that are judged, one for each version: that of RWKV-5 is `ops.wkv6` with one decay for all tokens.
+"""The operators under test, one per version: that of RWKV-5 is `ops.wkv6` with one decay for all tokens.
 
-Errors are told apart along the last axis of inputs and results: channels of WKV-4, heads of the others.
+Errors are separated along the last axis of inputs and results: channels of WKV-4, heads of the others.
 """
 
 from collections.abc import Callable
@@ -10,15 +10,13 @@ from experiments.precision import bounds, judge, judge_matrices, matrices, vecto
 
 
 class Operator(NamedTuple):
-    """inputs:    (T, dtype) -> a tuple
-    exact:     the inputs -> {name: (value, magnitude)}
-    sides:     (T, dtype) -> {side: the inputs -> {name: value}}; forms of the operator, and peers
-    allowed:   (form, name, the inputs) -> largest error of a float32 result, relative to its magnitude
-    rounded:   names of results in the dtype of the inputs
-    channels:  names along the last axis, kind of input by kind
-    decays:    how many each kind has; the first kind is the mild one
-    bound:     `allowed` in words
-    steps:     of each form in words
+    """One operator under test.
+
+    inputs:    (T, dtype) -> a tuple exact:     the inputs -> {name: (value, magnitude)} sides:     (T, dtype) ->
+    {side: the inputs -> {name: value}}; forms of the operator, and peers allowed:   (form, name, the inputs) ->
+    largest error of a float32 result, relative to its magnitude rounded:   names of results in the dtype of the inputs
+    channels:  names along the last axis, kind of input by kind decays:    number of decays of each kind; the first
+    kind is the mild one bound:     `allowed` in words steps:     of each form in words
     """
 
     inputs: Callable

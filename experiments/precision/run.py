@@ -1,9 +1,9 @@
-"""Error of every form of WKV against float64, forward and backward, from one token to 100,000.
+"""Errors of every form of WKV against float64, forward and backward, from one token to 100,000.
 
-Claim: every form of WKV-4, of WKV-5 and 6 (`ops.wkv6`) and of WKV-7 computes in float32, whatever comes in, and no
+Claim: every form of WKV-4, of WKV-5 and 6 (`ops.wkv6`) and of WKV-7 computes in float32, whatever the input dtype. No
 element of y, of the state or of any gradient is further from its equation than its bound, a multiple of eps of its
-magnitude: `claims` has the largest share of that bound that was measured, at most 1. bfloat16 inputs add the rounding
-of their results and nothing else. `bounds` derives each, and names the inputs of WKV-7 for which there is none.
+magnitude. `claims` has the largest measured share of that bound; at most 1 is claimed. bfloat16 inputs add the
+rounding of their results and nothing else. `bounds` derives each bound, and names the inputs of WKV-7 that have none.
 
     make precision
     python -m experiments.precision.run [--smoke] [--out=DIR]
@@ -11,19 +11,22 @@ of their results and nothing else. `bounds` derives each, and names the inputs o
 Inputs, one seed: `vectors` and `matrices`. The judges (NumPy float64, `judge` and `judge_matrices`) get them as
 rounded to the dtype of the row.
 
-Error of a channel, of a head in WKV-5, 6 and 7: rms over time of (result - exact), over the rms of the exact result,
-and over that of its magnitude, which the judges define: the same sum with absolute values in place of the terms, and
-in WKV-7, which removes what it finds, the largest such sum of one step. The first error is what a user sees, and says
-little where terms cancel: WKV-4's gradients of w, u and k are exactly 0 at constant tokens (not counted), and next to
-0 where one token has all of the weight (k ~ 10 N(0, 1) at T 17). The second is what a relative error in every term
-comes to, and the bound is on it, for every element. The tables have the rms over channels and the worst channel.
-bfloat16 rows are judged after y and the gradients of what came in bfloat16 are rounded to it (those of w, u and states
-stay float32); "exact, rounded" is what that rounding costs by itself, and it is not held against the bound.
+The error of a channel (in WKV-5, 6 and 7 of a head) is the rms over time of (result - exact), relative to two scales:
 
-Beside the forms of WKV-4, without a bound: "plain scan", Eqs. 23-28 as they stand, differentiated by JAX, its state
-kept in the dtype of the inputs (so in bfloat16, which is what writing the recurrence in the dtype of the activations
-does); and transformers' loop for CPUs by autograd. That loop and "pallas", interpreted here, are left out beyond T
-1,024.
+- the rms of the exact result. This is the error a user sees, but it says little where terms cancel: WKV-4's gradients
+  of w, u and k are exactly 0 at constant tokens (not counted), and near 0 where one token has all of the weight
+  (k ~ 10 N(0, 1) at T 17).
+- the rms of its magnitude, as the judges define it: the same sum with absolute values in place of the terms, and in
+  WKV-7, which removes what it finds, the largest such sum of one step. This is what a relative error in every term
+  adds up to. The bound is on this error, for every element.
+
+The tables have the rms over channels and the worst channel. bfloat16 rows are judged after y and the gradients of
+bfloat16 inputs are rounded to bfloat16 (those of w, u and states stay float32). "exact, rounded" is the error of that
+rounding alone, which does not count against the bound.
+
+Peers of WKV-4's forms, without a bound: "plain scan", Eqs. 23-28 as they stand, differentiated by JAX, its state kept
+in the dtype of the inputs (in bfloat16, the effect of writing the recurrence in the dtype of the activations); and
+transformers' loop for CPUs by autograd. That loop and "pallas", interpreted here, are skipped beyond T 1,024.
 
 Needs requirements-live.txt (transformers). Cost: 8 minutes on 2 busy cores, most of it compiling. Writes results.json
 and figure.png.
@@ -51,12 +54,12 @@ DTYPES = ("float32", "bfloat16")
 
 
 def compare(operator, results, expected):
-    """Errors of the channels by quantity, relative to the exact result (None where that is 0) and to its magnitude."""
+    """Return the channels' errors by quantity, relative to the exact result (None where 0) and to its magnitude."""
     over_all_but_channels = lambda x: _rms(x.reshape(-1, x.shape[-1]))
     rows = {}
     for name, (value, magnitude) in expected.items():
         error, exactly, size = map(over_all_but_channels, (results[name] - value, value, magnitude))
-        counted = exactly > 1e-9 * size  # what float64 leaves of a zero is less
+        counted = exactly > 1e-9 * size  # an exact zero leaves less in float64
         ratio = np.where(counted, error / np.where(counted, exactly, 1), np.nan)
         of_magnitude = error / np.where(size == 0, 1, size)
         rows[name] = {
@@ -79,19 +82,19 @@ def _rms_of_counted(ratio):
 
 
 def share_of_bound(operator, form, dtype, given, results, expected):
-    """Largest error of any element over what the form's bound and the rounding of results to `dtype` allow."""
+    """Return the largest error of any element over what the form's bound and rounding to `dtype` allow."""
     shares, underflow = {}, np.finfo(np.float32).tiny / np.finfo(np.float32).eps
     for name, (value, magnitude) in expected.items():
         rounding = float(jnp.finfo(dtype).eps) / 2 if name in operator.rounded and dtype != "float32" else 0.0
         error = abs(results[name] - value) - rounding * abs(value)
-        # a factor that underflows counts for nothing beside the largest product of its channel
+        # a factor that underflows is negligible beside the largest product of its channel
         magnitude = magnitude + underflow * (1 + magnitude.max(tuple(range(magnitude.ndim - 1))))
         shares[name] = float((error / ((1 + rounding) * operator.allowed(form, name, *given) * magnitude)).max())
     return {name: max(share, 0.0) for name, share in shares.items()}
 
 
 def measure(lengths):
-    """One row for each operator, dtype, length and side."""
+    """Return one row per operator, dtype, length and side."""
     return [
         row
         for name, operator in OPERATORS.items()
@@ -102,7 +105,7 @@ def measure(lengths):
 
 
 def rows_of(name, operator, dtype, T):
-    """Rows of one operator, dtype and length: its sides, and what rounding the exact results costs by itself."""
+    """Yield the rows of one operator, dtype and length: its sides, and the error of rounding the exact results."""
     given = operator.inputs(T, dtype)
     expected = operator.exact(*given)
     row = lambda side, results: {
@@ -123,13 +126,13 @@ def rows_of(name, operator, dtype, T):
 
 
 def claims(rows):
-    """(what, measured, at most) of each operator, form and dtype."""
+    """Return (claim, measured, at most) of each operator, form and dtype."""
     found = {}
     for row in rows:
         if "share_of_bound" in row:
             what = f"{row['operator']}, {row['side']}, {row['dtype']}: largest error over its bound"
             found.setdefault(what, []).extend(row["share_of_bound"].values())
-    return [(what, float(np.max(shares)), 1.0) for what, shares in found.items()]  # NaN, where there is one
+    return [(what, float(np.max(shares)), 1.0) for what, shares in found.items()]  # propagates NaN
 
 
 @reported()
@@ -137,7 +140,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.precision.run", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="short sequences: seconds instead of minutes")
     parser.add_argument(
-        "--out", type=user_path, default=Path(__file__).parent, help="folder of results.json and figure.png"
+        "--out", type=user_path, default=Path(__file__).parent, help="folder for results.json and figure.png"
     )
     args = parser.parse_args(argv)
     files.check_output_folder(args.out)

@@ -1,4 +1,4 @@
-"""results.json as the tables that a person reads, in markdown.
+"""The tables of precision's results.json, in markdown.
 
 python -m experiments.precision.table [results.json]
 """
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from experiments.results import print_table
 
-HEADS = {"y": "y", "final": "final state"}  # others are gradients
+HEADS = {"y": "y", "final": "final state"}  # all others are gradients
 
 
 def render(results) -> str:
-    """Tables of each operator and dtype, its bound, and whether all hold. One token is in results.json alone."""
+    """Return tables of each operator and dtype, its bounds, and the claims. T = 1 is in results.json alone."""
     lines = []
     for operator, bound in results["bounds"].items():
         of_operator = [row for row in results["rows"] if row["operator"] == operator and row["T"] > 1]

@@ -1,7 +1,7 @@
-"""WKV-4 as the experiment judges it: inputs, and the forms and peers that are run on them.
+"""WKV-4 under test: its inputs, and the forms and peers that run on them.
 
-32 channels, 4 kinds of log weight by 8 decays, from an empty past; values and dy from N(0, 1). w and u are float32
-throughout, as a model has them.
+32 channels, 4 kinds of log weight times 8 decays, from an empty past; values and dy from N(0, 1). w and u are always
+float32, as in a model.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from experiments.precision import peers
 from experiments.precision.bounds import STEPS, bound
 from rwkv_jax.ops import wkv4
 
-LONGEST_SLOW = 1024  # tokens: beyond, an interpreted kernel and a loop in Python are left out
+LONGEST_SLOW = 1024  # tokens: beyond, the interpreted kernel and the loop in Python are skipped
 
 LOG_DECAYS = (-1e-8, -1e-5, -1e-3, -1e-2, -0.1, -0.5, -2.0, -10.0)
 constant = lambda x: np.broadcast_to(x[:1], x.shape)
@@ -28,7 +28,7 @@ CHANNELS = [f"{kind}, w = {w:g}" for kind in KINDS for w in LOG_DECAYS]
 
 
 def inputs(T, dtype):
-    """(w_C, u_C float32, k_TC, v_TC, dy_TC of `dtype`)."""
+    """Return (w_C, u_C float32, k_TC, v_TC, dy_TC of `dtype`)."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape, np.float32)
     pairs = [kind(*normal(2, T, len(LOG_DECAYS))) for kind in KINDS.values()]
@@ -40,9 +40,9 @@ def inputs(T, dtype):
 
 
 def sides(T, dtype):
-    """Functions of `inputs` that are measured at a length, by name."""
+    """Return the functions of `inputs` to measure at a length, by name."""
     forms = [form for form in STEPS if form != "pallas" or T <= LONGEST_SLOW]
-    # one named function each: `gradients` compiles anew for each
+    # one function object per form: `gradients` compiles once for each
     found = {form: partial(gradients, partial(_outputs, form)) for form in forms}
     found["plain scan"] = partial(gradients, peers.plain_scan)
     if T <= LONGEST_SLOW and dtype == "float32":
@@ -51,14 +51,14 @@ def sides(T, dtype):
 
 
 def allowed(form, name, w_C, u_C, k_TC, v_TC, dy_TC):
-    """The bound of a form on the result `name` of each channel."""
+    """Return the bound of a form on the result `name` of each channel."""
     spread_C = np.ptp(np.asarray(k_TC, np.float64), axis=0) + abs(u_C)
     return bound(form, len(k_TC), spread_C, summed=name in ("w", "u"))
 
 
 @partial(jax.jit, static_argnums=0)
 def gradients(wkv, w_C, u_C, k_TC, v_TC, dy_TC):
-    """`wkv`'s y and gradients of sum(dy * y), by name."""
+    """Return `wkv`'s y and the gradients of sum(dy * y), by name."""
     y_BTC, transposed = jax.vjp(wkv, w_C, u_C, k_TC[None], v_TC[None])
     dw, du, dk_BTC, dv_BTC = transposed(dy_TC[None])
     return {"y": y_BTC[0], "w": dw, "u": du, "k": dk_BTC[0], "v": dv_BTC[0]}

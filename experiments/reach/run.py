@@ -1,22 +1,23 @@
-"""Reach: how far back the gradient of a prediction goes in a trained RWKV-4.
+"""Reach: how far back in the text the gradient of a prediction goes in a trained RWKV-4.
 
-Claim: gradients of RWKV neither explode nor vanish along time (the paper, appendix H). What it proves is about WKV
-alone: derivatives by W_v and W_k are a mean and a covariance under the weights, hence bounded whatever the length;
-`tests/ops/test_wkv4_properties.py` checks both identities. Here is what is left of it in a whole model: the norm of
-the gradient of one prediction's loss by the embedding of the token n places before, against n.
+Claim: gradients of RWKV neither explode nor vanish along time (the paper, appendix H). The paper's proof is about WKV
+alone: derivatives by W_v and W_k are a mean and a covariance under the weights, hence bounded at any length;
+`tests/ops/test_wkv4_properties.py` checks both identities. This experiment measures a whole model: the norm of the
+gradient of one prediction's loss by the embedding of the token n places before, against n.
 
     python -m experiments.reach.run                   200 steps of 2 x 64 on the embedded corpus, then 1,024 bytes back
     python -m experiments.reach.run --smoke --out=DIR
 
 Cost: 2 minutes on 2 cores.
 
-The paper has no number. By mean norm over held-out files and over the farther half of n, relative to the nearest 8:
+The paper has no number. Verdict by the mean norm over held-out files and over the farther half of n, relative to the
+nearest 8:
   *same sign*       below 1, and above 1e-7, float32's rounding
   *contradicted*    above 1: it grows with the distance
-  *not resolved*    else. The paper proves something else, so *reproduced* is not among the verdicts.
+  *not resolved*    otherwise. The paper proves something else, so *reproduced* is not among the verdicts.
 
-Known deviations: a byte model of 115 thousand parameters after 0.8 M bytes, one seed. What its weights can hold over
-1,000 bytes is there from the initialiser: training had windows of 128.
+Deviations: a byte model of 115 thousand parameters after 0.8 M bytes, one seed. What its weights can hold over 1,000
+bytes comes from the initialiser, because training had windows of 128.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from rwkv_jax.command import end
 from rwkv_jax.train import optim, run_config
 
 HERE = Path(__file__).parent
-NEAREST = 8  # places whose mean norm the others are told by: single ones depend on how long their embedding is
+NEAREST = 8  # places whose mean norm is the unit: single ones depend on the length of their embedding
 ROUNDING = 1e-7
 SHARE = 0.95
 
@@ -47,8 +48,8 @@ class Preset:
     batch_size: int = 32
     steps: int = 200
     back: int = 1024  # tokens read before the prediction
-    files: int = 48  # of held-out text, at most
-    points: int = 40  # kept of the curve
+    files: int = 48  # maximum number of held-out files
+    points: int = 40  # points of the curve in results
 
 
 PRESETS = {
@@ -58,7 +59,10 @@ PRESETS = {
 
 
 def norms(model, params, tokens_BT) -> np.ndarray:
-    """[B, T - 1]: entry n is the norm of dL/d emb of the input n before the last, L in nats on the last token."""
+    """Return the norms [B, T - 1] of gradients by the inputs' embeddings, the last input first.
+
+    Entry n is the norm of dL/d emb of the input n before the last, with L in nats on the last token.
+    """
     inputs_BT, last_B = tokens_BT[:, :-1], tokens_BT[:, -1]
     rows_BTD = params["emb"]["embedding"][inputs_BT]
     apart = model.clone(vocab_size=inputs_BT.size)  # every input has an embedding of its own
@@ -76,12 +80,12 @@ def norms(model, params, tokens_BT) -> np.ndarray:
 
 
 def beginnings(split: data.Split, files: int, length: int) -> np.ndarray:
-    """[files, length]: the first tokens of documents that are long enough."""
+    """Return [files, length]: the first tokens of documents that are long enough."""
     lengths = np.diff(split.starts, append=len(split.tokens))
     starts = np.asarray(split.starts)[lengths >= length][:files]
     if not len(starts):
         raise ValueError(
-            f"no held-out document has {length} tokens, which `back` asks for; the longest {lengths.max()}"
+            f"no held-out document has {length} tokens, as `back` requires; the longest has {lengths.max()}"
         )
     return np.stack([split.tokens[start : start + length] for start in starts]).astype(np.int32)
 
@@ -104,7 +108,7 @@ def cells(preset, folder) -> command.Cells:
 
 
 def curve(norms_BT, points: int) -> dict:
-    """Means over rows in groups of n, relative to the nearest, and how far back a share of their sum is."""
+    """Return means over rows in groups of n, relative to the nearest, and the reach of a share of their sum."""
     mean_T = norms_BT.mean(axis=0, dtype=np.float64)
     near = mean_T[:NEAREST].mean()
     edges = np.unique(np.geomspace(1, len(mean_T), points).round().astype(int))

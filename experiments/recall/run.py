@@ -1,9 +1,9 @@
-"""Recall: how many examples a model needs until it finds the value that stood behind a key.
+"""Recall: the number of examples a model needs until it finds the value that belongs to a key.
 
 Claims: RWKV-4 keeps the past in a state of fixed size, so that "recalling minutiae" costs it more than attention (the
 paper, section 9, where it motivates the order of prompts of Tables 6 and 7); one layer of attention repairs it. RWKV-5
-and 6, whose states are matrices, recall what RWKV-4 cannot (Finch, arXiv:2404.05892, Fig. 4).
-Multi-query recall as in Zoology (Arora et al. 2023), two layers.
+and 6, whose states are matrices, recall what RWKV-4 cannot (Finch, arXiv:2404.05892, Fig. 4). The task is multi-query
+recall as in Zoology (Arora et al. 2023), with two layers.
 
     python -m experiments.recall.run                  T 32 with 1, 2 and 3 pairs, the paper's models at width 64;
                                                       T 64 with 8, by version of RWKV, at widths 32 and 64
@@ -19,21 +19,21 @@ The paper has no numbers. Finch's, accuracy at (T, pairs) after 100 thousand exa
 RWKV-7's paper has 73 % of 256 pairs, with 8,192 numbers of state (arXiv:2503.14456, second-hand). A trial before this
 code (8 pairs of T 64, width 32, one seed, 27 thousand examples): RWKV-5 .33, RWKV-6 .11, RWKV-7 .96 right.
 
-What is compared is the number of examples until 0.9 of the answers are right: accuracy after a fixed number would be
-a plateau at 1 / n, one of the n values in sight. An arm that does not get there is later than the last example, the
+Measured: the number of examples until 0.9 of the answers are right. Accuracy after a fixed number would be a plateau
+at 1 / n, one of the n values in sight. An arm that does not reach 0.9 counts as later than the last example, the
 128,000th at T 32 and the 64,000th at T 64. A row has the ratio of two models' examples: its geometric mean over the
-cases in which one of them gets there and its range over them, or the bound that those which do not leave.
-  cpu: *same sign* where RWKV-4 needs more than the transformer with token shift (RWKV-5, RWKV-6) at every n above 1 of
-  the row's T, *contradicted* where it needs fewer at every one, *not comparable* where neither gets there at all, else
+cases in which at least one model reaches 0.9, and its range over them, or a bound if a model does not reach it.
+  cpu: *same sign* if RWKV-4 needs more than the transformer with token shift (RWKV-5, RWKV-6) at every n above 1 of
+  the row's T, *contradicted* if it needs fewer at every one, *not comparable* if neither reaches 0.9 anywhere, else
   *not resolved*. One seed cannot say more. The hybrid, and RWKV-7 against RWKV-6, are in no paper at these sizes: *no
   claim*.
-  gpu: *reproduced* where RWKV-4's best rate is within 0.1 of the four numbers and the transformer with token shift
-  reaches 0.9 everywhere; *same sign* where it is only behind that transformer; *contradicted* where it is not.
+  gpu: *reproduced* if RWKV-4's best rate is within 0.1 of the four numbers and the transformer with token shift
+  reaches 0.9 everywhere; *same sign* if it is only behind that transformer; *contradicted* if it is not.
 
-Known deviations: the value follows its question in the input too, as in a text, where Zoology has noise; between the
-questions stand keys without a pair, so that 1 / n is exact; learning rate constant and then decayed, not cosine; no
-weight decay. `cpu` has a vocabulary of 64, and every example new. Heads are as wide as the model: D^2 numbers of state
-a layer from RWKV-5 on, 3 D before.
+Deviations: the value follows its question in the input too, as in a text, where Zoology has noise. Between the
+questions are keys without a pair, so that 1 / n is exact. The learning rate is constant and then decayed, not cosine;
+no weight decay. `cpu` has a vocabulary of 64, and every example is new. Heads are as wide as the model: D^2 numbers of
+state a layer from RWKV-5 on, 3 D before.
 """
 
 from functools import partial
@@ -60,7 +60,7 @@ def title(case) -> str:
 
 
 def arms_of(models, *cases, **fields) -> dict:
-    """Every model at every case (T, pairs, D), the important first, with further fields of the base."""
+    """Return every model at every case (T, pairs, D), the most important first, with further fields of the base."""
     return {
         f"{arm}, {title((T, n, D))}": study.flat(study.MODELS[arm])
         | {"seq_len": T, "pairs": n, "model.dim": D}
@@ -71,13 +71,13 @@ def arms_of(models, *cases, **fields) -> dict:
 
 
 def swept_name(arm: str) -> str:
-    """Models share a learning rate over all pairs of a T; that of T 32 goes by the model's name alone."""
+    """Return a model's name in the sweep: one rate for all pairs of a T, under the bare name for T 32."""
     model, T, *_ = arm.split(", ")
     return model if T == "T 32" else f"{model}, {T}"
 
 
 def learn(config, folder) -> dict:
-    """Accuracy at the questions of the test set against examples; of each rate, where `lr` holds several."""
+    """Return the accuracy at the questions of the test set against examples; of each rate, if `lr` holds several."""
     lr, vocab_size = config.lr, config.model.vocab_size
     draw = partial(recall, seq_len=config.seq_len, pairs=config.pairs, vocab_size=vocab_size)
     model = rwkv_jax.build(**config.model.to_dict())
@@ -97,17 +97,17 @@ def learn(config, folder) -> dict:
     steps, every = config.examples // config.batch_size, config.every // config.batch_size
     _, curve = tasks.fit(model, batch_of, lr=lr, steps=steps, seed=config.seed, every=every, look=look)
     right = [np.max(right) for _, right in curve]
-    right += right[-1:] * (config.examples // config.every - len(right))  # where it was done sooner
+    right += right[-1:] * (config.examples // config.every - len(right))  # if training ended early
     return {"lr": lr, "curve": curve, "mean_right": round(float(np.mean(right)), 4)}
 
 
 def reached(curve, share: float = REACHED) -> float:
-    """Examples at the first look that found `share` of the answers right, by the best rate; inf where none did."""
+    """Return the examples at the first test with `share` right, by the best rate; inf if there is none."""
     return next((examples for examples, right in curve if np.max(right) >= share), np.inf)
 
 
 def later(slow: list, fast: list) -> str:
-    """Verdict on "the first needs more examples": of numbers of examples case by case."""
+    """Return the verdict on "the first model needs more examples", from numbers of examples case by case."""
     if np.isinf([*slow, *fast]).all():
         return "not comparable"
     if all(a > b for a, b in zip(slow, fast, strict=True)):
@@ -116,8 +116,11 @@ def later(slow: list, fast: list) -> str:
 
 
 def times(slow: list, fast: list, last: list) -> str:
-    """Ratio of two models' examples, case by case, inf where there were `last` and not enough: geometric mean over the
-    cases in which one got there, and its range over them, or a bound."""
+    """Return the ratio of two models' examples as text: geometric mean and range, or a bound.
+
+    Numbers are case by case: inf if a model did not reach the share in `last` examples. Cases in which neither model
+    did are left out.
+    """
     cases = [case for case in zip(slow, fast, last, strict=True) if not np.isinf(case[:2]).all()]
     late = tuple(np.isinf([case[:2] for case in cases]).any(axis=0).tolist()) if cases else (True, True)
     if all(late):
@@ -129,7 +132,7 @@ def times(slow: list, fast: list, last: list) -> str:
 
 
 def conclude(its, values) -> dict:
-    """Rows of the ledger: examples that a model needs, in those of another, case by case."""
+    """Return the rows of the ledger: the examples that a model needs, relative to another's, case by case."""
     cases, last = {}, {}
     for arm, (changes, *_) in study.arms_of(its).items():
         case = changes["seq_len"], changes["pairs"], changes["model.dim"]
@@ -197,11 +200,11 @@ STUDY = {
     "base": {
         "model": {"num_layers": 2, "vocab_size": 64},
         "batch_size": 32,
-        "examples": 128_000,  # at most; fewer by arm
-        "fresh": 0,  # different examples, after which they come again; 0: none comes twice
-        "every": 2_000,  # examples between two looks at the test set
-        "tested": 512,  # examples of it
-        "lr": 8e-3,  # around which rates are swept; several are tried in one program
+        "examples": 128_000,  # maximum; some arms have fewer
+        "fresh": 0,  # distinct examples, then they repeat; 0: no example repeats
+        "every": 2_000,  # examples between two tests
+        "tested": 512,  # test examples
+        "lr": 8e-3,  # centre of the sweep; several rates train in one program
     },
     "arms": arms_of(PAPER, (32, 2, 64), (32, 3, 64), (32, 1, 64))
     | arms_of(VERSIONS, (64, 8, 32), (64, 8, 64), examples=64_000),

@@ -2,17 +2,17 @@
 
     k1 v1 k2 v2 ... kn vn  .  .  k2 v2  .  .  .  k1 v1  .  .  ...
 
-Keys are tokens of the lower half of the vocabulary, values of the upper half. Between the questions (`.`) stand keys
-that no pair of this sequence has, so that the values in sight are n and one of them by chance is right in 1 / n.
+Keys are tokens of the lower half of the vocabulary, values of the upper half. Between the questions (`.`) are keys
+that no pair of this sequence has, so that n values are in sight and a random one of them is right in 1 / n.
 """
 
 import numpy as np
 
-GAP_POWER = 0.01  # of the questions' distance from the pairs: p(distance) ~ distance^(GAP_POWER - 1), as in Zoology
+GAP_POWER = 0.01  # a question's distance from the pairs: p(distance) ~ distance^(GAP_POWER - 1), as in Zoology
 
 
 def recall(rng: np.random.Generator, batch_size: int, seq_len: int, pairs: int, vocab_size: int) -> dict:
-    """{"tokens" [B, T + 1], "mask" [B, T]}: the mask marks the questions, whose next token is the value."""
+    """Return {"tokens" [B, T + 1], "mask" [B, T]}: the mask marks the questions, whose next token is the value."""
     places, half = (seq_len - 2 * pairs) // 2, vocab_size // 2
     if not 1 <= pairs <= min(places, half - 1):
         raise ValueError(f"{pairs} pairs do not fit {seq_len} tokens of a vocabulary of {vocab_size}")
@@ -34,5 +34,5 @@ def recall(rng: np.random.Generator, batch_size: int, seq_len: int, pairs: int, 
 
 
 def shuffled(rng, batch_size: int, low: int, high: int) -> np.ndarray:
-    """[B, high - low]: the tokens of [low, high), each row in an order of its own."""
+    """Return [B, high - low]: the tokens of [low, high), each row in its own random order."""
     return low + rng.random((batch_size, high - low)).argsort(axis=1)

@@ -1,9 +1,9 @@
-"""What the released sizes need of slices of TPUs, each step compiled for a slice that is not here.
+"""Memory and roofline of the released sizes on TPU slices, each step compiled for a slice that is not present.
 
 Claim: with parameters split over the chips (FSDP), every size to 14B fits a slice that shares a batch of the paper's,
-128 or 256 windows of 1,024 tokens, with most of the memory free, and at its roofline is bound by arithmetic, not by
-the links: nothing up to 14B needs tensor parallelism. Contradicted where a row does not fit, or is bound by anything
-else than "compute".
+128 or 256 windows of 1,024 tokens, with most of the memory free. At its roofline the step is bound by arithmetic, not
+by the links: nothing up to 14B needs tensor parallelism. Contradicted if a row does not fit, or is bound by anything
+other than "compute".
 
     python -m experiments.rehearsal.run            rows that results.json lacks; without the file, all
     python -m experiments.rehearsal.run --smoke --out=DIR
@@ -39,10 +39,10 @@ SMOKE = [("v5e:2x2", ["configs/tiny.py", "--config.strategy=fsdp"])]
 @reported()
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a small model, to see that it runs")
-    parser.add_argument("--out", type=user_path, default=HERE, help="folder of results.json")
+    parser.add_argument("--smoke", action="store_true", help="a small model, to check that it runs")
+    parser.add_argument("--out", type=user_path, default=HERE, help="folder for results.json")
     args = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
+    jax.config.update("jax_platforms", "cpu")  # the TPU compiler is not a device
     files.check_output_folder(args.out)
     path = args.out / "results.json"
     rows = read_json(path)["rows"] if path.exists() else []

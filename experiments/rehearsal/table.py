@@ -1,4 +1,4 @@
-"""results.json as the table of docs/scale.md, in markdown.
+"""The table of docs/scale.md from results.json, in markdown.
 
 python -m experiments.rehearsal.table [results.json]
 """
@@ -50,7 +50,7 @@ def _line(row):
 
 
 def _footer(rows):
-    """One line for each set of versions that rows were made with."""
+    """Yield one line per set of versions that produced rows."""
     for made in sorted({(r["stamp"]["date"], r["stamp"]["versions"]["jax"], r["compiler"]) for r in rows}):
         date, jax, compiler = made
         yield f"Made {date} with jax {jax} and a libtpu that says: {compiler}. The commands are in results.json."

@@ -1,10 +1,10 @@
-"""Loss against compute: the Pareto frontier, a straight line in log-log, a law that saturates, and how well they tell
-what more compute would give.
+"""Loss against compute: the Pareto frontier, a straight line in log-log, a saturating law, and their extrapolation
+errors.
 
-    line         L = k C^-a             what Fig. 4 draws
+    line         L = k C^-a             the line of Fig. 4
     saturating   L = E + k C^-a, E >= 0 (Chinchilla's form along its own frontier)
 
-The line is least squares of log L; the other of relative residuals, which are the same to first order.
+The line is a least-squares fit of log L; the saturating law one of relative residuals, which agree to first order.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 
 
 class Law(NamedTuple):
-    """L(C) = floor + k (C / unit)^-exponent."""
+    """The law L(C) = floor + k (C / unit)^-exponent."""
 
     floor: float
     k: float
@@ -26,7 +26,7 @@ class Law(NamedTuple):
 
 
 def pareto(compute, loss) -> np.ndarray:
-    """Indices, by compute, of runs that no other run beats with as much compute or less."""
+    """Return the indices, by compute, of runs that no other run beats with as much compute or less."""
     order = np.lexsort((loss, compute))
     best = np.minimum.accumulate(np.asarray(loss, float)[order])
     first = np.concatenate([[True], best[1:] < best[:-1]])
@@ -40,7 +40,10 @@ def line(compute, loss) -> Law:
 
 
 def saturating(compute, loss) -> Law:
-    """For an exponent, floor and k are a linear problem; the exponent is sought on a grid, then beside its best."""
+    """Return the saturating law that fits best.
+
+    For a given exponent, floor and k are a linear problem. The exponent is searched on a grid, then around its best.
+    """
     unit, loss = float(np.exp(np.mean(np.log(compute)))), np.asarray(loss, float)
     x = np.asarray(compute, float) / unit
 
@@ -64,7 +67,10 @@ LAWS = {"line": line, "saturating": saturating}
 
 
 def errors(law: Law, compute, loss) -> dict:
-    """Relative errors of predictions, and r^2 of log loss by both definitions: the paper does not tell its own."""
+    """Return relative errors of predictions, and r^2 of log loss by both definitions.
+
+    The paper does not say which definition it uses.
+    """
     relative = law(compute) / np.asarray(loss) - 1
     predicted, seen = np.log(law(compute)), np.log(loss)
     spread = np.square(seen - seen.mean()).sum()
@@ -77,8 +83,10 @@ def errors(law: Law, compute, loss) -> dict:
 
 
 def judged(compute, loss, until: float) -> dict | None:
-    """Both laws fitted to the frontier's runs of at most `until` FLOP, and their errors there and beyond; None where
-    the frontier has fewer than 3 runs there or none beyond."""
+    """Return both laws, fitted to the frontier's runs of at most `until` FLOP, and their errors there and beyond.
+
+    None if the frontier has fewer than 3 runs up to `until`, or none beyond.
+    """
     compute, loss = np.asarray(compute, float), np.asarray(loss, float)
     frontier = pareto(compute, loss)
     c, y = compute[frontier], loss[frontier]
@@ -97,8 +105,11 @@ def judged(compute, loss, until: float) -> dict | None:
 
 
 def bootstrap(compute, loss, until: float, samples: int = 1000, seed: int = 0) -> dict:
-    """95 % intervals of what `judged` finds, over runs drawn again: points of a frontier are order statistics, and to
-    draw those again would hide that another run might have been on it."""
+    """Return 95 % intervals of the results of `judged`, from runs drawn with replacement.
+
+    Runs are resampled, not points of the frontier. Those are order statistics, and resampling them would hide that
+    another run might have been on the frontier.
+    """
     compute, loss, rng = np.asarray(compute, float), np.asarray(loss, float), np.random.default_rng(seed)
     chosen = (np.unique(rng.integers(len(loss), size=len(loss))) for _ in range(samples))
     found = [its for i in chosen if (its := judged(compute[i], loss[i], until))]
@@ -116,13 +127,14 @@ def bootstrap(compute, loss, until: float, samples: int = 1000, seed: int = 0) -
 
 
 def ratio(these: dict, those: dict, samples: int = 1000, seed: int = 0) -> dict | None:
-    """Compute that one model needs for a loss, over what another needs: the geometric mean over the losses that both
-    frontiers reach, and the ratio at the lowest of these losses; None where they have no loss in common.
+    """Return the compute that one model needs for a loss over what another needs; None if they have no loss in common.
 
-    The 95 % interval is a bootstrap over runs, drawn in pairs: it has no variance of seeds, of which each run has one.
+    The ratio is a geometric mean over the losses that both frontiers reach; the ratio at the lowest of them is
+    returned too. The 95 % interval is a bootstrap over runs, drawn in pairs: it has no variance of seeds, because each
+    run has one.
 
     Args:
-        these, those: (compute, loss) of the runs of each, by what pairs them; others are left out.
+        these, those: (compute, loss) of the runs of each model, keyed by what pairs them; unpaired runs are ignored.
     """
     both = sorted(these.keys() & those.keys())
     paired_2N2 = np.array([[its[name] for name in both] for its in (these, those)], float)
@@ -151,8 +163,10 @@ def ratio(these: dict, those: dict, samples: int = 1000, seed: int = 0) -> dict 
 
 
 def chinchilla(compute):
-    """Loss of the compute-optimal model at a compute: 1.69 + 406.4 N^-0.34 + 410.7 D^-0.28, C = 6 N D (Hoffmann et al.
-    2022, approach 3)."""
+    """Return the loss of the compute-optimal model at a compute (Hoffmann et al. 2022, approach 3).
+
+    1.69 + 406.4 N^-0.34 + 410.7 D^-0.28, C = 6 N D.
+    """
     alpha, beta, a, b = 0.34, 0.28, 406.4, 410.7
     ratio, tokens_by_parameters = (alpha * a / (beta * b)) ** (1 / (alpha + beta)), np.asarray(compute, float) / 6
     parameters = ratio * tokens_by_parameters ** (beta / (alpha + beta))

@@ -1,14 +1,14 @@
-"""Loss of RWKV-4, RWKV-7 and transformers against training compute (Fig. 4): a straight line, or one that bends? And
-how much compute does each need for the same loss?
+"""Loss of RWKV-4, RWKV-7 and transformers against training compute (Fig. 4): is it a straight line, or does it bend?
+How much compute does each model need for the same loss?
 
 Claim: over 45 models, a straight line through the Pareto frontier of loss against compute in log-log has r^2 0.994,
-and 0.875 one order of magnitude beyond. A law that saturates, without noise, has an r^2 of 0.998 too. So this reports
-the error of the line on the last decade of compute, which it was not fitted to, beside that of E + k C^-a. Every point
-is a run with its own decay: a branch of one trunk a size, on the batches of experiments/perplexity, whose runs those
-of 4 x 128 are.
+and 0.875 one order of magnitude beyond. A saturating law without noise has an r^2 of 0.998 too. Reported here is
+therefore the line's error on the last decade of compute, which it was not fitted to, beside the error of E + k C^-a.
+Every point is a run with its own decay: a branch of one trunk per size, on the batches of experiments/perplexity,
+which shares its runs of 4 x 128.
 
     python -m experiments.scaling.run                      2 x 64 to 4 x 192, 1 to 34 M tokens: 24 models an arm
-    python -m experiments.scaling.run --kept               the same from the runs that are done
+    python -m experiments.scaling.run --kept               the same from the finished runs
     python -m experiments.scaling.run --preset=gpu --text=enwik8     36 models an arm, 1.6e13 to 2.3e16 FLOP
     python -m experiments.scaling.run --preset=paper --text=PILE     45 models an arm, to 1e20 FLOP
     python -m experiments.scaling.run --sweep --preset=gpu           learning rates that compare's sweep lacks
@@ -16,17 +16,17 @@ of 4 x 128 are.
 Cost, estimated: cpu 8 to 28 hours on 2 cores beside those of experiments/perplexity; gpu 22 minutes an arm of one
 H200, paper a month of one.
 Rules, for RWKV-4 with at least 5 runs on the frontier before the last decade and 3 in it, else "not comparable":
-  reproduced     the interval of E holds 0, and the line is off by no more than 5 % anywhere in the last decade
-  contradicted   the interval of E is above 0, and there the line predicts worse than the saturating law, its interval
-                 above 0 too
-  not resolved   all else
-  no claim       compute at equal loss, of which the paper has no number
+  reproduced     the interval of E contains 0, and the line is off by no more than 5 % anywhere in the last decade
+  contradicted   the interval of E is above 0, and in the last decade the line predicts worse than the saturating law,
+                 with an interval above 0 too
+  not resolved   otherwise
+  no claim       compute at equal loss, for which the paper has no number
 Intervals are a bootstrap over runs. Exponents in nats per byte are not the paper's, which are per token of GPT-NeoX.
-Compute at equal loss is the ratio of what two frontiers need, its geometric mean over the losses that both reach; its
-interval is over runs, in pairs of equal size and tokens, and has no variance of seeds.
-Deviations: bytes instead of tokens, and novels instead of the Pile; compute is 6 FLOPs a weight and token and
-attention's own, without the embedding's look-up; one seed a run; learning rates by width from sweeps of short runs, at
-96 and 192 between those of the widths beside, although longer runs may want lower ones.
+Compute at equal loss is the ratio of the compute that two frontiers need, as a geometric mean over the losses that
+both reach. Its interval is over runs, in pairs of equal size and tokens, and has no variance of seeds.
+Deviations: bytes instead of tokens, and novels instead of the Pile; compute is 6 FLOPs a weight and token plus
+attention's own, without the embedding's look-up; one seed a run; learning rates by width from sweeps of short runs,
+interpolated at 96 and 192 from the widths beside, although longer runs may need lower ones.
 """
 
 import itertools
@@ -52,23 +52,23 @@ PAIRS = (
     ("rwkv7", "transformer+shift"),
     ("transformer+shift", "transformer"),
 )
-SAMPLES = 500  # of the bootstrap
+SAMPLES = 500  # bootstrap samples
 
 
 def arm_of(name: str, num_layers: int, dim: int, base) -> dict:
-    """A model of one size at the best learning rate of its sweep, or between those of swept widths."""
+    """Return a model of one size at the best learning rate of its sweep, interpolated between swept widths."""
     size = {"num_layers": num_layers, "dim": dim, "head_size": math.gcd(64, dim)}
     lr = sweeps.lr(SWEEP, name, num_layers, dim)
     return study.flat(study.MODELS[name]) | study.flat({"model": size, "optim.lr": lr})
 
 
 def arms_of(sizes, names) -> dict:
-    """Small models first: the laws need all of them."""
+    """Return the models at all sizes, small sizes first, because the laws need all of them."""
     return {f"{name} {L}x{D}": partial(arm_of, name, L, D) for L, D in sizes for name in names}
 
 
 def conclude(its, values: dict) -> dict:
-    """The laws through each model's frontier, what a law that bends does to a straight line, and compute ratios."""
+    """Return the laws through each model's frontier, a straight line fitted to a bending law, and compute ratios."""
     named = {}  # by model: (arm, numbers of a run)
     for arm, budget in itertools.product(study.arms_of(its), its.budgets):
         for run in study.runs_of(its, values, arm, budget)[:1]:
@@ -96,12 +96,12 @@ def compute_of(run: dict) -> float:
 
 
 def nats_of(run: dict) -> float:
-    """Held-out loss of a token; of a byte where tokens are bytes."""
+    """Return the held-out loss per token, or per byte if tokens are bytes."""
     return run["nats_per_token"] if "nats_per_token" in run else run["bits_per_byte"] * math.log(2)
 
 
 def of_arm(runs: list[dict]) -> dict:
-    """The points of a model, the laws through its frontier and their intervals."""
+    """Return the points of a model, the laws through its frontier and their intervals."""
     compute, loss = list(map(compute_of, runs)), list(map(nats_of, runs))
     until = max(compute) / 10
     return {
@@ -115,7 +115,7 @@ def of_arm(runs: list[dict]) -> dict:
 
 
 def verdict(its) -> str:
-    """Verdict on RWKV-4 by the rules of the header."""
+    """Return the verdict on RWKV-4 by the rules of the header."""
     laws, intervals = its["laws"], its["intervals"]
     if laws is None or laws["points"][0] < 5 or laws["points"][1] < 3 or not intervals["samples"]:
         return "not comparable"
@@ -174,7 +174,7 @@ PAPER_SIZES = (
     (6, 256), (6, 384), (8, 512), (12, 512), (12, 640), (12, 768), (16, 896), (20, 960), (24, 1024)
 )  # fmt: skip
 STUDY = {
-    # the same runs as there, where sizes are the same
+    # sizes in common share their runs with perplexity
     **{name: PERPLEXITY[name] for name in ("base", "measure", "budgets", "held_out")},
     "arms": arms_of(SIZES, MAIN),
     "against": None,

@@ -1,9 +1,9 @@
-"""Small initial embedding (Fig. 9): is training faster in its beginning, and is it the small values or LN0?
+"""Small initial embedding (Fig. 9): is early training faster, and is that due to the small values or to LN0?
 
-Claim (section 3.4, appendix F): an embedding that starts tiny, with a LayerNorm (LN0) behind it, changes direction in
-its first steps, so that the loss falls earlier than from the usual N(0, 0.02). The paper draws one pair of curves and
-prints no numbers. Here the two halves are apart: {N(0, 0.02), U(-1e-4, 1e-4)} x {LN0, none}, on tokens of a
-vocabulary in which most are rare (BPE, 4,096, trained on the same text), as the effect is about rare tokens.
+Claim (section 3.4, appendix F): an embedding that starts tiny, followed by a LayerNorm (LN0), changes direction in its
+first steps, so that the loss falls earlier than from the usual N(0, 0.02). The paper draws one pair of curves and
+prints no numbers. Here the two parts are separated: {N(0, 0.02), U(-1e-4, 1e-4)} x {LN0, none}. The vocabulary has
+mostly rare tokens (BPE, 4,096, trained on the same text), because the effect is about rare tokens.
 
     python -m experiments.small_init.run              2 x 64, 200 steps of 2,048 tokens, 3 seeds each
     python -m experiments.small_init.run --sweep      learning rate of each arm -> sweep.json
@@ -14,13 +14,16 @@ Cost: 12 minutes on 2 shared cores, and `--sweep` as long; `gpu`, estimated: 15 
 
 LN0's epsilon, 1e-5, belongs to the treatment: it outweighs the variance 3e-9 of U(-1e-4, 1e-4), so that the stream
 starts at 0.018 rather than 1, and grows into its norm. Each arm has its own best rate and a warm-up of 5 %.
-Measured: held-out loss at shares of the run, small with LN0 minus normal without, paired by seed and batches, with t
-intervals over seeds. *Same sign*: the loss at a tenth of the run is lower with its interval; *contradicted*: it is
-higher with it; else *not resolved*. The end is not judged: the paper's curves meet. The effect of each half is the
-mean over the other's two settings.
 
-Deviations: a vocabulary of 4,096 rather than 50,277 and source code rather than the Pile, with fewer rare
-tokens; the paper's model and step count are unknown. Losses are nats a token of this vocabulary.
+Measured: held-out loss at shares of the run, small with LN0 minus normal without, paired by seed and batches, with t
+intervals over seeds. Verdict by the loss at a tenth of the run:
+  same sign      it is lower with its interval
+  contradicted   it is higher with its interval
+  not resolved   otherwise
+The end is not judged: the paper's curves meet. The effect of each part is the mean over the other's two settings.
+
+Deviations: a vocabulary of 4,096 rather than 50,277 and source code rather than the Pile, with fewer rare tokens; the
+paper's model and step count are unknown. Losses are nats a token of this vocabulary.
 """
 
 from itertools import product
@@ -44,7 +47,10 @@ EARLY = SHARES[0]
 
 
 def bpe(source: str, vocab_size: int, folder: Path) -> Path:
-    """A byte-level BPE vocabulary of the training split, built once in `folder`. Token 0 is the separator."""
+    """Return the path of a byte-level BPE vocabulary of the training split, built once in `folder`.
+
+    Token 0 is the separator.
+    """
     path = folder / f"bpe-{Path(source).stem}-{vocab_size}.json"
     if path.exists():
         return path
@@ -72,7 +78,7 @@ def prepare(config, folder: Path) -> None:
 
 
 def effects(its, values: dict, share: float) -> dict:
-    """Return paired differences in nats at a share of the run, and their intervals: both halves together, and each."""
+    """Return paired differences in nats at a share of the run, and their intervals: both parts together, and each."""
     config = study.config_of(its)
     look = round(share * config.steps / config.eval_every) - 1
     runs = {arm: study.runs_of(its, values, arm) for arm in ARMS}

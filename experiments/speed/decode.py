@@ -1,8 +1,8 @@
 """Time a token and bytes of state against context, on a CPU.
 
-RWKV-4 has read that many tokens; the transformer's cache is filled to that length with random keys and values, and has
-the size that `generate` gives it. `bytes_read` is the least that a token must read: the state and the parameters
-without the embedding, of which it takes a row. `share_of_read` is its rate over the measured read bandwidth. A cache
+RWKV-4 has read that many tokens. The transformer's cache is filled to that length with random keys and values, and has
+the size that `generate` gives it. `bytes_read` is the least that a token must read: the state, and the parameters
+without the embedding, of which it reads one row. `share_of_read` is its rate over the measured read bandwidth. A cache
 that would take more than half of the memory is left out, and listed.
 """
 
@@ -24,8 +24,8 @@ from rwkv_jax.models import attention
 FULL = {"num_layers": 6, "dim": 768, "vocab_size": 50277, "dtype": "float32", "tokens": 16, "rounds": 5}
 SMOKE = {"num_layers": 2, "dim": 64, "vocab_size": 256, "dtype": "float32", "tokens": 4, "rounds": 1}
 CONTEXTS, SMOKE_CONTEXTS = (0, 512, 2048, 8192, 32768, 131072), (0, 64, 512)
-MEMORY_SHARE = 0.5  # of the machine's, for one cache
-CLAIMED = 8192  # tokens of context after which the cached transformer must be no straw man
+MEMORY_SHARE = 0.5  # of the machine's memory, for one cache
+CLAIMED = 8192  # tokens of context at which the claim checks that the cached transformer is a fair baseline
 
 
 def run(smoke: bool) -> dict:
@@ -44,7 +44,7 @@ def report(results: dict) -> list[str]:
 
 
 def sweep(shape: dict, contexts) -> dict:
-    """Seconds a token and state bytes of both models after each context."""
+    """Return the seconds a token and state bytes of both models after each context."""
     fields = {k: shape[k] for k in ("num_layers", "dim", "vocab_size", "dtype")}
     bandwidth = hardware.read_bandwidth()
     rows, left_out = [], []
@@ -67,14 +67,14 @@ def sweep(shape: dict, contexts) -> dict:
 
 
 def live(params):
-    """Parameters without the zeros of the start."""
+    """Return parameters with the initial zeros replaced by noise."""
     noise = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     return jax.tree.map(lambda x: x + 0.01 * jax.random.normal(next(noise), x.shape, x.dtype), params)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def greedy(model, params, state, token_B1, count):
-    """`count` further tokens: the last one and the state."""
+    """Decode `count` further tokens; return the last one and the state."""
 
     def step(_, carry):
         token_B1, state = carry
@@ -85,7 +85,7 @@ def greedy(model, params, state, token_B1, count):
 
 
 def read_states(model, params, contexts, tokens, left_out):
-    """(context, state) of RWKV after each context, read on from the one before."""
+    """Yield (context, state) of RWKV after each context, continued from the previous one."""
     rng, past, read = np.random.default_rng(0), None, 0
     for context in contexts:
         if context > read:
@@ -95,7 +95,7 @@ def read_states(model, params, contexts, tokens, left_out):
 
 
 def cached_states(model, params, contexts, tokens, left_out):
-    """(context, state) of a transformer whose cache has room for `tokens` more."""
+    """Yield (context, state) of a transformer whose cache has room for `tokens` more."""
     for context in contexts:
         size = generate.CACHE_STEP * math.ceil((context + tokens) / generate.CACHE_STEP)
         wanted = total_bytes(jax.eval_shape(lambda size=size: model.init_state(1, max_length=size)))
@@ -106,7 +106,7 @@ def cached_states(model, params, contexts, tokens, left_out):
 
 
 def decode_seconds(model, params, state, context, shape):
-    """Seconds a token of decoding `tokens` of them, each time from `context`."""
+    """Return the seconds a token of decoding `tokens` of them, each time from `context`."""
 
     def run(token_B1):
         nonlocal state
@@ -118,7 +118,7 @@ def decode_seconds(model, params, state, context, shape):
 
 
 def filled(state):
-    """A state whose caches hold random keys and values in all slots."""
+    """Return a state whose caches hold random keys and values in all slots."""
     noise = jax.jit(lambda x, key: jax.random.normal(key, x.shape, x.dtype), donate_argnums=0)
     keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(state))))
 
@@ -135,13 +135,13 @@ def _is_cache(x):
 
 
 def at_context(state, context):
-    """The state with caches filled up to `context`; RWKV's as it is."""
+    """Return the state with caches filled up to `context`; RWKV's is unchanged."""
     full = lambda cache: cache._replace(length_B=jnp.full_like(cache.length_B, context))
     return tuple(e._replace(cache=full(e.cache)) if hasattr(e, "cache") else e for e in state)
 
 
 def state_bytes(state, context):
-    """Bytes that hold the past: of caches the filled slots."""
+    """Return the bytes that hold the past; of caches, only the filled slots count."""
     held = total_bytes(state)
     for cache in filter(_is_cache, jax.tree.leaves(state, is_leaf=_is_cache)):
         held -= (1 - context / cache.k_BHSK.shape[2]) * total_bytes([cache.k_BHSK, cache.v_BHSK])
@@ -153,6 +153,6 @@ def total_bytes(shapes):
 
 
 def memory_bytes():
-    """Memory of the device, or of the machine for a CPU."""
+    """Return the memory of the device, or of the machine for a CPU."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,7 @@
-"""Generation at the shape of the released 169M model: beside the `rwkv` package, and after 131,072 tokens.
+"""Generation at the shape of the released 169M model: against the `rwkv` package, and after 131,072 tokens.
 
 Decoding reads all parameters but the embedding for each token, so the machine's read bandwidth bounds it. Reading a
-prompt is a matter of matrix products. What was read changes neither the time of a token nor the memory.
+prompt is bound by matrix products. The text read before changes neither the time of a token nor the memory.
 
 float32 is the dtype for a CPU: XLA decodes in bfloat16 at two thirds of its speed (2 cores of an AMD EPYC, jax 0.10.2,
 2026-11-24).
@@ -60,13 +60,13 @@ def report(results: dict) -> list[str]:
 
 
 def prompts(model, length: int, shape: dict):
-    """[N, length] random tokens, enough for two sides, and one more."""
+    """Return [N, length] random tokens, enough for two sides, and one more."""
     size = (2 * shape["rounds"] + 3, length)
     return np.random.default_rng(0).integers(0, model.vocab_size, size).astype(np.int32)
 
 
 def beside_the_package(model, params, shape: dict, wanted=(2.0, 1.6)) -> list[dict]:
-    """Rows of decoding and of reading a prompt, ours and the `rwkv` package's from the same weights."""
+    """Return the rows of decoding and of reading a prompt, by us and by the `rwkv` package from the same weights."""
     os.environ.setdefault("RWKV_JIT_ON", "1")
     os.environ.setdefault("RWKV_CUDA_ON", "0")
     from rwkv.model import RWKV
@@ -106,7 +106,7 @@ def beside_the_package(model, params, shape: dict, wanted=(2.0, 1.6)) -> list[di
 
 
 def beside_reading(model, params, shape: dict) -> dict:
-    """Seconds of a token, and of a sum over as many bytes as the parameters that a token needs, in turn."""
+    """Return the seconds of a token, and of a sum over as many bytes as the parameters it needs, in turn."""
     least = total_bytes(params) - params["emb"]["embedding"].nbytes
     numbers, total = jax.random.normal(jax.random.key(3), (least // 4,)), jax.jit(jnp.sum)
     reading = lambda _: [total(numbers).block_until_ready() for _ in range(shape["tokens"])]
@@ -117,13 +117,13 @@ def beside_reading(model, params, shape: dict) -> dict:
 
 
 def decoder(model, params, shape: dict):
-    """A function of a prompt, perhaps after a context, that returns the greedy tokens that continue it."""
+    """Return a function of a prompt, optionally after a context, that returns its greedy continuation."""
     settings = {"max_new_tokens": shape["tokens"], "temperature": 0, "stop_tokens": ()}
     return lambda prompt, context=None: generate.generate(model, params, prompt, context=context, **settings)
 
 
 def after_contexts(model, params, shape: dict) -> list[dict]:
-    """Time a token and peak memory of the process after one token and after a long text, which is read."""
+    """Return the time a token and peak memory of the process after one token and after reading a long text."""
     rng = np.random.default_rng(1)
     pasts, rows = {}, []
     for context in (0, shape["context"]):

@@ -1,12 +1,12 @@
-"""Others' fused kernels on a GPU, at the shapes and on the inputs of `ops`: what is installed is measured.
+"""Fused kernels of other projects on a GPU, at the shapes and on the inputs of `ops`; installed ones are measured.
 
 CUDA        the released kernel, `RWKV-v4neo/cuda/wkv_cuda_bf16.cu` of a clone of BlinkDL/RWKV-LM given by path,
             compiled for each length as its trainer compiles it
 TRITON      `fused_recurrent_rwkv4` of the package flash-linear-attention
 ATTENTION   `jax.nn.dot_product_attention` by cuDNN, causal, in as many heads of 64 as make the same width
 
-Inputs go from JAX to torch without a copy. What is timed takes the foreign kernel as an argument, loaded in its first
-call, so that everything but the kernel can be tested without a GPU.
+Inputs go from JAX to torch without a copy. The timed functions take the foreign kernel as an argument, loaded in their
+first call, so that everything but the kernel can be tested without a GPU.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ HEAD = 64
 
 
 def missing(rwkv_lm) -> list[str]:
-    """Why peers are not measured, a line each."""
+    """Return the reasons why peers are not measured, one line each."""
     lines = []
     if not _torch_with_cuda():
         return [f"{CUDA} and {TRITON}: no torch for CUDA is installed"]
@@ -33,7 +33,7 @@ def missing(rwkv_lm) -> list[str]:
 
 
 def sides(shape, rwkv_lm):
-    """{"forward": run, "both": run} by name of the peer, for what `missing` does not list; bfloat16."""
+    """Return {"forward": run, "both": run} by peer, for peers that `missing` does not list; bfloat16."""
     found = {ATTENTION: attention_sides(shape, implementation="cudnn")}
     if _torch_with_cuda() and rwkv_lm is not None:
         found[CUDA] = cuda_sides(partial(released_kernel, rwkv_lm, shape[1]))
@@ -55,7 +55,7 @@ def _has_fla():
 
 
 def sources(rwkv_lm) -> list[str]:
-    """The files of the released kernel in a clone of RWKV-LM."""
+    """Return the files of the released kernel in a clone of RWKV-LM."""
     paths = [user_path(rwkv_lm) / "RWKV-v4neo" / "cuda" / name for name in ("wkv_op_bf16.cpp", "wkv_cuda_bf16.cu")]
     for path in paths:
         if not path.exists():
@@ -65,7 +65,10 @@ def sources(rwkv_lm) -> list[str]:
 
 @cache
 def released_kernel(rwkv_lm, T):
-    """Its module with `forward` and `backward`. Registers and fast math as in its trainer; T is compiled in."""
+    """Return the kernel's module with `forward` and `backward`.
+
+    Registers and fast math are as in its trainer; T is compiled in.
+    """
     from torch.utils.cpp_extension import load
 
     flags = ["-O3", "-Xptxas=-O3", "--use_fast_math", "--extra-device-vectorization", "--maxrregcount=60"]
@@ -79,9 +82,11 @@ def triton_kernel():
 
 
 def cuda_sides(load):
-    """Of `kernel = load()`: `kernel.forward(B, T, D, w, u, k, v, y)` fills y, and
-    `kernel.backward(B, T, D, w, u, k, v, y, dy, dw, du, dk, dv)` the last four. w is float32 and negative, the rest
-    bfloat16; dw and du are [B, D]."""
+    """Return the runs of `kernel = load()`.
+
+    `kernel.forward(B, T, D, w, u, k, v, y)` fills y, and `kernel.backward(B, T, D, w, u, k, v, y, dy, dw, du, dk, dv)`
+    the last four. w is float32 and negative, the rest bfloat16; dw and du are [B, D].
+    """
 
     def forward(x):
         import torch
@@ -106,8 +111,10 @@ def cuda_sides(load):
 
 
 def triton_sides(load):
-    """Of `wkv = load()`: `wkv(time_decay, u, k, v, state) -> (y, state)`, where w = -exp(time_decay) and the state is
-    [B, 3, 1, D]: numerator, denominator and their exponent."""
+    """Return the runs of `wkv = load()`: `wkv(time_decay, u, k, v, state) -> (y, state)`.
+
+    w = -exp(time_decay), and the state is [B, 3, 1, D]: numerator, denominator and their exponent.
+    """
 
     def run(x, backward):
         import torch
@@ -125,7 +132,7 @@ def triton_sides(load):
 
 
 def attention_sides(shape, implementation):
-    """Causal attention of queries dy to keys k and values v: inputs as random as others."""
+    """Return the runs of causal attention of queries dy to keys k and values v: inputs as random as the others'."""
     B, T, D, _ = shape
     heads = lambda x_BTD: x_BTD.reshape(B, T, D // HEAD, HEAD)
     attention = partial(jax.nn.dot_product_attention, is_causal=True, implementation=implementation)

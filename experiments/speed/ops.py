@@ -1,7 +1,7 @@
 """Every form of WKV-4 over lengths, sizes and dtypes: time, memory, compile time and share of the roofline.
 
-The roofline is the time that moving the least number of bytes takes. Beside the forms run autodiff of a plain scan
-and, on a GPU, what `gpu_peers` finds; times there include starting a program (tens of microseconds).
+The roofline is the time of moving the least number of bytes. Peers are autodiff of a plain scan and, on a GPU, those
+that `gpu_peers` finds. Times there include launching a program (tens of microseconds).
 """
 
 import multiprocessing
@@ -28,19 +28,19 @@ SHAPES = (
     (1, 32768, 512, "float32"),
     (1, 131072, 512, "float32"),
 )
-# The claimed ones first: what the time does not allow is left out.
+# The claimed shapes first: when time runs out, the rest is left out.
 GPU_CLAIMED = tuple((8, T, 4096, "bfloat16") for T in (4096, 1024, 16384))
 GPU_SHAPES = (*GPU_CLAIMED, *((8, T, 768, "bfloat16") for T in (1024, 4096, 16384)))
-GPU_SECONDS = 420  # no shape is begun after these
+GPU_SECONDS = 420  # start no shape after this time
 SMOKE_SHAPES = ((2, 64, 32, "float32"), (1, 128, 32, "float32"))
 ROUNDS = 5
 LONGEST_PLAIN = 1024  # tokens: beyond, autodiff of the plain scan takes too much memory
 
 
 def plain_scan(w_D, u_D, k_BTD, v_BTD, stored=lambda x: x):
-    """Eq. 16 in its safe form (Eqs. 23-28) as one scan over time, differentiated by JAX: what one writes first.
+    """Eq. 16 in its safe form (Eqs. 23-28) as one scan over time, for JAX to differentiate.
 
-    `stored` is what becomes of a state's arrays between tokens.
+    This is the straightforward implementation. `stored` maps a state's arrays between tokens.
     """
 
     def step(carry, kv):
@@ -59,7 +59,7 @@ def plain_scan(w_D, u_D, k_BTD, v_BTD, stored=lambda x: x):
 
 
 def inputs(B, T, D, dtype, count):
-    """(w, u, k, v, dy), random and different each time: rolled along time, which takes less than drawing anew."""
+    """Yield (w, u, k, v, dy), different each time: random, then rolled along time, which is faster than drawing."""
     keys = jax.random.split(jax.random.key(0), 5)
     w_D, u_D = (jax.random.normal(key, (D,)) for key in keys[:2])
     tokens = [jax.jit(lambda key: jax.random.normal(key, (B, T, D)).astype(dtype))(key) for key in keys[2:]]
@@ -69,7 +69,7 @@ def inputs(B, T, D, dtype, count):
 
 
 def jax_sides(wkv, shape):
-    """({"forward": run, "both": run}, {"compile_seconds", "temporary_bytes"}) of one form at one shape."""
+    """Return ({"forward": run, "both": run}, {"compile_seconds", "temporary_bytes"}) of one form at one shape."""
 
     def both(w, u, k, v, dy):
         y, pull = jax.vjp(wkv, w, u, k, v)
@@ -89,8 +89,10 @@ def jax_sides(wkv, shape):
 
 
 def forms(T):
-    """The forms worth timing here, by name."""
-    named = FORMS[:2] if jax.default_backend() == "cpu" else FORMS  # a kernel interpreted on a CPU says nothing
+    """Return the forms to time on this backend, by name."""
+    named = (
+        FORMS[:2] if jax.default_backend() == "cpu" else FORMS
+    )  # an interpreted kernel's time on a CPU means nothing
     found = {name: lambda *args, name=name: wkv4(*args, impl=name)[0] for name in named}
     if T <= LONGEST_PLAIN:
         found["plain scan, autodiff"] = plain_scan
@@ -98,7 +100,7 @@ def forms(T):
 
 
 def measure(shape, rounds, bandwidth, rwkv_lm=None):
-    """One row for each form at one shape; without seconds and with the reason where it could not run."""
+    """Return one row per form at one shape; a form that could not run has the reason instead of seconds."""
     B, T, D, dtype = shape
     sides, facts = {}, {}
     for name, form in forms(T).items():
@@ -124,7 +126,7 @@ def measure(shape, rounds, bandwidth, rwkv_lm=None):
 
 
 def first_calls(sides, given):
-    """(sides that ran once, why not of the others). Our own forms have no excuse but memory."""
+    """Return (sides that ran once, reasons of the others). Our own forms may fail only for lack of memory."""
     able, failed = {}, {}
     for side, run in sides.items():
         try:
@@ -139,13 +141,16 @@ def first_calls(sides, given):
 
 
 def in_a_process(f, *args):
-    """f(*args) in a process of its own: torch loads the released kernel, which has one length compiled in, once."""
+    """Call f(*args) in a process of its own.
+
+    torch loads the released kernel, which has one length compiled in, only once per process.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(f, *args).result()
 
 
 def run(smoke, rwkv_lm=None):
-    """Rows of every form and shape, and the claims made of them. `rwkv_lm`: see `gpu_peers`."""
+    """Return the rows of every form and shape, and the claims on them. `rwkv_lm`: see `gpu_peers`."""
     on_gpu = jax.default_backend() == "gpu"
     if rwkv_lm is not None:
         gpu_peers.sources(rwkv_lm)
@@ -166,13 +171,13 @@ def run(smoke, rwkv_lm=None):
 
 
 def report(results: dict) -> list[str]:
-    """Lines on what was claimed and what was left out; rows are printed as they come."""
+    """Return lines on the claims and on what was left out; rows are printed while they run."""
     lines = [f"{what}: {x:.2f} (at most {most} wanted)" for what, x, most in results["claims"]]
     return lines + [f"left out: {what}" for what in results["left_out"]]
 
 
 def gpu_claims(rows):
-    """(what, measured, at most) of what is promised on a GPU, as far as it was measured there."""
+    """Return (claim, measured, at most) of the claims on a GPU, as far as they were measured."""
     found = {}
     for shape in GPU_CLAIMED:
         here = [r for r in rows if r["shape"] == list(shape) and r["pass"] == "both" and r["seconds"]]
@@ -187,7 +192,7 @@ def gpu_claims(rows):
 
 
 def claims(rows):
-    """(what, measured, at most) of what is promised on a CPU."""
+    """Return (claim, measured, at most) of the claims on a CPU."""
     at = lambda form, which, shape=CLAIMED: next(
         r for r in rows if r["form"] == form and r["pass"] == which and r["shape"] == list(shape)
     )

@@ -1,8 +1,8 @@
 """Training the released sizes on one accelerator: tokens/s, share of the data sheet's peak, and memory.
 
 Each row is `configs/pile.py` at one size and batch, on random tokens, with the remat policy and the form of WKV that
-it names; the transformer of the same size beside. All programs are compiled before the first is timed, as compiling
-tries kernels out on the GPU. A row that does not fit says so.
+it names. A transformer of the same size is measured too. All programs are compiled before the first is timed, because
+compiling autotunes kernels on the GPU. A row that does not fit says so.
 
     python -m experiments.speed.pile [--smoke] [--only=169m,3b] [--seconds=180] [--out=DIR]
 
@@ -27,7 +27,7 @@ from rwkv_jax.command import end, reported
 from rwkv_jax.files import to_json, user_path
 from rwkv_jax.train import optim, run_config
 
-#         size, batch, tokens a row, fields of the model
+#         size, batch, tokens per row, fields of the model
 ROWS = (
     ("169m", 32, 1024, {"remat": "outputs"}),
     ("169m", 32, 1024, {"remat": "none"}),
@@ -41,7 +41,7 @@ ROWS = (
     ("169m", 1, 32768, {"remat": "outputs", "name": "transformer"}),
     ("169m", 1, 262144, {"remat": "block"}),
 )
-STEPS, SMOKE_STEPS = 12, 2  # timed, after two
+STEPS, SMOKE_STEPS = 12, 2  # timed, after two warm-up steps
 
 
 def build(size, fields, smoke):
@@ -54,7 +54,7 @@ def build(size, fields, smoke):
 
 
 def compiled(size, batch, seq_len, fields, smoke) -> dict:
-    """The model, its jitted init, and the compiled step for one device."""
+    """Return the model, its jitted init, and the compiled step for one device."""
     start = time.perf_counter()
     model, tx = build(size, fields, smoke), optim.optimiser()
     init = jax.jit(train.make_init(model, tx))
@@ -69,7 +69,7 @@ def compiled(size, batch, seq_len, fields, smoke) -> dict:
 
 
 def measure(batch, seq_len, steps, model, init, step, compile_seconds) -> dict:
-    """Speed and memory of one compiled step."""
+    """Return the speed and memory of one compiled step."""
     rng = np.random.default_rng(0)
     draw = lambda: {
         "tokens": jnp.array(rng.integers(0, model.vocab_size, (batch, seq_len + 1)), jnp.int32),
@@ -102,7 +102,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.speed.pile", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", default="", help="sizes, such as 169m,3b")
-    parser.add_argument("--seconds", type=float, default=180, help="no row is begun after these")
+    parser.add_argument("--seconds", type=float, default=180, help="start no row after this time")
     parser.add_argument("--out", type=user_path, default=Path(__file__).parent)
     args = parser.parse_args(argv)
     files.check_output_folder(args.out)
@@ -122,7 +122,7 @@ def main(argv=None) -> int:
             found |= measure(batch, seq_len, SMOKE_STEPS if args.smoke else STEPS, **program.result())
         except (jax.errors.JaxRuntimeError, TimeoutError) as error:
             found |= {"left_out": " ".join(str(error).split())[:300]}
-        del program  # and with it the memory of its step
+        del program  # frees the memory of its step
         gc.collect()
         rows.append(found)
         print(to_json({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}), flush=True)

@@ -1,9 +1,9 @@
-"""RWKV-7 on a CPU: its operator and RWKV-6's, a training step, and generation, beside what others have.
+"""RWKV-7 on a CPU: its operator and RWKV-6's, a training step, and generation, against other implementations.
 
-Our training steps compute again what lies between matrix products (`remat="matmuls"`); the peer's is as it comes.
-Both passes of an operator are timed on random inputs as its model makes them, forward alone as well. Counted FLOPs of
-a training step are those of `hardware.flops_per_token`, for jax-linear-attention's model those of ours; their share is
-of the machine's matmul peak.
+Our training steps rematerialise everything between matrix products (`remat="matmuls"`); the peer runs with its
+defaults. Operators run on random inputs as their model makes them; the forward pass is timed alone and with the
+backward pass. FLOPs of a training step are those of `hardware.flops_per_token`, for jax-linear-attention's model those
+of ours. Shares are of the machine's matmul peak.
 """
 
 import importlib.util
@@ -101,7 +101,7 @@ def report(results: dict) -> list[str]:
 
 
 def operators(shape: dict, rounds: int) -> list[dict]:
-    """Seconds of each form of both operators, forward alone and both passes, and bytes of temporaries of both."""
+    """Return the seconds of each form of both operators, forward and both passes, and the latter's temporaries."""
     rows = []
     for name, op, plain in (("wkv6", wkv6, plain_wkv6), ("wkv7", wkv7, plain_wkv7)):
         forms = {form: lambda *x, op=op, form=form: op(*x, impl=form) for form in ("scan", "chunked")}
@@ -123,7 +123,7 @@ def operators(shape: dict, rounds: int) -> list[dict]:
 
 
 def operands(name, seed, B, T, H, K):
-    """Operands and an empty state, as the models make them."""
+    """Return the operands and an empty state, as the models make them."""
     keys = iter(jax.random.split(jax.random.key(seed), 6))
     normal = lambda: jax.random.normal(next(keys), (B, T, H, K))
     r, k, v, w = (normal() for _ in range(4))
@@ -136,7 +136,7 @@ def operands(name, seed, B, T, H, K):
 
 
 def plain_wkv6(r, w, k, v, u_HK, state):
-    """The recurrence as one scan over time, differentiated by JAX: what one writes first."""
+    """The recurrence as one scan over time, for JAX to differentiate: the straightforward implementation."""
 
     def step(state, token):
         r, w, k, v = token
@@ -160,7 +160,7 @@ def plain_wkv7(r, w, k, v, a, b, state):
 
 
 def training(shape: dict, rounds: int) -> dict:
-    """{"rows": speeds beside others', "models": speed, FLOPs, share of the peak and temporaries of a step}."""
+    """Return {"rows": speeds against others', "models": speed, FLOPs, share of the peak and temporaries of a step}."""
     models = {name: train.build(name, shape).clone(remat=shape["remat"]) for name in ("rwkv7", "rwkv4", "transformer")}
     steps, temporaries = {}, {}
     for name, model in models.items():
@@ -187,7 +187,7 @@ def training(shape: dict, rounds: int) -> dict:
 
 
 def peer_step(shape: dict):
-    """A step of jax-linear-attention's RWKV-7: forward, backward, clip, AdamW, and its bytes of temporaries."""
+    """Return a step of jax-linear-attention's RWKV-7 (forward, backward, clip, AdamW) and its bytes of temporaries."""
     import equinox
     import optax
     from jla.models.rwkv7 import RWKV7LM, RWKV7Config
@@ -218,6 +218,6 @@ def peer_step(shape: dict):
 
 
 def drawn(name, fields):
-    """(model, params) with layers in a tuple and no parameter zero."""
+    """Return (model, params) with layers in a tuple and no parameter zero."""
     model = rwkv_jax.build(name, scan=False, **fields)
     return model, live(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"])

@@ -1,8 +1,8 @@
-"""Seconds before the first number: tracing, lowering and compiling, and whole commands.
+"""Startup time: seconds of tracing, lowering and compiling, and of whole commands up to their first result.
 
-Each is measured in a process of its own, so that nothing is cached but Python's byte code: tracing and lowering in
-every round, of which the median is reported, compiling once. With `--against=PATH`, a checkout of an earlier commit,
-all of it is measured there too, in turn with ours.
+Each measurement has its own process, so that only Python's byte code is cached. Tracing and lowering run in every
+round, and their median is reported; compiling runs once. With `--against=PATH`, a checkout of an earlier commit,
+everything is measured there too, in turn with ours.
 
     git worktree add runs/8d922b8 8d922b8
     python -m experiments.speed.run --suite=startup --against=runs/8d922b8
@@ -42,8 +42,8 @@ print(PIPELINE(model, "rwkv_vocab_v20230424").generate(sys.argv[2], 1, PIPELINE_
 
 
 def run(smoke: bool = False, against: Path | None = None) -> dict:
-    """Rows of programs and of commands, seconds."""
-    from experiments import stamp  # of this checkout alone: this file runs in the other one too
+    """Return the rows of programs and of commands, in seconds."""
+    from experiments import stamp  # imported here, because this file also runs in the other checkout
 
     sides = {"ours": ROOT} | ({"before": against.resolve()} if against else {})
     rounds = 1 if smoke else ROUNDS
@@ -52,7 +52,7 @@ def run(smoke: bool = False, against: Path | None = None) -> dict:
     for size, layout, program in tqdm(cells, desc="programs"):
         times = {side: [] for side in sides}
         for i, (side, root) in itertools.product(range(rounds), sides.items()):
-            once = ["--compile"] if i == 0 else []  # compiling takes longest
+            once = ["--compile"] if i == 0 else []  # once, because compiling takes longest
             printed = _output(root, [__file__, size, layout, program, *once])
             times[side].append(json.loads(printed.splitlines()[-1]))
         medians = {side: _medians(taken) for side, taken in times.items()}
@@ -67,7 +67,7 @@ def run(smoke: bool = False, against: Path | None = None) -> dict:
 
 
 def report(results: dict) -> list[str]:
-    """A line a row."""
+    """Return one line per row."""
     lines = []
     for row in results["rows"]:
         told = "; ".join(
@@ -89,7 +89,7 @@ def _medians(taken: list[dict]) -> dict:
 
 
 def commands(sides: dict, smoke: bool, rounds: int) -> list[dict]:
-    """Wall time of whole commands, from the shell to their first result."""
+    """Return the wall time of whole commands, from the shell to their first result."""
     layers, dim = SMOKE_SIZE_OF_COMMANDS if smoke else SIZE_OF_COMMANDS
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pth"
@@ -108,7 +108,7 @@ def commands(sides: dict, smoke: bool, rounds: int) -> list[dict]:
 
 def _in_turn(runs, rounds, what):
     times = {side: [] for side in runs}
-    for _ in tqdm(range(rounds + 1), desc=what):  # the first round fills the caches of the file system
+    for _ in tqdm(range(rounds + 1), desc=what):  # the first round warms the file system's caches
         for side, taken in runs.items():
             times[side].append(taken())
     return {side: statistics.median(taken[1:]) for side, taken in times.items()}
@@ -126,14 +126,14 @@ def _write_model(path, layers, dim):
 
 
 def _environment(root):
-    """Variables without JAX's own, such as a cache of compiled programs."""
+    """Return the environment variables without JAX's own, such as a cache of compiled programs."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     settings = {"JAX_PLATFORMS": "cpu", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
     return own | {"PYTHONPATH": str(root)} | settings
 
 
 def _output(root, arguments) -> str:
-    """Standard output of Python with the package in `root`."""
+    """Return the standard output of Python with the package in `root`."""
     done = subprocess.run(
         [sys.executable, *arguments], cwd=root, env=_environment(root), capture_output=True, text=True
     )
@@ -149,7 +149,7 @@ def _wall(root, arguments) -> float:
 
 
 def _first_step(root) -> float:
-    """From the shell to the row of the first step in metrics.jsonl; the corpus stays cached."""
+    """Return the seconds from the shell to the row of the first step in metrics.jsonl; the corpus stays cached."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "run" / "metrics.jsonl"
         flags = ["--config=configs/tiny.py", f"--workdir={log.parent}", "--config.log_every=1"]
@@ -172,11 +172,11 @@ def _first_step(root) -> float:
 
 
 def measured(size, layout, program, compile) -> dict:
-    """Seconds of tracing, lowering and perhaps compiling a program, from shapes."""
+    """Return the seconds of tracing, lowering and optionally compiling a program, from shapes."""
     import jax
 
     function, operands = _program(size, layout, program)
-    # what JAX and linen do once in a process, whatever they trace first
+    # warm up what JAX and linen do once per process
     jax.jit(jax.grad(lambda x: jax.lax.scan(lambda c, t: (c * t, None), x, x[None])[0].sum())).lower(operands[-1])
     began = time.perf_counter()
     traced = function.trace(*operands)
@@ -191,7 +191,7 @@ def measured(size, layout, program, compile) -> dict:
 
 
 def _program(size, layout, program):
-    """(jitted function, shapes of its operands, a float array last)."""
+    """Return (jitted function, shapes of its operands, a float array last)."""
     import jax
     import jax.numpy as jnp
 
@@ -219,7 +219,7 @@ def _program(size, layout, program):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="One measurement, as the suite takes it in a process of its own.")
+    parser = argparse.ArgumentParser(description="Take one measurement in this process, as the suite does.")
     for name in ("size", "layout", "program"):
         parser.add_argument(name)
     parser.add_argument("--compile", action="store_true")

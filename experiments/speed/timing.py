@@ -5,13 +5,13 @@ import time
 
 
 def medians(sides, inputs, rounds, pause=0.0):
-    """Seconds of each side, the median over `rounds` in turn: A B A B, so that a slow moment hits both.
+    """Return the seconds of each side, the median over `rounds` in turn: A B A B, so that a slow moment affects both.
 
     Args:
         sides: functions of one input by name, finished when they return. The first call of each is not timed.
         inputs: at least (rounds + 1) * len(sides) of them, all different: no side may cache anything but its program.
-        pause: seconds of rest before each run, for sides with threads of their own: those of OpenMP go on spinning
-            for a while after torch has finished, and would take a core from who comes next.
+        pause: seconds of rest before each run, for sides with threads of their own: OpenMP threads keep spinning for a
+            while after torch has finished, and would take a core from the next side.
     """
     inputs = iter(inputs)
     for run in sides.values():
@@ -28,6 +28,6 @@ def medians(sides, inputs, rounds, pause=0.0):
 
 
 def ratio(what, ours, our_speed, theirs, their_speed, wanted):
-    """A row of two speeds side by side; `wanted` is the least ratio claimed, None if none is."""
+    """Return a row of two speeds side by side; `wanted` is the least ratio claimed, None if there is no claim."""
     return {"what": what, "ours": ours, "ours_per_second": our_speed, "theirs": theirs,
             "theirs_per_second": their_speed, "ratio": our_speed / their_speed, "wanted": wanted}  # fmt: skip

@@ -1,8 +1,8 @@
-"""Training on a CPU: tokens/s beside transformers, model FLOP utilisation, and where the time of a step goes.
+"""Training on a CPU: tokens/s against transformers, model FLOP utilisation, and a breakdown of a step's time.
 
 WKV (or attention) of all layers and the optimiser (`train.apply_gradient`: clipping, Adam, the update and its check)
-run as programs of their own, at the model's shapes and on random numbers, in turn with the whole step. What remains of
-the step is matrix products and elementwise work. "optimiser" is an upper bound: alone it takes 250 MB from the system,
+run as programs of their own, at the model's shapes and on random numbers, in turn with the whole step. The rest of the
+step is matrix products and elementwise work. "optimiser" is an upper bound: alone it takes 250 MB from the system,
 page by page (6 x 512), which inside the step the backward pass has freed.
 """
 
@@ -22,11 +22,11 @@ from rwkv_jax.train import optim
 FULL = {"num_layers": 6, "dim": 512, "vocab_size": 256, "dtype": "float32", "batch": 4, "seq_len": 512}
 SMOKE = {"num_layers": 2, "dim": 64, "vocab_size": 256, "dtype": "float32", "batch": 2, "seq_len": 32}
 ROUNDS = 7
-MODELS = {"rwkv4": "WKV", "transformer": "attention"}  # and what they mix tokens with
+MODELS = {"rwkv4": "WKV", "transformer": "attention"}  # model -> how it mixes tokens
 
 
 def run(smoke: bool) -> dict:
-    """Rows of speed beside others', and for both models FLOPs, utilisation and the parts of a step."""
+    """Return the rows of speed against others, and for both models FLOPs, utilisation and the parts of a step."""
     shape, rounds = (SMOKE, 1) if smoke else (FULL, ROUNDS)
     models = {name: build(name, shape) for name in MODELS}
     sides = {(name, part): f for name, model in models.items() for part, f in programs(model, shape).items()}
@@ -58,7 +58,7 @@ def run(smoke: bool) -> dict:
 
 
 def report(results: dict) -> list[str]:
-    """Lines on what was measured besides `rows`."""
+    """Return lines on the measurements besides `rows`."""
     lines = []
     for name, row in results["models"].items():
         shares = ", ".join(f"{part} {t / row['step_seconds']:.0%}" for part, t in row["parts"].items())
@@ -67,7 +67,7 @@ def report(results: dict) -> list[str]:
 
 
 def parts(seconds: dict, operator: str) -> dict:
-    """Seconds of a step by part."""
+    """Return the seconds of a step by part."""
     known = {operator: seconds["operator"], "optimiser": seconds["optimiser"]}
     return known | {"matmuls and the rest": seconds["step"] - sum(known.values())}
 
@@ -77,7 +77,7 @@ def build(name, shape):
 
 
 def whole_step(model, shape):
-    """(a training step as a function of tokens [B, T+1], finished when it returns, its bytes of temporaries)."""
+    """Return (a training step as a function of tokens [B, T+1], finished when it returns; its temporary bytes)."""
     tx, lr = optim.optimiser(), np.float32(1e-4)
     state = jax.jit(train.make_init(model, tx))(jax.random.key(0))
     batch = lambda tokens_BT: {"tokens": tokens_BT, "mask": np.ones_like(tokens_BT[:, 1:], bool)}
@@ -92,7 +92,7 @@ def whole_step(model, shape):
 
 
 def programs(model, shape) -> dict:
-    """The whole step and its parts as functions of tokens [B, T+1], finished when they return."""
+    """Return the whole step and its parts as functions of tokens [B, T+1], finished when they return."""
     tx, lr = optim.optimiser(), np.float32(1e-4)
     descend = jax.jit(lambda state, *args: train.apply_gradient(tx, state, *args), donate_argnums=0)
     other = jax.jit(train.make_init(model, tx))(jax.random.key(0))
@@ -107,7 +107,7 @@ def programs(model, shape) -> dict:
 
 
 def noise(shapes, seed, scale=1.0):
-    """Normal numbers in the shapes and dtypes of a tree."""
+    """Return normal numbers in the shapes and dtypes of a tree."""
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     draw = lambda key, x: (scale * jax.random.normal(key, x.shape)).astype(x.dtype)
@@ -115,7 +115,7 @@ def noise(shapes, seed, scale=1.0):
 
 
 def both_passes(f, draw):
-    """f forward and backward, on arguments and cotangents that change between calls."""
+    """Return a run of f forward and backward, on arguments and cotangents that change between calls."""
 
     @jax.jit
     def program(arguments, dy):
@@ -128,7 +128,7 @@ def both_passes(f, draw):
 
 
 def operators(model, shape):
-    """(f, draw) of WKV or attention in every layer: what a layer returns is a later one's input."""
+    """Return (f, draw) of WKV or attention in every layer, where a layer's output is a later one's input."""
     B, T, L, D = shape["batch"], shape["seq_len"], shape["num_layers"], shape["dim"]
     array = lambda *size: jax.ShapeDtypeStruct(size, model.dtype)
 
@@ -157,7 +157,7 @@ def operators(model, shape):
 
 
 def peer(name, shape):
-    """A step by torch and transformers: forward, backward, clip, Adam."""
+    """Return a step by torch and transformers: forward, backward, clip, Adam."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""Effects of places as averages: over tokens of a role, then over facts, with intervals."""
+"""Averages of effects: over tokens of a role, then over facts, with intervals."""
 
 import numpy as np
 
@@ -9,7 +9,10 @@ ROLES = ("before", "first of subject", "middle of subject", "last of subject", "
 
 
 def roles(prompt) -> np.ndarray:
-    """[roles, T]: which tokens have a role, each token one. A subject of one token is its last."""
+    """Return [roles, T]: a mask of the tokens of each role.
+
+    Each token has one role; a subject of one token is its last.
+    """
     T = len(prompt.tokens_T)
     at = np.flatnonzero(prompt.subject_T)
     role_T = np.full(T, ROLES.index("after"))
@@ -22,34 +25,39 @@ def roles(prompt) -> np.ndarray:
 
 
 def by_role(effect_KTL, roles_RT) -> np.ndarray:
-    """[kinds, roles, L]: means over the tokens of a role, NaN where no token has it."""
+    """Return [kinds, roles, L]: means over the tokens of a role, NaN if no token has it."""
     sums_KRL = np.einsum("ktl,rt->krl", effect_KTL, roles_RT)
     count_R1 = roles_RT.sum(1)[:, None]
     return np.where(count_R1 > 0, sums_KRL / np.maximum(count_R1, 1), np.nan)
 
 
 def other_tokens(prompt, rng) -> np.ndarray:
-    """[T]: as many tokens as the subject has, drawn from all but the subject's and the separator; fewer if need be."""
+    """Return [T]: a mask of as many random tokens as the subject has, outside it and the separator.
+
+    There are fewer if the prompt has fewer.
+    """
     free = np.flatnonzero(prompt.valid_T & ~prompt.subject_T)[1:]
     chosen = rng.choice(free, min(len(free), int(prompt.subject_T.sum())), replace=False)
     return np.isin(np.arange(len(prompt.tokens_T)), chosen)
 
 
 def over_facts(values_FN) -> list:
-    """Mean over facts that have a value, and its t interval, of each of N; None where fewer than two have one."""
+    """Return, for each of N columns, the mean over facts with a value and its t interval; None for fewer than two."""
     known = [values_F[~np.isnan(values_F)] for values_F in np.asarray(values_FN, float).T]
     return [_rounded(t_interval(values_F)) if len(values_F) > 1 else None for values_F in known]
 
 
 def depth(effect_L) -> float:
-    """Mean depth of the effects above zero: 0 is the first layer, 1 the last. NaN without any."""
+    """Return the mean depth of the effects above zero: 0 is the first layer, 1 the last. NaN if there are none."""
     weights_L = np.maximum(effect_L, 0)
     return float(weights_L @ np.linspace(0, 1, len(weights_L)) / weights_L.sum()) if weights_L.any() else np.nan
 
 
 def deeper(effect_FKRL, seed: int, samples: int = 2000) -> list[float]:
-    """`depth` of the mean effect of both at the words after the subject, minus that at the subject's last token, and
-    its 95 % bootstrap over facts."""
+    """Return how much deeper the effect of both lies at the words after the subject than at the subject's last token.
+
+    That is the difference in `depth` of the mean effects, with its 95 % bootstrap interval over facts.
+    """
     both_FRL = effect_FKRL[:, list(KINDS).index("both")]
     pair_F2L = both_FRL[:, [ROLES.index("after"), ROLES.index("last of subject")]]
     pair_F2L = pair_F2L[~np.isnan(pair_F2L).any((1, 2))]
@@ -66,8 +74,10 @@ def deeper(effect_FKRL, seed: int, samples: int = 2000) -> list[float]:
 
 
 def by_state(effect_FKRL) -> list[float]:
-    """Effect of both minus that of the residual stream alone, at the words after the subject, mean over layers, and
-    its t interval over facts."""
+    """Return the effect of both minus that of the residual stream alone, at the words after the subject.
+
+    The mean is over layers; the t interval is over facts.
+    """
     after_FKL = effect_FKRL[:, :, ROLES.index("after")]
     both, residual = (list(KINDS).index(kind) for kind in ("both", "residual"))
     difference_F = (after_FKL[:, both] - after_FKL[:, residual]).mean(1)

@@ -10,7 +10,7 @@ from rwkv_jax.files import read_json, user_path
 
 
 class Prompt(NamedTuple):
-    """Tokens up to where the answer follows; what comes before the first valid one is padding."""
+    """Tokens up to the answer; those before the first valid one are padding."""
 
     tokens_T: np.ndarray  # int32
     valid_T: np.ndarray
@@ -20,12 +20,12 @@ class Prompt(NamedTuple):
 
 RELATIONS, TEMPLATES = 2, 3
 LENGTHS = (2, 3)  # tokens of a subject
-# Words before the subject and after it, by template. The relation shows in the words after it alone.
+# Numbers of words before and after the subject, by template. Only the words after it express the relation.
 BEFORE, AFTER = (0, 1, 2), (3, 3, 4)
 
 
 class World(NamedTuple):
-    """Every subject has one object in each relation, told in three ways each."""
+    """Generated facts: every subject has one object in each relation, expressed in three ways each."""
 
     subjects: list[tuple[int, ...]]
     objects_SR: np.ndarray  # [subjects, relations] tokens
@@ -34,7 +34,10 @@ class World(NamedTuple):
 
 
 def world(subjects: int, vocab_size: int, seed: int = 0) -> World:
-    """Subjects share their tokens: none is known by one of them. Half of the vocabulary are names."""
+    """Return a world. Half of the vocabulary are names.
+
+    Subjects share their tokens, so that no single token identifies a subject.
+    """
     rng = np.random.default_rng(seed)
     ids = iter(range(1, vocab_size))
     take = lambda n: [next(ids) for _ in range(n)]
@@ -48,7 +51,7 @@ def world(subjects: int, vocab_size: int, seed: int = 0) -> World:
     return World(list(found), rng.choice(objects, (subjects, RELATIONS)), before, after)
 
 
-# of the longest prompt, the separator included
+# tokens of the longest prompt, including the separator
 LENGTH = 1 + max(b + a for b, a in zip(BEFORE, AFTER, strict=True)) + max(LENGTHS)
 
 
@@ -58,7 +61,7 @@ def prompt(world: World, subject: int, relation: int, template: int) -> Prompt:
 
 
 def padded(before, subject, after, answer: int, num_tokens: int) -> Prompt:
-    """A prompt of `num_tokens` tokens: padding, the separator, then what is given."""
+    """Return a prompt of `num_tokens` tokens: padding, the separator, then the given parts."""
     tokens = [SEPARATOR, *before, *subject, *after]
     missing = num_tokens - len(tokens)
     at = missing + 1 + len(before)
@@ -69,23 +72,23 @@ def padded(before, subject, after, answer: int, num_tokens: int) -> Prompt:
 
 
 def stacked(prompts: list[Prompt]) -> Prompt:
-    """Leaves [prompts, ...]."""
+    """Return the prompts as one, leaves [prompts, ...]."""
     return jax.tree.map(lambda *x: np.stack(x), *prompts)
 
 
 def everything(world: World) -> Prompt:
-    """All prompts of a world, subject by subject."""
+    """Return all prompts of a world, subject by subject."""
     numbers = np.ndindex(len(world.subjects), RELATIONS, TEMPLATES)
     return stacked([prompt(world, *number) for number in numbers])
 
 
 def from_file(path: str, tokenizer) -> Prompt:
-    """Prompts of a JSON list of {"subject", "prompt", "attribute"}, as ROME's known_1000.json has them.
+    """Return the prompts of a JSON list of {"subject", "prompt", "attribute"}, the format of ROME's known_1000.json.
 
     The answer is the first token of the attribute after a space.
 
     Raises:
-        OSError, ValueError: no such file, or a fact in it is not one, named by its number.
+        OSError, ValueError: the file is missing, or an entry, named by its number, is not a fact.
     """
     try:
         entries = read_json(user_path(path), list)
@@ -97,11 +100,11 @@ def from_file(path: str, tokenizer) -> Prompt:
     parts = []
     for number, (text, subject, attribute) in enumerate(texts):
         before, found, _ = text.partition(subject)
-        before = before.rstrip(" ")  # the space belongs to the word that follows it
+        before = before.rstrip(" ")  # the space belongs to the next word
         ids = tokenizer.encode(text)
         start, stop = (len(tokenizer.encode(part)) for part in (before, text[: text.find(subject) + len(subject)]))
         if not found or not start < stop <= len(ids) or tokenizer.encode(before) != ids[:start]:
-            raise ValueError(f"{path}: fact {number}: {subject!r} is no run of tokens in {text!r}")
+            raise ValueError(f"{path}: fact {number}: {subject!r} is not a sequence of whole tokens in {text!r}")
         parts.append((ids[:start], ids[start:stop], ids[stop:], tokenizer.encode(f" {attribute.strip()}")[0]))
     longest = 1 + max(sum(map(len, part[:3])) for part in parts)
     return stacked([padded(*part, longest) for part in parts])

@@ -2,23 +2,28 @@
 
 import numpy as np
 
-from experiments.figures import panels, saved, titled
+from experiments.figures import label_ends, panels, saved, titled
 from experiments.results import redraw
 
-COLORS = {"residual": "#2980b9", "state": "#c0392b", "both": "#2c3e50"}
+STYLES = {
+    "residual": {"color": "#0072b2", "marker": "s"},
+    "state": {"color": "#d55e00", "marker": "o"},
+    "both": {"color": "#000000", "marker": "D"},
+}
 ROLES = ("last of subject", "after", "last")  # of the curves
 
 
 def draw(results, path) -> None:
     """Write the figure as PNG: for each model, a map of both restored, and curves by layer of all three."""
     cells = {name: cell for name, cell in results["cells"].items() if "effect" in cell}
-    figure, rows = panels(4, len(cells), width=3.5, height=3.2)
+    figure, rows = panels(4, len(cells), width=3.7, height=3.4)
     for (name, cell), (first, *others) in zip(cells.items(), rows, strict=True):
         effects = {role: np.array(values)[:, 0] for role, values in cell["effect"]["both"].items() if all(values)}
         image = first.imshow(list(effects.values()), cmap="Purples", aspect="auto")
-        figure.colorbar(image, ax=first)
-        first.set_yticks(range(len(effects)), effects, fontsize=8)
-        first.set_title(f"{name}: both restored, {cell['facts']} facts")
+        first.grid(visible=False)
+        figure.colorbar(image, ax=first).outline.set_visible(False)
+        first.set_yticks(range(len(effects)), effects)
+        first.set_title(f"{name}: both restored")
         for axis, role in zip(others, ROLES, strict=True):
             _curves(axis, cell, role)
         for axis in (first, *others):
@@ -26,20 +31,32 @@ def draw(results, path) -> None:
             axis.set_xticks(at, at + 1)
             axis.set_xlabel("layer")
         others[0].set_ylabel("probability given back")
-        others[0].legend(frameon=False, fontsize=8)
-    titled(figure, results, "causal trace")
+    cell = next(iter(cells.values()))
+    titled(figure, results, _finding(cell), f"causal trace of {cell['facts']} facts; bands: 95 %")
     saved(figure, path)
 
 
+def _finding(cell) -> str:
+    """Say where restoring both gives back most before the last token, beside a random place."""
+    effect = {role: values for role, values in cell["effect"]["both"].items() if all(values) and role != "last"}
+    if not effect:
+        return "Probability that restoring a place gives back"
+    role, values = max(effect.items(), key=lambda item: max(mean for mean, *_ in item[1]))
+    layer, (mean, *_) = max(enumerate(values, 1), key=lambda item: item[1][0])
+    where = f"'{role}', layer {layer}"
+    return f"Restored at {where}: {mean:.2f} of probability; at a random place {cell['random_place']['both'][0]:.2f}"
+
+
 def _curves(axis, cell, role):
-    for kind, color in COLORS.items():
+    for kind, style in STYLES.items():
         values = cell["effect"][kind][role]
         if all(values):
             mean_L, low_L, high_L = np.array(values).T
-            axis.plot(mean_L, color=color, marker=".", label=kind if kind == "both" else f"{kind} alone")
-            axis.fill_between(np.arange(len(mean_L)), low_L, high_L, color=color, alpha=0.2, linewidth=0)
-    axis.axhline(cell["random_place"]["both"][0], color="grey", linestyle=":", label="both, random place")
-    axis.set_title(role)
+            axis.plot(mean_L, label=kind if kind == "both" else f"{kind} alone", **style)
+            axis.fill_between(np.arange(len(mean_L)), low_L, high_L, color=style["color"], alpha=0.2, linewidth=0)
+    axis.axhline(cell["random_place"]["both"][0], color="#888888", linestyle=":", label="random place")
+    axis.set_title(f"restored at '{role}'")
+    label_ends(axis)
 
 
 if __name__ == "__main__":

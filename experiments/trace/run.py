@@ -4,23 +4,26 @@ The paper traces one prompt in RWKV-4 430M: noise on the embeddings of "The Eiff
 the clean state and activation restored. The answer comes back from layer 4 of 24 at the subject, and from layer 20 or
 so at the words after it; one prompt, no interval, no control, noise not stated.
 
-Claim: what brings the answer back lies deeper at the words after the subject than at its end, and there the recurrent
-state carries it. Measured in a small model that has learned generated facts by heart: the average indirect effect,
-probability of the answer with one place restored minus that without, of the residual stream, of the state, and of
-both; noise of 3 standard deviations of the embedding's entries, as in ROME (Meng et al., 2022).
+Claim: the values that bring the answer back lie deeper at the words after the subject than at its end, and at those
+words the recurrent state carries them. Measured in a small model that has memorised generated facts: the average
+indirect effect (probability of the answer with one place restored minus that without) of the residual stream, of the
+state, and of both. The noise is 3 standard deviations of the embedding's entries, as in ROME (Meng et al., 2022).
 
     python -m experiments.trace.run
     python -m experiments.trace.run --model=PATH --facts=FILE
     python -m experiments.trace.run --sweep           learning rate of the small model
     python -m experiments.trace.run --smoke --out=DIR
 
-`--model` traces released weights too, or any that `rwkv_jax.load` reads, on a JSON list of {"subject", "prompt",
+`--model` also traces released weights, or any that `rwkv_jax.load` reads, on a JSON list of {"subject", "prompt",
 "attribute"}, such as ROME's known_1000.json: those facts whose answer the model finds, up to 100 of them.
 
 Cost: 4 minutes on 2 cores. RWKV-4 430M on a CPU: some minutes a fact.
-Same sign: the mean depth of the effect of both is greater at the words after the subject than at its last token
-(bootstrap interval over facts); at those words the effect of both is greater than that of the residual stream alone
-(t interval over facts). Contradicted: less. Not resolved: the interval holds zero.
+
+  same sign      the mean depth of the effect of both is greater at the words after the subject than at its last token
+                 (bootstrap interval over facts); at those words the effect of both is greater than that of the
+                 residual stream alone (t interval over facts)
+  contradicted   less
+  not resolved   the interval contains zero
 Controls: noise on as many other tokens; the mean effect of all places.
 
 Deviations: a model of a few layers that knows nothing but the answers to its facts. Depth is in shares of the layers,
@@ -57,7 +60,7 @@ class Preset:
     vocab_size: int = 1024
     subjects: int = 500
     batch_size: int = 256
-    steps: int = 600  # at most: training ends where it recalls `RECALL`
+    steps: int = 600  # maximum: training ends at a recall of `RECALL`
     traced: int = 100  # facts
     noises: int = 10
     noise: float = 3.0  # in standard deviations of the embedding's entries
@@ -73,7 +76,10 @@ PRESETS = {
 
 
 def rows_of(prompts: facts.Prompt) -> dict:
-    """Prompts and answers as training reads them: nothing is remembered of the padding, only the answer counts."""
+    """Return prompts and answers as training batches.
+
+    The state is reset after the padding, and only the answer counts.
+    """
     P, T = prompts.tokens_T.shape
     return {
         "tokens": np.concatenate([prompts.tokens_T, prompts.answer[:, None]], axis=1),
@@ -88,14 +94,14 @@ def prompts_of(preset: Preset) -> facts.Prompt:
 
 @partial(jax.jit, static_argnums=0)
 def found(model, params, prompts):
-    """True where the model's greedy token after a prompt is its answer, [P]."""
+    """Return [P]: True where the model's greedy token after a prompt is its answer."""
     x_PTD, _ = model.apply({"params": params}, prompts.tokens_T, valid_BT=prompts.valid_T, method="hidden")
     logits_P1V = model.apply({"params": params}, x_PTD[:, -1:], method="logits")
     return logits_P1V[:, 0].argmax(-1) == prompts.answer
 
 
 def learn(preset: Preset, lr: float):
-    """(model, params, share of the facts recalled every so many steps): trained until it knows them."""
+    """Train until the model knows its facts; return (model, params, share of the facts recalled at each test)."""
     prompts = prompts_of(preset)
     rows = rows_of(prompts)
     model = rwkv_jax.build("rwkv4", vocab_size=preset.vocab_size, num_layers=preset.num_layers, dim=preset.dim)
@@ -114,7 +120,7 @@ def learn(preset: Preset, lr: float):
 
 
 def learned(preset: Preset, folder: Path) -> dict:
-    """The small model, kept as a file, and how it got there."""
+    """Train the small model and save it as a file; return its recall and learning rate."""
     model, params, seen = learn(preset, lr_of(preset))
     folder.mkdir(parents=True, exist_ok=True)
     rwkv_jax.save(folder / "model.safetensors", model, params)
@@ -122,7 +128,7 @@ def learned(preset: Preset, folder: Path) -> dict:
 
 
 def traced(model, params, prompts: facts.Prompt, preset: Preset) -> dict:
-    """Indirect effects by kind, role and layer over facts that the model knows, with their controls."""
+    """Return indirect effects by kind, role and layer over facts that the model knows, with their controls."""
     rng = np.random.default_rng(preset.seed)
     known = rng.permutation(np.flatnonzero(found(model, params, prompts)))[: preset.traced]
     if len(known) < 2:
@@ -148,8 +154,10 @@ def traced(model, params, prompts: facts.Prompt, preset: Preset) -> dict:
 
 
 def trace_one(model, params, prompt: facts.Prompt, sd: float, rng, preset: Preset):
-    """Trace one fact: probabilities of its answer clean, with the subject noisy and with other tokens noisy; mean
-    effect of all places [kinds]; effect by role [kinds, roles, L]."""
+    """Trace one fact; return probabilities, mean effect of all places [kinds], effect by role [kinds, roles, L].
+
+    The probabilities of its answer are clean, with the subject noisy, and with other tokens noisy.
+    """
     shape = (preset.noises, len(prompt.tokens_T), model.dim)
     noise_NTD = sd * rng.standard_normal(shape, np.float32)
     noise_on = lambda chosen_T: noise_NTD * chosen_T[:, None]
@@ -168,14 +176,16 @@ def of_world(preset: Preset, folder: Path) -> dict:
 def of_file(path: str, file: str, preset: Preset) -> dict:
     model, params = rwkv_jax.load(path, scan=False)
     if set(model.layers) != {"rwkv4"}:
-        raise ValueError(f"{path} has layers {model.layers}, expected rwkv4 alone: a cache is no state of one size")
+        raise ValueError(
+            f"{path} has layers {model.layers}, expected rwkv4 only: tracing needs states of a fixed size"
+        )
     tokenizer = tokenizers.get_tokenizer(tokenizers.of_model(interop.locate(path), model.vocab_size))
     return traced(model, params, facts.from_file(file, tokenizer), preset)
 
 
 def cells(preset: Preset, folder: Path, model: str | None = None, facts: str | None = None) -> command.Cells:
     if bool(model) != bool(facts):
-        raise ValueError("expected --model and --facts together: weights, and what to ask them")
+        raise ValueError("expected --model and --facts together")
     added = {f"{Path(model).name} on {Path(facts).name}": lambda: of_file(model, facts, preset)} if model else {}
     return {"learning": lambda: learned(preset, folder), "small model": lambda: of_world(preset, folder)} | added
 
@@ -193,7 +203,7 @@ def conclude(preset: Preset, values: dict) -> dict:
 
 
 def claims_of(name: str, value: dict) -> list[dict]:
-    """Rows of the ledger of one model."""
+    """Return the rows of the ledger of one model."""
     clean, noisy, others = (mean for mean, *_ in value["probability"].values())
     random = value["random_place"]["both"][0]
     return [
@@ -228,7 +238,7 @@ def lr_of(preset: Preset) -> float:
 
 
 def sweep(preset: Preset, path: Path) -> None:
-    """Steps until the small model knows its facts, by learning rate, extended until the best is inside."""
+    """Sweep learning rates by the steps until the small model knows its facts, until the best is not at an end."""
     steps = {}
     for lr in sweeps.search((8e-3, 1.6e-2, 3.2e-2), steps, lambda lr: learn(preset, lr)[2][-1][0]):
         print(f"lr {lr}: {steps[lr]} steps", flush=True)
@@ -237,7 +247,7 @@ def sweep(preset: Preset, path: Path) -> None:
 
 if __name__ == "__main__":
     options = {
-        "model": "weights to trace too: a .pth, a folder, or whatever else rwkv_jax.load reads",
-        "facts": "JSON list of subject, prompt and attribute to trace them on",
+        "model": "weights to trace too: a .pth, a folder, or anything else that rwkv_jax.load reads",
+        "facts": "JSON list of subject, prompt and attribute, to trace these weights on",
     }
     end(command.main(HERE, __doc__, PRESETS, cells, conclude, sweep, options))

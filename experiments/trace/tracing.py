@@ -1,7 +1,7 @@
-"""Causal tracing (Meng et al., 2022) of a recurrent model: what of a clean run repairs a corrupted one.
+"""Causal tracing (Meng et al., 2022) of a recurrent model: which part of a clean run repairs a corrupted one.
 
-The embeddings of some tokens get noise. At one place, a token and a layer, the run then takes what a clean run had
-there, and the question is how much of the answer's probability comes back. Two things leave a layer at a token:
+The embeddings of some tokens get noise. At one place, a token and a layer, the run then takes the values of a clean
+run, and the effect is the probability of the answer that this restores. Two values leave a layer at a token:
 
     residual    the residual stream, which the layers above read at that token
     state       the layer's recurrent state, which the same layer reads at the next token
@@ -28,16 +28,16 @@ class Effects(NamedTuple):
 
 
 def read(model, params, prompt, noise_TD, clean=None, residual_TL=None, state_TL=None):
-    """(log p [V] of what follows the prompt, record), token by token.
+    """Read a prompt token by token; return (log p [V] of the next token, record).
 
     Args:
         model: unscanned, so that every layer is a module of its own.
         noise_TD: added to the embeddings.
         clean: the record of another reading.
-        residual_TL, state_TL: where this one takes its residual stream and its state; with `clean` only.
+        residual_TL, state_TL: where to replace the residual stream and the state by those of `clean`.
 
     Returns:
-        The record holds what each layer gave, (x_11D, state), leaves [T, ...].
+        The record holds the output of each layer, (x_11D, state), leaves [T, ...].
     """
 
     def token(state, now):
@@ -73,7 +73,7 @@ def read(model, params, prompt, noise_TD, clean=None, residual_TL=None, state_TL
 
 @partial(jax.jit, static_argnums=(0, 4))
 def effects(model, params, prompt, noise_NTD, rows: int) -> Effects:
-    """Probabilities of the answer: clean, with noise, and with each place restored; computed `rows` runs at a time."""
+    """Return the answer's probabilities: clean, with noise, and with each place restored; `rows` runs at a time."""
     probability = lambda *args: jnp.exp(read(model, params, prompt, *args)[0][prompt.answer])
     log_p_V, clean = read(model, params, prompt, jnp.zeros_like(noise_NTD[0]))
     (N, T, _), L = noise_NTD.shape, model.num_layers
@@ -95,5 +95,5 @@ def effects(model, params, prompt, noise_NTD, rows: int) -> Effects:
 
 @partial(jax.jit, static_argnums=0)
 def corrupted(model, params, prompt, noise_NTD):
-    """Probabilities [N] of the answer, nothing restored."""
+    """Return the probabilities [N] of the answer, with nothing restored."""
     return jax.lax.map(lambda noise: jnp.exp(read(model, params, prompt, noise)[0][prompt.answer]), noise_NTD)

@@ -7,8 +7,8 @@ import numpy as np
 from experiments import figures
 from experiments.results import redraw
 
-COLOURS = figures.COLOURS | {"rwkv7 (removal 2)": "#8e44ad"}
-QUESTION = "For how many elements does each model follow a product in a group? Bands: seeds"
+STYLES = {arm: figures.style(arm) for arm in figures.COLOURS}
+STYLES["rwkv7 (removal 2)"] = STYLES["rwkv7"] | {"color": "#8a5a00", "linestyle": "--", "marker": "d"}
 
 
 def draw(results: dict, path: Path) -> None:
@@ -18,24 +18,39 @@ def draw(results: dict, path: Path) -> None:
         panel, model = name.rsplit(", seed ", 1)[0].split(", ")
         panels.setdefault(panel, {}).setdefault(model, []).append(cell)
     trained = results["study"]["base"]["seq_len"]
-    figure, [axes] = figures.panels(len(panels), width=3.6, height=3.6, sharey=True)
-    for axis, (panel, models) in zip(axes, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    figure, axes = figures.panels(columns, -(-len(panels) // columns), width=5.6, height=3.5)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (panel, models) in zip(axes.flat, panels.items(), strict=False):
         group, _, depth = panel.partition(" x ")
         for model, cells in models.items():
             right_ST = np.array([cell["right"] for cell in cells])
-            length_T, color = np.arange(1, right_ST.shape[1] + 1), COLOURS[model]
-            axis.fill_between(length_T, right_ST.min(0), right_ST.max(0), color=color, alpha=0.2, linewidth=0)
-            axis.plot(length_T, right_ST.mean(0), color=color, label=model, linewidth=1.2)
-        axis.axvline(trained, color="grey", linewidth=0.8)
-        axis.axhline(results["chance"][group], color="grey", linewidth=0.8, linestyle=":")
+            length_T, its = np.arange(1, right_ST.shape[1] + 1), STYLES[model]
+            axis.fill_between(length_T, right_ST.min(0), right_ST.max(0), color=its["color"], alpha=0.1, linewidth=0)
+            marked = np.unique(np.geomspace(1, len(length_T), 7).astype(int)) - 1
+            axis.plot(length_T, right_ST.mean(0), **its | {"label": model, "markevery": marked.tolist()})
+        figures.mark(axis, trained, "trained to here")
+        axis.axhline(results["chance"][group], color="#888888", linewidth=0.8, linestyle=":", label="chance")
         title = f"{group}, {depth} layer{'s' * (depth != '1')}"
-        axis.set(title=title, xlabel=f"elements of the word (trained on {trained})", ylim=(0, 1.03))
+        axis.set(title=title, xlabel="elements of the word", ylabel="last product right, share", ylim=(0, 1.03))
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-    axes[0].set_ylabel("last token right")
-    max(axes, key=lambda axis: len(axis.get_lines())).legend(frameon=False, fontsize=8)
-    figures.titled(figure, results, QUESTION)
+        figures.label_ends(axis)
+    figures.titled(figure, results, _finding(panels, trained), "mean of the seeds; bands: all seeds")
     figures.saved(figure, path)
+
+
+def _finding(panels: dict, trained: int) -> str:
+    """Compare RWKV-7 with the transformers at the length of training, where one panel has all of them."""
+    compared = ("rwkv7", "transformer", "transformer+shift")
+    found = next(((panel, models) for panel, models in panels.items() if set(compared) <= models.keys()), None)
+    if not found:
+        return "Products of a group's elements, by their number"
+    panel, models = found
+    share = {model: np.mean([cell["right"][trained - 1] for cell in models[model]]) for model in compared}
+    told = ", ".join(f"{model} {right:.2f}" for model, right in share.items())
+    return f"{panel.partition(' x ')[0]}, product of {trained} elements right: {told}"
 
 
 if __name__ == "__main__":

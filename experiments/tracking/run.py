@@ -1,4 +1,4 @@
-"""State tracking: for how many elements does each generation of RWKV follow a product in a group?
+"""State tracking: the number of elements over which each generation of RWKV follows a product in a group.
 
 Claim: RWKV-7 "can perform state tracking and recognize all regular languages", beyond what transformers can under
 standard conjectures (Goose, arXiv:2503.14456, abstract). Its figure has the least number of layers for 0.95 on words
@@ -11,20 +11,21 @@ of A5, A4 x Z5 and Z60: fewer for RWKV-7 than for a transformer, Mamba and S4. R
 Cost, estimated from single steps: 30 minutes on 2 cores, `--sweep` 10.
 
 Tokens are elements, and the label at each position is the product so far (Merrill et al. 2024, arXiv:2404.08819).
-Training has words of T = 16 tokens, the test words of 4 T. Models are causal and tokens independent, so the accuracy
-at position t is that of the last token of words of t. Words of S3 and Z6 have all their elements and are learned at
-width 32; those of A5 have a 5-cycle and a 3-cycle, which generate it, and are learned at width 64.
+Training uses words of T = 16 tokens, the test words of 4 T. Models are causal and tokens independent, so the accuracy
+at position t is that of the last token of words of t. Words of S3 and Z6 contain all elements and are learned at width
+32. Those of A5 contain a 5-cycle and a 3-cycle, which generate it, and are learned at width 64.
 
-What is compared is the accuracy of the last token, paired by seed: initial values where shapes allow, and batches.
-  RWKV-7 minus the transformer, A5, length T: *same sign* where the 95 % interval over seeds is above 0, *contradicted*
-  where it is below, else *not resolved*; *not comparable* where neither has half of the tokens right in the mean: then
-  nobody learned the task in so few steps, which says nothing of what a trained model can do.
+Measured: the accuracy of the last token, paired by seed, with the same initial values where shapes allow, and the same
+batches.
+  RWKV-7 minus the transformer, A5, length T: *same sign* if the 95 % interval over seeds is above 0, *contradicted* if
+  it is below, else *not resolved*; *not comparable* if neither has half of the tokens right in the mean: then no model
+  learned the task in so few steps, which says nothing about the ability of a trained one.
   All other pairs (the transformer with token shift, RWKV-5.2, 6 and 7, `removal` 2) have no number and no curve in the
-  papers: *no claim*. The expected order of a single earlier trial, S3, T, is 5.2 < 6 < 7 < 7 with `removal` 2.
+  papers: *no claim*. The order in a single earlier trial, S3, T, is expected: 5.2 < 6 < 7 < 7 with `removal` 2.
 
-Known deviations: one depth and its accuracy in place of the least depth for 0.95; A5 of two generators, since 60 x 60
+Deviations: one depth and its accuracy in place of the least depth for 0.95. A5 has two generators, because 60 x 60
 products take longer to learn than the preset has: after 64,000 words of 8 uniform elements RWKV-7 (removal 2, one
-pilot) knew none of them; training ends where 0.99 of the last tokens of words of 4 T are right.
+pilot) knew none of them. Training ends when 0.99 of the last tokens of words of 4 T are right.
 """
 
 from functools import partial
@@ -39,8 +40,8 @@ from experiments.command import claim
 from experiments.tracking.words import product_table, words
 
 GROUPS = ("S3", "Z6", "A5")
-DONE = 0.99  # of the last tokens of the longest words are right: training ends
-LEARNED = 0.5  # of the last tokens, in the mean over seeds: below it nobody has learned the task
+DONE = 0.99  # share of right last tokens of the longest words at which training ends
+LEARNED = 0.5  # share of right last tokens, mean over seeds, below which the task is not learned
 LONGEST = 4  # times the length of training
 TEST_SEED = 2**32 - 1
 
@@ -57,7 +58,7 @@ def arm_of(model: str, group: str, num_layers: int) -> str:
 
 
 def arms_of(group: str, num_layers: int, models, dim: int = 32, share: float = 1.0) -> dict:
-    """Models on words of a group, at a depth and width, for a share of the base's steps."""
+    """Return the models on words of a group, at a depth and width, for a share of the base's steps."""
     its = {"group": group, "model.num_layers": num_layers, "model.dim": dim}
     changes = lambda name, base: study.flat(MODELS[name]) | its | {"steps": round(share * base.steps)}
     return {arm_of(name, group, num_layers): partial(changes, name) for name in models}
@@ -71,7 +72,7 @@ def right_by_position(model, params, batch: dict):
 
 
 def learn(config, folder) -> dict:
-    """Share of right labels by position, up to `LONGEST` times the length of training."""
+    """Return the share of right labels by position, up to `LONGEST` times the length of training."""
     draw = partial(words, seq_len=config.seq_len, group=config.group)
     model = rwkv_jax.build(**config.model.to_dict(), vocab_size=len(product_table(config.group)))
     test = words(np.random.default_rng(TEST_SEED), config.tested, LONGEST * config.seq_len, config.group)
@@ -92,19 +93,19 @@ def learn(config, folder) -> dict:
 
 
 def last(its, values, arm: str, length: int) -> list[float]:
-    """Accuracy of the last token of words of a length, one a seed."""
+    """Return the accuracy of the last token of words of a length, one per seed."""
     return [run["right"][length - 1] for run in study.runs_of(its, values, arm)]
 
 
 def judged(high: list[float], low: list[float]) -> str:
-    """Verdict on "the first tracks longer": of accuracies, one a seed."""
+    """Return the verdict on "the first tracks longer", from accuracies, one per seed."""
     if max(np.mean(high), np.mean(low)) < LEARNED:
         return "not comparable"
     return statistics.verdict(*statistics.t_interval(np.subtract(high, low))[1:], sign=1)
 
 
 def conclude(its, values) -> dict:
-    """Rows of the ledger: paired differences of the accuracy of the last token."""
+    """Return the rows of the ledger: paired differences of the accuracy of the last token."""
     T, arms = study.config_of(its).seq_len, study.arms_of(its)
 
     def row(group: str, model: str, other: str, length: int = T, paper: str = "") -> dict:
@@ -133,10 +134,10 @@ STUDY = {
     "base": {
         "seq_len": 16,
         "batch_size": 32,
-        "steps": 2000,  # at most
-        "every": 500,  # steps between two looks at the test set
-        "tested": 512,  # words of it
-        "lr": 4e-3,  # around which rates are swept
+        "steps": 2000,  # maximum
+        "every": 500,  # steps between two tests
+        "tested": 512,  # test words
+        "lr": 4e-3,  # centre of the sweep
     },
     "arms": (
         arms_of("S3", 2, VERSIONS)

@@ -11,11 +11,11 @@ from functools import cache
 
 import numpy as np
 
-GENERATORS = {"A5": ((1, 2, 3, 4, 0), (1, 2, 0, 3, 4))}  # what its words are made of; those of other groups, of all
+GENERATORS = {"A5": ((1, 2, 3, 4, 0), (1, 2, 0, 3, 4))}  # letters of the group's words; other groups use all elements
 
 
 def permutations(group: str) -> np.ndarray:
-    """[G, points]: the elements of a group as permutations, the identity first."""
+    """Return [G, points]: the elements of a group as permutations, the identity first."""
     if group == "S3":
         return np.array(list(itertools.permutations(range(3))))
     if group == "Z6":
@@ -28,7 +28,7 @@ def permutations(group: str) -> np.ndarray:
 
 @cache
 def product_table(group: str) -> np.ndarray:
-    """[G, G]: the number of the product g h, first g and then h, at (g, h)."""
+    """Return [G, G]: entry (g, h) is the number of the product g h, first g and then h."""
     elements = permutations(group)
     number = {tuple(p): i for i, p in enumerate(elements.tolist())}
     return np.array([[number[tuple(h[g].tolist())] for h in elements] for g in elements], np.int32)
@@ -36,13 +36,13 @@ def product_table(group: str) -> np.ndarray:
 
 @cache
 def letters(group: str) -> np.ndarray:
-    """Numbers of the elements that words are made of."""
+    """Return the numbers of the elements that words are made of."""
     elements = permutations(group).tolist()
     return np.array([elements.index(list(p)) for p in GENERATORS.get(group, elements)], np.int32)
 
 
 def words(rng: np.random.Generator, batch_size: int, seq_len: int, group: str) -> dict:
-    """{"tokens" [B, T + 1], "targets" [B, T], "mask" [B, T]}: uniform letters; every label counts."""
+    """Return {"tokens" [B, T + 1], "targets" [B, T], "mask" [B, T]}: uniform letters; every label counts."""
     table = product_table(group)
     tokens_BT = rng.choice(letters(group), (batch_size, seq_len + 1))
     targets_BT = tokens_BT[:, :-1].copy()

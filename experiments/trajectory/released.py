@@ -1,8 +1,8 @@
 """The released trainer's own model on a CPU, in float64: `RWKV-v4neo/src/model.py` of a clone of BlinkDL/RWKV-LM.
 
-The file runs as it is. What it asks of its surroundings is stood in for: Lightning by two names, DeepSpeed's fused
-Adam by torch's, and the CUDA operator by the same steps over time on tensors [B, C]. The loop around it is the
-trainer's: rates times each group's `my_lr_scale`, gradients clipped at a norm of 1.
+The file runs unchanged. Stubs replace what it imports: Lightning by two names, DeepSpeed's fused Adam by torch's, and
+the CUDA operator by the same steps over time on tensors [B, C]. The loop around it is the trainer's: rates times each
+group's `my_lr_scale`, gradients clipped at a norm of 1.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from tqdm import tqdm
 from rwkv_jax.files import user_path
 
 FILE = Path("RWKV-v4neo") / "src" / "model.py"
-KNOWN = "524481d"  # of RWKV-LM, August 2026: where this was tried
-EMPTY = -1e38  # exponent of a sum of nothing, as in the kernel
+KNOWN = "524481d"  # commit of RWKV-LM, August 2026, at which this was tested
+EMPTY = -1e38  # exponent of an empty sum, as in the kernel
 
 
 def source(clone) -> Path:
-    """The released model in a clone."""
+    """Return the path of the released model in a clone."""
     path = user_path(clone) / FILE
     if not path.is_file():
         raise ValueError(f"--rwkv-lm={clone}: there is no {path}, expected a clone of BlinkDL/RWKV-LM")
@@ -38,7 +38,7 @@ def digest(path) -> str:
 
 
 def trajectory(path, tensors, tokens_NBT, lr):
-    """(losses, gradient norms, final tensors) of the released model, one step for each batch of tokens [B, T + 1]."""
+    """Return (losses, gradient norms, final tensors) of the released model, one step per batch of tokens."""
     import torch
 
     V, D = tensors["emb.weight"].shape
@@ -69,7 +69,7 @@ def trajectory(path, tensors, tokens_NBT, lr):
                 norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
                 adam.step()
             final = {name: x.detach().numpy() for name, x in model.state_dict().items()}
-    except Exception as error:  # somebody else's program, of any commit
+    except Exception as error:  # foreign code, of any commit
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} does not run as it did at commit {KNOWN} of RWKV-LM: {what}") from error
     return np.array(losses), np.array(norms), final
@@ -77,7 +77,7 @@ def trajectory(path, tensors, tokens_NBT, lr):
 
 @contextlib.contextmanager
 def surroundings(T):
-    """What the file reads and imports, in its place while the block runs."""
+    """Install the stubs and environment variables that the file needs, for the duration of the block."""
     import torch
     import torch.utils.cpp_extension as extension
 
@@ -124,7 +124,7 @@ def wkv_forward(B, T, C, w_C, u_C, k_BTC, v_BTC, y_BTC):
 
 
 def wkv_backward(B, T, C, w_C, u_C, k_BTC, v_BTC, y_BTC, dy_BTC, dw_BC, du_BC, dk_BTC, dv_BTC):
-    """Fill the gradients by row of the batch: dw that of log(-w), as the kernel hands it out."""
+    """Fill the gradients by row of the batch; dw is that of log(-w), as the kernel returns it."""
     import torch
 
     by_row = (w_C.expand(B, C), u_C.expand(B, C), k_BTC, v_BTC)
@@ -137,7 +137,7 @@ def wkv_backward(B, T, C, w_C, u_C, k_BTC, v_BTC, y_BTC, dy_BTC, dw_BC, du_BC, d
 
 
 def _wkv(w, u, k_BTC, v_BTC):
-    """y [B, T, C] as the released kernel computes it for each channel (Eqs. 23-28), all channels at once."""
+    """Return y [B, T, C] as the released kernel computes it for each channel (Eqs. 23-28), all channels at once."""
     import torch
 
     num = den = torch.zeros_like(k_BTC[:, 0])
@@ -151,7 +151,7 @@ def _wkv(w, u, k_BTC, v_BTC):
 
 
 def _weights(a, b):
-    """exp(a) and exp(b) over the larger of them, and its exponent."""
+    """Return exp(a) and exp(b) divided by the larger of them, and its exponent."""
     import torch
 
     top = torch.maximum(a, b)

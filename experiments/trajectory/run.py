@@ -1,9 +1,9 @@
-"""Trains like the original, step for step: our optimiser steps beside those of the released trainer, in float64.
+"""Our optimiser steps against those of the released trainer, one by one, in float64.
 
-Claim: from the same tensors, on the same batches, losses, gradient norms and final tensors of our training step are
-those of BlinkDL's own `RWKV-v4neo/src/model.py`, rounding apart. Initial state, equations, WKV's backward pass,
-L2Wrap, learning-rate groups, clipping and Adam are one proof: leave one out, and the curves part by the rows named
-"without".
+Claim: from the same tensors, on the same batches, losses, gradient norms and final tensors of our training step equal
+those of BlinkDL's own `RWKV-v4neo/src/model.py`, up to rounding. One run covers initial state, equations, WKV's
+backward pass, L2Wrap, learning-rate groups, clipping and Adam: without one of them the curves diverge, as the rows
+named "without" show.
 
     python -m experiments.trajectory.run                      against the kept trajectories of the released code
     python -m experiments.trajectory.run --rwkv-lm=CLONE      and RWKV-4 against a clone of BlinkDL/RWKV-LM, run here
@@ -13,9 +13,13 @@ rows of 48 tokens, with the optimisers of `RECIPES`, the released groups and cli
 entropy before each step, their gradient norms those before clipping, their final tensors float32. A clone needs torch
 (requirements-live.txt), no GPU: see released.py.
 
-Cost: five minutes on 2 CPU cores. Reproduced: every loss within 1e-6 nats, every gradient norm within 1e-6 of its own
-size, every number of the final tensors within 1e-6, against the kept trajectories and the clone, where one is given.
-Contradicted: anything else. Deviations: tiny shapes, one seed; float64 where the released models trained in bfloat16.
+Cost: five minutes on 2 CPU cores.
+
+  reproduced     every loss within 1e-6 nats, every gradient norm within 1e-6 of its own size, every number of the
+                 final tensors within 1e-6, against the kept trajectories and the clone, if one is given
+  contradicted   anything else
+
+Deviations: tiny shapes, one seed; float64 where the released models trained in bfloat16.
 """
 
 from dataclasses import dataclass
@@ -36,7 +40,7 @@ from rwkv_jax.train import optim
 HERE = Path(__file__).parent
 GOLDENS = HERE.parents[1] / "tests" / "goldens"
 WITHIN = 1e-6
-RECIPES = {  # of the released trainers: learning rate, and what the optimiser is not given by default
+RECIPES = {  # of the released trainers: learning rate, and optimiser fields that differ from the defaults
     "rwkv4": (3e-3, {}),
     "rwkv5": (1e-3, {}),
     "rwkv6": (1e-3, {"weight_decay": 0.1}),
@@ -64,18 +68,18 @@ PRESETS = {"smoke": Preset(steps=4, compared=("float64", "without L2Wrap")), "cp
 
 
 def golden(version="rwkv4") -> dict:
-    """What the released trainer left: initial and final tensors, batches, losses, gradient norms."""
+    """Return the arrays of the released trainer: initial and final tensors, batches, losses, gradient norms."""
     with np.load(GOLDENS / f"official_trajectory{'' if version == 'rwkv4' else version[-1]}.npz") as arrays:
         return dict(arrays)
 
 
 def start(arrays) -> dict:
-    """The initial tensors under their released names, as float64."""
+    """Return the initial tensors under their released names, as float64."""
     return {k.removeprefix("init/"): x.astype(np.float64) for k, x in arrays.items() if k.startswith("init/")}
 
 
 def ours(steps, version="rwkv4", dtype="float64", l2wrap=True, groups=None):
-    """(losses, gradient norms, final tensors under their released names) of our step on the kept batches."""
+    """Return (losses, gradient norms, final tensors under their released names) of our step on the kept batches."""
     arrays, (lr, recipe) = golden(version), RECIPES[version]
     with jax.enable_x64(dtype == "float64"):
         model, params = official.from_official(start(arrays), dtype=dtype)
@@ -92,14 +96,14 @@ def ours(steps, version="rwkv4", dtype="float64", l2wrap=True, groups=None):
 
 
 def kept(steps, version="rwkv4"):
-    """The same of the released trainer; final tensors after the last of its steps only."""
+    """Return the same of the released trainer; it kept final tensors only after its last step."""
     arrays = golden(version)
     final = {k.removeprefix("final/"): x for k, x in arrays.items() if k.startswith("final/")}
     return arrays["losses"][:steps], arrays["grad_norms"][:steps], final if steps == len(arrays["losses"]) else None
 
 
 def apart(a, b) -> dict:
-    """How far two trajectories are from each other: by step, and at most."""
+    """Return the distance between two trajectories: by step, and at most."""
     (losses, norms, tensors), (their_losses, their_norms, their_tensors) = a, b
     loss = np.abs(losses - their_losses)
     norm = np.abs(norms / their_norms - 1)
@@ -177,7 +181,7 @@ def _others(preset, values) -> str:
 
 
 def main(argv=None) -> int:
-    options = {"rwkv-lm": "a clone of BlinkDL/RWKV-LM, whose model.py runs beside ours"}
+    options = {"rwkv-lm": "clone of BlinkDL/RWKV-LM, to run its model.py too"}
     return command.main(HERE, __doc__, PRESETS, cells, conclude, options=options, argv=argv)
 
 

@@ -1,7 +1,7 @@
 """Text or tokens -> memory-mapped train, validation and test splits.
 
-`prepare` takes the embedded corpus (the source of Python's standard library), text, JSONL or token files. Text is
-tokenized once for each text and tokenizer; `cache_dir()` holds the tokens.
+`prepare` takes the embedded corpus (the source of Python's standard library), text, JSONL or token files. Tokens
+are cached in `cache_dir()`, once for each text and tokenizer.
 
 The separator, token 0, precedes each document, as in the data and the evaluation of the released models, so that
 the document's first token is a target too.

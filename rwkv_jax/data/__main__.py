@@ -15,7 +15,7 @@ from rwkv_jax.files import to_json
 @command.reported()
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.data",
+        prog=command.program("rwkv_jax.data"),
         description="Tokenize a corpus, unless the cache holds it, and report for each split the tokens, documents, "
         "bytes per token, and copies of earlier documents, in the order train, valid, test.",
         epilog=r"\n, \t and \\ in --text and --prompt are a line break, a tab and a backslash.",
@@ -25,14 +25,14 @@ def main(argv=None) -> None:
     parser.add_argument("--tokenizer", default="bytes", help="bytes, characters, world or a file (%(default)s)")
     template = partial(parser.add_argument, type=command.unescaped)
     template("--text", default="text", help="for JSONL: field or template of the text (%(default)s)")
-    template("--prompt", default="", help="for JSONL: field or template of the prompt, which is no target")
+    template("--prompt", default="", help="for JSONL: field or template of the prompt, which is not a target")
     parser.add_argument("--write", metavar="PREFIX", help="write the documents to PREFIX.bin and PREFIX.idx instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object in one line")
     args = parser.parse_args(argv)
     if args.write and args.prompt:
         raise ValueError("--write with --prompt: Megatron files cannot mark tokens of a prompt")
     if args.write and args.json:
-        raise ValueError("--write with --json, which reports what a corpus holds: expected one or the other")
+        raise ValueError("--write with --json, which reports the contents of a corpus: expected one or the other")
     if args.write:
         num_documents = to_megatron(args.source, args.tokenizer, args.write, args.text)
         print(f"{num_documents:,} documents written to {args.write}.bin and {args.write}.idx")
@@ -49,7 +49,7 @@ def report(corpus: Corpus) -> dict:
 
 
 def _counts(split: Split, seen: set[bytes]) -> dict:
-    """Counts of a split, whose documents' digests are added to `seen`."""
+    """Return the counts of a split, and add the digests of its documents to `seen`."""
     num_text = len(split.tokens) - int(np.sum(split.tokens[split.starts] == SEPARATOR))
     known = len(seen)
     for begin, end in zip(split.starts, [*split.starts[1:], len(split.tokens)], strict=True):

@@ -1,8 +1,8 @@
 """Token file -> batch(step), a pure function of seed and step.
 
 A batch is a dict of `tokens` [B, T+1] int32 (inputs are tokens[:, :-1], targets tokens[:, 1:]), `mask` [B, T] bool,
-True for targets that count, and in the orders "packed" and "documents" `reset` [B, T] bool, True for inputs with which
-a document starts, so that nothing before them counts.
+True for targets that count, and in the orders "packed" and "documents" `reset` [B, T] bool, True for inputs that start
+a document, where the state is reset.
 
 Row r of the batch of step s is sample s·B + r of an endless order (`orders`), whichever host reads it.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from rwkv_jax.data.orders import ORDERS, Rows, Text
 
 Batch = dict[str, np.ndarray]
-MAX_PERIOD = 10**6  # samples in which a mixture has exactly its shares
+MAX_PERIOD = 10**6  # most samples until a mixture has exactly its shares
 
 
 def dataset(
@@ -31,12 +31,12 @@ def dataset(
     order: str = "shuffled",
     rows: np.ndarray | None = None,
 ) -> grain.MapDataset:
-    """`ds[step]` is the batch of that step, or some rows of it; no others are read.
+    """Return a dataset whose item `step` is the batch of that step, or some of its rows; no others are read.
 
     Args:
-        source: tokens [N] unsigned integers, memory-mapped or not; or a `data.Split`, whose documents and mask of
-            targets then count; or a list of (either, weight): of M samples, M a common denominator of the shares,
-            each part has exactly its share, evenly spread. In the order "documents" a row belongs to one part.
+        source: tokens [N] unsigned integers, memory-mapped or not; or a `data.Split`, with its documents and mask of
+            targets; or a list of (either, weight): of every M samples, M a common denominator of the shares, each
+            part has exactly its share, evenly spread. In the order "documents" a row belongs to one part.
         seq_len: T.
         batch_size: B of all hosts together.
         seed: of the order, in [0, 2³²).
@@ -45,7 +45,7 @@ def dataset(
             the batch is the same on any number of hosts and devices. None: all.
 
     Raises:
-        ValueError: fewer tokens than one window, rows that no batch has, or a batch that parts cannot share.
+        ValueError: fewer tokens than one window, rows outside the batch, or a batch that the parts cannot share.
     """
     if min(seq_len, batch_size) < 1:
         raise ValueError(f"seq_len is {seq_len} and batch_size {batch_size}: both must be at least 1")
@@ -84,13 +84,13 @@ def dataset(
 
 
 def _text(split) -> Text:
-    """A bare array of tokens is one document."""
+    """Return the text of a split; a bare array of tokens is one document."""
     starts = np.asarray(getattr(split, "starts", np.zeros(1, np.int64)))
     return Text(np.asarray(getattr(split, "tokens", split)), starts, getattr(split, "mask", None))
 
 
 def _shares(weights) -> tuple[int, list[int]]:
-    """The smallest M, and how many of M samples each part has, for weights in any unit."""
+    """Return the smallest M, and the number of samples of each part among M, for weights in any unit."""
     fractions = [Fraction(str(weight)) for weight in weights]
     whole = math.lcm(*(fraction.denominator for fraction in fractions))
     shares = [int(fraction * whole) for fraction in fractions]
@@ -103,8 +103,8 @@ def _shares(weights) -> tuple[int, list[int]]:
 
 
 def _spread(shares) -> tuple[np.ndarray, np.ndarray]:
-    """Of M samples in a row: the part of each [M], and its number [M] among those of its part."""
-    # grain's own mixture rounds the weights, down to hundredths of the smallest
+    """Return the part of each of M consecutive samples [M], and its number [M] among those of its part."""
+    # not grain's mixture, which rounds the weights, down to hundredths of the smallest
     due = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
     order = np.argsort(due, kind="stable")
     part = np.repeat(np.arange(len(shares)), shares)
@@ -119,14 +119,14 @@ def _gather(text: Text, rows: Rows) -> Batch:
 
 
 def read_ahead(ds: grain.MapDataset, start_step: int) -> Iterator[Batch]:
-    """ds[start_step], ds[start_step + 1], ..., read by threads while the caller computes."""
+    """Return an iterator over ds[start_step], ds[start_step + 1], ..., prefetched by threads."""
     iterator = iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
     iterator.set_state({"next_index": start_step})
     return iterator
 
 
 def batch_hash(batch: Batch) -> str:
-    """16 hexadecimal digits, equal where two runs saw the same batch."""
+    """Return 16 hexadecimal digits that are equal if two batches are."""
     digest = hashlib.sha256()
     dtypes = {"tokens": np.int32, "mask": bool, "reset": bool}
     for name, dtype in dtypes.items():

@@ -37,9 +37,9 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
             names the file that lists them), or another argument of `get_tokenizer`; for a token file, the tokenizer
             that made it.
         text: for JSONL and `hf:`, the field or template of the text.
-        prompt: for JSONL and `hf:`, the field or template of what precedes the text and is no target.
+        prompt: for JSONL and `hf:`, the field or template of what precedes the text and is not a target.
 
-    One line on stderr says how many files or objects are left out, and why.
+    One line on stderr reports how many files or objects are left out, and why.
 
     Raises:
         FileNotFoundError: no such source or tokenizer.
@@ -58,7 +58,7 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
         return tokenfiles.read(file, encoder, encoder_id)
     found = _find(source, tokenizer, text, prompt)
     folder = cache.folder(found.name, [found.identity, encoder_id])
-    at_first = Counter(found.tally)  # what reading the documents does not change
+    at_first = Counter(found.tally)  # known before the documents are read
 
     def make(partial: Path) -> dict:
         if encoder is None:
@@ -101,7 +101,7 @@ def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") ->
 
 
 def has_fields(source: str, text: str = "text", prompt: str = "") -> bool:
-    """True for JSON lines and `hf:`, to which `text` and `prompt` apply."""
+    """Return whether the source is JSON lines or `hf:`, to which `text` and `prompt` apply."""
     if path := _path(source):
         return not tokenfiles.find(path) and bool(jsonl.find(path, text, prompt, Counter()))
     return source.startswith(hub.PREFIX)
@@ -145,7 +145,7 @@ def _document_number(encoded: tuple[Piece, np.ndarray]) -> int:
 
 
 class _SplitFiles:
-    """The growing files of one split."""
+    """The files of one split, open for appending."""
 
     def __init__(self, stack: contextlib.ExitStack, folder: Path, split: str, dtype, has_prompts: bool):
         self.tokens = stack.enter_context((folder / f"{split}.bin").open("wb"))

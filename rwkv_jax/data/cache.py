@@ -1,4 +1,4 @@
-"""Folders of the cache. Each appears complete, is built by one process, and is rebuilt when it is damaged.
+"""Cache folders: each appears atomically, is built by one process at a time, and is rebuilt if damaged.
 
 <cache>/<name>-<key>/record.json    the JSON object that the builder returned
 <cache>/<name>-<key>/SHA256SUMS     digests of all other files, in the format of `sha256sum`
@@ -22,20 +22,20 @@ _log = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
-    """$RWKV_JAX_CACHE, or rwkv_jax in $XDG_CACHE_HOME, or ~/.cache/rwkv_jax."""
+    """Return $RWKV_JAX_CACHE, or rwkv_jax in $XDG_CACHE_HOME, or ~/.cache/rwkv_jax."""
     if folder := os.environ.get("RWKV_JAX_CACHE"):
         return user_path(folder)
     return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rwkv_jax"
 
 
 def folder(name: str, identity: list) -> Path:
-    """Path of the folder for content that is determined by `identity`, JSON values."""
+    """Return the path of the folder for content that `identity`, JSON values, determines."""
     key = hashlib.sha256(json.dumps([_FORMAT, identity]).encode()).hexdigest()
     return cache_dir() / f"{name[:40]}-{key[:16]}"
 
 
 def made(folder: Path, make: Callable[[Path], dict]) -> dict:
-    """Return the record of `folder`; where the folder is missing or damaged, build it first.
+    """Return the record of `folder`, which is built first if it is missing or damaged.
 
     Every call reads all files of the folder to verify them, about one second a gigabyte.
 

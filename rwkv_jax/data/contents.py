@@ -1,7 +1,6 @@
-"""The files of a path, and what they hold: told from their content, because names promise little.
+"""Files of a path, and their formats, detected from the content because names are unreliable.
 
-The file of a hub's cache is called by its hash, and the name that tells its kind is that of the link to it: links are
-never resolved here.
+Links are never resolved here: a hub's cache names files by hash, and only the name of the link has the suffix.
 """
 
 import bz2
@@ -17,7 +16,7 @@ from typing import BinaryIO
 from rwkv_jax import files
 
 _DECOMPRESS, _UNPACK = "decompress it first", "unpack it first"
-# First bytes -> kind, and what to do about a file that is not read.
+# First bytes -> format, and the remedy that the error message names.
 _PACKED = {
     b"\x1f\x8b": ("gzip", _DECOMPRESS),
     b"BZh": ("bzip2", _DECOMPRESS),
@@ -36,18 +35,20 @@ _PACKED = {
 }
 _TAR, _TAR_AT = b"ustar", 257
 _OPENERS = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
-DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # what these raise
+DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # what these raise for damaged files
 _HEAD_BYTES, _MAX_LINE_BYTES = 1 << 12, 1 << 24
 
 
 def absolute(path: Path) -> Path:
-    """The absolute path by which a corpus is known; a link keeps its own name, only `..` gets that of its folder."""
+    """Return the absolute path that identifies a corpus; links keep their names, and only a last `..` is resolved."""
     return path.resolve() if path.name == ".." else path.absolute()
 
 
 def visible(folder: Path, tally: Counter) -> list[tuple[str, Path]]:
-    """Relative names and paths, sorted, of the files in a folder and its subfolders. Left out, and counted in `tally`,
-    are hidden files and folders, linked folders, empty files, and what is no file."""
+    """Return relative names and paths, sorted, of the files in a folder and its subfolders.
+
+    Hidden files and folders, linked folders, empty files and special files are left out and counted in `tally`.
+    """
     found = []
     for parent, folders, names in os.walk(folder, onerror=_raise):
         tally["files", "hidden"] += sum(name.startswith(".") for name in (*folders, *names))
@@ -70,7 +71,7 @@ def _raise(error: OSError):
 
 
 def packing(path: Path) -> str | None:
-    """The format of a file that is compressed or an archive, None for others."""
+    """Return the format of a compressed file or an archive, None for others."""
     found = _packed(_head(path))
     return found and found[0]
 
@@ -83,15 +84,15 @@ def _head(path: Path) -> bytes:
 def _packed(head: bytes) -> tuple[str, str] | None:
     if head[_TAR_AT : _TAR_AT + len(_TAR)] == _TAR and b"\0" in head:
         return "tar", _UNPACK
-    if head.startswith(b"BZh") and head[4:10] != b"1AY&SY":  # three letters may begin a text
+    if head.startswith(b"BZh") and head[4:10] != b"1AY&SY":  # a text may begin with these three letters
         return None
     return next((found for magic, found in _PACKED.items() if head.startswith(magic)), None)
 
 
 def expect_plain(path: Path, head: bytes | None = None) -> None:
-    """Raise ValueError for a file that is compressed or an archive, told from its first bytes.
+    """Raise ValueError for a compressed file or an archive, detected from its first bytes.
 
-    Of a pipe nothing is read here: what its reader has found at its beginning is `head`.
+    A pipe is not read here: its reader passes the first bytes as `head`.
     """
     head = _head(path) if head is None and path.is_file() else head
     if head and (found := _packed(head)):
@@ -99,7 +100,7 @@ def expect_plain(path: Path, head: bytes | None = None) -> None:
 
 
 def opened(path: Path) -> BinaryIO:
-    """A file of JSON lines, decompressed; ValueError for a compression that Python does not know."""
+    """Open a file of JSON lines, decompressed; ValueError for a compression that Python lacks."""
     kind = packing(path)
     if kind not in (None, *_OPENERS):
         expect_plain(path)
@@ -107,7 +108,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 def is_json_lines(path: Path) -> bool:
-    """True where the name says so, or the first lines, of what is decompressed, are objects, each in one line."""
+    """Return whether the suffix says JSON lines, or the first two lines, decompressed, are objects."""
     if {".jsonl", ".ndjson"} & {suffix.lower() for suffix in path.suffixes}:
         return True
     kind = packing(path)

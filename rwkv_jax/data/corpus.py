@@ -13,7 +13,7 @@ SPLITS = ("train", "valid", "test")
 
 
 class Split(NamedTuple):
-    """Documents one after another; document i is tokens[starts[i] : starts[i + 1]], separator included.
+    """Concatenated documents; document i is tokens[starts[i] : starts[i + 1]], separator included.
 
     In a token file (`.npy`, Megatron) the first document of a split may lack the separator.
     """
@@ -23,7 +23,7 @@ class Split(NamedTuple):
     names: tuple[str, ...]  # [documents] paths relative to the source; () where documents have no names
     num_bytes: int | None  # UTF-8 bytes of the documents without separators, the divisor of bits per byte;
     # None for token files whose text is unknown
-    mask: np.ndarray | None = None  # [tokens] uint8, 0 for tokens of a prompt, which are no targets; None: all are
+    mask: np.ndarray | None = None  # [tokens] uint8, 0 for tokens of a prompt, which are not targets; None: all are
 
 
 class Corpus(NamedTuple):
@@ -41,7 +41,7 @@ class Document(NamedTuple):
 
     split: int  # index in SPLITS
     blocks: Iterable[bytes]  # UTF-8, not empty
-    prompt: bytes = b""  # UTF-8, precedes the text and is no target
+    prompt: bytes = b""  # UTF-8, precedes the text and is not a target
     name: str = ""
 
 
@@ -58,7 +58,7 @@ READ = "read"
 
 
 def left_out(tally: Counter, before: str) -> str:
-    """`before`, and how many of what were left out, and why; empty where nothing was."""
+    """Return `before`, then the number of files and objects left out, and why; "" if nothing was."""
     parts = []
     for what in dict.fromkeys(what for what, _ in tally):
         counts = {reason: count for (its, reason), count in tally.items() if its == what and count}
@@ -69,11 +69,12 @@ def left_out(tally: Counter, before: str) -> str:
     return f"{before}left out: {'; '.join(parts)}" if parts else ""
 
 
+# A whole word: devices.jsonl and testimonials.jsonl name no split.
 _SPLIT_NAME = re.compile(r"(?:(train)|(valid|validation|val|dev)|(test))(?:set)?(?![^\W\d_])", re.IGNORECASE)
 
 
 def split_named(name: str) -> int | None:
-    """Index in SPLITS of the split that a file or folder is named after, None where it is none."""
+    """Return the index in SPLITS that a file or folder is named after, None if it names no split."""
     match = _SPLIT_NAME.match(name)
     return match and match.lastindex - 1
 

@@ -12,7 +12,7 @@ from rwkv_jax.data.tokenizers import Tokenizer, pieces
 
 
 class Piece(NamedTuple):
-    """Part of a document, cut where no token reaches across."""
+    """Part of a document, cut where no token spans the cut."""
 
     document: Document
     document_number: int  # from 0

@@ -1,7 +1,7 @@
 """Datasets of the Hugging Face hub, streamed: `hf:NAME[@REVISION][:SPLIT]` or `hf:NAME[@REVISION]:CONFIG:SPLIT`.
 
 NAME is an argument of `datasets.load_dataset`, a folder too. Only the tokens are kept. Without SPLIT the dataset's
-train, validation and test are the three splits; `splitter` takes those that are missing from train. Text and prompt
+train, validation and test are the three splits; `splitter` takes missing ones from train. Text and prompt
 are fields or templates, as for JSONL. Name a revision where the dataset may change: the cache does not notice it.
 """
 
@@ -15,11 +15,11 @@ from rwkv_jax.data.corpus import Source
 from rwkv_jax.files import user_path
 
 PREFIX = "hf:"
-_SECONDS = 5  # without an answer, after which there is no network
+_SECONDS = 5  # without an answer, after which the hub counts as unreachable
 
 
 def source(spec: str, text: str, prompt: str) -> Source:
-    """Source for a dataset, which is opened when its documents are read.
+    """Return the source of a dataset, which is opened when its documents are read.
 
     Raises:
         ValueError: the spec has another form.
@@ -32,7 +32,7 @@ def source(spec: str, text: str, prompt: str) -> Source:
     make = jsonl.maker(text, prompt)
     identity = [spec, text, prompt]
     if folder and re.search(r"[*?\[\]]", str(folder.resolve())):
-        raise ValueError(f"corpus {spec}: the library takes *, ?, [ and ] in a folder's name for a pattern: rename it")
+        raise ValueError(f"corpus {spec}: *, ?, [ and ] in a folder's name are a pattern to the library: rename it")
     if folder:
         title = contents.absolute(folder).name
         entries = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -50,7 +50,7 @@ def source(spec: str, text: str, prompt: str) -> Source:
 
 
 def _folder(name: str, rest: list[str]) -> tuple[Path | None, list[str]]:
-    """The folder of this machine that is meant, whose name may hold colons and @, and the rest of the spec."""
+    """Return the local folder that a spec names, if any, and the rest; the name may hold colons and @."""
     for end in range(len(rest) + 1 if name else 0):
         if (path := user_path(":".join([name, *rest[:end]]))).is_dir():
             return path, rest[end:]
@@ -58,7 +58,7 @@ def _folder(name: str, rest: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def is_reached() -> bool:
-    """Return whether the hub answers at all: its libraries ask for minutes where nobody does."""
+    """Return whether the hub answers; without a network its libraries retry for minutes."""
     from huggingface_hub import constants  # here, because it imports an HTTP client
     from huggingface_hub.utils import get_session
 

@@ -1,11 +1,11 @@
-"""JSONL: one object a line, whose text is in a field or made by a template.
+"""JSONL: one object per line; the text is a field, or built from a template.
 
 `text` and `prompt` each name a field or, where they hold braces, are templates of fields:
 
     text="text"
     prompt="Question: {question}\\n\\nAnswer:", text=" {answer}"
 
-The prompt precedes the text and is no target. The two are tokenized separately, so no token spans both. Objects
+The prompt precedes the text and is not a target. The two are tokenized separately, so no token spans both. Objects
 whose text is empty are left out. Files may be compressed by gzip, bzip2 or xz.
 """
 
@@ -19,15 +19,14 @@ from rwkv_jax import files
 from rwkv_jax.data import contents
 from rwkv_jax.data.corpus import READ, Document, Source, split_named, splitter
 
-PLAIN = {"text": "text", "prompt": ""}  # the fields where the user names none
-# A whole word: devices.jsonl and testimonials.jsonl are no splits.
+PLAIN = {"text": "text", "prompt": ""}  # the default fields
 
 
 def source(path: Path, text: str, prompt: str) -> Source | None:
-    """Source for a file or a folder of files; None where it holds no JSON lines.
+    """Return the source of a file or a folder; None if it holds no JSON lines.
 
-    Files whose names, or else folders, begin with the word train, valid (or validation, val, dev) or test are these
-    splits, all others train. `splitter` takes the splits that are missing from train.
+    A file whose name, or else folder, begins with the word train, valid (or validation, val, dev) or test belongs to
+    that split, any other to train. `splitter` takes missing splits from train.
     """
     tally = Counter()
     named = find(path, text, prompt, tally)
@@ -43,10 +42,10 @@ def source(path: Path, text: str, prompt: str) -> Source | None:
 
 
 def find(path: Path, text: str, prompt: str, tally: Counter) -> list[tuple[str, Path]]:
-    """Names and paths of the files of JSON lines, the others counted in `tally`.
+    """Return names and paths of the files of JSON lines; count the others in `tally`.
 
-    Those of a folder are read alone where the user names fields, or where they are at least half of its bytes, what is
-    compressed otherwise aside: a README may lie beside them. Else they are texts like the others, and this is empty.
+    Others in the folder, such as a README, are left out if the user names fields, or if the JSON lines hold at least
+    as many bytes (compressed others do not count). Else all files are read as text, and the result is empty.
     """
     if not path.is_dir():
         return [(path.name, path)] if path.is_file() and contents.is_json_lines(path) else []
@@ -90,17 +89,17 @@ def _value(record: dict, field: str) -> str:
     value = record[field]
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError(f"field {field!r} is {type(value).__name__}, expected text or a number")
-    if isinstance(value, float) and not math.isfinite(value):  # as pandas writes what is missing
+    if isinstance(value, float) and not math.isfinite(value):  # pandas writes missing values as NaN
         raise ValueError(f"field {field!r} is {value}, expected text or a finite number")
     return str(value)
 
 
 def documents(parts: Iterable[tuple[str, Iterable]], make: Callable, tally: Counter) -> Iterator[Document]:
-    """Yield the documents of records, whose number, and that of those without text, is in `tally` at the end.
+    """Yield the documents of records; at the end, `tally` has the numbers of records with and without text.
 
     Args:
-        parts: pairs of the name of a split, or a path that says one, and its records, each preceded by its place for
-            error messages.
+        parts: pairs of (name of a split, or a path that contains one; its records, each with its place for error
+            messages).
         make: returned by `maker`.
     """
     parts = [(_named_split(name), records) for name, records in parts]
@@ -116,11 +115,11 @@ def documents(parts: Iterable[tuple[str, Iterable]], make: Callable, tally: Coun
             counts["objects", READ if text else "without text"] += 1
             if text:
                 yield Document(split or split_of(prompt + text), [text], prompt)
-    tally |= counts  # which are the same where documents are read again
+    tally |= counts  # a union, so that reading the documents again adds nothing
 
 
 def _named_split(path: str) -> int:
-    """Index in SPLITS for the name of a file or split, or the first of its folders that says one; train if none."""
+    """Return the index in SPLITS that a path names, by the last of its parts that names one; train if none does."""
     for name in reversed(path.split("/")):
         if (split := split_named(name)) is not None:
             return split

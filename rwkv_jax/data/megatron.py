@@ -18,11 +18,11 @@ from rwkv_jax import files
 
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floating point: no tokens
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floating point
 
 
 def prefix_of(path: Path) -> Path | None:
-    """Return PREFIX for the prefix or either file of a pair; None where there is no such pair."""
+    """Return PREFIX for the prefix or either file of a pair; None if there is no such pair."""
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     files = [with_ending(prefix, ending) for ending in (".bin", ".idx")]
     return prefix if files[1].is_file() and (files[0].is_file() or path in files) else None
@@ -59,10 +59,10 @@ def read(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
     bounds = raw[12 * num_sequences :].view("<i8")
     ends = np.cumsum(sizes, dtype=np.int64)
     if sizes.min() < 0 or pointers[0] or not np.array_equal(pointers[1:], ends[:-1] * dtype.itemsize):
-        raise ValueError(f"{index} is damaged: its sequences do not lie one after another")
+        raise ValueError(f"{index} is damaged: its sequences are not contiguous")
     good = num_bounds >= 2 and bounds[0] == 0 and bounds[-1] == num_sequences
     if not (good and np.all(bounds[1:] >= bounds[:-1])):
-        raise ValueError(f"{index} is damaged: its document index does not lead from 0 to {num_sequences}")
+        raise ValueError(f"{index} is damaged: its document index does not ascend from 0 to {num_sequences}")
     expected, found = int(ends[-1]) * dtype.itemsize, data.stat().st_size
     if found != expected:
         raise ValueError(f"{data} has {found} bytes, expected {expected} by its index")
@@ -75,7 +75,7 @@ def read(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
 def write(prefix: Path, documents: Iterable[np.ndarray], dtype) -> int:
     """Write documents, arrays of tokens that each end with token 0; return their number.
 
-    The pair appears when it is complete. Each document is one sequence, as in the files of the released converters.
+    The pair appears once it is complete. Each document is one sequence, as in the files of the released converters.
 
     Args:
         dtype: type of the tokens: uint8, int8, int16, int32, int64 or uint16.

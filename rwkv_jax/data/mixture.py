@@ -1,4 +1,4 @@
-"""Several corpora by weight: `a.txt:0.7,b.txt:0.3` where one source is expected.
+"""Weighted mixtures of corpora: `a.txt:0.7,b.txt:0.3` in place of one source.
 
 Weights are shares of the training windows, in any unit: `7` and `3` say the same. Each part keeps its own splits.
 """
@@ -24,7 +24,7 @@ class Mixture(NamedTuple):
     name: str
     tokenizer: str
     vocab_size: int
-    sha256: str  # a lone corpus' own; of several, of theirs and the weights
+    sha256: str  # of one corpus, its own; of several, of their digests and weights
     parts: tuple[data.Corpus, ...]
     weights: tuple[Fraction, ...]  # sum 1
 
@@ -34,9 +34,10 @@ class Mixture(NamedTuple):
         return [(part.train, weight) for part, weight in zip(self.parts, self.weights, strict=True)]
 
     def held_out(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first tokens of the validation splits, and which of them count: from each part its share of
-        `num_tokens` (fewer if it has no more), one after the other, so that their loss is that of the mixture.
-        Where none of these counts, as in a long prompt, the tokens around the first that does.
+        """Return the first tokens of the validation splits, and a mask of the targets among them.
+
+        Each part gives its share of `num_tokens`, or all it has, so that the loss is that of the mixture. If no
+        target is among them, as in a long prompt, it gives the tokens around its first target.
 
         Raises:
             ValueError: no token of the validation splits counts.
@@ -63,11 +64,12 @@ def _held_out(valid: data.Split, num_tokens: int) -> tuple[np.ndarray, np.ndarra
 
 
 def prepare(source: str, tokenizer: str = "bytes", **fields: str) -> Mixture:
-    """The tokens of `source`: what `data.prepare` takes, or several of these as SOURCE:WEIGHT,SOURCE:WEIGHT.
-    `fields`, text and prompt, are those of all parts that are JSONL.
+    """Return the tokens of `source`: one for `data.prepare`, or several as SOURCE:WEIGHT,SOURCE:WEIGHT.
+
+    `fields`, text and prompt, apply to all parts that are JSONL.
 
     Raises:
-        ValueError: a part without a weight above 0, or a tokenizer that each part would make its own of.
+        ValueError: a part without a weight above 0, or a tokenizer that depends on the corpus.
     """
     sources = [source] if os.path.exists(files.user_path(source)) else source.split(",")
     matches = [_PART.fullmatch(part) for part in sources]
@@ -80,7 +82,8 @@ def prepare(source: str, tokenizer: str = "bytes", **fields: str) -> Mixture:
     if tokenizer == "characters":
         raise ValueError("tokenizer is 'characters', expected one that does not depend on the corpus of a mixture")
     sources = [match[1].strip() for match in matches]
-    with_fields = [source for source in sources if build.has_fields(source, **fields)] or sources  # none: it is said
+    # where no part has fields, all get them and the first refuses them
+    with_fields = [source for source in sources if build.has_fields(source, **fields)] or sources
     parts = tuple(data.prepare(s, tokenizer, **(fields if s in with_fields else {})) for s in sources)
     total = sum(Fraction(match[2]) for match in matches)
     weights = tuple(Fraction(match[2]) / total for match in matches)

@@ -8,8 +8,8 @@
 
 The SHA-256 digests are those that public repositories agree on (enwik8, text8: DataDeps users and compression
 benchmarks; wikitext-103: CorpusLoaders.jl; tinystories: Git LFS of the hub at this revision), for
-classic-books those of its splits. The wikitext archive's first home is gone; the URL is a copy with the same digest.
-These URLs were not tried where this file was written.
+classic-books those of its splits. The original URL of wikitext is gone; this one is a copy with the same digest.
+The URLs are untested.
 """
 
 import hashlib
@@ -32,16 +32,16 @@ _WIKITEXT = (
 )
 _STORY_END = b"<|endoftext|>"
 
-# Each split takes books until it has so many bytes: the smallest that would do, and the SHA-256 of all its text.
+# Each split takes books until it has at least this many bytes. The SHA-256 is that of all its text.
 _BOOKS = {
     "test": (5_000_000, "e0639e0cf2832556334e0abc29411f046abc438aeb21823577327d28294e53e0"),
     "valid": (5_000_000, "6cbb0d1a8dcd1ed5e09974d1ff4f8cbdf451563c80e4372ec79b41f8e1b86dd3"),
     "train": (100_000_000, "440b4d6dc4475678f9ffbb230170eec4bc75ede18ad29047d2b7f35db84c08ac"),
 }
-_BOOK_CHARACTERS = 100_000  # at least: shorter files are stories and plays
+_BOOK_CHARACTERS = 100_000  # at least; shorter files are stories and plays
 _BOOKS_COMMIT = "944882722e9a96fa6cf2739dc2ea757e101f412f"
 
-# URL -> SHA-256, for each corpus; None where the host packs anew for each download
+# URL -> SHA-256, for each corpus; None where the host rebuilds the archive for each download
 NAMED = {
     "classic-books": {
         f"https://codeload.github.com/mlschmitt/classic-books-markdown/zip/{_BOOKS_COMMIT}": None,
@@ -63,7 +63,7 @@ NAMED = {
 
 
 def source(name: str, exact: bool) -> Source:
-    """Source for a name in NAMED, which is downloaded when its documents are first read.
+    """Return the source of a corpus in NAMED, which is downloaded when its documents are first read.
 
     Args:
         exact: allows a cut inside a character.
@@ -108,7 +108,7 @@ def _download(name: str, folder: Path) -> dict:
         downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=_SECONDS)
         try:
             known = sha256 and f"sha256:{sha256}"
-            pooch.get_logger().setLevel("INFO" if known else "WARNING")  # it would advise to write the digest down
+            pooch.get_logger().setLevel("INFO" if known else "WARNING")  # at INFO it advises to record the digest
             pooch.retrieve(url, known, file, folder, processor=unpack, downloader=downloader)
         except (OSError, zipfile.BadZipFile) as error:
             raise OSError(
@@ -121,16 +121,16 @@ def _download(name: str, folder: Path) -> dict:
 
 
 def _sort_books(folder: Path) -> None:
-    """Replace what is in the folder by its books, train/NUMBER AUTHOR - TITLE.md and so on.
+    """Replace the folder's content by its books, train/NUMBER AUTHOR - TITLE.md and so on.
 
-    The books are the long files by order of the SHA-256 of their path in the repository, with the ends of their lines
-    as "\\n" and two of these at their end.
+    Books are the long files, ordered by the SHA-256 of their path in the repository, with "\\n" as line break, and
+    two of these at the end.
 
     Raises:
         ValueError: the text of a split has another digest.
     """
     files = {name.partition("/")[2]: path for name, path in visible(folder, Counter()) if name.endswith(".md")}
-    # larger than a twentieth of all: one book would be as long as a split
+    # over a twentieth of all text: this book alone would fill a split
     files.pop("Samuel Richardson/Clarissa.md", None)
     by_hash = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
     texts_by_name = ((name, files[name].read_bytes().replace(b"\r\n", b"\n").rstrip() + b"\n\n") for name in by_hash)

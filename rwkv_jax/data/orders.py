@@ -1,17 +1,17 @@
 """The orders in which training reads a token file.
 
-    shuffled     window i is the T + 1 tokens from i·T on, so that the T targets of one window are those of no other.
-                 Each epoch visits all windows once, in an order of its own.
+    shuffled     window i is the T + 1 tokens from i·T on, so that no target belongs to two windows. Each epoch visits
+                 all windows once, in its own order.
     released     the same windows in the order of the released training code: sample n = 1, 2, ... is window
                  f·n³ mod p, p the largest prime that is 2 mod 3 and at most the number of windows, f = ⌊p(√5-1)/2⌋.
                  A permutation of p windows, the same in each epoch, whatever the seed.
-    packed       whole documents one after another as long as the next one fits into T, the rest of the window
-                 masked; longer ones are cut. Windows are shuffled as above.
-    documents    each epoch lays all documents end to end in an order of its own and cuts that line into B equal parts.
-                 Row r reads part r from its beginning to its end, T tokens a step, so that state can be carried.
+    packed       each window holds as many whole documents as fit into T, in sequence, the rest masked; longer ones
+                 are cut. Windows are shuffled as above.
+    documents    each epoch concatenates all documents in its own order and cuts the result into B equal parts. Row r
+                 reads part r from its beginning to its end, T tokens a step, so that state can be carried.
 
-Samples are numbered 0, 1, 2, ... without end. An order makes of a text a function from numbers of samples to the
-places of their tokens, which needs no sample before them.
+Samples are numbered 0, 1, 2, ... without end. An order maps a text to a function from sample numbers to the positions
+of their tokens, which needs no earlier sample.
 """
 
 import functools
@@ -55,7 +55,7 @@ def _shuffled(text: Text, seq_len: int, rows: int, seed: int):
 
 
 def _released(text: Text, seq_len: int, rows: int, seed: int):
-    """RWKV-LM, RWKV-v4neo/src/dataset.py. Python's integers: f·n³ reaches 5e33 within the Pile."""
+    """Follow RWKV-LM, RWKV-v4neo/src/dataset.py, in Python's integers: f·n³ reaches 5e33 within the Pile."""
     prime = next((p for p in range(_windows(text, seq_len), 1, -1) if p % 3 == 2 and _is_prime(p)), None)
     if prime is None:
         raise ValueError(f"corpus has {len(text.tokens)} tokens: expected two windows of {seq_len} and one more")
@@ -82,7 +82,7 @@ def _packed(text: Text, seq_len: int, rows: int, seed: int):
 
 
 def _packs(text: Text, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """First input and last target of each window, that is the begin of the document after it."""
+    """Return the first input and the last target of each window; the latter is the next window's first input."""
     last = len(text.tokens) - 1
     if last < 1:
         raise ValueError(f"corpus has {last + 1} tokens, expected at least 2")
@@ -109,8 +109,8 @@ def _documents(text: Text, seq_len: int, rows: int, seed: int):
 
     @functools.lru_cache(2)
     def line(epoch: int):
-        """Where each document ends in the epoch's line, and how far from there it is in the file."""
-        # raw bits, since NumPy promises that these stay the same over its versions
+        """Return where each document ends in the epoch's sequence, and its offset from there to the file."""
+        # raw bits, which NumPy promises to keep the same across versions
         draws = np.random.Philox(key=[seed, epoch]).random_raw(len(lengths))
         order = np.argsort(draws, kind="stable")
         ends = np.cumsum(lengths[order])

@@ -1,10 +1,10 @@
-"""Text of files: Python's standard library, a local file or a folder, and its splits.
+"""Text of Python's standard library, a local file or a folder, and its splits.
 
 A file is cut by position, at 90 and 95 % of its bytes. A folder with a subfolder train and one of validation or test,
-by any of their usual names, is split by these; `splitter` takes one that is missing from train. The files of another
-folder are split by the hash of their relative path or, when fewer than 20, laid end to end and cut like one file. Left
-out of a folder, and counted, are hidden files and linked folders, files beside the subfolders of splits, files that
-are not UTF-8 text, and files more than half of whose lines occur in files before them, by order of path.
+by any of their usual names, is split by these; `splitter` takes a missing one from train. In any other folder, files
+are split by the hash of their relative path or, if fewer than 20, concatenated and cut like one file. Left out of a
+folder, and counted, are hidden files, linked folders, files beside the subfolders of splits, files that are not UTF-8
+text, and files more than half of whose lines occur in earlier files, by order of path.
 """
 
 import codecs
@@ -31,7 +31,7 @@ from rwkv_jax.files import user_path
 _BLOCK_BYTES = 1 << 20
 # The usual split of enwik8 is by megabytes, wherever in a character they end.
 _ENWIK8_BYTES = 100_000_000
-# With fewer files than this the share of each split would be an accident of the hash.
+# With fewer files than this the share of each split would depend on chance.
 _MIN_FILES = 20
 # Shorter lines (`else:`, `return x`) repeat everywhere and say nothing about where a file comes from.
 _MIN_LINE_BYTES = 16
@@ -63,7 +63,7 @@ class _File(NamedTuple):
 
 
 def source(name: str, exact: bool) -> Source:
-    """Source for "stdlib" or a path.
+    """Return the source of "stdlib" or a path.
 
     Args:
         exact: allows a cut inside a character.
@@ -79,7 +79,7 @@ def source(name: str, exact: bool) -> Source:
             for part in parts:
                 yield Document(split, blocks(part.path, part.begin, part.end), name=part.name)
 
-    is_ours = name == "stdlib"  # what it leaves out is no news
+    is_ours = name == "stdlib"  # whose omissions are always the same
     num_bytes = sum(file.end for file in files)
     return Source(title, identity, num_bytes, documents, Counter() if is_ours else tally)
 
@@ -162,7 +162,7 @@ def _number_by_hash(name: str) -> int:
 
 
 def _by_position(documents: list[_File], exact: bool) -> list[list[_File]]:
-    """Cut at 90 and 95 % of the bytes, or up to 3 bytes before, where a UTF-8 character begins."""
+    """Cut at 90 and 95 % of the bytes, moved back up to 3 bytes to the start of a UTF-8 character."""
     begins = list(accumulate((document.end for document in documents), initial=0))
     total = begins.pop()
     cuts = [total * 90 // 100, total * 95 // 100]
@@ -181,7 +181,7 @@ def _by_position(documents: list[_File], exact: bool) -> list[list[_File]]:
 
 
 def _cut_bytes(path: str, position: int) -> int:
-    """Number of bytes just before `position`, 0 to 3, that begin a UTF-8 character which ends after it."""
+    """Return the number of bytes, 0 to 3, by which a UTF-8 character that spans `position` begins before it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     with open(path, "rb") as file:
         file.seek(max(0, position - 3))
@@ -190,7 +190,7 @@ def _cut_bytes(path: str, position: int) -> int:
 
 
 def _distinct(files: Iterable[_File], tally: Counter) -> Iterator[_File]:
-    """Yield the text files, but those of which more than half of the lines occur in files before them; count the rest.
+    """Yield the text files of which at most half of the lines occur in earlier files; count the others.
 
     The lines' 29-bit hashes are in a bit map of 64 MiB: at 1 GB of text, one new line in 50 seems repeated.
     """
@@ -210,7 +210,7 @@ def _distinct(files: Iterable[_File], tally: Counter) -> Iterator[_File]:
 
 
 def _line_hashes(path: str) -> np.ndarray | None:
-    """Hashes of the long lines, or of the whole file if there is none; None unless it is UTF-8 without NUL."""
+    """Return hashes of the long lines, or of the whole file if it has none; None unless it is UTF-8 without NUL."""
     hashes, whole = set(), 0
     try:
         with open(path, encoding="utf-8", newline="\n") as file:

@@ -68,7 +68,7 @@ def read(path: Path, tokenizer: Tokenizer, tokenizer_id: str) -> Corpus:
 
 def _npy(path: Path):
     try:
-        with np.errstate(over="ignore"):  # of a size that no file has, which is refused
+        with np.errstate(over="ignore"):  # a header may claim a size that overflows; it is refused
             tokens = np.load(path, mmap_mode="r")
     except OSError:
         raise
@@ -92,7 +92,7 @@ def _scan(folder: Path, path: Path, tokens, begins) -> dict:
             bar.update(len(block))
     if begins is None:
         starts = np.union1d([0], np.concatenate(separators))
-    else:  # from the separator on, where one precedes the document
+    else:  # a separator before the document belongs to it
         starts = begins - ((begins > 0) & (tokens[begins - 1] == SEPARATOR))
     sha256.update(json.dumps([tokens.dtype.str, len(starts)]).encode())
     sha256.update(starts.data)
@@ -101,7 +101,7 @@ def _scan(folder: Path, path: Path, tokens, begins) -> dict:
 
 
 def _cuts(path: Path, starts, num_tokens: int) -> list[int]:
-    """Positions of the two cuts."""
+    """Return the positions of the two cuts."""
     cuts = [num_tokens * percent // 100 for percent in (90, 95)]
     whole = [int(starts[min(np.searchsorted(starts, cut), len(starts) - 1)]) for cut in cuts]
     cuts = whole if 0 < whole[0] < whole[1] < num_tokens else cuts

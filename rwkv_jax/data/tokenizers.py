@@ -5,16 +5,16 @@ A tokenizer is a frozen value with
     name                          "bytes", "world", or the path it was read from, as `get_tokenizer` takes it
     vocab_size                    ids lie in [0, vocab_size)
     encode(text)                  list of ids; ValueError where the text has none
-    decode(ids)                   text; bytes that are not UTF-8 become U+FFFD, ids without an entry nothing
+    decode(ids)                   text; bytes that are not UTF-8 become U+FFFD, ids without an entry ""
     encode_documents(documents)   the same as `encode` for many or long texts, each an iterable of blocks of
                                   UTF-8 bytes: pairs of document index and array of ids, in order
 
-Files are known by their content: a `tokenizer.json` (`characters` makes one whose tokens are characters), the
+Formats are detected from the content: a `tokenizer.json` (`characters` makes one whose tokens are characters), the
 character list that the released training code writes, {"0": "\\n", ...} in UTF-16, or the World vocabulary.
 
-The ids of a text depend on nothing else: truncation, padding and BPE dropout that a `tokenizer.json` stores are not
-applied, which one line on stderr says, and its post-processor adds no tokens. The rest of such a file counts: its
-added tokens, special or not, are found in any text, and its normaliser may change the text.
+Encoding is deterministic: truncation, padding and BPE dropout that a `tokenizer.json` stores are not applied, which
+one line on stderr reports, and its post-processor adds no tokens. Its added tokens, special or not, are matched in
+any text, and its normaliser may change the text.
 """
 
 import ast
@@ -55,18 +55,18 @@ class ByteTokenizer:
         return bytes(np.asarray(ids).tolist()).decode(errors="replace")
 
     def encode_documents(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[int, np.ndarray]]:
-        """uint8 views of the blocks, which may hold any bytes."""
+        """Yield uint8 views of the blocks, which may hold any bytes."""
         for index, blocks in enumerate(documents):
             for block in blocks:
                 yield index, np.frombuffer(block, np.uint8)
 
 
-# Where a long text may be cut: before a space between words, or after a lone line break, but for one before a slash,
-# which GPT-4o's pre-tokenizer joins. No other of the GPT-2, NeoX and GPT-4 kind joins across either. Texts stay whole
-# where a token can lie across a cut, or where pieces of the sample have other tokens than the whole: a tokenizer may
-# put a space before its input. The sample has all characters beside a cut.
+# Where a long text may be cut: before a space between words, or after a single line break, unless a slash follows,
+# which GPT-4o's pre-tokenizer joins to it. Others of the GPT-2, NeoX and GPT-4 kind join nothing across these.
+# Texts are not cut if a token can span a cut, or if pieces of the sample have other tokens than the whole: a tokenizer
+# may prepend a space to its input. The sample has every character that can be next to a cut.
 _CUT = re.compile(rb"(?<=[A-Za-z])(?= [A-Za-z])|(?<=[!-~]\n)(?=[!-.0-~])")
-_CUT_TOKEN = re.compile(rb"[A-Za-z] [A-Za-z\0]|[!-~\0]\n[!-.0-~]")  # \0 is where a token begins and ends
+_CUT_TOKEN = re.compile(rb"[A-Za-z] [A-Za-z\0]|[!-~\0]\n[!-.0-~]")  # \0 delimits tokens
 _CUT_SAMPLE = "some words of a text\nand another line\nas an example\n" + "\n".join(
     [" ".join(string.ascii_letters), *map(chr, range(ord("!"), ord("~") + 1)), ""]
 )
@@ -76,12 +76,12 @@ _PIECES_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class FileTokenizer:
-    """A tokenizer of the `tokenizers` library. Special tokens are known by their text, and decode to it."""
+    """A tokenizer of the `tokenizers` library. Special tokens are matched by their text, and decode to it."""
 
     name: str
     vocab_size: int
     library: tokenizers.Tokenizer
-    cuttable: bool  # whether pieces cut at `_CUT` have the tokens of the whole; of World too
+    cuttable: bool  # whether pieces cut at `_CUT` have the tokens of the whole
 
     def encode(self, text: str) -> list[int]:
         return self._batch([text])[0]
@@ -90,21 +90,21 @@ class FileTokenizer:
         return self.library.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
     def encode_documents(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[int, np.ndarray]]:
-        """uint32 arrays, by all threads of the library; UnicodeDecodeError unless the bytes are UTF-8."""
+        """Yield uint32 arrays, by all threads of the library; UnicodeDecodeError unless the bytes are UTF-8."""
         return _encode_pieces(self._batch, partial(pieces, self), documents)
 
     def _batch(self, texts: list[str]) -> list[list[int]]:
         try:
             encodings = self.library.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises nothing narrower
-            "".join(texts).encode()  # a lone surrogate: UnicodeEncodeError, a ValueError, says it better
+            "".join(texts).encode()  # for a lone surrogate, UnicodeEncodeError, a ValueError, is clearer
             raise ValueError(f"tokenizer {self.name} cannot encode the text: {error}") from None
         return [encoding.ids for encoding in encodings]
 
 
 @dataclass(frozen=True)
 class WorldTokenizer:
-    """The longest of 65,529 byte strings that matches, again and again. Id 0 ends a text and has no bytes."""
+    """Greedy longest match among 65,529 byte strings. Id 0 ends a text and has no bytes."""
 
     name: str
     library: object
@@ -119,7 +119,7 @@ class WorldTokenizer:
         return b"".join(self.token_bytes[i] for i in np.asarray(ids, np.int64)).decode(errors="replace")
 
     def encode_documents(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[int, np.ndarray]]:
-        """uint32 arrays, by all threads of the library; UnicodeDecodeError unless the bytes are UTF-8."""
+        """Yield uint32 arrays, by all threads of the library; UnicodeDecodeError unless the bytes are UTF-8."""
         return _encode_pieces(self.library.encode_batch, partial(pieces, self), documents)
 
 
@@ -154,11 +154,11 @@ Tokenizer = ByteTokenizer | FileTokenizer | WorldTokenizer
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: "bytes", "world", or the path of a file, whose content tells what it is.
+    """Return the tokenizer `name`: "bytes", "world", or a file, whose format is detected from its content.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is none of those above, or a package is missing.
+        ValueError: the file has none of the formats above, or a package is missing.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -173,7 +173,7 @@ def get_tokenizer(name: str) -> Tokenizer:
         case "characters":
             return _tokenizer(str(name), _released_characters(path))
     try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # which editors put in front
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # which editors prepend
         library = tokenizers.Tokenizer.from_buffer(content)  # a path need not be UTF-8
         vocabulary = library.get_vocab()
         max(vocabulary.values())
@@ -192,18 +192,18 @@ def _format(path: Path) -> str:
         return "library"
     try:
         return "world" if any(isinstance(entry, list) for entry in _numbered(path).values()) else "characters"
-    except ValueError:  # which the reader of characters says again
+    except ValueError:  # `_released_characters` reports it
         return "characters"
 
 
 def _numbered(path: Path) -> dict:
-    """The entries of {"0": ..., "1": ...} in UTF-8 or UTF-16."""
+    """Return the entries of {"0": ..., "1": ...} in UTF-8 or UTF-16."""
     data = path.read_bytes().removeprefix(b"\xff\xfe")
     return files.parse_json(data.decode("utf-16le" if b"\0" in data[:64] else "utf-8-sig"))
 
 
 def _switch_off_settings(name: str, library: tokenizers.Tokenizer) -> None:
-    """Switch off what makes ids depend on the length of a text or on chance."""
+    """Disable settings that make ids depend on the length of a text or on chance."""
     dropout = getattr(library.model, "dropout", None)
     stored = {"truncation": library.truncation, "padding": library.padding, "dropout": dropout}
     library.no_truncation()
@@ -237,12 +237,12 @@ def _lies_across_a_cut(tokens: Iterable[bytes]) -> bool:
 
 
 def _spellings(library: tokenizers.Tokenizer) -> list[bytes]:
-    """UTF-8 of the texts that tokens stand for, as far as `_CUT_TOKEN` looks at them."""
+    """Return UTF-8 of the texts that tokens stand for, as far as `_CUT_TOKEN` matches them."""
     normalise = library.normalizer.normalize_str if library.normalizer else str
     texts = list(library.get_vocab())
     for token in library.get_added_tokens_decoder().values():
         for content in (token.content, normalise(token.content)):
-            texts.append("\n" * token.lstrip + content + " " * token.rstrip)  # they take the white space beside them
+            texts.append("\n" * token.lstrip + content + " " * token.rstrip)  # they absorb adjacent white space
     return "\0".join(texts).translate(_SPACES).encode().split(b"\0")
 
 
@@ -253,15 +253,17 @@ UNKNOWN = "\ufffd"
 
 
 def characters(texts: Iterable[str]) -> FileTokenizer:
-    """A tokenizer, not yet saved, of the characters of `texts` by code point, after id 0, NUL, which separates
-    documents, and id 1, U+FFFD, which stands for all other characters."""
+    """Return a tokenizer, not yet saved, of the characters of `texts` by code point.
+
+    Id 0 is NUL, which separates documents; id 1 is U+FFFD, which stands for all other characters.
+    """
     known = set().union(*texts) - {"\0", UNKNOWN}
     vocabulary = {character: i for i, character in enumerate(["\0", UNKNOWN, *sorted(known)])}
     return _tokenizer("characters", _of_characters(vocabulary))
 
 
 def _of_characters(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token=UNKNOWN))  # nothing merges
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token=UNKNOWN))  # no merges
     library.decoder = tokenizers.decoders.Fuse()
     return library
 
@@ -301,7 +303,7 @@ def _world_package():
 
 @cache
 def _world(name: str, path: Path) -> WorldTokenizer:
-    # The package decodes no bytes that are not UTF-8 and panics on ids without an entry: its file is read here too.
+    # The package cannot decode bytes that are not UTF-8 and panics on ids without an entry: its file is read here too.
     token_bytes = [b""] * WorldTokenizer.vocab_size
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -317,7 +319,7 @@ def _world(name: str, path: Path) -> WorldTokenizer:
 
 
 def _world_lines(text: str) -> Iterator[tuple[int, bytes]]:
-    """Ids and tokens of lines such as "98 'a' 1"."""
+    """Yield ids and tokens of lines such as "98 'a' 1"."""
     for line in text.splitlines():
         i, token, num_bytes = re.fullmatch(r"(\d+) (.+) (\d+)", line).groups()
         token = ast.literal_eval(token)
@@ -328,7 +330,7 @@ def _world_lines(text: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _world_json(text: str) -> Iterator[tuple[int, bytes]]:
-    """Ids and tokens of {"98": "a", "129": [128], ...}; tokens that are not UTF-8 are lists of bytes."""
+    """Yield ids and tokens of {"98": "a", "129": [128], ...}; tokens that are not UTF-8 are lists of bytes."""
     for i, token in files.parse_json(text).items():
         if not i.isdecimal() or not isinstance(token, str | list):
             raise ValueError(f"entry {i!r}: expected a number, and its text or list of bytes")
@@ -349,8 +351,8 @@ def _literal(token: bytes) -> str:
 def save(tokenizer: Tokenizer, folder) -> str:
     """Write the tokenizer into a folder, where `of_model` finds it; return the file's name.
 
-    A `tokenizer.json`, which transformers' AutoTokenizer loads with the `tokenizer_config.json` beside it, or the
-    World vocabulary. One of the other kind, from an earlier save, is removed.
+    It is a `tokenizer.json`, which transformers' AutoTokenizer loads with the `tokenizer_config.json` beside it, or
+    the World vocabulary. A file of the other kind from an earlier save is removed.
     """
     folder = files.user_path(folder)
     is_world = isinstance(tokenizer, WorldTokenizer)
@@ -362,7 +364,7 @@ def save(tokenizer: Tokenizer, folder) -> str:
     library = _byte_library() if isinstance(tokenizer, ByteTokenizer) else tokenizer.library
     data = (library.to_str(pretty=True) + "\n").encode()
     if isinstance(tokenizer, FileTokenizer) and (source := files.user_path(tokenizer.name)).is_file():
-        # A copy byte for byte, where that can be: what a run was trained with is known by the file's hash.
+        # Copied byte for byte where possible: the file's hash identifies the tokenizer of a run.
         data = source.read_bytes() if _format(source) == "library" else data
     (folder / TOKENIZER_FILE).write_bytes(data)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -378,15 +380,15 @@ _NEOX_HUB = "EleutherAI/gpt-neox-20b"
 
 
 def of_model(path, vocab_size: int) -> str:
-    """Name of the tokenizer of the model at `path`, for `get_tokenizer`.
+    """Return the argument of `get_tokenizer` for the tokenizer of the model at `path`.
 
-    It is the one that a workdir or Hugging Face folder carries. Otherwise it is guessed from the vocabulary's size,
-    which one line on stderr says: 256 is bytes, 65,536 World, 50,277 and its paddings up to 50,432 the NeoX-20B file,
-    looked for beside the model, in the current folder, and in the local Hugging Face cache.
+    It is the one in a workdir or Hugging Face folder. Otherwise it is guessed from the vocabulary's size, which one
+    line on stderr reports: 256 is bytes, 65,536 World, 50,277 and its paddings up to 50,432 the NeoX-20B file, which
+    is searched for beside the model, in the current folder, and in the local Hugging Face cache.
 
     Raises:
         FileNotFoundError: the NeoX-20B file is in none of these places.
-        ValueError: neither tells.
+        ValueError: the size is none of these.
     """
     path = files.user_path(path)
     if path.is_dir() and (name := carried(path)):
@@ -399,28 +401,30 @@ def of_model(path, vocab_size: int) -> str:
         name = _find_neox(path if path.is_dir() else path.parent)
     else:
         raise ValueError(
-            f"{path} carries no tokenizer, and its vocabulary of {vocab_size} tells none: "
+            f"{path} has no tokenizer, and none is known for its vocabulary of {vocab_size}: "
             "expected tokenizer='bytes', 'world' or the path of its tokenizer.json"
         )
-    print(f"{path} carries no tokenizer: {name}, guessed from its vocabulary of {vocab_size}", file=sys.stderr)
+    print(f"{path} has no tokenizer: {name}, guessed from its vocabulary of {vocab_size}", file=sys.stderr)
     return name
 
 
 def warn_if_small(name: str, num_tokens: int, vocab_size: int) -> None:
-    """Print one line on stderr where over a tenth of a model's tokens are beyond the tokenizer's: no padding is that
-    long, so the model may have learned another tokenizer's."""
+    """Warn on stderr if over a tenth of a model's ids are beyond the tokenizer's.
+
+    Vocabularies are not padded that much, so the model may have been trained with another tokenizer.
+    """
     if 10 * num_tokens < 9 * vocab_size:
         sizes = f"has {num_tokens} tokens, the model {vocab_size}"
-        print(f"tokenizer {name} {sizes}: the others have no text, is it the model's?", file=sys.stderr)
+        print(f"tokenizer {name} {sizes}: the others have no text, is it the model's own?", file=sys.stderr)
 
 
 def carried(folder: Path) -> str | None:
-    """Argument of `get_tokenizer` for the tokenizer of a workdir or Hugging Face folder; None if it holds none."""
+    """Return the argument of `get_tokenizer` for the one in a workdir or Hugging Face folder; None without one."""
     config = folder / "config.json"
     name = files.read_json(config).get("tokenizer") if config.is_file() else None
     if name in NAMES:
         return name
-    # What the config names may have stayed behind when the folder moved; what lies in the folder has not.
+    # The config's path may be stale if the folder was moved, so files in the folder come first.
     candidates = [folder / name] if isinstance(name, str) else []
     candidates += [folder / TOKENIZER_FILE, folder / WORLD_FILE]
     found = (str(file) for file in candidates if file.is_file())
@@ -443,12 +447,12 @@ def _find_neox(beside: Path) -> str:
     )
 
 
-# An incomplete character is at most 3 tokens, so when this many wait, what they hold is not UTF-8.
+# An incomplete character is at most 3 tokens, so if this many are pending, their bytes are not UTF-8.
 _MAX_WAITING = 8
 
 
 class TextStream:
-    """Text of tokens that come one at a time, in pieces that never break a UTF-8 character.
+    """Incremental decoder of tokens, in pieces of text that never split a UTF-8 character.
 
     The pieces joined equal `decode` of all ids for bytes and byte-level BPE, invalid bytes included. A push
     decodes a few tokens only, however long the stream.
@@ -459,19 +463,19 @@ class TextStream:
         self._restart([], 0)
 
     def _restart(self, tokens: list[int], num_held: int) -> None:
-        """Wait for what follows `tokens`, of whose text all but the last `num_held` characters are out."""
+        """Make `tokens` the context of the next ones; all but the last `num_held` characters are returned."""
         self._tokens, self._num_shown = tokens, len(self._decode(tokens)) - num_held
         self._waiting_from = 0 if num_held else len(tokens)
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character lacks bytes."""
+        """Return the text that `token` completes; empty while a character lacks bytes."""
         before, self._tokens = self._tokens, [*self._tokens, int(token)]
         text, num_shown = self._decode(self._tokens), self._num_shown
         if before and self._decode([int(token)]) == "" and text == self._decode(before):
-            self._tokens = before  # an id without text is no context, and a character may go on after it
+            self._tokens = before  # an id without text adds no context, and a character may continue after it
             return ""
         if not text.endswith("\ufffd"):
-            # What was new is the context of what comes: some decoders strip the first space of a text.
+            # The new tokens are the context of the next: some decoders strip the first space of a text.
             self._restart(self._tokens[self._waiting_from :], 0)
             return text[num_shown:]
         if len(self._tokens) - self._waiting_from < _MAX_WAITING:
@@ -480,7 +484,7 @@ class TextStream:
         return text[num_shown:-1]
 
     def flush(self) -> str:
-        """The rest: what an incomplete last character decodes to. The stream starts anew."""
+        """Return the rest, the decoding of an incomplete last character, and reset the stream."""
         rest = self._decode(self._tokens)[self._num_shown :]
         self._restart([], 0)
         return rest

@@ -17,12 +17,12 @@ def main(argv=None) -> int:
 
 
 def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop, template, seed, **settings) -> int:
-    """Hold a chat, which continues the one of the context if there is one."""
+    """Run a chat, which resumes the conversation of the context if one is given."""
     for name, given in (("prompt", prompt), ("prompt_file", prompt_file), ("save_context", save_context_to)):
         if given is not None:
-            raise ValueError(f"--{name} beside --chat, expected one or the other")
+            raise ValueError(f"--{name} with --chat, expected one or the other")
     if stop:
-        raise ValueError("--stop beside --chat, where a reply ends with its paragraph")
+        raise ValueError("--stop with --chat, where a reply ends with its paragraph")
     model, params, tokenizer = _load(model, tokenizer)
     conversation = Conversation()
     if context is not None:
@@ -58,12 +58,12 @@ def _continue(model, tokenizer, prompt, prompt_file, context, save_context_to, t
         for text in texts:
             print(text, end="", flush=True)
         print()
-    except KeyboardInterrupt:  # the text so far is a line, and no other is printed
+    except KeyboardInterrupt:  # the text so far is the only output
         print()
         return 130
     finally:
         if save_context_to is not None:
-            # the text of a context that was saved without one is not known
+            # unknown if the loaded context was saved without its text
             text = None if before is None else before + prompt + tokenizer.decode(texts.tokens)
             save_context(save_context_to, texts.context, model, params, text)
     return 0
@@ -81,14 +81,14 @@ def _text(prompt, prompt_file, context) -> str:
     else:
         source, raw = prompt_file, files.user_path(prompt_file).read_bytes()
     try:
-        return raw.decode("utf-8-sig")  # editors put a byte order mark in front, which is no part of the text
+        return raw.decode("utf-8-sig")  # without the byte order mark that editors prepend
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: expected UTF-8, {error}") from None
 
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.generate", description="Continue a prompt; only the continuation is printed."
+        prog=command.program("rwkv_jax.generate"), description="Continue a prompt; only the continuation is printed."
     )
     parser.error = _refuse
     add = parser.add_argument
@@ -101,7 +101,7 @@ def _parser():
         "document",
     )
     source.add_argument("--prompt_file", help="a file with the text to continue")
-    add("--chat", action="store_true", help="several turns on standard input, with one recurrent state")
+    add("--chat", action="store_true", help="several turns on standard input, over one recurrent state")
     add("--template", choices=list(TEMPLATES), help="names of the speakers; default: by the size of the vocabulary")
     add("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: the model's own")
     add("--context", help="a saved context that the prompt continues")
@@ -116,10 +116,10 @@ def _parser():
     )
     add("--seed", type=int, default=0)
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
-    add("--top_p", type=float, default=1.0, help="keep the likeliest tokens of this probability")
+    add("--top_p", type=float, default=1.0, help="keep the likeliest tokens that together have this probability")
     add("--top_k", type=int, help="keep this many of the likeliest tokens")
-    add("--min_p", type=float, help="keep tokens at least this share as probable as the likeliest")
-    add("--typical_p", type=float, help="keep the tokens of this probability nearest to the expected surprise")
+    add("--min_p", type=float, help="keep tokens at least this many times as probable as the likeliest")
+    add("--typical_p", type=float, help="as --top_p, but those first whose surprise is nearest to the entropy")
     add("--repetition_penalty", type=float, help="divides the logits of tokens in prompt and continuation; 1: off")
     add("--presence_penalty", type=float, help="subtracted from the logits of tokens in the continuation")
     add("--frequency_penalty", type=float, help="the same, once for each occurrence")

@@ -18,7 +18,7 @@ from rwkv_jax.generate.text import stream
 BREAK = "\n\n"  # ends a paragraph
 HELP = """/retry      another reply to the last message       /undo        take the last message back
 /save FILE  the conversation and its state          /load FILE   continue a saved conversation
-/reset      start a new conversation                /quit        leave, as does the end of the input
+/reset      start a new conversation                /quit        exit, as does the end of the input
 Ctrl-C stops a reply; the conversation then continues after what was printed."""
 
 
@@ -38,21 +38,21 @@ def default_template(vocab_size: int) -> str:
 
 
 class Conversation(NamedTuple):
-    """The text so far and the context after it. A value: to keep an old one costs one state."""
+    """The text so far and the context after it. Immutable: keeping an old one costs one state."""
 
     text: str = ""
     context: Context | None = None
 
 
 def prompt(template: Template, message: str, conversation: Conversation) -> str:
-    """Return the text that the model reads of a turn: the message as one paragraph, and the opening of the reply."""
+    """Return a turn as the model reads it: the message as one paragraph, and the opening of the reply."""
     message = re.sub(r"\n\s*\n", "\n", message.strip())
     opening = BREAK if conversation.text else ""
     return f"{opening}{template.user}: {message}{BREAK}{template.assistant}:"
 
 
 def say(model, params, tokenizer, conversation: Conversation, text: str, seed: int, **settings) -> Conversation:
-    """Print the reply to `text` as it comes. Return the conversation after it, or after what came before Ctrl-C."""
+    """Print the reply to `text` as it is generated; return the conversation after it, or up to Ctrl-C."""
     pieces = stream(model, params, text, tokenizer, context=conversation.context, stop=(BREAK,), seed=seed, **settings)
     try:
         for piece in pieces:
@@ -64,14 +64,14 @@ def say(model, params, tokenizer, conversation: Conversation, text: str, seed: i
 
 
 def chat(model, params, tokenizer, template: Template, conversation: Conversation, seed: int, **settings) -> None:
-    """Talk on standard input and output until `/quit` or the end of the input.
+    """Chat on standard input and output until `/quit` or the end of the input.
 
     Raises:
-        ValueError: wrong settings, before anybody has said anything. Later mistakes are a line each.
+        ValueError: invalid settings, before the first message. Later errors are printed, one line each.
     """
     stream(model, params, "", tokenizer, seed=seed, **settings)
     interactive = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):  # a byte that is not UTF-8 costs its line alone
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a byte that is not UTF-8 invalidates its line only
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     past = []  # the conversation before each turn since the last load or reset, and the turn's message
     num_replies = 0
@@ -79,7 +79,7 @@ def chat(model, params, tokenizer, template: Template, conversation: Conversatio
         print(HELP, flush=True)
     while True:
         try:
-            line = input("> " if interactive else "").removeprefix("\ufeff")  # of a file: its byte order mark
+            line = input("> " if interactive else "").removeprefix("\ufeff")  # a file's byte order mark
         except (EOFError, KeyboardInterrupt):
             return
         command, _, argument = line.strip().partition(" ")
@@ -95,7 +95,7 @@ def chat(model, params, tokenizer, template: Template, conversation: Conversatio
         elif command in ("/save", "/load"):
             try:
                 if command == "/save" and conversation.context is None:
-                    raise ValueError("nothing was said that could be saved")
+                    raise ValueError("there is no conversation to save")
                 if command == "/save":
                     save_context(argument, conversation.context, model, params, text=conversation.text)
                 else:
@@ -106,7 +106,7 @@ def chat(model, params, tokenizer, template: Template, conversation: Conversatio
                 _report(error)
         elif command.startswith("/") and command != "/retry":
             print(HELP, flush=True)
-        elif re.search("[\ud800-\udfff]", line):  # what is left of bytes that are not UTF-8
+        elif re.search("[\ud800-\udfff]", line):  # surrogates stand for bytes that are not UTF-8
             print("error: the message is not UTF-8, and was not read", flush=True)
         elif command:
             before, line = past[-1] if command == "/retry" else (conversation, line)

@@ -1,6 +1,6 @@
-"""The recurrent state after B texts, as a value: keep it, fork it, take rows of it, save it.
+"""The recurrent state after B texts, as a value: keep it, fork it, select rows of it, save it.
 
-The context of RWKV has one size, whatever the length of the texts. Attention keeps caches with a slot for each token,
+An RWKV context has constant size, whatever the length of the texts. Attention keeps caches with a slot for each token,
 the leaves that depend on `max_length` of `model.init_state`; they grow when a longer text is read.
 """
 
@@ -30,7 +30,7 @@ class Context:
 def rows(context: Context, index) -> Context:
     """Select texts by an int, a slice or a list: `rows(context, [0, 0, 2])` holds the first one twice."""
     B = len(context.logits_BV)
-    return _taken(context, np.atleast_1d(np.arange(B)[index]))  # NumPy refuses what is out of range, jax does not
+    return _taken(context, np.atleast_1d(np.arange(B)[index]))  # NumPy raises IndexError out of range, JAX clamps
 
 
 @jax.jit
@@ -85,7 +85,7 @@ def _copied(model, context, slots):
 
 
 def check(model, context: Context, batch: int) -> None:
-    """Raise ValueError unless the context is one of this model and of B texts, whatever the length of its caches."""
+    """Raise ValueError unless the context is one of this model with `batch` texts; its caches may have any length."""
     if context.logits_BV.ndim != 2:
         raise ValueError(f"the context has logits {context.logits_BV.shape}, expected [B, V]")
     B, V = context.logits_BV.shape
@@ -103,7 +103,7 @@ def check(model, context: Context, batch: int) -> None:
         raise ValueError(f"the context holds {B} texts, expected one for each of the {batch} prompts")
 
 
-@lru_cache(maxsize=16)  # a stream asks before every token
+@lru_cache(maxsize=16)  # called before every token of a stream
 def cache_axes(model) -> list[tuple[int, ...]]:
     """Return the axes that grow with `max_length`, for each leaf of a state: none but in caches."""
     few, many = (jax.tree.leaves(jax.eval_shape(lambda n=n: model.init_state(1, max_length=n))) for n in (1, 2))
@@ -114,14 +114,14 @@ def cache_axes(model) -> list[tuple[int, ...]]:
 def with_room(model, context: Context, room: int, likely: int) -> Context:
     """Return the context with caches for at least `room` more tokens.
 
-    Caches that must grow double, but to no more than `likely` tokens need: few shapes to compile, few copies.
+    Caches that must grow double, up to room for `likely` tokens: few shapes to compile, few copies.
     """
     slots = _slots(model, context, room, likely)
     return context if slots is None else _copied(model, context, slots)
 
 
 def _slots(model, context, room, likely) -> int | None:
-    """Return the length to which caches must grow for `room` more tokens; None: they need not, or there are none."""
+    """Return the length to which caches must grow for `room` more tokens; None if they suffice or there are none."""
     axes = cache_axes(model)
     if not any(axes):
         return None
@@ -139,5 +139,5 @@ def _round_up(length: int) -> int:
 
 
 def _filled_up(x, shape):
-    """Return x with zeros behind it, as large as `shape`."""
+    """Return x, padded with zeros at the end to `shape`."""
     return jnp.pad(x, [(0, wanted - size) for size, wanted in zip(x.shape, shape, strict=True)])

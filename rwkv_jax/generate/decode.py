@@ -2,8 +2,8 @@
 
 Prefill reads a prompt many tokens at a time, in the parallel form; three compiled shapes serve prompts of any length.
 Decoding draws a token from the last logits and reads it; one call of a compiled function repeats this up to `DISPATCH`
-times. There is one such function for each set of filters, whose numbers are arguments. A row whose text has ended
-keeps its context bit for bit while other rows go on.
+times. One such function is compiled for each set of filters, whose values are arguments. A row whose text has ended
+keeps its context bit for bit while other rows continue.
 """
 
 import itertools
@@ -23,20 +23,20 @@ from rwkv_jax.generate.context import Context, begin, with_room
 from rwkv_jax.models import per_layer
 
 PROMPT_CHUNK = 256  # tokens of a prompt read at one time
-FIRST_CHUNKS = (16, 64, PROMPT_CHUNK)  # lengths of the first chunk, of which the shortest sufficient one is taken
+FIRST_CHUNKS = (16, 64, PROMPT_CHUNK)  # lengths of the first chunk; the shortest sufficient one is used
 DISPATCH = 32  # most tokens decoded before they reach the host
-LIKELY = 1024  # most new tokens for which caches get room from the start
+LIKELY = 1024  # most new tokens for which caches are allocated at the start
 
 
 def read(model, params, prompts, context: Context | None = None) -> Context:
     """Return the context after the prompts.
 
-    Memory does not grow with their length: `PROMPT_CHUNK` tokens are read at a time. The first chunk holds the rest,
-    with padding on the left up to one of the lengths `FIRST_CHUNKS`: few shapes to compile.
+    Memory does not grow with their length: `PROMPT_CHUNK` tokens are read at a time. The first chunk holds the
+    remainder, left-padded to one of the lengths `FIRST_CHUNKS`: few shapes to compile.
 
     Args:
-        prompts: ids in [0, V): [T], [B, T], or B lists of any lengths. An empty one is nothing after a context, and
-            without one the separator, token 0, after which documents begin.
+        prompts: ids in [0, V): [T], [B, T], or B lists of any lengths. An empty one adds nothing to a context;
+            without a context it is the separator, token 0, after which documents begin.
         context: of as many texts, which the prompts continue; it is not changed. None: the prompts begin documents.
     """
     model, params = per_layer(model, params)
@@ -51,7 +51,7 @@ def after_separator(model, params, state) -> Context:
 
 
 def prefill(model, params, prompts: list[np.ndarray], context: Context | None, room: int = 0) -> Context:
-    """Return what `read` does, of checked prompts and unstacked parameters, with caches for `room` more tokens."""
+    """Return the context of `read` for checked prompts and unstacked parameters, with room for more tokens."""
     context = begin(model, context, len(prompts), max(map(len, prompts)) + room)
     for tokens_BT, valid_BT, is_last in chunks(prompts):
         context = _read_chunk(model, params, context, tokens_BT, valid_BT, is_last)
@@ -74,7 +74,7 @@ def chunks(prompts):
 def logits(model, params, prompts, context: Context | None = None) -> tuple[list[np.ndarray], Context]:
     """Return the logits [T, V] after each token of each prompt, float32 at least, and what `read` returns.
 
-    All logits are kept on the host, twice while they are joined.
+    All logits are kept on the host, twice while they are concatenated.
     """
     model, params = per_layer(model, params)
     prompts, _ = as_prompts(prompts, model.vocab_size, context)
@@ -89,7 +89,7 @@ def logits(model, params, prompts, context: Context | None = None) -> tuple[list
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read_chunk(model, params, context, tokens_BT, valid_BT, is_last):
-    """Return the context after a chunk; its logits stay before the last chunk, and where all is padding."""
+    """Return the context after a chunk; logits change only in the last chunk, and not in rows of padding."""
     x_BTD, state = model.apply({"params": params}, tokens_BT, context.state, valid_BT=valid_BT, method="hidden")
     head = lambda: model.apply({"params": params}, x_BTD[:, -1], method="logits")
     logits_BV = lax.cond(is_last, head, lambda: context.logits_BV)
@@ -105,14 +105,14 @@ def _logits_of_chunk(model, params, context, tokens_BT, valid_BT):
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws of B texts that are still to come.
+    """The pending draws of B texts.
 
     Attributes:
         history: the tokens of prompt and continuation, as far as the sampler needs them.
         stop_V: True for the tokens that end a text.
         key_B: token i of a row is drawn with the row's key folded with i.
         index_B: i of the next token; int64, on the host.
-        left_B: number of tokens still to come, 0 where the text has ended; int64, on the host.
+        left_B: number of pending tokens, 0 where the text has ended; int64, on the host.
     """
 
     sampler: Callable
@@ -124,7 +124,7 @@ class Draws:
 
     @property
     def room(self) -> int:
-        """Number of new tokens for which caches get room from the start."""
+        """Number of new tokens for which caches are allocated at the start."""
         return int(min(self.left_B.max(), LIKELY))
 
 
@@ -160,11 +160,11 @@ def checked_draws(
 
 @partial(jax.jit, static_argnums=1)
 def _keys(seed_B, shared):
-    """Return a key for each row, from its seed; of one `shared` seed the first row's is the seed's own."""
+    """Return a key for each row, from its seed; with one `shared` seed, the first row has the seed's own key."""
     key_B = jax.vmap(jax.random.key)(seed_B)
     if not shared:
         return key_B
-    row_B = (-np.arange(len(seed_B))).astype(np.uint32)  # from the upper end, where no token's index comes
+    row_B = (-np.arange(len(seed_B))).astype(np.uint32)  # from the upper end, which no token's index reaches
     return jnp.where(row_B == 0, key_B, jax.vmap(jax.random.fold_in)(key_B, row_B))
 
 
@@ -194,7 +194,7 @@ def advance(model, params, context: Context, draws: Draws, count: int = DISPATCH
 def _decode(model, params, context, history, sampler, stop_V, key_B, index_B, quota_B):
     """Return (context, history, tokens [B, DISPATCH], number of tokens [B]) after at most `quota_B` tokens.
 
-    Each token has a key of its own, so that it does not depend on how the text is cut into calls.
+    Each token has its own key, so that the text does not depend on how it is split into calls.
     """
     B = len(quota_B)
 
@@ -230,10 +230,10 @@ def generate(model, params, prompt_ids, **settings) -> list[int] | list[list[int
         prompt_ids, context: see `read`.
         max_new_tokens: one number, 0 or more, or one for each row.
         sampler: a function, see `sampling`; by default `sampling.sampler(**settings)`.
-        seed: in [0, 2^32), one number or one for each row. A row's draws depend on its own seed and logits only. Of
-            one number for several rows the first row's seed is the number itself, and the others have their own.
-        start: index of the first new token among the draws of its seed. Ten tokens, and then ten from the context
-            after them with start=10, are the twenty of one call, but for penalties: their counts restart in each call.
+        seed: in [0, 2^32), one number or one for each row. A row's draws depend on its own seed and logits only. If
+            several rows share one number, the first row uses it, and the others derive their own from it.
+        start: index of the first new token among the draws of its seed. Ten tokens, then ten from the context after
+            them with start=10, equal the twenty of one call, except that counts of penalties restart in each call.
         stop_tokens: ids that end a row. They are not part of the result. By default the separator, 0, after which
             another document begins.
         penalty_decay: factor on the counts of the penalties at every token, see `sampling.History`.
@@ -256,7 +256,7 @@ def generate_with_context(model, params, prompt_ids, *, context=None, **settings
 
 
 def as_prompts(prompts, vocab_size: int, context: Context | None) -> tuple[list[np.ndarray], bool]:
-    """Return the ids of each prompt, and whether a single one was given. Without context, an empty one is token 0."""
+    """Return the ids of each prompt, and whether a single one was given; without context, an empty one is token 0."""
     several = np.ndim(prompts) == 2 if hasattr(prompts, "ndim") else any(map(np.ndim, prompts))
     given = [checked_ids(ids, vocab_size) for ids in (prompts if several else [prompts])]
     if not given:

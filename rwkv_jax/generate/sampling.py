@@ -1,19 +1,19 @@
 """Samplers: functions `(logits_BV, key_B, history) -> tokens_B`.
 
-`sampler(...)` builds one from the usual settings. It is a pytree: its numbers are traced, so that another temperature
-compiles nothing. The set of filters is part of its type, and a filter that is off costs nothing. Every other function
-of these three arguments is a sampler too; a compiled function takes it as `jax.tree_util.Partial(function)`.
+`sampler(...)` builds one from the usual settings. It is a pytree: its values are traced, so that another temperature
+does not recompile. The set of filters is static, and a filter that is off costs nothing. Any other function of these
+three arguments is a sampler too; pass it to a compiled function as `jax.tree_util.Partial(function)`.
 
 The settings act in this order, that of transformers; the `rwkv` package has some of them in the same order:
 
     logit bias -> repetition, presence and frequency penalties -> bad words      the scores of single tokens
-    -> temperature -> top-k -> top-p -> min-p -> typical                         the distribution, each of the last's
+    -> temperature -> top-k -> top-p -> min-p -> typical                         the distribution, each the last one's
 
-With `temperature_last` the temperature comes last and top-p before top-k, as in the `rwkv` package: top-p then is a
-share of all tokens. With temperature 0 the best score wins, and the second line does nothing.
+With `temperature_last` the temperature comes last and top-p before top-k, as in the `rwkv` package: top-p is then a
+share of all tokens. With temperature 0 the best score wins, and the second line is skipped.
 
-A row depends on its own key, logits and history alone. It draws -1 where there is no token to draw: all are banned, or
-a logit is NaN or +inf.
+A row depends on its own key, logits and history alone. It draws -1 if there is no token to draw: all are banned, or a
+logit is NaN or +inf.
 """
 
 import math
@@ -27,8 +27,8 @@ from jax.tree_util import Partial
 
 from rwkv_jax.generate.filters import LANES, NEEDS, blocks, ids, scores, truncated
 
-RECENT = 16  # tokens that a history remembers in their order
-NUMBERS = {  # the least and the largest value, the one that is off, and all that in words
+RECENT = 16  # last tokens that a history holds, in order
+NUMBERS = {  # least and largest value, the value that is off, and the range for error messages
     "top_p": (1e-30, 1, 1, "a number in (0, 1]"),
     "min_p": (0, 1, 0, "a number in [0, 1]"),
     "typical_p": (1e-30, 1, 1, "a number in (0, 1]"),
@@ -43,7 +43,7 @@ class History(NamedTuple):
 
     Attributes:
         seen_BV: bool; whether the prompt or the continuation holds the token.
-        counts_BV: float32; occurrences in the continuation, each times `decay` for every token since. Never 0 again.
+        counts_BV: float32; occurrences in the continuation, each times `decay` for every later token; never 0 again.
         recent_BR: int32; the last `RECENT` tokens, the newest last, -1 where there is none.
         decay_B: float32.
     """
@@ -60,7 +60,7 @@ class History(NamedTuple):
         if seen_BV is not None:
             seen_BV = seen_BV.at[rows_B, tokens_B].set(True)
         if counts_BV is not None:
-            # a presence stays one however long ago it was, also where float32 would become 0
+            # a decayed count stays positive, for the presence penalty, where float32 would underflow
             counts_BV = jnp.where(counts_BV > 0, jnp.maximum(counts_BV * decay_B[:, None], 1e-30), 0)
             counts_BV = counts_BV.at[rows_B, tokens_B].add(1)
         if recent_BR is not None:
@@ -74,7 +74,7 @@ def history(prompts, V: int, decay=1.0, sampler=None) -> History:
     Args:
         prompts: arrays or lists of ids in [0, V), of any lengths.
         decay: of the counts, in [0, 1], one number or [B].
-        sampler: leaves that it does not need are None; all are there without one, or for a function of the user's.
+        sampler: leaves that it does not need are None; without one, or with a custom function, none is.
     """
     B = len(prompts)
     decay_B = np.broadcast_to(np.asarray(decay, np.float32), B)
@@ -104,7 +104,7 @@ def sampler(
     bad_words_ids: list[list[int]] | None = None,
     temperature_last: bool = False,
 ) -> Partial:
-    """Build a sampler; the module's docstring has the order of the settings. None is off. Of ties, lower ids win.
+    """Build a sampler; the module's docstring has the order of the settings. None is off. Ties go to lower ids.
 
     Args:
         temperature: divides the logits; 0 is the likeliest token, whatever the key.
@@ -159,8 +159,8 @@ def check_vocabulary(sampler, vocab_size: int):
 def draw(logits_BV, key_B):
     """Draw a token [B] from softmax(logits), each row with its key; -1 where the softmax is NaN.
 
-    Inverts the distribution function in two stages, first the block and then the token, each with a uniform number of
-    its own: two numbers instead of V, with the resolution of both together.
+    Inverts the distribution function in two stages, first the block and then the token, each with its own uniform
+    number: two numbers instead of V, with the resolution of both together.
     """
     top_B1 = logits_BV.max(axis=-1, keepdims=True)
     p_BNL = blocks(jnp.exp(logits_BV - top_B1))
@@ -172,8 +172,8 @@ def draw(logits_BV, key_B):
 
 
 def _inverse(p_BN, u_B):
-    """Return the first place where the running sum exceeds `u` times the whole; never one with p = 0."""
-    # a running sum added up as a tree is not monotonic: rounding alone may make it grow where p = 0
+    """Return the first index where the running sum exceeds `u` times the total; never one with p = 0."""
+    # a parallel running sum is not monotonic: rounding alone may make it grow where p = 0
     sum_BN = jnp.where(p_BN > 0, jnp.cumsum(p_BN, axis=-1), 0)
     return jnp.argmax(sum_BN > (u_B * sum_BN.max(axis=-1))[:, None], axis=-1)
 
@@ -185,7 +185,7 @@ def _sampled(logits_BV, key_B, history=None, **settings):
 def _likeliest(logits_BV, key_B, history=None, **settings):
     x_BV = scores(logits_BV, history, settings)
     top_B1 = x_BV.max(axis=-1, keepdims=True)
-    # the first of the best: faster than argmax on a CPU
+    # the lowest id of the best; faster than argmax on a CPU
     token_B = jnp.where(x_BV == top_B1, ids(x_BV), x_BV.shape[1]).min(axis=-1)
     return jnp.where(jnp.isfinite(top_B1[:, 0]), token_B, -1)
 

@@ -30,11 +30,11 @@ def load_context(path, model, params) -> tuple[Context, str | None]:
     """Return the context at `path` and its text, None where it was saved without one.
 
     A .pth with `time_state` tensors, alone or beside the weights, is a tuned state as released: its context is that
-    after the separator. Such a file does not tell its model, only its sizes.
+    after the separator. Such a file does not identify its model, only its sizes.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not a context, is damaged, or is one of another model.
+        ValueError: the file is not a context, is damaged, or belongs to another model.
     """
     path = files.user_path(path)
     if not path.is_file():

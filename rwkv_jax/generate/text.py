@@ -1,8 +1,8 @@
 """Generation of text from text: streams, batches and stop strings.
 
-A stop string may begin and end anywhere, within tokens and across them. Text that may begin one is held back. When a
-string is complete its tokens have already been read, so the context is read again from the end of the prompts. Where
-the string begins within a token, the token's first characters stay: they are encoded anew, as what follows a text.
+A stop string may begin and end within a token. Text that may begin one is held back. When a string is complete its
+tokens have already been read, so the context is rebuilt from the end of the prompts. If the string begins within a
+token, the token's first characters are kept, and encoded again as the continuation of a text.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from rwkv_jax.generate.context import Context, begin, check
 from rwkv_jax.generate.decode import DISPATCH, advance, as_prompts, checked_draws, prefill
 from rwkv_jax.models import per_layer
 
-ANCHORS = ("\n", ".", "|", "~")  # what a tokenizer hardly joins with the text behind it
+ANCHORS = ("\n", ".", "|", "~")  # which tokenizers rarely merge with the text after them
 
 
 class StoppedText:
-    """The text of tokens that come one at a time, up to the first stop string.
+    """Incremental text of tokens, up to the first stop string.
 
     Attributes:
-        tokens: the tokens of the text. What was returned begins `decode(tokens)`, and equals it at the end. The rest
-            is held back: an incomplete character, or what may begin a stop string.
+        tokens: the tokens of the text. The text returned so far is a prefix of `decode(tokens)`, and equals it at the
+            end. The rest is held back: an incomplete character, or what may begin a stop string.
         stopped: whether a stop string was found.
     """
 
@@ -40,7 +40,7 @@ class StoppedText:
         self._held = ""
 
     def extend(self, tokens: Sequence[int], is_end: bool) -> str:
-        """Return what `tokens` add to the text for sure, or all that they add if they are the last ones."""
+        """Return the text that `tokens` add and no stop string can remove; all of it if they are the last ones."""
         added = ""
         for token in tokens:
             added += self.push(token)
@@ -49,7 +49,7 @@ class StoppedText:
         return added + self.flush() if is_end and not self.stopped else added
 
     def push(self, token: int) -> str:
-        """Return what `token` adds to the text for sure."""
+        """Return the text that `token` adds and no stop string can remove."""
         piece = self._stream.push(token)
         self.tokens.append(token)
         self._pieces.append(piece)
@@ -63,12 +63,12 @@ class StoppedText:
         return shown
 
     def flush(self) -> str:
-        """Return the rest of the text, when no more tokens come. An incomplete character is U+FFFD."""
+        """Return the rest of the text after the last token. An incomplete character is U+FFFD."""
         rest, self._held = self._held + self._stream.flush(), ""
         return rest
 
     def _could_begin_a_stop(self) -> int:
-        """Length of the longest end of the held text with which a stop string begins."""
+        """Return the length of the longest suffix of the held text with which a stop string begins."""
         lengths = (n for string in self._stop for n in range(1, len(string)) if self._held.endswith(string[:n]))
         return max(lengths, default=0)
 
@@ -84,10 +84,10 @@ class StoppedText:
             self.tokens += self._beginning(cut, "".join(self._pieces)[end : self._ends[whole]], place - end)
 
     def _beginning(self, cut: list[int], piece: str, length: int) -> list[int]:
-        """Return tokens of the first characters of the `piece` that `cut` made.
+        """Return tokens of the first `length` characters of `piece`, the text of the tokens `cut`.
 
-        They are judged as what follows other tokens, here `cut` itself: a tokenizer may put a space before a text that
-        it encodes, and take one from the beginning of a text that it decodes.
+        They are checked as a continuation, here of `cut` itself: a tokenizer may prepend a space to a text that it
+        encodes, and strip one from a text that it decodes.
         """
         encode, decode = self._tokenizer.encode, self._tokenizer.decode
         before = decode(cut)
@@ -102,9 +102,9 @@ class StoppedText:
 
 
 class Texts:
-    """B texts that are being continued. The arguments are checked at once; prompts are read when they are needed.
+    """Continuations of B texts. Arguments are checked at construction; prompts are read on first use.
 
-    The context after the prompts is kept beside the current one, so caches of attention take their memory twice.
+    The context after the prompts is kept beside the current one, so caches of attention take twice their memory.
     """
 
     def __init__(self, model, params, prompts, tokenizer, *, context=None, stop=(), **settings):
@@ -137,7 +137,7 @@ class Texts:
         return begin(self._model, self._context, len(self._prompts), room=0)
 
     def advance(self, count: int = DISPATCH) -> list[str]:
-        """Return what at most `count` further tokens, up to `DISPATCH`, add to each text for sure."""
+        """Draw at most `count` further tokens, up to `DISPATCH`; return what `StoppedText` releases of each text."""
         self._read_prompts()
         context, self._context, self.finished = self._context, None, True  # an interruption loses the donated arrays
         new, context, draws = advance(self._model, self._params, context, self._draws, count)
@@ -158,7 +158,7 @@ class Texts:
 
 
 class Stream:
-    """An iterator over the pieces of a text that is being continued; none ends within a UTF-8 character.
+    """An iterator over the pieces of a continuation; none ends within a UTF-8 character.
 
     Nothing is computed ahead. The attributes are valid at any time, also after an interruption:
 
@@ -198,10 +198,10 @@ class Result(NamedTuple):
 
 
 def stream(model, params, prompt_text: str, tokenizer, **settings) -> Stream:
-    """Return the text of `generate`, in pieces as tokens come.
+    """Return an iterator over the text of `generate`, in pieces as tokens are drawn.
 
     Args:
-        prompt_text: empty: what comes after the context, or the beginning of a document.
+        prompt_text: if empty, the text continues the context, or begins a document.
         stop: strings of which the first found ends the text; neither it nor what follows is part of the result.
         settings: those of `generate`.
     """
@@ -224,7 +224,7 @@ def generate_texts(model, params, prompts: Sequence[str], tokenizer, **settings)
 
 
 def stop_strings(stop) -> tuple[str, ...]:
-    """Return the stop strings from one or several; ValueError where one is empty or no string."""
+    """Return the stop strings from one or several; ValueError if one is empty or not a string."""
     strings = (stop,) if isinstance(stop, str) or not np.iterable(stop) else tuple(stop)
     if not all(isinstance(string, str) and string for string in strings):
         raise ValueError(f"stop is {stop!r}, expected one or several strings that are not empty")
@@ -232,9 +232,9 @@ def stop_strings(stop) -> tuple[str, ...]:
 
 
 def check_tokenizer(tokenizer, model) -> None:
-    """Raise ValueError where the model may draw ids that the tokenizer cannot decode, or lacks ids that it encodes.
+    """Raise ValueError if the model may draw ids that the tokenizer cannot decode, or lacks ids that it encodes.
 
-    Bytes decode nothing but bytes; other tokenizers skip the ids that a padded vocabulary has beyond theirs.
+    The byte tokenizer decodes bytes only; others skip the ids that a padded vocabulary has beyond theirs.
     """
     V, vocab_size = model.vocab_size, tokenizer.vocab_size
     if vocab_size > V or (tokenizer.name == "bytes" and vocab_size < V):

@@ -1,9 +1,9 @@
-"""Multiple-choice, perplexity and generation tasks, as lm-evaluation-harness asks them.
+"""Multiple-choice, perplexity and generation tasks of lm-evaluation-harness.
 
     pip install "rwkv_jax[harness]"
     python -m rwkv_jax.harness --model=runs/tiny --tasks=lambada_openai,piqa
 
-`requests` needs no lm_eval. The adapter, which does, is loaded when it is first used.
+`requests` does not need lm_eval. The adapter does, and is imported on first use.
 """
 
 from rwkv_jax.harness.requests import Scored, last_words, score

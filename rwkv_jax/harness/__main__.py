@@ -10,29 +10,29 @@ from rwkv_jax import command, files
 @command.reported(out_of_memory="lower --batch_size or --max_length")
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.harness",
-        description="Run tasks of lm-evaluation-harness. All that is not below goes to `lm_eval run` as it is: "
+        prog=command.program("rwkv_jax.harness"),
+        description="Run tasks of lm-evaluation-harness. Other arguments are passed to `lm_eval run` unchanged: "
         "--tasks, --num_fewshot, --limit, --include_path, --use_cache, ...",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", required=True, help="whatever rwkv_jax.load reads")
-    add("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: what the model carries")
+    add("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: the model's own")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the file's")
     add("--batch_size", type=int, default=8, help="texts at a time (default: %(default)s)")
-    add("--max_length", type=int, help="tokens read of a text; default for RWKV: all")
+    add("--max_length", type=int, help="tokens read of a text, the last ones; default for RWKV: all")
     add(
         "--add_bos_token",
         action="store_true",
         default=None,
         help="token 0 before every context, as the RWKV releases were evaluated",
     )
-    add("--prefix_token_id", type=int, help="another token in its place, 187 for a line break of GPT-NeoX's")
+    add("--prefix_token_id", type=int, help="another token in its place, such as 187, the line break of GPT-NeoX")
     add("--output_path", "-o", help="folder or .json of lm_eval's results")
     args, rest = parser.parse_known_args(argv)
     args = vars(args)
     batch_size, output = args.pop("batch_size"), args.pop("output_path")
-    if output is not None:  # lm_eval would find out after all tasks, and end with exit code 0
+    if output is not None:  # lm_eval would fail after all tasks only, and with exit code 0
         output = files.user_path(output)
         files.check_output_folder(output.parent if output.suffix == ".json" else output)
         rest.append(f"--output_path={output}")
@@ -53,7 +53,7 @@ def main(argv=None) -> None:
 
 
 def _with_home(argument: str) -> str:
-    """`--output_path=~/results` as a shell would have expanded `--output_path ~/results`."""
+    """Expand ~ in `--output_path=~/results`, as a shell does in `--output_path ~/results`."""
     name, equals, value = argument.partition("=")
     return f"{name}={files.user_path(value)}" if equals and value.startswith("~") else argument
 

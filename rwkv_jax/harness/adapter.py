@@ -7,10 +7,10 @@
 
 Conventions are those of the harness's own adapter for transformers ("hf") on a folder of `RwkvForCausalLM`:
 
-    empty context       token 0, which ends documents, stands before the continuation
-    other contexts      nothing stands before them. The scripts of the RWKV releases put one token there, 0 or a line
-                        break: `add_bos_token=True`, with `prefix_token_id=187` for the latter (GPT-NeoX's id)
-    rolling             token 0 before each document, which is scored for itself
+    empty context       token 0, which ends documents, precedes the continuation
+    other contexts      nothing precedes them. The scripts of the RWKV releases put one token there, 0 or a line break:
+                        `add_bos_token=True`, with `prefix_token_id=187` for the latter (GPT-NeoX's id)
+    rolling             token 0 before each document; documents are scored independently
     generation          ends at token 0, at a stop string, or after 256 tokens; greedy unless a task asks otherwise
 
 The two differ in:
@@ -21,7 +21,7 @@ The two differ in:
     beams               "hf" searches with `num_beams` of them. Here there is one, and a warning where a task asks for
                         more
     batched generation  "hf" pads on the left with tokens that transformers' RWKV reads, as it ignores the attention
-                        mask: right at batch size 1 only. Here a row does not depend on its batch
+                        mask: correct at batch size 1 only. Here a row does not depend on its batch
 """
 
 import json
@@ -40,8 +40,8 @@ from rwkv_jax.harness.prefixes import read_many
 from rwkv_jax.harness.requests import WINDOW, batches, score
 from rwkv_jax.pretrained import RWKVForCausalLM
 
-NAME = "rwkv_jax"  # by which lm_eval's own command knows the adapter
-# What a task may ask of a sampler besides the temperature.
+NAME = "rwkv_jax"  # of the adapter in lm_eval's own command
+# Settings of the sampler that a task may give besides the temperature.
 SAMPLING = ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -54,8 +54,8 @@ class HarnessLM(TemplateLM):
         tokenizer, dtype: see `RWKVForCausalLM.from_pretrained`.
         batch_size: texts read at one time.
         max_length: tokens that the model reads of a text, the last ones; None: no limit if all layers are recurrent.
-        prefix_token_id: stands before what has no context.
-        add_bos_token: whether it stands before all other contexts, too.
+        prefix_token_id: precedes texts without a context.
+        add_bos_token: whether it precedes all other contexts, too.
         max_batch_size, device: ignored; `lm_eval run` always gives them. JAX_PLATFORMS chooses the device.
     """
 
@@ -116,7 +116,7 @@ class HarnessLM(TemplateLM):
         return [tuple(answer) for answer in scored]
 
     def _cut(self, context, room: int):
-        """Return the end of the context with which `room` further tokens can be predicted."""
+        """Return the longest end of the context that leaves room to predict `room` tokens."""
         if self.max_length is None:
             return context
         if room > self.max_length:
@@ -146,7 +146,7 @@ class HarnessLM(TemplateLM):
         with tqdm(desc="generated", total=len(requests), disable=True if disable_tqdm else None) as bar:
             for kind in kinds.values():
                 same = [(self._cut(ids, 1 + settings[i][2]), i) for i, ids in asked if settings[i][:2] == kind]
-                same.sort()  # those that begin alike together
+                same.sort()  # texts with shared prefixes together
                 for window in batches(same, WINDOW * self.batch_size):
                     after = read_many(self.lm.model, self.lm.params, [ids for ids, _ in window], self.batch_size)
                     for batch in batches([(row, i) for row, (_, i) in enumerate(window)], self.batch_size):
@@ -157,7 +157,7 @@ class HarnessLM(TemplateLM):
         return [texts[i] for i in range(len(requests))]
 
     def _continue(self, after, batch, sampling: dict, stop: list[str], settings) -> dict[int, str]:
-        """Return the continuations of rows of a context, by request; rows of no new tokens fill the batch."""
+        """Return the continuations of rows of a context, by request; rows without new tokens pad the batch."""
         spare = self.batch_size - len(batch)
         result = generate.generate_texts(
             self.lm.model,

@@ -1,7 +1,7 @@
 """Contexts of many texts that share prefixes: each prefix is read once, and its state is forked.
 
-Few-shot questions share their examples, and questions about a passage share the passage. For RWKV a fork costs the
-state, of one size whatever the length of the prefix.
+Few-shot questions share their examples, and questions about a passage share the passage. For RWKV a fork costs one
+state, whose size does not depend on the length of the prefix.
 """
 
 import itertools
@@ -13,14 +13,14 @@ from rwkv_jax.generate.context import Context, begin, concatenate, rows
 from rwkv_jax.generate.decode import read
 from rwkv_jax.models import per_layer
 
-SHARED = 32  # prefixes are cut to a multiple of this: to read fewer tokens apart costs more than it saves
+SHARED = 32  # prefixes are cut to a multiple of this: a separate read of fewer tokens costs more than it saves
 
 
 def read_many(model, params, texts: Sequence[Sequence[int]], batch_size: int) -> Context:
     """Return one context with the rows of all N texts, in their order.
 
-    Texts are read `batch_size` at a time, those of similar length together; the last one fills the last batch. A
-    shared prefix of at least `SHARED` tokens is read once, and so are prefixes that prefixes share.
+    Texts are read `batch_size` at a time, those of similar length together; the last one pads the last batch. A
+    shared prefix of at least `SHARED` tokens is read once, and so are prefixes of prefixes.
 
     Args:
         texts: lists of ids in [0, V), at least one token each.
@@ -59,6 +59,6 @@ def shared_prefixes(texts: list[tuple]) -> list[tuple]:
 
 
 def _shared_length(a: tuple, b: tuple) -> int:
-    """Return the number of first tokens in which two texts agree."""
+    """Return the length of the common prefix of two texts."""
     differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differ, min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations given contexts, which answer multiple choice and perplexity.
+"""Log-likelihoods of continuations given contexts, for multiple-choice and perplexity tasks.
 
 A context is read once however many continuations it has, and so are prefixes that contexts share. Continuations are
 scored from copies of the state, in segments: a text of any length takes the memory of a short one.
@@ -20,7 +20,7 @@ WINDOW = 16  # batches of contexts whose states are held at one time
 
 class Scored(NamedTuple):
     nats: float  # log p of all tokens of the continuation, at most 0
-    is_greedy: bool  # whether each was the likeliest where it stands
+    is_greedy: bool  # whether each was the likeliest at its position
 
 
 def score(model, params, pairs: Sequence[tuple], batch_size: int = 8, progress: bool = True) -> list[Scored]:
@@ -55,12 +55,12 @@ def score(model, params, pairs: Sequence[tuple], batch_size: int = 8, progress: 
 
 
 def batches(values: list, size: int) -> Iterator[list]:
-    """Return `size` values at a time, fewer in the last."""
+    """Return an iterator over lists of `size` values, the last perhaps shorter."""
     return (values[first : first + size] for first in range(0, len(values), size))
 
 
 def last_words(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (passage, its last word with the space before it) of each text: LAMBADA as the harness asks it."""
+    """Return (passage, its last word with the space before it) of each text, as the harness reads LAMBADA."""
     pairs = [text.rpartition(" ") for text in texts]
     for context, _, word in pairs:
         if not context or not word:

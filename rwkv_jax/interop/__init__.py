@@ -13,7 +13,7 @@ import flax.linen as nn
 import numpy as np
 
 from rwkv_jax import files
-from rwkv_jax.interop import formats, huggingface, pth, rwkv_cpp, safetensors_file, states
+from rwkv_jax.interop import card, formats, huggingface, pth, rwkv_cpp, safetensors_file, states
 from rwkv_jax.interop.fingerprint import fingerprint
 from rwkv_jax.interop.official import check, from_official, model_of, to_official, version_of
 from rwkv_jax.models.block import RELEASED_EPSILON
@@ -24,17 +24,17 @@ __all__ = [
 ]  # fmt: skip
 
 FORMATS = ("pth", "safetensors", "huggingface", "rwkv.cpp")
-_FIELDS = "rwkv_jax"  # where a .safetensors of ours has the fields of its model, in the metadata
+_FIELDS = "rwkv_jax"  # metadata key of the model's fields in a .safetensors of ours
 
 
 def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True) -> tuple[nn.Module, Any]:
-    """Model and parameters from a file or folder, whose format is detected from its content.
+    """Return model and parameters from a file or folder, whose format is detected from its content.
 
-    It is an official `.pth` of RWKV-4, 5.2, 6 or 7; a `.safetensors` with official or transformers' names, or one of
+    That is an official `.pth` of RWKV-4, 5.2, 6 or 7; a `.safetensors` with official or transformers' names, or one of
     ours, with any model; a folder for transformers, of its RwkvForCausalLM (RWKV-4) or flash-linear-attention's
     RWKV7ForCausalLM; or an rwkv.cpp file of any of these versions, FP32 or FP16. `rwkv_jax.load` takes a training
-    workdir too. The model computes what the code does that the file is for: RWKV-5.2 in files of rwkv.cpp has another
-    `head_norm_epsilon` than as released.
+    workdir too. The model computes what the file's own runtime does: RWKV-5.2 in files of rwkv.cpp has another
+    `head_norm_epsilon` than the released one.
 
     Args:
       path: of a file or folder, or a name on the Hugging Face hub: see `locate`.
@@ -45,7 +45,7 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
 
     Raises:
       OSError: nothing is at `path`, or it cannot be read or downloaded.
-      ValueError: what is there is damaged, or is none of these.
+      ValueError: it is damaged, or has none of these formats.
     """
     path = locate(path)
     found, fields, tensors, epsilon = _read(path)
@@ -57,7 +57,7 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
 
 
 def describe(path) -> nn.Module:
-    """The model that `load` would return for `path`, without reading its parameters; the same errors."""
+    """Return the model that `load` would return for `path`, without reading its parameters; the same errors."""
     path = locate(path)
     _, fields, tensors, epsilon = _read(path)
     with formats.naming(path):
@@ -65,8 +65,10 @@ def describe(path) -> nn.Module:
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None, dict[str, np.ndarray], float]:
-    """(tensors of a file or folder by its own names, the model's fields where the file is one of ours, the tensors by
-    official name, and the epsilon of the heads' norm in the code that they are for)."""
+    """Return (tensors by their own names, fields, tensors by official name, epsilon of the heads' norm) of a path.
+
+    The fields are the model's if the file is one of ours, else None; the epsilon is that of the file's runtime.
+    """
     fields = None
     if path.is_dir():
         tensors = huggingface.read(path)
@@ -82,16 +84,16 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None, dic
         tensors = pth.read(path)
     if tuned := [name for name in tensors if name.endswith(states.TIME_STATE)]:
         if len(tuned) == len(tensors):
-            raise ValueError(f"{path}: tuned initial states, not weights; give it as a context of their model")
-        print(f"{path} holds tuned initial states, left out here: give it as a context, too", file=sys.stderr)
+            raise ValueError(f"{path}: tuned initial states, not weights; load it as a context of their model")
+        print(f"{path} holds tuned initial states, ignored here: load it as a context, too", file=sys.stderr)
     return tensors, fields, *huggingface.named_officially(tensors)
 
 
 def locate(path) -> Path:
-    """The local file or folder that `path` means.
+    """Return the local file or folder of `path`, downloaded if it is a name on the Hugging Face hub.
 
-    Where there is none, "org/name" (a folder for transformers) and "org/name/file.pth" are names on the Hugging Face
-    hub, from which they are downloaded into its cache.
+    Without a local file, "org/name" (a folder for transformers) and "org/name/file.pth" are such names; the files go
+    into the hub's own cache.
 
     Raises:
       FileNotFoundError: there is none.
@@ -107,7 +109,7 @@ def locate(path) -> Path:
 
 
 def destination(path, format: str | None = None) -> tuple[Path, str]:
-    """The path and the format in which `save` with these arguments writes a model; its errors, before the work."""
+    """Return the path and format that `save` would use for these arguments; raise its errors before the work."""
     path = files.user_path(path)
     format = format or {"": "huggingface"}.get(path.suffix, path.suffix.removeprefix("."))
     if format not in FORMATS:
@@ -122,13 +124,17 @@ def destination(path, format: str | None = None) -> tuple[Path, str]:
     return path, format
 
 
-def save(path, model: nn.Module, params: Any, format: str | None = None) -> None:
+def save(
+    path, model: nn.Module, params: Any, format: str | None = None, *, training: Any = None, tokenizer: Any = None
+) -> None:
     """Write model and parameters to `path`, whole or not at all.
 
     Args:
       format: "pth", the official state dict; "safetensors", the same tensors and the model's fields, for any model;
         "huggingface", a folder for transformers, of RWKV-4 or 7; "rwkv.cpp", float16 if the parameters are, else
         float32. None takes it from the suffix of `path`: .pth, .safetensors, or none for a folder.
+      training: for the model card of a folder, what `runs.load_with_training` knows of it; None: unknown.
+      tokenizer: for the card alone, the `data.tokenizers.Tokenizer` that the caller saves in the folder.
 
     Raises:
       ValueError: the format is not supported, cannot hold this model, or `params` are not this model's.
@@ -139,34 +145,37 @@ def save(path, model: nn.Module, params: Any, format: str | None = None) -> None
     tensors = to_official(params)
     with formats.naming(f"{path}: params are not those of this model"):
         check(tensors, model)
-    if format != "safetensors":  # they have no fields, and are told by names and shapes
+    if format != "safetensors":  # without fields, names and shapes determine the version
         with formats.naming(path):
             version_of(tensors)
     if format == "safetensors":
         safetensors_file.write(path, tensors, {"format": "pt", _FIELDS: json.dumps(_fields(model))})
     elif format == "pth":
         pth.write(path, tensors)
+    elif format == "rwkv.cpp":
+        rwkv_cpp.write(path, tensors, model.head_norm_epsilon)
     else:
-        {"huggingface": huggingface, "rwkv.cpp": rwkv_cpp}[format].write(path, tensors, model.head_norm_epsilon)
+        readme = card.text(path.absolute().name, model, tensors, training, tokenizer)
+        huggingface.write(path, tensors, model.head_norm_epsilon, readme)
 
 
 def check_format(path, format: str, model: nn.Module) -> None:
-    """Raise ValueError where `format` cannot hold this model, of which no parameter is needed."""
+    """Raise ValueError if `format` cannot hold this model; no parameters are needed."""
     if format != "safetensors" and (differs := _unreleased(model, format)):
         raise ValueError(f"{path}: {format} holds released models only, and this one has {differs}; use .safetensors")
 
 
 def _unreleased(model: nn.Module, format: str) -> str | None:
-    """The first thing in which a model differs from the released ones that a format can hold; None if nothing does."""
+    """Return the first difference of a model from the released ones that a format can hold; None without one."""
     others = [f"{name!r} layers" for name, kind, _ in model.unit if format not in kind.formats]
     others += ["layers of several kinds"] if len({name for name, _, _ in model.unit}) > 1 else []
     switches = dict(model.variant) | ({} if model.embedding_norm else {"embedding_norm": False})
-    if format == "pth" and model.head_norm_epsilon != RELEASED_EPSILON:  # the other formats know more of it
+    if format == "pth" and model.head_norm_epsilon != RELEASED_EPSILON:  # the other formats check it in `write`
         switches["head_norm_epsilon"] = model.head_norm_epsilon
     return next(iter([*others, *(f"{name}={value!r}" for name, value in switches.items())]), None)
 
 
 def _fields(model: nn.Module) -> dict[str, Any]:
-    """Arguments of `build` that rebuild the model, apart from the layout of its parameters."""
+    """Return the arguments of `build` that rebuild the model, apart from the layout of its parameters."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name", "scan")]
     return {name: getattr(model, name) for name in names}

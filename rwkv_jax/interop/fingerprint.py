@@ -10,19 +10,19 @@ from jax.experimental import multihost_utils
 
 from rwkv_jax.models import unstack
 
-SAMPLES = 64  # numbers of a parameter that its fingerprint looks at
+SAMPLES = 64  # values of a parameter that its fingerprint includes
 
 
 def fingerprint(model, params) -> str:
-    """SHA-256, in hex, of the names and shapes of the parameters, some of their numbers, and the ablation switches.
+    """Return the SHA-256, in hex, of names, shapes and some values of the parameters, and of the ablation switches.
 
-    Both layouts of the parameters have the same, and so have all dtypes: numbers are rounded to bfloat16 first.
+    It is the same for both layouts of the parameters and for all dtypes: values are rounded to bfloat16 first.
     """
     layers = "blocks" in params
     stacked = lambda path: layers and path[0].key == "blocks"
 
     def shape(path, x):
-        """As an array, with one row a layer where x is stacked."""
+        """Return the shape as an array, with one row a layer if x is stacked."""
         return np.tile(x.shape[1:], (len(x), 1)) if stacked(path) else np.array(x.shape)
 
     def sample(path, x):

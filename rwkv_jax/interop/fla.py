@@ -1,11 +1,11 @@
 """RWKV-7 as flash-linear-attention names it for transformers (its `RWKV7ForCausalLM`, model_type "rwkv7").
 
-A low-rank map is a sequence of two layers with official matrices transposed, and the vector that is added the bias of
-the second. Vectors are [D], but for x_r ... x_g, which are [1, 1, D]; its first version had them in one x_x [6, D].
+A low-rank map is a sequence of two layers: the official matrices transposed, and the added vector as the bias of the
+second. Vectors are [D], except x_r ... x_g, which are [1, 1, D]; its first version had them in one x_x [6, D].
 
 The epsilon of the heads' norm is that of the other norms times the size of a head: the released 64e-5 where a head has
-64 channels. With `fuse_norm` that library adds 1e-6 to the squared length of a key, with which released models were
-not trained; folders written here ask for none. It cannot make a model of one layer, whatever the folder.
+64 channels. With `fuse_norm` that library adds 1e-6 to the squared length of a key, unlike the training of the
+released models; folders written here disable it. The library cannot build a model of one layer.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ _RENAMED = {
     ".attn.": ".att.",
 }
 _MIXES = "rwkvag"  # rows of x_x
-CARRIED = {"tie_word_embeddings": False, "norm_eps": 1e-5, "hidden_act": "sqrelu"}  # of config.json, by our model
+CARRIED = {"tie_word_embeddings": False, "norm_eps": 1e-5, "hidden_act": "sqrelu"}  # in config.json, as in our model
 
 
 def are_named_by_fla(tensors: Mapping[str, np.ndarray]) -> bool:
@@ -41,7 +41,7 @@ def are_named_by_fla(tensors: Mapping[str, np.ndarray]) -> bool:
 
 
 def from_fla(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors by official name, in official shapes. What has none stays as it is."""
+    """Return tensors by official name, in official shapes. Unknown names are kept."""
     out = {}
     for name, x in tensors.items():
         for theirs, ours in _RENAMED.items():
@@ -54,7 +54,7 @@ def from_fla(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def to_fla(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Official tensors of RWKV-7 by the names of flash-linear-attention, in its shapes."""
+    """Return official tensors of RWKV-7 by the names of flash-linear-attention, in its shapes."""
     out = {}
     for name, x in tensors.items():
         x = x.T if _is_low_rank(name) else x.reshape(-1) if VECTORS.match(name) and ".att.x_" not in name else x
@@ -69,12 +69,12 @@ def _is_low_rank(name: str) -> bool:
 
 
 def head_norm_epsilon(tensors: Mapping[str, np.ndarray]) -> float:
-    """The epsilon of the heads' norm with which that library computes the model of some official tensors."""
+    """Return the epsilon of the heads' norm with which that library computes the model of official tensors."""
     return CARRIED["norm_eps"] * tensors["blocks.0.att.r_k"].shape[-1]
 
 
 def config(tensors: Mapping[str, np.ndarray]) -> dict:
-    """The content of config.json for official tensors."""
+    """Return the content of config.json for official tensors."""
     (V, D), (H, K) = tensors["emb.weight"].shape, tensors["blocks.0.att.r_k"].shape
     F, L = tensors["blocks.0.ffn.key.weight"].shape[0], layer_count(tensors)
     rank = lambda c, layer=0: tensors[f"blocks.{layer}.att.{c}1"].shape[1]

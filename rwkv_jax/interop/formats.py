@@ -13,7 +13,7 @@ import numpy as np
 PTH, SAFETENSORS, RWKV_CPP = b"PK\x03\x04", b"{", b"fmgg"
 
 
-# Beginnings of what is often found in place of weights.
+# First bytes of files that are often mistaken for weights.
 _FOREIGN = {
     b"<": "a web page, not weights; download the file itself",
     b"version https://git-lfs": "a Git LFS pointer, not weights; fetch the file itself",
@@ -22,7 +22,7 @@ _FOREIGN = {
 
 
 def format_of(path) -> str:
-    """ "pth", "safetensors" or "rwkv.cpp", by the first bytes of the file.
+    """Return "pth", "safetensors" or "rwkv.cpp", detected from the first bytes of the file.
 
     Raises:
       ValueError: they are those of another format, or the file is empty, or a pipe.
@@ -42,7 +42,7 @@ def format_of(path) -> str:
     for beginning, found in _FOREIGN.items():
         if head.lstrip().startswith(beginning):
             raise ValueError(f"{path}: {found}")
-    raise ValueError(f"{path}: no weights; expected a .pth, .safetensors or rwkv.cpp file")
+    raise ValueError(f"{path}: not weights; expected a .pth, .safetensors or rwkv.cpp file")
 
 
 @contextlib.contextmanager
@@ -55,21 +55,21 @@ def naming(source):
 
 
 def view(path) -> mmap.mmap:
-    """Content of a file that is not empty, memory-mapped."""
+    """Memory-map a file that is not empty."""
     with Path(path).open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def content(array: Any) -> np.ndarray:
-    """Bytes of a NumPy or JAX array in C order, uint8 [n]; a copy only where the array has another layout."""
+    """Return the bytes of a NumPy or JAX array in C order, uint8 [n]; a copy only if its layout differs."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def copied(name: str, x: np.ndarray, to: np.ndarray) -> np.ndarray:
-    """Copy a tensor to an array of its shape and of any dtype, which is returned. What is too small there becomes 0.
+    """Copy a tensor to an array of its shape and of any dtype, and return that array. Underflow becomes 0.
 
     Raises:
-      ValueError: a number is too large there and has become infinite.
+      ValueError: a finite number overflows the dtype.
     """
     with np.errstate(over="ignore"):
         np.copyto(to, x, casting="unsafe")

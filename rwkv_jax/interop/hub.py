@@ -10,11 +10,11 @@ from rwkv_jax import files
 from rwkv_jax.data import hub
 
 _NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<file>[\w-][\w./-]*\.(?:pth|safetensors|bin)))?")
-_BESIDE = ["*.json", "*.txt"]  # config and index, and what tokenizers are made of
+_BESIDE = ["*.json", "*.txt"]  # config, index and tokenizer files
 
 
 def is_name(name: str) -> bool:
-    """Return whether `name` can be "org/name" or "org/name/path/of/a.pth": its first part must be no local folder."""
+    """Return whether `name` can be "org/name" or "org/name/path/of/a.pth"; its first part must not exist locally."""
     found = _NAME.fullmatch(name)
     if found is None or Path(name.split("/")[0]).exists():
         return False
@@ -22,9 +22,9 @@ def is_name(name: str) -> bool:
 
 
 def download(name: str) -> Path:
-    """The folder of a repository, or one file of it, from the cache or the hub.
+    """Return the folder of a repository, or one file of it, from the cache or the hub.
 
-    Of a folder, only the weights that `huggingface.read` takes and small files beside them are downloaded.
+    Only the weights that `huggingface.read` takes, and small files beside them, are downloaded for a folder.
 
     Raises:
       FileNotFoundError: there is no such repository or file.
@@ -47,7 +47,7 @@ def download(name: str) -> Path:
     except errors.LocalEntryNotFoundError as error:
         raise OSError(f"{name}: no such file here, not in the hub's cache, and the hub was not reached") from error
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
-        raise FileNotFoundError(f"{name}: no such file here, and on the hub none, or none you may read") from error
+        raise FileNotFoundError(f"{name}: no such file here, and none on the hub that you may read") from error
     except Exception as error:  # of whatever HTTP library is underneath
         raise OSError(f"{name}: no such file here, and the hub failed: {files.one_line(error)}") from error
     raise FileNotFoundError(

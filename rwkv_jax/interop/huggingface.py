@@ -4,9 +4,9 @@ They hold RWKV-4 for its own RwkvForCausalLM, or RWKV-7 for flash-linear-attenti
 `config.json` beside `model.safetensors` or `pytorch_model.bin`, each perhaps in parts that an index names.
 
 Beware: transformers' `save_pretrained` of RWKV-4, called after a forward pass in evaluation with its default
-`rescale_every` of 6, stores weights from layer 6 on divided by 2, 4, ... and says so nowhere, so that neither
-transformers nor this module reads back the model that was saved. Loading says so where the sizes of the weights tell.
-Folders written here ask for no rescaling, unless the weights are float16, whose range needs it.
+`rescale_every` of 6, stores weights from layer 6 on divided by 2, 4, ... without recording it, so that neither
+transformers nor this module reads back the model that was saved. Loading warns if the sizes of the weights show it.
+Folders written here disable rescaling, unless the weights are float16, whose range needs it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_jax import files
-from rwkv_jax.interop import fla, formats, pth, safetensors_file
+from rwkv_jax.interop import card, fla, formats, pth, safetensors_file
 from rwkv_jax.interop.official import layer_count, version_of, without_prefix
 from rwkv_jax.models.block import RELEASED_EPSILON
 
@@ -44,19 +44,20 @@ _RENAMED = {
     "time_mix_v": "time_mix_value",
     "time_mix_r": "time_mix_receptance",
 }
-_CARRIED = {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-5}  # by our model; also what is not written
+# Fields of config.json as our model has them, which are also the defaults of absent ones.
+_CARRIED = {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-5}
 _TYPES = {"rwkv": ("RWKV-4", _CARRIED), "rwkv7": ("RWKV-7", fla.CARRIED)}  # by model_type of a config.json
 
 
 def to_transformers(name: str) -> str:
-    """transformers' name of an official tensor."""
+    """Return transformers' name of an official tensor."""
     for ours, theirs in _RENAMED.items():
         name = name.replace(ours, theirs)
     return name if name == "head.weight" else f"rwkv.{name}"
 
 
 def to_official_name(name: str) -> str:
-    """The official name of a tensor of transformers; any other name stays as it is."""
+    """Return the official name of a tensor of transformers; any other name is kept."""
     if not name.startswith("rwkv."):
         return name
     name = name.removeprefix("rwkv.")
@@ -66,9 +67,9 @@ def to_official_name(name: str) -> str:
 
 
 def named_officially(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
-    """Tensors by official name, which may come by a name of transformers or with DeepSpeed's prefix.
+    """Return tensors by official name, from names of transformers or fla too, with or without DeepSpeed's prefix.
 
-    Returns them with the epsilon of the heads' norm in the code whose names they had.
+    Also returns the epsilon of the heads' norm in the library whose names they had.
     """
     tensors = without_prefix(tensors)
     if fla.are_named_by_fla(tensors):
@@ -82,10 +83,10 @@ def are_named_by_transformers(tensors: Mapping[str, np.ndarray]) -> bool:
 
 
 def read(folder) -> dict[str, np.ndarray]:
-    """The tensors in a folder by the names that they have there: views of its memory-mapped files.
+    """Return the tensors in a folder by the names that they have there: views of its memory-mapped files.
 
     Raises:
-      ValueError: it is of another kind or of a variant that our model cannot carry, a file is damaged or missing.
+      ValueError: its model is of another kind, or a variant that ours lacks; a file is damaged or missing.
     """
     folder = Path(folder)
     _check_config(folder / "config.json")
@@ -112,10 +113,10 @@ def _check_config(path: Path) -> None:
 
 
 def report_rescaling(path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Say on stderr where weights look as if transformers had divided them by powers of 2: see the module's docstring.
+    """Warn on stderr if transformers seems to have divided weights by powers of 2: see the module's docstring.
 
-    They do where, every `rescale_every` layers, both matrices that it divides become half as large, next to how much
-    they change from layer to layer around.
+    The sign is that every `rescale_every` layers both matrices that it divides become half as large, relative to their
+    change between the layers around.
 
     Args:
         path: of the folder, or of the file of one.
@@ -138,7 +139,7 @@ def report_rescaling(path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _log2_sizes(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """Binary logarithm of the root mean square of some rows of a matrix in each layer, [L]."""
+    """Return log2 of the root mean square of some rows of a matrix in each layer, [L]."""
     matrices = (tensors[f"blocks.{i}.{name}.weight"] for i in range(layer_count(tensors)))
     rows = (x[:: max(1, len(x) // 64)].astype(np.float64) for x in matrices)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -146,7 +147,7 @@ def _log2_sizes(tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def _halves(size_L: np.ndarray, layer: int) -> bool:
-    """True where log2 of a size falls by about 1 at a layer, relative to the layers before and after."""
+    """Return whether log2 of a size falls by about 1 at a layer, relative to the layers before and after."""
     with np.errstate(invalid="ignore"):
         change = np.diff(size_L)  # [i]: from layer i to i + 1
         around = np.delete(change[layer - 2 : layer + 1], 1)
@@ -164,17 +165,20 @@ def _parts(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def write(folder, tensors: Mapping[str, np.ndarray], epsilon: float = RELEASED_EPSILON) -> None:
+def write(
+    folder, tensors: Mapping[str, np.ndarray], epsilon: float = RELEASED_EPSILON, readme: bytes | None = None
+) -> None:
     """Write official tensors of RWKV-4 or 7 as a folder that `from_pretrained` loads, whole or not at all.
 
-    Over an earlier folder of this kind, whose other files (a tokenizer) are kept.
+    An earlier folder of this kind is replaced, but its other files (a tokenizer) are kept.
 
     Args:
       epsilon: of the heads' norm of their model.
+      readme: its model card, see `card`.
 
     Raises:
       FileExistsError: something else is there.
-      FileNotFoundError: the folder in which it goes does not exist.
+      FileNotFoundError: its parent folder does not exist.
       ValueError: the model would be computed with another epsilon.
     """
     folder = Path(folder)
@@ -203,14 +207,16 @@ def write(folder, tensors: Mapping[str, np.ndarray], epsilon: float = RELEASED_E
         )
         for file, names in parts.filename_to_tensors.items():
             part = {name: tensors[name] for name in names}
-            safetensors_file.write(new / file, part, {"format": "pt"})  # which transformers 4 insists on
+            safetensors_file.write(new / file, part, {"format": "pt"})  # required by transformers 4
         if parts.is_sharded:
             index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
             (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        if readme is not None:
+            card.write(new, folder, readme)
 
 
 def check_folder(folder: Path) -> None:
-    """Raise OSError unless `write` can make this folder, or write to it: it is empty or of an RWKV model."""
+    """Raise OSError unless `write` can create this folder, or write to it: it is empty or of an RWKV model."""
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{folder.parent}: no such folder; cannot write {folder.name} there")
     files.check_output_folder(folder.parent)
@@ -221,7 +227,7 @@ def check_folder(folder: Path) -> None:
     except (ValueError, OSError):
         known = False
     if not known:
-        raise FileExistsError(f"{folder}: exists and is no folder of an RWKV model; choose another name")
+        raise FileExistsError(f"{folder}: exists and is not a folder of an RWKV model; choose another name")
 
 
 def _config(tensors: Mapping[str, np.ndarray]) -> dict:

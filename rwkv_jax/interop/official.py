@@ -25,11 +25,11 @@ from rwkv_jax.models.kinds import DEFAULT
 
 # Vectors that are [1, 1, D] in a state dict, by the last part of their names; see `_lifted` for one more.
 VECTORS = re.compile(r"(?:.*\.)?(time_mix_\w|time_maa_[a-z]|x_[a-z]|[wav]0|k_k|k_a)$")
-# No parameters: the value residual of RWKV-7 in the first layer, which has none, and tuned initial states.
+# Not parameters: the value residual of RWKV-7 in the first layer, which has none, and tuned initial states.
 _UNUSED = re.compile(r"blocks\.0\.att\.v[012]$|blocks\.\d+\.att\.time_state$")
-# The `rwkv` package tells the version and the heads by the names that it has met so far: these must come first.
+# The `rwkv` package infers the version and the heads from the names read so far: these must come first.
 _TELLING = re.compile(r"blocks\.\d+\.att\.(time_maa_\w+|gate\.weight)$")
-# Parts of names that tell a version which is not supported.
+# Parts of names that identify unsupported versions.
 _OTHERS = {
     ".ffn.s_emb": "RWKV-7 with deep embeddings",
     "emb_x": "RWKV-7 with deep embeddings",
@@ -48,18 +48,18 @@ def from_official(
     fields: Mapping[str, Any] | None = None,
     head_norm_epsilon: float = RELEASED_EPSILON,
 ) -> tuple[nn.Module, Any]:
-    """Model and parameters of a released state dict, whose names and shapes tell the version and all sizes.
+    """Return model and parameters of a released state dict, whose names and shapes give its version and sizes.
 
     Args:
       tensors: arrays by official name, perhaps memory-mapped: each is read once, into its final place.
       dtype: of the parameters; None keeps each tensor's own. Decays and bonuses are float32 at
         least. Activations have the parameters' dtype (the head's, where they differ), but float32 for float16:
-        a residual stream leaves float16's range (the released code halves it every 6 layers).
+        a residual stream exceeds float16's range (the released code halves it every 6 layers).
       sharding: None for the default device, one `jax.sharding.Sharding`, or a tree of them like the parameters.
       scan: layers stacked [L, ...], or one set of parameters a layer.
-      fields: arguments of `build`, perhaps from a stranger's file: `tensors` are then those of this model, of any
-        kind, as `to_official` names them.
-      head_norm_epsilon: of the code that the tensors are for, which none of them tells. `fields` have their own.
+      fields: arguments of `build`, perhaps untrusted: `tensors` are then those of this model, of any kind, as
+        `to_official` names them.
+      head_norm_epsilon: of the runtime that the tensors are for; they do not contain it. `fields` have their own.
 
     Raises:
       ValueError: weights of another version; a key is missing, unknown, not of floats or of another shape; `fields`
@@ -77,7 +77,7 @@ def model_of(
     fields: Mapping[str, Any] | None = None,
     head_norm_epsilon: float = RELEASED_EPSILON,
 ) -> nn.Module:
-    """The model of `from_official`; no tensor is read."""
+    """Return the model of `from_official`; no tensor is read."""
     chosen = _released_fields(tensors) | {"head_norm_epsilon": head_norm_epsilon} if fields is None else fields
     L = layer_count(tensors)
     if chosen.get("num_layers") != L:  # before a model of a billion layers is built
@@ -97,7 +97,7 @@ def model_of(
 
 
 def _released_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The arguments of `build` for the released model that a state dict holds."""
+    """Return the arguments of `build` for the released model that a state dict holds."""
     V, D = _matrix_shape(tensors, "emb.weight")
     kind = version_of(tensors)
     F, _ = _matrix_shape(tensors, "blocks.0.ffn.key.weight")
@@ -115,12 +115,12 @@ def _released_fields(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def version_of(tensors: Mapping[str, np.ndarray]) -> str:
-    """The kind of layer that a released state dict holds, by its names and shapes.
+    """Return the kind of layer of a released state dict, detected from its names and shapes.
 
-    Those of all layers count: one that misses a tensor is of the same version.
+    All layers are searched, so that a missing tensor does not change the version.
 
     Raises:
-      ValueError: they are those of a version that is not supported.
+      ValueError: the version is not supported.
     """
     for part, version in _OTHERS.items():
         if (key := next((name for name in tensors if part in name), None)) is not None:
@@ -140,12 +140,12 @@ def version_of(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | None, sharding: Any) -> Any:
-    """The parameters of `model` on their devices; each tensor keeps its own dtype where `dtype` is None."""
+    """Return the parameters of `model` on their devices; each tensor keeps its own dtype where `dtype` is None."""
     shapes = parameter_shapes(model)
     shardings = flatten_dict(sharding_tree(sharding, shapes))
     shapes = flatten_dict(shapes)
     params = {}
-    # Largest first: a leaf's copy on its way in then never comes on top of a whole model.
+    # Largest first, so that a leaf's temporary copy never adds to a whole model.
     order = sorted(shapes, key=lambda path: -math.prod(shapes[path].shape))
     for path in tqdm(order, "weights", unit="array", disable=None):
         names = _official_names(path, shapes[path].shape, len(model.layers), model.layers_apart)
@@ -155,13 +155,13 @@ def _placed(tensors: Mapping[str, np.ndarray], model: nn.Module, dtype: str | No
         keeps = dtype is None and not _kept_wide("/".join(path))
         wanted = float_dtype(kept) if keeps else shapes[path].dtype
         read = functools.partial(_part, names, layers, path[0] == "blocks", wanted)
-        # Waited for: on a busy machine the copies of several leaves would be in memory at a time.
+        # Blocking: on a busy machine the copies of several leaves would else be in memory at a time.
         params[path] = jax.block_until_ready(place(read, shapes[path].shape, shardings[path]))
     return unflatten_dict(params)
 
 
 def to_official(params: Any) -> dict[str, np.ndarray]:
-    """The official state dict of parameters in either layout: NumPy views, matrices [out, in].
+    """Return the official state dict of parameters in either layout: NumPy views, matrices [out, in].
 
     Kinds of layer without released weights are named by the same rule, for files of ours.
     """
@@ -178,13 +178,13 @@ def to_official(params: Any) -> dict[str, np.ndarray]:
 
 
 def without_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors without the prefix that DeepSpeed leaves on names, and without those that are no parameters."""
+    """Return the tensors without DeepSpeed's prefix of names, and without those that are not parameters."""
     named = {name.removeprefix("_forward_module."): x for name, x in tensors.items()}
     return {name: x for name, x in named.items() if not _UNUSED.match(name)}
 
 
 def layer_count(names: Iterable[str]) -> int:
-    """L, the number of different layers in official names."""
+    """Return L, the number of different layers in official names."""
     return len({name.split(".")[1] for name in names if re.match(r"blocks\.\d+\.", name)})
 
 
@@ -214,7 +214,7 @@ def check(tensors: Mapping[str, np.ndarray], model: nn.Module) -> None:
 
 
 def sharding_tree(sharding: Any, shapes: Any) -> Any:
-    """`sharding` for each leaf of `shapes`: one or None for all, or already a tree of that structure."""
+    """Return a sharding for each leaf of `shapes`, from one or None for all, or from a tree of that structure."""
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         return jax.tree.map(lambda _: sharding, shapes)
     if jax.tree.structure(sharding) != jax.tree.structure(shapes):
@@ -224,9 +224,9 @@ def sharding_tree(sharding: Any, shapes: Any) -> Any:
 
 
 def place(read: Callable, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """The array whose part at `index`, a tuple of slices, is `read(index)`, a copy, which the array may take over.
+    """Return the array whose part at `index`, a tuple of slices, is `read(index)`, a copy that the array may own.
 
-    A host reads the parts of its devices.
+    A host reads only the parts of its devices.
     """
     if sharding is None:
         # `jnp.asarray` would compile a program for each shape
@@ -235,7 +235,7 @@ def place(read: Callable, shape: tuple[int, ...], sharding: jax.sharding.Shardin
 
 
 def float_dtype(dtype: Any) -> str:
-    """The name of a floating-point dtype as JAX will store it (float64 only where it is enabled)."""
+    """Return the name of a floating-point dtype as JAX will store it (float64 only where it is enabled)."""
     try:
         name = jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)).name
     except TypeError:
@@ -253,7 +253,7 @@ def _matrix_shape(tensors, name) -> tuple[int, int]:
     if name not in tensors and name.startswith("blocks."):
         raise ValueError(f"key {name!r} is missing among {len(tensors)}")
     if name not in tensors:
-        raise ValueError(f"no RWKV weights: {name!r} is not among the {len(tensors)} keys {list(tensors)[:3]}")
+        raise ValueError(f"not RWKV weights: {name!r} is not among the {len(tensors)} keys {list(tensors)[:3]}")
     if tensors[name].ndim != 2:
         raise ValueError(f"{name!r} has shape {tensors[name].shape}, expected a matrix")
     return tensors[name].shape
@@ -265,7 +265,7 @@ def _kept_wide(path: str) -> bool:
 
 
 def _official_names(path: tuple[str, ...], shape: tuple[int, ...], period: int, apart: int) -> list[str]:
-    """Names of a leaf of our tree in a state dict, one a layer where it is stacked.
+    """Return the names of a leaf of our tree in a state dict, one a layer if it is stacked.
 
     Args:
         period: layers in the repeating unit, which a stacked hybrid keeps apart as block_0, block_1, ...
@@ -281,13 +281,13 @@ def _official_names(path: tuple[str, ...], shape: tuple[int, ...], period: int, 
 
 
 def _lifted(path: tuple[str, ...], leaves: Mapping[tuple, Any]) -> bool:
-    """True if a leaf is [1, 1, D] for each layer of a state dict. RWKV-4 and 6 have decays of one name, [D] in 4."""
+    """Return whether a leaf is [1, 1, D] for each layer of a state dict; time_decay is in RWKV-6, but not in 4."""
     of_rwkv6 = path[-1] == "time_decay" and (*path[:-1], "time_maa_x") in leaves
     return of_rwkv6 or (len(path) > 2 and VECTORS.match(path[-1]) is not None)
 
 
 def _part(names: list[str], layers: list[np.ndarray], stacked: bool, dtype, index: tuple[slice, ...]) -> np.ndarray:
-    """A copy of layers[index] for stacked layers, of layers[0][index] for a leaf of one."""
+    """Copy layers[index] of stacked layers, or layers[0][index] of a single one."""
     first, rest = (index[0], index[1:]) if stacked else (slice(None), index)
     parts = [x[rest] for x in layers[first]]
     copy = np.empty((len(parts), *parts[0].shape), dtype)

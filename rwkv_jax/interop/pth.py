@@ -52,7 +52,7 @@ class _Tensor(NamedTuple):
 
 class _OrderedDict(dict):
     def __setstate__(self, module_versions):
-        """Attributes are dropped: torch hangs the modules' versions here, and a forger could hang an `items`."""
+        """Drop attributes: torch stores the modules' versions here, and a forged file could store an `items`."""
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_requires_grad_hooks_metadata):
@@ -63,7 +63,7 @@ def _rebuild_parameter(tensor, *_requires_grad_hooks):
     return tensor
 
 
-# Storage types stay strings: a pickle can alter a class or an array type it gets hold of, but not a string.
+# Storage types stay strings: a pickle can modify a class that it has a reference to, but not a string.
 _GLOBALS = {
     ("collections", "OrderedDict"): _OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -73,7 +73,7 @@ _GLOBALS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds the objects of `_GLOBALS`, numbers, strings and containers; imports and calls nothing else."""
+    """An unpickler of `_GLOBALS`, numbers, strings and containers; it imports and calls nothing else."""
 
     def find_class(self, module, name):
         if (module, name) not in _GLOBALS:
@@ -88,7 +88,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read(path) -> dict[str, np.ndarray]:
-    """The tensors of a `.pth` state dict, by name.
+    """Return the tensors of a `.pth` state dict, by name.
 
     Each array is a read-only view of the memory-mapped file, with the file's dtype (bfloat16 included), shape and
     strides: nothing is read before it is used, so a 28 GB file needs no memory of its own.
@@ -114,8 +114,8 @@ def read(path) -> dict[str, np.ndarray]:
 
 
 def _state_dict(program: bytes) -> dict[str, _Tensor]:
-    """The tensors that a pickle names."""
-    # A damaged pickle can raise nearly anything; all of it means one thing to the reader.
+    """Return the tensors that a pickle names."""
+    # A damaged pickle can raise nearly anything; all are reported alike.
     try:
         _check_memo(program)
         state = _Unpickler(io.BytesIO(program)).load()
@@ -126,21 +126,21 @@ def _state_dict(program: bytes) -> dict[str, _Tensor]:
         raise ValueError(f"holds a {kind(state)}; expected a dict of tensors")
     for name, value in state.items():
         if not isinstance(name, str):
-            raise ValueError(f"key {name!r} is no string; expected a dict of tensors by name")
+            raise ValueError(f"key {name!r} is not a string; expected a dict of tensors by name")
         if not isinstance(value, _Tensor):
             raise ValueError(f"{name!r} holds a {kind(value)}; expected a flat dict of tensors only")
     return state
 
 
 def _check_memo(program: bytes) -> None:
-    """Refuse a pickle that numbers what it remembers beyond its own length: CPython makes a table of that size."""
+    """Refuse a pickle with a memo index beyond its own length: CPython allocates a table of that size."""
     for operation, number, _ in pickletools.genops(program):
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > len(program):
-            raise ValueError(f"it remembers an object as number {number:,} and has {len(program):,} bytes")
+            raise ValueError(f"its memo index {number:,} exceeds its {len(program):,} bytes")
 
 
 def _records(path) -> dict[str, tuple[int, int]]:
-    """First and last-plus-one byte of each stored record within the file, by name."""
+    """Return the first and last-plus-one byte of each stored record within the file, by name."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -152,11 +152,11 @@ def _records(path) -> dict[str, tuple[int, int]]:
 
 def _span(buffer, info: zipfile.ZipInfo) -> tuple[int, int]:
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        raise ValueError(f"record {info.filename!r} is compressed; torch.save stores it as it is")
+        raise ValueError(f"record {info.filename!r} is compressed; torch.save stores it uncompressed")
     header = buffer[info.header_offset : info.header_offset + 30]
     if len(header) < 30 or not header.startswith(formats.PTH):
         raise ValueError(f"damaged zip file: no record where {info.filename!r} should be")
-    # The lengths of name and padding given here, not those of the table of contents: the two may differ.
+    # Lengths of name and padding are those of the local header; the central directory's may differ.
     start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
     if start + info.file_size > len(buffer):
         raise ValueError(f"truncated: record {info.filename!r} ends past the end of the file")
@@ -167,7 +167,7 @@ def _view(buffer, span, name, tensor: _Tensor) -> np.ndarray:
     storage, offset, shape, strides = tensor
     sizes_valid = len(shape) == len(strides) and all(_is_size(n) for n in (offset, *shape, *strides))
     if not isinstance(storage, _Storage) or not sizes_valid or not formats.can_be_a_shape(shape):
-        raise ValueError(f"{name!r} is no strided view of a storage: {tuple(tensor)}")
+        raise ValueError(f"{name!r} is not a strided view of a storage: {tuple(tensor)}")
     if span is None:
         raise ValueError(f"{name!r} needs record 'data/{storage.key}', which the file lacks")
     dtype = jnp.dtype(storage.dtype)
@@ -188,7 +188,7 @@ def _is_size(n) -> bool:
 def write(path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write `tensors` so that `torch.load(path, weights_only=True)` returns them, bit for bit and in order.
 
-    Values may be NumPy or JAX arrays; one is copied at a time. The file appears whole or not at all.
+    Values may be NumPy or JAX arrays; one is copied at a time. The file is written atomically.
 
     Raises:
       ValueError: a tensor has a dtype for which torch has no storage.
@@ -213,7 +213,7 @@ def _add(archive: zipfile.ZipFile, position: int, name: str, content) -> None:
 
 
 def _pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """What pickle protocol 2 makes of an OrderedDict of contiguous torch tensors."""
+    """Return the pickle, in protocol 2, of an OrderedDict of contiguous torch tensors."""
     text = lambda s: b"X" + struct.pack("<I", len(s.encode())) + s.encode()
     ordered_dict = b"ccollections\nOrderedDict\n)R"
     out = [b"\x80\x02", ordered_dict, b"("]

@@ -10,17 +10,17 @@ the official ones, and matrices `.weight` as official. The rest, in that runtime
     low-rank maps of RWKV-6 and 7                 each matrix transposed
     x_r, x_w, x_k, x_v, x_a, x_g of RWKV-7        one x_rwkvag [6, 1, D]
 
-In an FP16 file these are float32 but for the low-rank maps of RWKV-7. All is exact but the decay. RWKV-4: log(exp(x)),
-computed in float64, is x again bit for bit where |x| >= 1, and within 6e-8 of it elsewhere. RWKV-5.2: the decay itself
-is rounded to float32, which takes digits of the slowest: time_decay comes back within 8e-8 exp(-time_decay), bit for
-bit from 1 to 4.4. Of a file that is read and written again, decays from 0.2 to 1 are the same, others within 3e-8.
+In an FP16 file these are float32, except the low-rank maps of RWKV-7. All but the decay is exact. RWKV-4: log(exp(x)),
+computed in float64, equals x bit for bit where |x| >= 1, and within 6e-8 elsewhere. RWKV-5.2: the decay itself is
+rounded to float32, where the slowest lose digits: time_decay is restored within 8e-8 exp(-time_decay), bit for bit
+from 1 to 4.4. In a file that is read and written again, decays from 0.2 to 1 are equal, others within 3e-8.
 
 The runtime computes RWKV-5.2 with 1e-5 for the epsilon of the heads' norm, where the released code has 64e-5. A file
 is read as a model with the epsilon of the runtime. A model with the released one is written with att.receptance / 8,
-as norm(y / 8) with 1e-5 is norm(y) with 64e-5 bit for bit: in the runtime it has its own numbers, which a file that
-the converter of rwkv.cpp makes of released weights has not.
+as norm(y / 8) with 1e-5 is norm(y) with 64e-5 bit for bit: the runtime then computes the released model, which it does
+not for files that rwkv.cpp's own converter makes of released weights.
 
-That runtime quantises such a file further for phones and edge devices.
+The runtime quantises such files further for phones and edge devices.
 """
 
 import math
@@ -46,15 +46,15 @@ _MIXES = "rwkvag"  # rows of x_rwkvag
 
 
 def head_norm_epsilon(tensors: Mapping[str, np.ndarray]) -> float:
-    """The epsilon of the heads' norm with which the runtime computes the model of some official tensors."""
+    """Return the epsilon of the heads' norm with which the runtime computes the model of official tensors."""
     return 1e-5 if version_of(tensors) == "rwkv5" else RELEASED_EPSILON
 
 
 def read(path) -> dict[str, np.ndarray]:
-    """The tensors of a file by official name, in official shapes: read-only views of the memory-mapped file.
+    """Return the tensors of a file by official name and shape: read-only views of the memory-mapped file.
 
     Raises:
-      ValueError: the file is cut short, damaged, quantised, or holds weights of RWKV-5.0 or 5.1.
+      ValueError: the file is truncated, damaged, quantised, or holds weights of RWKV-5.0 or 5.1.
     """
     with formats.naming(path):
         return _read(formats.view(path))
@@ -80,7 +80,7 @@ def _read(buffer) -> dict[str, np.ndarray]:
         position = end
     tensors = without_prefix(tensors)
     if "emb.weight" not in tensors:
-        raise ValueError(f"no RWKV weights: 'emb.weight' is not among the {len(tensors)} keys")
+        raise ValueError(f"not RWKV weights: 'emb.weight' is not among the {len(tensors)} keys")
     tensors = {
         name: _by_heads(x) if name.endswith((".time_decay", ".time_faaaa")) else x for name, x in tensors.items()
     }
@@ -99,7 +99,7 @@ def _check_dtype(what: str, dtype: int) -> None:
 
 
 def _header(buffer, position: int) -> tuple[str, np.dtype, tuple[int, ...], int]:
-    """Name, dtype and shape of the tensor whose header starts at `position`, and where its numbers start."""
+    """Return name, dtype and shape of the tensor whose header starts at `position`, and where its numbers start."""
     try:
         ndim, length, dtype = struct.unpack_from("<3i", buffer, position)
         if not 1 <= ndim <= 3 or not 0 < length <= 1024:
@@ -108,9 +108,9 @@ def _header(buffer, position: int) -> tuple[str, np.dtype, tuple[int, ...], int]
         (name,) = struct.unpack_from(f"{length}s", buffer, position + 12 + 4 * ndim)
         name = name.decode()
     except struct.error as error:
-        raise ValueError(f"truncated: a tensor's header at byte {position:,} is cut short") from error
+        raise ValueError(f"truncated: a tensor's header at byte {position:,} is incomplete") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"damaged: the name of the tensor at byte {position:,} is no text") from error
+        raise ValueError(f"damaged: the name of the tensor at byte {position:,} is not UTF-8") from error
     _check_dtype(repr(name), dtype)
     if min(shape) < 1:
         raise ValueError(f"damaged: {name!r} has shape {shape[::-1]}")
@@ -118,12 +118,12 @@ def _header(buffer, position: int) -> tuple[str, np.dtype, tuple[int, ...], int]
 
 
 def _by_heads(x: np.ndarray) -> np.ndarray:
-    """[H, K] of [H, K, 1], and of the [K, 1] that the converter of rwkv.cpp writes where there is one head."""
+    """Reshape [H, K, 1], or the [K, 1] that rwkv.cpp's converter writes for one head, to [H, K]."""
     return x if x.ndim == 1 else x.reshape(len(x) if x.ndim == 3 else 1, -1)
 
 
 def _official(name: str, x: np.ndarray, kind: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and tensors as official of a tensor in a file."""
+    """Yield the official names and tensors of a tensor in a file."""
     if name.endswith(".x_rwkvag"):
         if len(x) != len(_MIXES):
             raise ValueError(f"damaged: {name!r} has shape {x.shape}, expected {len(_MIXES)} rows")
@@ -150,14 +150,14 @@ def _time_decay(name: str, stored: np.ndarray, kind: str) -> np.ndarray:
         return np.log(-wide).astype(np.float32)
     if not ((wide >= 0) & (wide <= 1)).all():
         raise ValueError(f"{name!r} is not from 0 to 1 everywhere; rwkv.cpp stores it as exp(-exp(time_decay))")
-    # 0 and 1, of which time_decay is infinite, become the nearest decays that float32 rounds to them.
+    # 0 and 1, whose time_decay is infinite, become the nearest decays that float32 rounds to them.
     return np.log(-np.log(np.clip(wide, np.exp(-104), 1 - 2.0**-26))).astype(np.float32)
 
 
 def write(path, tensors: Mapping[str, np.ndarray], epsilon: float = RELEASED_EPSILON) -> None:
     """Write official tensors: matrices as float16 if `head.weight` is float16, everything else as float32.
 
-    Values may be NumPy or JAX arrays; one is copied at a time. The file appears whole or not at all.
+    Values may be NumPy or JAX arrays; one is copied at a time. The file is written atomically.
 
     Args:
       epsilon: of the heads' norm of their model.
@@ -181,7 +181,7 @@ def write(path, tensors: Mapping[str, np.ndarray], epsilon: float = RELEASED_EPS
                 continue
             narrow = half and x.ndim == 2 and ".time_" not in name and not name.endswith(".r_k")
             if divides and name.endswith(".att.receptance.weight"):
-                x, narrow = x.astype(np.float32) / 8, False  # float16 may lack the digits
+                x, narrow = x.astype(np.float32) / 8, False  # float16 may lose digits
             with formats.naming(path):
                 stored = formats.copied(name, x, np.empty(x.shape, _DTYPES[narrow]))
                 if kind == "rwkv4" and name.endswith(".time_decay") and not (stored < 0).all():
@@ -194,7 +194,7 @@ def write(path, tensors: Mapping[str, np.ndarray], epsilon: float = RELEASED_EPS
 
 
 def _stored(name: str, tensors: Mapping[str, np.ndarray], kind: str) -> np.ndarray | None:
-    """An official tensor as the runtime has it, the six of x_rwkvag under the first; None for the other five."""
+    """Return an official tensor as the runtime stores it; x_r gives all six of x_rwkvag, the other five None."""
     x = np.asarray(tensors[name])
     if name.endswith(".time_decay"):
         wide = x.astype(np.float64)

@@ -1,7 +1,7 @@
 """`.safetensors` files: the `safetensors` library reads the header, and a tensor is a view of the file.
 
-The library itself returns copies of whole tensors, where a host may need a part of each. It writes contiguous tensors,
-all at once, which for transposed views takes a second copy of the model (see `write`).
+The library itself returns copies of whole tensors, where a host may need only a part of each. It writes all tensors at
+once, and contiguous, which for transposed views takes a second copy of the model (see `write`).
 """
 
 import json
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from rwkv_jax import files
 from rwkv_jax.interop import formats
 
-# Ours are NumPy's and JAX's names.
+# The format's names -> NumPy's and JAX's
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
@@ -26,7 +26,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors of a file by name, and its metadata.
+    """Return the tensors of a file by name, and its metadata.
 
     Each array is a read-only view of the memory-mapped file: nothing is read before it is used.
 
@@ -41,7 +41,7 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise ValueError(f"{path}: truncated or damaged: {files.one_line(error)}") from error
     buffer = formats.view(path)
     tensors, position = {}, 8 + int.from_bytes(buffer[:8], "little")  # after the header and its length
-    for name, part in parts.items():  # in the order of their numbers, between which the library allows no gaps
+    for name, part in parts.items():  # in the order of their data, where the library allows no gaps
         dtype, shape = part.get_dtype(), part.get_shape()
         if dtype not in _DTYPES:
             raise ValueError(f"{path}: {name!r:.99} has dtype {dtype}, expected one of {', '.join(_DTYPES)}")
@@ -53,7 +53,7 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` with `metadata`; values may be NumPy or JAX arrays. The file appears whole or not at all.
+    """Write `tensors` with `metadata`; values may be NumPy or JAX arrays. The file is written atomically.
 
     One tensor is copied at a time: 16 MiB for 512 MiB of transposed matrices, which take safetensors' own `save_file`
     another 496 MiB.
@@ -63,7 +63,7 @@ def write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) 
       FileNotFoundError: the folder of `path` does not exist.
     """
     header, end = {"__metadata__": dict(metadata)}, 0
-    # Wide dtypes first, as the library does it: then every tensor starts at a multiple of its own width.
+    # Wide dtypes first, as in the library: then every tensor starts at a multiple of its own width.
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     for name in order:
         x = tensors[name]

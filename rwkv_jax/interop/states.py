@@ -6,10 +6,10 @@ A state of the package is a flat list of arrays without a batch axis, here NumPy
     RWKV-5, 6   att_last [D], the matrices [H, K, V], ffn_last [D]
     RWKV-7      att_last [D], the matrices [H, V, K], ffn_last [D]
 
-The package edits the arrays of RWKV-7 in place: give it copies of what you keep. In a channel of RWKV-4 that has read
-nothing (num = den = 0) any log_scale means the same: theirs is -1e30 at the start, ours -1e38.
+The package modifies the arrays of RWKV-7 in-place: give it copies of what you keep. In a channel of RWKV-4 that has
+read nothing (num = den = 0) every log_scale is equivalent: theirs is -1e30 at the start, ours -1e38.
 
-`time_state` is [H, V, K] in every version. It is the matrices alone: both vectors of a layer are zero before the text.
+`time_state` is [H, V, K] in every version. It holds the matrices alone: both vectors of a layer start as zero.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def to_rwkv(model, state) -> list[np.ndarray]:
     """Return the arrays of a state, which `rwkv.model.RWKV.forward` takes as tensors.
 
     Raises:
-      ValueError: the package does not run this model, or the state is not one of it, finite and of batch 1.
+      ValueError: the package does not run this model, or the state is not a finite one of it with batch 1.
     """
     kind, empty = _kind_and_empty(model)
     state = jax.device_get(tuple(state) if isinstance(state, Sequence) else state)
@@ -39,7 +39,7 @@ def to_rwkv(model, state) -> list[np.ndarray]:
         if np.shape(x)[1:] != wanted.shape:
             raise ValueError(f"an array of the state is {np.shape(x)}, expected {(1, *wanted.shape)}")
         if (B := len(x)) != 1:
-            raise ValueError(f"the state has {B} rows, and theirs holds one: convert them one by one")
+            raise ValueError(f"the state has {B} rows, expected one: convert rows one by one")
     arrays = [x for layer in jax.tree.map(lambda x: x[0], state) for x in kind.to_rwkv(layer)]
     return [_checked(i, x) for i, x in enumerate(arrays)]
 
@@ -68,17 +68,17 @@ def from_rwkv(model, arrays: Sequence) -> tuple:
 
 
 def _kind_and_empty(model) -> tuple[Kind, tuple]:
-    """The kind of all layers, and the empty state as zeros without the batch axis."""
+    """Return the kind of all layers, and the empty state as zeros without the batch axis."""
     name, kind, _ = model.unit[0]
     if kind.to_rwkv is None or any(other != name for other, _, _ in model.unit) or model.variant:
         found = ", ".join([repr(name) for name, _, _ in model.unit] + [f"{k}={v!r}" for k, v in model.variant.items()])
-        raise ValueError(f"the rwkv package runs released RWKV models alone, and this one has {found}")
+        raise ValueError(f"the rwkv package runs released RWKV models only, and this one has {found}")
     shapes = jax.eval_shape(lambda: model.init_state(1))
     return kind, jax.tree.map(lambda x: np.zeros(x.shape[1:], np.float32), shapes)
 
 
 def _checked(i: int, x: np.ndarray) -> np.ndarray:
-    """A float32 copy."""
+    """Return a float32 copy; ValueError unless it is finite."""
     x = formats.copied(f"array {i} of the state", x, np.empty(x.shape, np.float32))
     if not np.isfinite(x).all():
         raise ValueError(f"array {i} of the state holds values that are not finite")
@@ -89,7 +89,7 @@ def to_time_state(tuned) -> dict[str, np.ndarray]:
     """Return a tuned state, a tree as `Kind.tuned_start` of each layer, as the tensors of a released file.
 
     Raises:
-      ValueError: it is that of a kind of layer for which no released file has one.
+      ValueError: released files have no tuned state of this kind of layer.
     """
     layers = unstack(jax.device_get(tuned))
     if other := next((sorted(layer) for layer in layers.values() if layer.keys() != {"wkv"}), None):
@@ -98,7 +98,7 @@ def to_time_state(tuned) -> dict[str, np.ndarray]:
 
 
 def from_time_state(model, tensors: Mapping[str, np.ndarray]) -> tuple:
-    """Return the state before the first token, B = 1, of a released file: `tensors` by name, of which others are left.
+    """Return the state before the first token, B = 1, from the `tensors` of a released file; others are ignored.
 
     Raises:
       ValueError: a layer's is missing, has another shape, or holds no finite floats; there are more layers than the

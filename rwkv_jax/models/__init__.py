@@ -1,6 +1,6 @@
 """Models: parameters and names around `ops`, one file for each kind of layer.
 
-`block.py` says what a kind of layer is, `kinds.py` lists them, and `lm.py` makes a language model of them.
+`block.py` defines a kind of layer, `kinds.py` lists them, and `lm.py` builds a language model from them.
 """
 
 from rwkv_jax.models.kinds import KINDS, kind_of

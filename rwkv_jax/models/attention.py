@@ -45,7 +45,7 @@ class KVCache(NamedTuple):
     k_BHSK: jax.Array
     v_BHSK: jax.Array
     length_B: jax.Array
-    start_B: jax.Array  # first slot of the current document: what precedes it is out of sight
+    start_B: jax.Array  # first slot of the current document; earlier ones are masked
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ def rotate(x_BTHK, position_BT):
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, precision=None):
     """Softmax attention of every token to the valid tokens from `start` to itself; no past.
 
-    cuDNN's fused kernel on CUDA for 16-bit inputs without masks (named: `jax.nn.dot_product_attention` does not pick
-    it by itself). Otherwise a block of queries at a time against the keys up to its end, recomputed in the backward
-    pass: no [T, T] array exists in either, and the future half is not computed.
+    16-bit inputs without masks take cuDNN's fused kernel on CUDA (`jax.nn.dot_product_attention` does not choose it
+    by itself). Otherwise each block of queries attends to the keys up to its end, and is recomputed in the backward
+    pass: no [T, T] array exists in either pass, and the future half is not computed.
     """
     plain = start_BT is None and valid_BT is None
     if plain and q_BTHK.dtype.itemsize == 2 and target_platform() == "gpu":
         fused = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-        here = partial(_attention_by_blocks, precision=precision)  # of arrays that are committed to the CPU
+        here = partial(_attention_by_blocks, precision=precision)  # for arrays committed to the CPU
         return jax.lax.platform_dependent(q_BTHK, k_BTHK, v_BTHK, cpu=here, default=fused)
     return _attention_by_blocks(q_BTHK, k_BTHK, v_BTHK, start_BT, valid_BT, precision)
 
@@ -93,7 +93,7 @@ def _attention_by_blocks(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, p
     q_BHTK, k_BHTK, v_BHTK = (rearrange(x, "b t h k -> b h t k") for x in (q_BTHK, k_BTHK, v_BTHK))
     scale = q_BHTK.shape[-1] ** -0.5
 
-    # Keys are cut and masks made inside: what the backward pass keeps of every block is then the same three arrays.
+    # Keys are sliced and masks built inside, so that the backward pass saves the same three arrays for all blocks.
     @partial(jax.checkpoint, static_argnums=(5,))
     def block(q, k_BHTK, v_BHTK, start_BT, valid_BT, begin):
         end = begin + q.shape[2]
@@ -119,10 +119,10 @@ def _attention_by_blocks(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, p
 def cached_attention(q_BTHK, cache: KVCache, slot_BT, start_BT, precision=None):
     """Attention of tokens already written to `cache` at `slot` to the slots from `start` to their own.
 
-    Blocks of slots are read one after the other with a running softmax, and only as many as are filled: a decode
-    step costs what the context costs, not what the cache could hold. A single token reads a cache that is more than
-    half full at once: XLA copies every slice before it multiplies by it, and by block a token takes 61 ms instead of
-    27 (12 x 768, 8,192 slots, 2-core CPU). Not differentiable in reverse (dynamic trip count).
+    Blocks of slots are read in turn with a running softmax, and only as many as are filled: the cost of a decode
+    step depends on the context, not on the capacity of the cache. A single token reads a cache that is more than
+    half full at once: XLA copies every slice before the product, and by block a token takes 61 ms instead of 27
+    (12 x 768, 8,192 slots, 2-core CPU). Not differentiable in reverse (dynamic trip count).
     """
     B, T, H, K = q_BTHK.shape
     S = cache.k_BHSK.shape[2]
@@ -151,7 +151,7 @@ def cached_attention(q_BTHK, cache: KVCache, slot_BT, start_BT, precision=None):
     by_block = lambda: lax.fori_loop(0, filled, block, start)
     at_once = lambda: attend(0, cache.k_BHSK, cache.v_BHSK, start)
     _, total_BHT, out_BHTK = lax.cond(2 * filled > S // size, at_once, by_block) if T == 1 else by_block()
-    # only a padding token can have seen nothing
+    # only a padding token can see nothing
     out_BHTK = out_BHTK / jnp.maximum(total_BHT, jnp.finfo(wide).tiny)[..., None]
     return rearrange(out_BHTK, "b h t k -> b t h k").astype(q_BTHK.dtype)
 
@@ -283,7 +283,7 @@ def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
-    """6 for every weight of a matrix product, and 6 D T for causal attention over T tokens."""
+    """Training FLOPs: 6 a weight of a matrix product, and 6 D T for causal attention over T tokens."""
     D = config.dim
     return 6 * (4 * D**2 + 2 * D * hidden_dim(config)) + 6 * D * seq_len
 

@@ -5,10 +5,10 @@ A kind of layer is one file of this folder, whose `KIND` is all that other code 
 
     x_BTD, state = Block(config)(x_BTD, state, reset_BT, valid_BT, layer)
 
-`state` is what `KIND.init_state` or an earlier call returned, or None where there is no past; `reset_BT` and
-`valid_BT` are as in `LM.hidden`, or None, and no reset is on padding; `layer` is the layer's number from 0, a float32
-that may be traced. With `shares_first` a block takes the values that the first layer of its kind hands up to the later
-ones, None in that first layer, and returns them, or those that it got:
+`state` comes from `KIND.init_state` or an earlier call, or is None where there is no past. `reset_BT` and `valid_BT`
+are as in `LM.hidden`, or None; no reset is on padding. `layer` is the layer's number from 0, a float32 that may be
+traced. With `shares_first` the first layer of a kind passes values to the later ones: a block takes them as `first`,
+None in the first layer, and returns them:
 
     x_BTD, state, first = Block(config)(x_BTD, state, reset_BT, valid_BT, layer, first)
 """
@@ -30,7 +30,7 @@ RELEASED_EPSILON = 64e-5  # of the norm of each head, in all released code of RW
 
 
 class Switches(dict):
-    """A JSON object of switches that can be hashed, so that a model can be a static argument of `jax.jit`."""
+    """A hashable dict of switches, so that a model can be a static argument of `jax.jit`."""
 
     def __hash__(self):
         return hash(tuple(sorted(self.items())))
@@ -43,11 +43,11 @@ class NoVariant:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Sizes and dtypes that a block is made with; fields are those of `LM`."""
+    """Sizes and dtypes of a block; fields are those of `LM`."""
 
     dim: int
     num_layers: int
-    hidden_dim: int | None = None  # None: the kind's own share of `dim`
+    hidden_dim: int | None = None  # None: the kind's own multiple of `dim`
     head_size: int = 64
     head_norm_epsilon: float = RELEASED_EPSILON
     low_ranks: tuple[int, ...] | None = None  # None: the kind's own rule
@@ -65,7 +65,7 @@ class BlockConfig:
 
     @property
     def wide_param(self):
-        """Dtype of parameters whose rounding would round long memory away, such as decays: float32 at least."""
+        """Dtype of parameters whose rounding would lose long memory, such as decays: float32 at least."""
         return jnp.promote_types(self.param_dtype, jnp.float32)
 
     def linear(self, features: int, **kw) -> Linear:
@@ -74,7 +74,7 @@ class BlockConfig:
         return Linear(features, precision=self.matmul_precision, **dtypes, **kw)
 
     def product(self, x, matrix):
-        """x @ matrix, for a parameter that is no `Linear`."""
+        """x @ matrix, for a parameter that is not a `Linear`."""
         return matmul(x.astype(self.dtype), matrix.astype(self.dtype), None, self.matmul_precision)
 
     def norm(self, **kw) -> nn.LayerNorm:
@@ -85,7 +85,7 @@ class BlockConfig:
 class Kind:
     """All that other code knows of a kind of layer. Regular expressions are over paths: "blocks/att/key/kernel".
 
-    Rules about parameters go by name for all kinds together: one name means the same in all of them.
+    Rules match parameters of all kinds by name: a name means the same in every kind.
     """
 
     block: type[nn.Module]
@@ -94,21 +94,21 @@ class Kind:
     learning_rates: Sequence[tuple[int, float]]  # (width, rate) in ascending order: see `optim.default_lr`
     recipe: Mapping[str, Any] = field(default_factory=dict)  # of the released trainer: fields of `optim` in configs
     variant: type = NoVariant  # frozen dataclass of the kind's ablation switches; the defaults are the released model
-    forms: Sequence[str] = ()  # of its operator: what `LM.wkv_impl` may be beside None
-    shares_first: bool = False  # the first layer of this kind hands values up to the later ones
-    cached: Callable | None = None  # state -> (begin, end) [B] of the slots in use, if it grows with the text
-    unseen: Callable = lambda config: None  # what no parameter's shape tells of how the block computes
+    forms: Sequence[str] = ()  # of its operator: values of `LM.wkv_impl` beside None
+    shares_first: bool = False  # the first layer of this kind passes values to the later ones
+    cached: Callable | None = None  # state -> (begin, end) [B] of the slots in use, if the state grows
+    unseen: Callable = lambda config: None  # config -> settings that no parameter's shape shows
     recomputed: Mapping[str, float] = field(default_factory=dict)  # see `hardware.recomputed_flops_per_token`
-    memory_traffic: float = 120.0  # activations that pass through memory in a step, times D a token: see `rehearse`
+    memory_traffic: float = 120.0  # activations moved through memory in a step, in D a token: see `rehearse`
     groups: Sequence[tuple[str, float]] = ()  # (regex, factor) of the learning rate, as the released trainer has them
     decayed: str = r"/kernel$"  # parameters with weight decay
-    kept_wide: str | None = None  # parameters that stay float32 at least, whatever the others are
+    kept_wide: str | None = None  # parameters that stay float32 at least, whatever `param_dtype`
     observe: Callable = lambda params, sown: {}  # (layer's parameters, what it sowed) -> see `train.diagnostics`
-    tuned_start: Callable | None = None  # config -> tree of arrays that state tuning begins with; None: cannot
+    tuned_start: Callable | None = None  # config -> initial tree of state tuning; None: unsupported
     tuned_state: Callable | None = None  # such a tree -> state of one layer, leaves without the batch axis
     to_rwkv: Callable | None = None  # such a state of NumPy arrays -> its list of arrays in the `rwkv` package
     from_rwkv: Callable | None = None  # the inverse
-    low_ranks: Callable | None = None  # config -> widths of its low-rank maps; ValueError where given ones do not fit
+    low_ranks: Callable | None = None  # config -> widths of its low-rank maps; ValueError for invalid ones
     fields: Mapping[str, Any] = field(default_factory=dict)  # of `LM`, where a model of this kind has another default
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # fields of `LM` by name of a released size
     released: str | None = None  # name of the version whose released files `interop` reads and writes
@@ -116,10 +116,10 @@ class Kind:
 
 
 def make_variant(cls: type, given: Mapping[str, Any]):
-    """The switches of one kind.
+    """An instance of `cls` with the given switches.
 
     Raises:
-        ValueError: a switch that `cls` has not, or a value of another type or outside of its choices.
+        ValueError: an unknown switch, or a value of the wrong type or outside its choices.
     """
     hints = typing.get_type_hints(cls)
     for name, value in given.items():
@@ -141,7 +141,7 @@ def switches(cls: type) -> dict[str, tuple[type, Any]]:
 
 
 def check_choice(what: str, given, known) -> None:
-    """Raise ValueError, with the nearest name, unless `given` is among `known`."""
+    """Raise ValueError, suggesting the nearest name, unless `given` is among `known`."""
     if given not in known:
         near = difflib.get_close_matches(str(given), [str(k) for k in known], n=1, cutoff=0.5)
         expected = f"expected one of {', '.join(map(str, known))}" if known else "expected none"

@@ -1,4 +1,4 @@
-"""Parts that RWKV-5, 6 and 7 share: heads with a matrix for a state, their norm, channel mixing, the tuned state."""
+"""Parts that RWKV-5, 6 and 7 share: heads with a matrix state, their norm, channel mixing, the tuned state."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,12 +12,12 @@ from rwkv_jax.models.block import RELEASED_EPSILON, BlockConfig
 from rwkv_jax.models.layers import batch_sharded, dropout, mix_ramp, observe, orthogonal, token_shift, vector
 
 zeros = nn.initializers.zeros
-LARGEST_RANK = 2**20  # far beyond any model, as `lm.LARGEST` of other sizes
+LARGEST_RANK = 2**20  # far beyond any model, like `lm.LARGEST`
 SMALL = orthogonal(0.1, widened=False)  # of the outer matrix of a low-rank map
 # (width, rate): of the World models of RWKV-5 and 6 (arXiv:2404.05892); at 768 of RWKV-LM's train.py
 RELEASED_RATES = ((768, 6e-4), (1024, 4e-4), (2048, 3e-4), (2560, 2e-4), (4096, 1.5e-4))
-# RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh. With an epsilon of 1e-8 the inner matrices stand still at
-# first: while those behind them are nearly zero, their gradients are tiny.
+# RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh. With an epsilon of 1e-8 the inner matrices barely move
+# at first: while the matrices after them are nearly zero, their gradients are tiny.
 RECIPE = {"schedule": "cosine", "eps": 1e-18, "weight_decay": 0.1}
 
 
@@ -30,10 +30,10 @@ class LayerState(NamedTuple):
 
 
 def head_shape(config: BlockConfig) -> tuple[int, int]:
-    """(H, K): how many heads there are, and how wide each is. A model narrower than a head has one.
+    """(H, K): the number of heads and the width of each. A model narrower than a head has one.
 
     Raises:
-        ValueError: D is no multiple of the heads' width.
+        ValueError: D is not a multiple of the heads' width.
     """
     K = min(config.head_size, config.dim)
     if config.dim % K:
@@ -42,17 +42,17 @@ def head_shape(config: BlockConfig) -> tuple[int, int]:
 
 
 def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -> LayerState:
-    """The empty past, zeros, of one size whatever `max_length`."""
+    """The empty state, zeros, of one size whatever `max_length`."""
     H, K = head_shape(config)
-    empty = lambda *shape: jnp.zeros(shape, config.wide)  # an array for each: a program may be given them to reuse
+    empty = lambda *shape: jnp.zeros(shape, config.wide)  # an array for each leaf, so that a state can be donated
     return LayerState(empty(batch, config.dim), empty(batch, H, K, K), empty(batch, config.dim))
 
 
 def given_ranks(config: BlockConfig, rule: tuple[int, ...]) -> tuple[int, ...]:
-    """`config.low_ranks`, or those of a kind's rule where it is None.
+    """`config.low_ranks`, or `rule` where it is None.
 
     Raises:
-        ValueError: they are not as many as the rule's, or not all integers from 1 to `LARGEST_RANK`.
+        ValueError: they are not as many as in `rule`, or not all integers from 1 to `LARGEST_RANK`.
     """
     ranks = rule if config.low_ranks is None else config.low_ranks
     if len(ranks) != len(rule) or not all(type(rank) is int and 1 <= rank <= LARGEST_RANK for rank in ranks):
@@ -62,7 +62,7 @@ def given_ranks(config: BlockConfig, rule: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def unseen(config: BlockConfig) -> float | None:
-    """The epsilon of the heads' norm, which no shape tells, where it is not the released one."""
+    """The epsilon of the heads' norm, which no shape shows, or None for the released one."""
     return None if config.head_norm_epsilon == RELEASED_EPSILON else config.head_norm_epsilon
 
 
@@ -95,7 +95,7 @@ def decay_init(dim: int, up):
 class HeadNorm(nn.Module):
     """Layer norm of each head by itself, with a scale and a bias for each channel: `ln_x`, the released group norm.
 
-    The released epsilon is 64e-5, whatever the width of a head. RWKV-5's code divides by 8 first and has 1e-5.
+    The released epsilon is 64e-5, whatever the width of a head. RWKV-5's code divides by 8 first and uses 1e-5.
     """
 
     config: BlockConfig
@@ -148,7 +148,7 @@ class ChannelMix(nn.Module):
 def pre_norm(block, att, ffn, x_BTD, state, reset_BT, valid_BT, layer, *first):
     """x + att(ln1(x)), then x + ffn(ln2(x)), for the block that calls it; token shift sees the normed input.
 
-    Returns what a block returns. `first` is what `att` takes and returns beside, if anything.
+    Returns what a block returns. `first` holds the further value that `att` takes and returns, if any.
     """
     config = block.config
     att_last, wkv, ffn_last = state or (None, None, None)
@@ -167,7 +167,7 @@ def observed(params, sown) -> dict:
 
 
 def tuned_start(config: BlockConfig) -> dict:
-    """The start of state tuning: the empty matrices [H, K, V]. Tokens before the first stay zero, as released."""
+    """Initial values of state tuning: zero matrices [H, K, V]. att_last and ffn_last stay zero, as released."""
     H, K = head_shape(config)
     return {"wkv": jnp.zeros((H, K, K), config.wide)}
 

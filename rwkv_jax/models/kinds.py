@@ -1,4 +1,4 @@
-"""The kinds of layers that there are. To add one: a file beside this one, and a line here."""
+"""The kinds of layers. To add one, add a file beside this one and a line here."""
 
 from rwkv_jax.models import attention, lstm, rwkv4, rwkv5, rwkv6, rwkv7
 from rwkv_jax.models.block import Kind, check_choice
@@ -11,7 +11,7 @@ KINDS = {
     "attention": attention.KIND,
     "lstm": lstm.KIND,
 }
-MODELS = {"attention": "transformer"}  # what a model of one kind of layer is called, where not like the kind
+MODELS = {"attention": "transformer"}  # names of models of one kind of layer, where they differ from the kind's
 DEFAULT = "rwkv4"
 
 

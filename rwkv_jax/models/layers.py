@@ -1,4 +1,4 @@
-"""Parts that the blocks of several kinds are built from."""
+"""Parts that the blocks of several kinds share."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
 def matmul(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
-    """x @ kernel over flattened rows, in the form that `nn.Dense` asks for.
+    """x @ kernel over flattened rows, with the signature that `nn.Dense` expects.
 
     Two contracted axes in the weight's gradient would make XLA's CPU compiler transpose its operands in memory: a
     channel-mixing layer at D 512 then takes 1.1 to 1.2 times as long.
@@ -34,8 +34,8 @@ def _product_forward(x, kernel, precision, out_dtype):
 
 
 def _product_backward(precision, out_dtype, saved, dy):
-    """The cotangent of a wider result is rounded to the operands' dtype: two products of 16-bit numbers rather than
-    of float32, which took 2.4 times as long on an H100 (logits of 1,024 tokens at V 50,277)."""
+    """Gradients of `_product`. The cotangent of a wider result is rounded to the operands' dtype: float32 products
+    took 2.4 times as long as 16-bit ones on an H100 (logits of 1,024 tokens at V 50,277)."""
     x, kernel = saved
     dy = dy.astype(x.dtype)
     dx = lax.dot_general(dy, kernel, (((1,), (1,)), ((), ())), precision)
@@ -64,7 +64,7 @@ class Linear(nn.Dense):
 def orthogonal(scale: float = 1.0, widened: bool = True):
     """Orthogonal kernel [in, out] with gain scale * sqrt(max(1, out / in)) (RWKV-LM, `generate_init_weight`).
 
-    Not `widened`, the gain is `scale`: of channel mixing and the low-rank maps from RWKV-5 on.
+    Without `widened` the gain is `scale`, as in channel mixing and the low-rank maps from RWKV-5 on.
     """
 
     def init(key, shape, dtype=jnp.float32):
@@ -74,21 +74,22 @@ def orthogonal(scale: float = 1.0, widened: bool = True):
     return init
 
 
-# Jitted, and so traced once for a shape: linen evaluates the shape of every parameter's initialiser in every `apply`.
+# Jitted, hence traced once for a shape: linen evaluates the shape of every parameter's initialiser in every `apply`.
 @partial(jax.jit, static_argnums=(0, 2, 3))
 def _orthogonal(gain, key, shape, dtype):
-    wide = jnp.promote_types(dtype, jnp.float32)  # the decomposition behind it knows no 16-bit numbers
+    wide = jnp.promote_types(dtype, jnp.float32)  # its QR decomposition has no 16-bit form
     return nn.initializers.orthogonal(gain)(key, shape, wide).astype(dtype)
 
 
-# Of the hidden channels in channel mixing and in an MLP. GELU in its tanh form.
+# Of the hidden channels in channel mixing or an MLP. GELU is the tanh approximation.
 Activation = Literal["relu2", "relu", "gelu"]
 ACTIVATIONS = {"relu2": lambda x: jnp.square(nn.relu(x)), "relu": nn.relu, "gelu": nn.gelu}
 
 
 def embedding_init(scheme: str, scale: float | None):
-    """The three released embedding initialisers, and the one that they were to replace. They differ in the scale that
-    LN0 gives the residual stream, as its epsilon 1e-5 outweighs the variance of such small entries:
+    """The three released embedding initialisers, and the one that they were to replace.
+
+    They differ in the scale of the residual stream after LN0, whose epsilon 1e-5 outweighs so small a variance:
 
     "v4"      orthogonal, entries of standard deviation 1e-4 (RWKV-LM, RWKV-v4): 0.032 after LN0
     "v4neo"   uniform in +-lr_init, 6e-4 for the 169M model (RWKV-LM, RWKV-v4neo): 0.109 after LN0
@@ -109,15 +110,15 @@ def embedding_init(scheme: str, scale: float | None):
 
 
 def batch_sharded(x_BTD):
-    """Pin the residual stream to batch sharding. Nothing happens unless the strategy maps "batch" to a mesh axis
-    (`parallel.fsdp`); there, without it, XLA gathers the batch instead of the weights."""
+    """Constrain the residual stream to batch sharding; a no-op unless the strategy maps "batch" to a mesh axis
+    (`parallel.fsdp`), where XLA would otherwise gather the batch instead of the weights."""
     return nn.with_logical_constraint(x_BTD, ("batch", None, None))
 
 
 def on_own_rows(op):
-    """`op(shared, rows) -> rows`, where the strategy maps "batch" to a mesh axis run by each device on its own rows.
+    """Return `op(shared, rows) -> rows`, run by each device on its own rows where "batch" is mapped to a mesh axis.
 
-    `shared` and `rows` are pytrees, those of rows with leaves [B, ...]. XLA's partitioner cannot look into a kernel.
+    `shared` and `rows` are pytrees, those of rows with leaves [B, ...]. XLA's partitioner cannot split a kernel.
     """
     split = nn.logical_to_mesh_axes(("batch",))
     if split[0] is None:
@@ -129,7 +130,7 @@ def token_shift(x_BTD, last_BD, reset_BT=None, valid_BT=None):
     """Activations of the previous token (Eqs. 11-15), and those of the last one to carry into the next call.
 
     The token before the first is `last_BD`, or zero when that is None or a document starts (`reset_BT`); padding
-    (`valid_BT` False) is passed over. The carried value is float32 beside activations of any dtype.
+    (`valid_BT` False) is skipped. The carried value is float32 at least.
     """
     B, T, D = x_BTD.shape
     first_B1D = jnp.zeros((B, 1, D), x_BTD.dtype) if last_BD is None else last_BD[:, None].astype(x_BTD.dtype)
@@ -163,7 +164,7 @@ def mix_ramp(dim: int, power, offset=0.0):
 
 
 def vector(module: nn.Module, name: str, value: Callable, shape: int | tuple[int, ...], dtype):
-    """A parameter whose initial value is a formula, `value()`, traced where parameters are made."""
+    """A parameter whose initial value is a formula, `value()`, traced only at initialisation."""
     shape = (shape,) if isinstance(shape, int) else shape
     if module.has_variable("params", name):
         found = module.get_variable("params", name)
@@ -174,19 +175,19 @@ def vector(module: nn.Module, name: str, value: Callable, shape: int | tuple[int
 
 
 def absent(module: nn.Module, *names: str):
-    """Pass over the random keys of parameters that a variant lacks, so that later ones draw what they always draw."""
+    """Skip the random keys of parameters that a variant lacks, so that later ones keep their initial values."""
     for _ in names if module.is_initializing() else ():
         module.make_rng("params")
 
 
 def observe(module: nn.Module, name: str, value):
-    """Sow `value()` where the caller of `apply` collects "intermediates", and only there: else nothing is traced."""
+    """Sow `value()` only where the caller of `apply` collects "intermediates": otherwise nothing is traced."""
     if module.is_mutable_collection("intermediates"):
         module.sow("intermediates", name, value())
 
 
 def dropout(module: nn.Module, x, rate: float):
-    """Dropout where the caller passed a "dropout" key to `apply`, and only there."""
+    """Dropout, only where the caller passed a "dropout" key to `apply`."""
     if rate == 0 or not module.has_rng("dropout"):
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)

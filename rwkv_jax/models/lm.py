@@ -21,20 +21,20 @@ from rwkv_jax.models.block import RELEASED_EPSILON, BlockConfig, Kind, Switches,
 from rwkv_jax.models.kinds import kind_of, kind_of_model
 from rwkv_jax.models.layers import LayerNorm, Linear, dropout, embedding_init, matmul, orthogonal
 
-# What of a layer's forward pass is kept for the backward pass, by `checkpoint_name`; the rest is computed again.
+# Values of a layer's forward pass saved for the backward pass, by `checkpoint_name`; the rest is recomputed.
 # Temporary memory of a step in MiB, 12 layers of D 256 on 4 windows of 1,024 tokens, float32, beside a state of 119
-# (compiled.memory_analysis(), CPU, jax 0.10.2, 2026-11-26), and values kept a token and layer of RWKV-4: from D to 4 D
-# are 144 MiB, from there to 12 D 384.
-#                RWKV-4   transformer   kept
+# (compiled.memory_analysis(), CPU, jax 0.10.2, 2026-11-26), and values saved a token and layer of RWKV-4: from D to
+# 4 D are 144 MiB, from there to 12 D 384.
+#                RWKV-4   transformer   saved
 #   "none"        1,762         2,185   all
 #   "matmuls"       774           731   12 D
 #   "outputs"       405           372   4 D
 #   "block"         264           340   D
 OUTPUTS = ("mixed", "att", "ffn_value")
 REMAT = {
-    "none": None,  # everything is kept
+    "none": None,  # everything is saved
     "block": (),  # the input of each layer: the whole layer runs twice
-    "outputs": OUTPUTS,  # no recurrence or attention twice, of 13 D^2 of matrix products 8 D^2
+    "outputs": OUTPUTS,  # reruns 8 D^2 of 13 D^2 of matrix products, no recurrence or attention
     "matmuls": (
         *OUTPUTS,
         "query",
@@ -45,10 +45,10 @@ REMAT = {
         "low_rank",
         "ffn_key",
         "ffn_receptance",
-    ),  # none twice
+    ),  # reruns no matrix product
 }
-# The loss is computed with a multiple of 8 columns of logits: with an odd number, such as 50,277, no row but the first
-# begins where a GPU can load 16 bytes at once, and the product ran at 216 TFLOP/s on an H100, not at 600.
+# The loss pads logits to a multiple of 8 columns: with an odd number, such as 50,277, only the first row is aligned
+# for a GPU's 16-byte loads, and the product ran at 216 TFLOP/s on an H100, not at 600.
 ALIGNED = 8
 CHOICES = {
     "remat": tuple(REMAT),
@@ -60,9 +60,9 @@ CHOICES = {
     "matmul_precision": (None, "default", "high", "highest"),
     "scan": (True, False),
 }
-# What a number may be, and how that is said.
+# Numeric fields: the check of a value, and its description in errors.
 NUMBERS = {
-    "dropout": (lambda x: 0 <= x < 1, "a share from 0 to below 1"),
+    "dropout": (lambda x: 0 <= x < 1, "a fraction from 0 to below 1"),
     "head_norm_epsilon": (lambda x: 0 < x < math.inf, "a finite number above 0"),
     "embedding_scale": (lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
 }
@@ -79,7 +79,7 @@ def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
     may be given by its own name: `build("rwkv4", receptance=False, ...)` is `variant={"receptance": False}`.
 
     Raises:
-        ValueError: naming the first field that is unknown, or has a value that it cannot have.
+        ValueError: naming the first field that is unknown or has an invalid value.
     """
     kind = kind_of_model(name)
     defaults = {f.name: f.default for f in fields(LM)}
@@ -139,7 +139,7 @@ def _check_fields(chosen, kinds):
 
 
 def _changed(given: Mapping[str, Any], kinds) -> dict:
-    """The switches that change one of the kinds: models that are the same have the same fields."""
+    """The switches that change one of the kinds, so that equal models have equal fields."""
     defaults = []
     for kind in kinds:
         own = switches(kind.variant)
@@ -150,18 +150,18 @@ def _changed(given: Mapping[str, Any], kinds) -> dict:
 
 
 class LM(nn.Module):
-    """Fields are plain JSON values; None means the model's own default.
+    """A language model; fields are plain JSON values, None means the model's own default.
 
-    `apply` in `jax.jit` is one program for each shape. Outside of it a plain forward pass runs operation by operation,
-    one layer after the other: slower, but nothing is compiled twice. Stacked parameters are copied for it in every
-    call, which takes their memory once more.
+    `apply` in `jax.jit` is one program for each shape. Outside of it a plain forward pass runs operation by operation:
+    slower, but nothing is compiled twice. Each such call copies stacked parameters, which takes their memory once
+    more.
     """
 
     vocab_size: int
     num_layers: int
     dim: int
     layers: tuple[str, ...]  # one repeating unit of kinds, num_layers / len(layers) times: see `kinds.KINDS`
-    hidden_dim: int | None = None  # F; None: the kind's own, of RWKV-7 4 D, of the others what makes 13 D^2 a layer
+    hidden_dim: int | None = None  # F; None: the kind's own, 4 D in RWKV-7, in others for 13 D^2 weights a layer
     dtype: str = "float32"  # activations; norms' statistics, WKV, logits and loss are float32 at least
     param_dtype: str = "float32"
     matmul_precision: str | None = None  # "highest": full float32 where the hardware would round the inputs
@@ -175,7 +175,7 @@ class LM(nn.Module):
     head_size: int = 64  # K, channels of a head, where there are heads; a narrower model has one
     head_norm_epsilon: float = RELEASED_EPSILON  # of RWKV-5, 6 and 7; files of rwkv.cpp have 1e-5 for RWKV-5
     low_ranks: tuple[int, ...] | None = None  # widths of the low-rank maps of RWKV-6 and 7; None: their own rules
-    remat: str = "none"  # what the backward pass computes again, see `REMAT`
+    remat: str = "none"  # what the backward pass recomputes, see `REMAT`
     scan: bool = True  # parameters stacked [L, ...], compile time independent of depth; False: one set a layer
 
     def __post_init__(self):
@@ -198,10 +198,10 @@ class LM(nn.Module):
 
     @property
     def layers_apart(self) -> int:
-        """Number of layers, from the first on, with their own parameters, `blocks_0`, ...; `blocks` stacks the rest.
+        """Number of first layers with their own parameters, `blocks_0`, ...; `blocks` stacks the rest.
 
-        All without `scan`. With it none, or the first unit where a layer in it hands values up to later ones: carried
-        through the scan they would be kept once a layer for the backward pass, where as an input to all they are kept
+        All without `scan`. With it none, or the first unit if one of its layers passes values to later ones: carried
+        through the scan they would be saved once a layer for the backward pass, as an input to all they are saved
         once.
         """
         if not self.scan:
@@ -267,26 +267,26 @@ class LM(nn.Module):
 
         Args:
             tokens_BT: ids in [0, V).
-            state: what `init_state` or an earlier call returned; None: no past.
+            state: from `init_state` or an earlier call; None: no past.
             reset_BT: True where a new document starts.
             valid_BT: False where a token is padding, on either side, and leaves the state untouched.
 
-        The state is a tuple with one entry a layer, leaves [B, ...]; without one coming in, an attention layer's
+        The state is a tuple with one entry a layer, leaves [B, ...]; if `state` is None, an attention layer's
         entry is None (no cache is allocated).
 
         Raises:
-            ValueError: the state is that of another number of layers or rows, or its arrays have other shapes.
+            ValueError: the state has another number of layers or rows, or arrays of other shapes.
         """
         if state is not None:
             self._check_state(state, len(tokens_BT))
         if self.scan and self._eager(tokens_BT, state, reset_BT, valid_BT):
-            # linen hands its lifted scan a new function in every call, which JAX would compile in every call
+            # linen passes its lifted scan a new function in every call, which JAX would compile every time
             apart, params = per_layer(self.clone(remat="none", parent=None), self.variables["params"])
             return apart.apply({"params": params}, tokens_BT, state, reset_BT, valid_BT, method="_hidden")
         return self._hidden(tokens_BT, state, reset_BT, valid_BT)
 
     def _check_state(self, state, batch: int):
-        """Raise ValueError unless the state fits. Caches may have any length, and are left to their layers."""
+        """Raise ValueError unless the state fits. Caches may have any length and are not checked."""
         if len(state) != self.num_layers:
             raise ValueError(f"the state has {len(state)} layers, expected {self.num_layers}")
         shapes = lambda tree: ", ".join(str(jnp.shape(x)) for x in jax.tree.leaves(tree))
@@ -305,7 +305,7 @@ class LM(nn.Module):
         if self.embedding_norm:
             x_BTD = self.ln0(x_BTD)
         apart, period = self.layers_apart, len(self.layers)
-        new, first = [], {}  # the state after each layer; what the first layer of a kind hands up, by kind
+        new, first = [], {}  # the state after each layer; what the first layer of a kind passes on, by kind
         for i, (name, kind, _) in enumerate(self.every_layer[:apart]):
             layer = self._remat(partial(_layer, name, kind), prevent_cse=True)
             past = None if state is None else state[i]
@@ -327,8 +327,8 @@ class LM(nn.Module):
         states = None
         if state is not None:
             states = tuple(jax.tree.map(lambda *x: jnp.stack(x), *state[apart + j :: period]) for j in range(period))
-        # The check traces a layer once more, though nothing is broadcast out of it. Without it keys are split in
-        # another way: what is drawn from a seed stays what it was.
+        # The check traces a layer once more for nothing. But without it keys are split in another way, and a seed
+        # would draw other numbers.
         draws = self.is_initializing() or self.has_rng("dropout")
         x_BTD, states = nn.scan(
             self._remat(unit, prevent_cse=False),
@@ -363,7 +363,7 @@ class LM(nn.Module):
         return self.logits(x_BTD), state
 
     def init_state(self, batch: int, max_length: int | None = None) -> tuple:
-        """The empty past. `max_length` tokens is what a KV cache can hold; a recurrent state has no such limit."""
+        """The empty state. `max_length` tokens is the capacity of a KV cache; a recurrent state has no limit."""
         return tuple(kind.init_state(config, batch, max_length) for _, kind, config in self.every_layer)
 
 
@@ -377,7 +377,7 @@ class Unit(nn.Module):
 
 
 def _layer(name, kind, block, x_BTD, state, reset_BT, valid_BT, number, first):
-    """(x, state, first) after a layer; `first` holds by kind what its first layer hands up."""
+    """(x, state, first) after a layer; `first` holds by kind what its first layer passes on."""
     if not kind.shares_first:
         return *block(x_BTD, state, reset_BT, valid_BT, number), first
     x_BTD, state, own = block(x_BTD, state, reset_BT, valid_BT, number, first.get(name))
@@ -390,7 +390,7 @@ def parameter_shapes(model):
     return shapes if model.scan else jax.eval_shape(unstack, shapes)
 
 
-@partial(jax.jit, static_argnums=0)  # traced once for a model, however often its shapes are asked for
+@partial(jax.jit, static_argnums=0)  # traced once for a model, however often its shapes are needed
 def _init(model, key):
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
@@ -399,7 +399,7 @@ def per_layer(model, params):
     """Model and parameters of one layer each, from either layout.
 
     Raises:
-        ValueError: stacked parameters are those of another number of layers.
+        ValueError: stacked parameters have another number of layers.
     """
     if not model.scan:
         return model, params
@@ -425,11 +425,11 @@ def unstack(params):
 
 
 def stack(params, period: int = 1, apart: int = 0):
-    """One set of parameters a layer as stacked ones.
+    """Stacked parameters from one set a layer.
 
     Args:
         period: layers in a hybrid's repeating unit.
-        apart: layers that stay as they are: `LM.layers_apart` of the stacked model.
+        apart: layers that stay unstacked: `LM.layers_apart` of the stacked model.
     """
     number = lambda name: int(name.removeprefix("blocks_"))
     stacked = sorted((k for k in params if k.startswith("blocks_")), key=number)[apart:]
@@ -441,5 +441,5 @@ def stack(params, period: int = 1, apart: int = 0):
 
 
 def stacked_name(path: str) -> str:
-    """The path that a parameter has where layers are stacked: "blocks/att/key/kernel" of "blocks_0/att/key/kernel"."""
+    """The path of a parameter where layers are stacked: "blocks/att/key/kernel" of "blocks_0/att/key/kernel"."""
     return re.sub(r"^blocks_\d+/", "blocks/", path)

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685): W + (alpha / rank) A B in place of W, with A and B alone to be learned.
+"""Low-rank adapters (LoRA, arXiv:2106.09685): W + (alpha / rank) A B in place of W, where only A and B are trained.
 
 Adapters are a tree like the parameters with two leaves beside each adapted kernel [in, out]: `lora_a` [in, rank] and
-`lora_b` [rank, out], stacked [L, ...] where the kernel is. Joined to the parameters they are part of them: every model
-then computes x W + (x A) B (`layers.Linear`) and never forms the large product.
+`lora_b` [rank, out], stacked [L, ...] where the kernel is. Joined to the parameters, they make every model
+compute x W + (x A) B (`layers.Linear`), which never forms A B.
 """
 
 import re
@@ -15,13 +15,13 @@ from rwkv_jax.models.lm import stacked_name
 
 
 def init(key, params, rank: int, targets: str):
-    """Adapters that change nothing yet, float32 at least: A uniform in +-in^-1/2 (as in loralib), B zero.
+    """Initial adapters, a no-op, float32 at least: A uniform in +-in^-1/2 (as in loralib), B zero.
 
     Args:
-        targets: a regular expression over the paths of kernels, such as "blocks/att/key/kernel"; it names all layers.
+        targets: a regular expression over the paths of kernels, such as "blocks/att/key/kernel" (all layers).
 
     Raises:
-        ValueError: it finds none.
+        ValueError: `targets` matches none.
     """
     kernels = {path: x for path, x in flatten_dict(params).items() if path[-1] == "kernel"}
     found = lambda name: re.search(targets, name) or re.search(targets, stacked_name(name))
@@ -41,14 +41,14 @@ def init(key, params, rank: int, targets: str):
 
 
 def join(params, adapters, alpha: float):
-    """Parameters with adapters that scale with `alpha`: what a model takes like any parameters."""
+    """Parameters with adapters scaled by alpha / rank, as a model takes them."""
     scaled = {path: _scale(x, alpha) * x if path[-1] == "lora_b" else x for path, x in flatten_dict(adapters).items()}
     return unflatten_dict(flatten_dict(params) | scaled)
 
 
 def merge(params, adapters, alpha: float):
-    """Parameters of the plain model that computes the same: W + (alpha / rank) A B, in float32 at least, rounded once
-    to the dtype of W and placed as W is.
+    """Parameters of the equivalent plain model: W + (alpha / rank) A B, computed in float32 at least, rounded once
+    to the dtype of W and sharded as W is.
 
     Raises:
         ValueError: a sum is beyond the range of that dtype.

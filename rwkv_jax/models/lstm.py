@@ -4,8 +4,8 @@
     c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)
     h_t = sigmoid(o) tanh(c_t)
 
-Equal in size to RWKV-4 as nearly as a whole number allows: 4 D F + 4 F^2 + F D = 13 D^2 makes F = 1.283 D. The bias of
-the forget gate begins at 1 (Jozefowicz et al. 2015), the output projection at 0, as in the other models.
+Equal in size to RWKV-4 up to rounding: 4 D F + 4 F^2 + F D = 13 D^2 gives F = 1.283 D. The bias of the forget gate
+starts at 1 (Jozefowicz et al. 2015), the output projection at 0, as in the other models.
 """
 
 import math
@@ -31,13 +31,13 @@ class LayerState(NamedTuple):
 
 
 def hidden_dim(config: BlockConfig) -> int:
-    """F with which a layer has nearly 13 D^2 weights, where the config has none."""
+    """F: the config's, or the one that gives a layer nearly 13 D^2 weights."""
     return config.hidden_dim or round(config.dim * (math.sqrt(233) - 5) / 8)
 
 
 @partial(jax.jit, static_argnames="precision")
 def lstm(x_BTG, recurrent_FG, state: LayerState, reset_BT=None, valid_BT=None, precision=None):
-    """h [B, T, F] of the recurrence and the state after it, from what the input adds to the gates i, f, g, o.
+    """h [B, T, F] and the state after the last token, from the input's terms of the gates i, f, g, o.
 
     `x_BTG` and `recurrent_FG` hold the four side by side, G = 4 F. Products are in the dtype of `x_BTG`, gates and
     state in that of the state.
@@ -96,13 +96,13 @@ class Block(nn.Module):
 
 
 def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -> LayerState:
-    """The empty past, of one size whatever `max_length`."""
+    """The empty state, of one size whatever `max_length`."""
     zeros = lambda: jnp.zeros((batch, hidden_dim(config)), config.wide)
     return LayerState(zeros(), zeros())
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
-    """6 for every weight of a matrix product."""
+    """Training FLOPs: 6 a weight of a matrix product."""
     F = hidden_dim(config)
     return 6 * (5 * config.dim * F + 4 * F**2)
 
@@ -112,7 +112,7 @@ KIND = Kind(
     init_state=init_state,
     flops=flops,
     learning_rates=ATTENTION.learning_rates,
-    recomputed={"matmuls": 6.6, "outputs": 11.7, "block": 11.7},  # the recurrence runs twice in all
+    recomputed={"matmuls": 6.6, "outputs": 11.7, "block": 11.7},  # each reruns the recurrence
     decayed=r"kernel$",
     sizes=ATTENTION.sizes,
 )

@@ -33,7 +33,7 @@ from rwkv_jax.ops import WKV4State, wkv4
 from rwkv_jax.ops.wkv4 import EMPTY, FORMS
 
 zeros = nn.initializers.zeros
-NOTHING = -1e30  # u of a current token that does not count: below any k and decay, above `ops.wkv4_algebra.EMPTY`
+NOTHING = -1e30  # u of an excluded current token: below any k and decay, above `ops.wkv4_algebra.EMPTY`
 FORGETS = 1e-3  # a channel that keeps less than this share of its past from one token to the next forgets at once
 
 
@@ -51,9 +51,9 @@ class Variant:
 
     token_shift: bool = True  # False: r, k, v from the current token alone, no time_mix_*
     shift_v: bool = True  # False: v of time mixing from the current token alone, no time_mix_v
-    current_token: Literal["bonus", "plain", "excluded"] = "bonus"  # in the average: by a learned u, u = 0, not at all
-    previous_token: Literal["whole", "decayed"] = "whole"  # in the average: decays begin after it, or with it
-    receptance: bool = True  # False: both gates are 1/2, their value at the start, and 2 D^2 parameters fewer
+    current_token: Literal["bonus", "plain", "excluded"] = "bonus"  # in the average: a learned u, u = 0, or absent
+    previous_token: Literal["whole", "decayed"] = "whole"  # in the average: decays start after it, or with it
+    receptance: bool = True  # False: both gates are 1/2, their initial value; 2 D^2 fewer parameters
     activation: Activation = "relu2"  # of the hidden channels of channel mixing
     matrix_init: Literal["released", "printed", "normal"] = "released"  # see `kernel_init`
 
@@ -106,11 +106,11 @@ class TimeMix(nn.Module):
         return checkpoint_name(o_BTD, "att"), last_BD, wkv_state
 
     def _bonus(self, start, w_D):
-        """u of Eq. 16, the only thing that tells apart the variants of the newest two tokens.
+        """u of Eq. 16, which alone distinguishes the variants of the newest two tokens.
 
         "excluded": the weight exp(u + k_t) is 0, unless nothing came before: a document's first token sees itself.
-        "decayed" is the average over the past with weights exp((t-i) w + k_i). Numerator and denominator divided by
-        exp(w), it is Eq. 16 with the bonus u - w.
+        "decayed" is the average over the past with weights exp((t-i) w + k_i). Dividing numerator and denominator by
+        exp(w) gives Eq. 16 with the bonus u - w.
         """
         variant = self.config.variant
         if variant.current_token == "bonus":
@@ -177,14 +177,14 @@ def hidden_dim(config: BlockConfig) -> int:
 
 
 def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -> LayerState:
-    """The empty past, of one size whatever `max_length`."""
+    """The empty state, of one size whatever `max_length`."""
     last = lambda: jnp.zeros((batch, config.dim), config.wide) if config.variant.token_shift else None
     return LayerState(last(), WKV4State.empty(batch, config.dim, config.wide), last())
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
-    """6 for every weight of a matrix product (Table 2 counts 13 D^2 forward) and 60 D for WKV, about 20 D of which are
-    forward (0.1 % at D 512)."""
+    """Training FLOPs: 6 a weight of a matrix product (Table 2 counts 13 D^2 forward) and 60 D for WKV, about 20 D of
+    which are forward (0.1 % at D 512)."""
     D = config.dim
     return 6 * ((5 if config.variant.receptance else 3) * D**2 + 2 * D * hidden_dim(config)) + 60 * D
 
@@ -197,10 +197,10 @@ def observed(params, sown) -> dict:
 
 
 def tuned_start(config: BlockConfig) -> dict:
-    """The start of state tuning, [D] each: nearly the empty state, whose own gradient is zero.
+    """Initial values of state tuning, [D] each: nearly the empty state, whose gradient is zero.
 
-    value and log_den: num / den and log den at log_scale 0, beginning at 0 and -5, next to which any token's exp(k)
-    counts. att_last and ffn_last: what token shift takes for the token before the first.
+    value and log_den: num / den and log den at log_scale 0, initially 0 and -5, so little that any token's exp(k)
+    counts. att_last and ffn_last: the activations that token shift uses before the first token.
     """
     zeros_D = jnp.zeros(config.dim, config.wide)
     lasts = {"att_last": zeros_D, "ffn_last": zeros_D} if config.variant.token_shift else {}
@@ -224,7 +224,7 @@ def from_rwkv(arrays) -> LayerState:
 
 
 def _with_scale(num, den, log_scale, empty):
-    """Any scale means the same where nothing has been read: that of the package's initial state, or of ours."""
+    """log_scale, set to `empty` where nothing has been read: any scale is valid there, and the package's differs."""
     return np.where((num == 0) & (den == 0), log_scale.dtype.type(empty), log_scale)
 
 
@@ -249,7 +249,7 @@ KIND = Kind(
     forms=FORMS,
     recomputed={"outputs": 8, "block": 13},
     groups=((r"/time_decay$", 2.0), (r"/time_first$", 3.0)),  # RWKV-v4neo, `layerwise_lr=1`
-    kept_wide=r"/time_(decay|first)$",  # rounding them rounds long memory away
+    kept_wide=r"/time_(decay|first)$",  # rounding them loses long memory
     observe=observed,
     tuned_start=tuned_start,
     tuned_state=tuned_state,

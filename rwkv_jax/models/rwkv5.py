@@ -1,7 +1,7 @@
 """RWKV-5.2, "Eagle" (arXiv:2404.05892, sections 3 and 4.1), as the released code computes it, under released names.
 
 Each head keeps a matrix of keys and values where RWKV-4 keeps one weighted average a channel. Keys and receptance are
-used as they are, without exponential and sigmoid, and the output passes a norm of each head and a gate.
+used without exponential and sigmoid, and the output passes a norm of each head and a gate.
 """
 
 import flax.linen as nn
@@ -94,13 +94,13 @@ class Block(nn.Module):
 
 
 def hidden_dim(config: BlockConfig) -> int:
-    """F: 3.5 D, rounded down to a multiple of 32, and at least that."""
+    """F: 3.5 D rounded down to a multiple of 32, at least 32."""
     return config.hidden_dim or max(32, int(3.5 * config.dim) // 32 * 32)
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
-    """6 for every weight of a matrix product, and three times the products of WKV in chunks of C tokens: 4 K V + 3 C V
-    a head forward."""
+    """Training FLOPs: 6 a weight of a matrix product, and 3 times WKV's forward products in chunks of C tokens,
+    4 K V + 3 C V a head."""
     D, K, C = config.dim, head_shape(config)[1], RULES["chunked"].chunk
     return 6 * (6 * D**2 + 2 * D * hidden_dim(config)) + 3 * D * (4 * K + 3 * C)
 
@@ -126,7 +126,7 @@ KIND = Kind(
     recomputed={"outputs": 8.5, "block": 13},
     memory_traffic=126,
     groups=((r"/time_decay$", 2.0),),
-    kept_wide=r"/time_(decay|faaaa)$",  # rounding them rounds long memory away
+    kept_wide=r"/time_(decay|faaaa)$",  # rounding them loses long memory
     observe=rwkv4.observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,

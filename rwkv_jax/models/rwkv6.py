@@ -1,7 +1,7 @@
 """RWKV-6, "Finch" (arXiv:2404.05892, section 4.2), as the released code computes it, under released names.
 
 RWKV-5 with a decay, and a mix of the current and the previous token, that depend on the text: low-rank maps of the
-input add to what RWKV-5 has as constants.
+input add to the constants of RWKV-5.
 """
 
 import flax.linen as nn
@@ -98,12 +98,12 @@ class Block(nn.Module):
 
 
 def low_ranks(config: BlockConfig) -> tuple[int, int]:
-    """Widths of the low-rank maps of the mixes and of the decay: 32 and 64, doubled in the models of 7B and more."""
+    """Widths of the low-rank maps of the mixes and of the decay: 32 and 64, doubled from 7B on."""
     return given_ranks(config, (32, 64))
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
-    """That of RWKV-5, and 6 for every weight of the low-rank maps."""
+    """Training FLOPs: those of RWKV-5, and 6 a weight of the low-rank maps."""
     mixes, decay = low_ranks(config)
     return rwkv5.flops(config, seq_len) + 6 * 2 * config.dim * (5 * mixes + decay)
 
@@ -129,7 +129,7 @@ KIND = Kind(
     recomputed={"outputs": 8.5, "block": 13},
     memory_traffic=174,
     groups=((r"/time_decay$", 2.0),),
-    kept_wide=r"/time_(decay|faaaa)$",  # rounding them rounds long memory away
+    kept_wide=r"/time_(decay|faaaa)$",  # rounding them loses long memory
     observe=heads.observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,

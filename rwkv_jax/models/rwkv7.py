@@ -1,8 +1,8 @@
 """RWKV-7, "Goose" (arXiv:2503.14456), as the released code computes it, under released names.
 
-The state of a head is a memory that each token corrects: it removes some of what is found at its key before it writes
+The state of a head is a memory that each token corrects: it removes part of the value at its key before it writes
 there (`ops.wkv7`). Where paper and code disagree, code wins: the gate of the value residual weighs the first layer's
-value, not the own one.
+value, not the layer's own.
 """
 
 import math
@@ -45,12 +45,12 @@ STRONGEST = -math.exp(-0.5)  # bound of all log decays: a channel keeps more tha
 class Variant:
     """Ablation switches; the defaults are the released model."""
 
-    # times what the key removes; 0: no delta rule; 2: a transition can swap and negate (eigenvalues to -1)
+    # factor of what the key removes; 0: no delta rule; 2: a transition can swap and negate (eigenvalues to -1)
     removal: float = 1.0
-    in_context_rate: bool = True  # False: a is 1, all of what is found is removed and k kept whole; no a0, a1, a2, k_a
-    value_residual: bool = True  # False: v of the layer alone, no v0, v1, v2
+    in_context_rate: bool = True  # False: a = 1, the whole value found is removed and k kept; no a0, a1, a2, k_a
+    value_residual: bool = True  # False: the layer's own v, no v0, v1, v2
     bonus: bool = True  # False: no r_k
-    token_shift: bool = True  # False: all inputs from the current token alone, no x_*; the state stays as it is
+    token_shift: bool = True  # False: all inputs from the current token alone, no x_*; the state keeps its shapes
 
 
 class TimeMix(nn.Module):
@@ -125,7 +125,7 @@ class TimeMix(nn.Module):
 
 
 def unit(x_BTHK):
-    """x / max(|x|, 1e-12) for each head, with a gradient at 0 that is finite, as torch's `normalize` has it."""
+    """x / max(|x|, 1e-12) for each head, with a finite gradient at 0, as in torch's `normalize`."""
     wide = x_BTHK.astype(jnp.promote_types(x_BTHK.dtype, jnp.float32))
     return (wide * jax.lax.rsqrt(jnp.maximum(jnp.square(wide).sum(-1, keepdims=True), 1e-24))).astype(x_BTHK.dtype)
 
@@ -146,7 +146,7 @@ def _channel_inputs(module, x_BTD, previous_BTD, layer):
 
 
 class Block(nn.Module):
-    """x + TimeMix(ln1(x)), then x + ChannelMix(ln2(x)); the first layer hands its values up to all later ones."""
+    """x + TimeMix(ln1(x)), then x + ChannelMix(ln2(x)); the first layer passes its values to all later ones."""
 
     config: BlockConfig
 
@@ -162,17 +162,16 @@ def hidden_dim(config: BlockConfig) -> int:
 
 
 def low_ranks(config: BlockConfig) -> tuple[int, int, int, int]:
-    """Widths of the low-rank maps of w, a, v and g: multiples of 32 near 2.5, 2.5, 1.7 and 5 times the root of D.
+    """Widths of the low-rank maps of w, a, v and g: multiples of 32 near 2.5, 2.5, 1.7 and 5 times sqrt(D).
 
-    The rule of the current trainer (RWKV-LM, RWKV-v7/train_temp); released models have others, see `SIZES`.
+    The rule of the current trainer (RWKV-LM, RWKV-v7/train_temp); released models differ, see `SIZES`.
     """
     return given_ranks(config, tuple(max(32, 32 * round(f * config.dim**0.5 / 32)) for f in (2.5, 2.5, 1.7, 5)))
 
 
 def flops(config: BlockConfig, seq_len: int) -> float:
-    """6 for every weight of a matrix product, and three times the products of WKV in chunks of C tokens: 8 K V +
-    12 C V a head forward, without what its backward pass computes again. The first layer, without v1 and v2,
-    counts alike.
+    """Training FLOPs: 6 a weight of a matrix product, and 3 times WKV's forward products in chunks of C tokens, 8 K V
+    + 12 C V a head, without recomputation in its backward pass. The first layer, without v1 and v2, counts alike.
     """
     D, K, C, variant = config.dim, head_shape(config)[1], RULES["chunked"].chunk, config.variant
     rank_w, rank_a, rank_v, rank_g = low_ranks(config)
@@ -182,7 +181,7 @@ def flops(config: BlockConfig, seq_len: int) -> float:
 
 
 def to_rwkv(state: heads.LayerState) -> list:
-    """The `rwkv` package has the matrices of this version as [H, V, K]."""
+    """Arrays of the `rwkv` package, which keeps the matrices of this version as [H, V, K]."""
     return [state.att_last, state.wkv.swapaxes(1, 2), state.ffn_last]
 
 
@@ -195,8 +194,8 @@ def _size(num_layers, dim, ranks, vocab_size=65536):
     return {"vocab_size": vocab_size, "num_layers": num_layers, "dim": dim, "low_ranks": ranks}
 
 
-# Released: World models by their size, and those trained on the Pile, whose widths of the low-rank maps are those of
-# RWKV-LM's RWKV-v7/rwkv_v7_demo.py when it came with them.
+# Released World models by size, and those trained on the Pile, whose low-rank widths are those of RWKV-LM's
+# RWKV-v7/rwkv_v7_demo.py at their release.
 SIZES = {
     "0.1b": _size(12, 768, (64, 64, 32, 128)),
     "0.4b": _size(24, 1024, (64, 64, 32, 128)),
@@ -223,7 +222,7 @@ KIND = Kind(
     recomputed={"outputs": 7, "block": 8},
     memory_traffic=156,
     groups=((r"/w0$", 2.0),),
-    kept_wide=r"/w0$",  # rounding it rounds long memory away
+    kept_wide=r"/w0$",  # rounding it loses long memory
     observe=heads.observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,

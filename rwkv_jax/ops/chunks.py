@@ -1,20 +1,20 @@
-"""Matrix-valued recurrences over chunks of tokens: what `wkv6` and `wkv7` share.
+"""Matrix-valued recurrences over chunks of tokens, shared by `wkv6` and `wkv7`.
 
 A rule computes one chunk of C tokens from the state before it, and the cotangents of one chunk from those after it.
-`recur` runs a rule over any length, forward and backward, and keeps for the backward pass one state a chunk and what
-the rule keeps: memory is linear in T. Beside the inputs that is K V / C numbers a token and head, and in chunks C more
-for `wkv6`, 5 C + V more for `wkv7`.
+`recur` runs a rule over any length, forward and backward. For the backward pass it saves one state a chunk and the
+rule's residuals: memory is linear in T. Beside the inputs that is K V / C numbers a token and head; the chunked forms
+add C for `wkv6`, 5 C + V for `wkv7`.
 
 Chunks of more than one token are products of matrices, whose entries are scores decayed between two tokens,
 
     scores[t, i] = sum_K x_t y_i exp(sum_{i<j<t} w_j)        for i < t, else 0.
 
 The exponent has to be split between the factors of a product, and exp(-sum w) overflows as soon as the decays of a
-chunk multiply to less than 1e-38. `factors` therefore halves: scores between the later and the earlier half of a block
-factor at the border between them, where both exponents are sums of log decays, and so at most 0; each half is treated
-likewise. No exponent is a difference, so nothing overflows or cancels, whatever the decays.
+chunk multiply to less than 1e-38. `factors` therefore works by halves: scores between the later and the earlier half
+of a block are split at the border between them, where both exponents are sums of log decays, at most 0. Each half is
+treated likewise. No exponent is a difference, so nothing overflows or cancels, whatever the decays.
 
-Factors that are centred in the chunk overflow, are half as exact, and save a fifth of the time of a training pass.
+Factors centred in the chunk would save a fifth of the time of a training pass, but overflow and are half as exact.
 On a CPU the products of a chunk are small and reach an eighth of the peak; chunks of 32 take 1.3 times as long as
 those of 16 (2 cores, B 4, T 1,024, 8 heads of 64).
 """
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-# float32 products are float32 on accelerators too: one bfloat16 pass is 3e-3 off, and SA of `wkv7` feeds on itself.
+# float32 products are float32 on accelerators too: one bfloat16 pass is 3e-3 off, and errors of SA in `wkv7` add up.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -37,8 +37,8 @@ einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 class Rule(NamedTuple):
     """The computation of one chunk; operands are [B, H, C, .] in the dtype of the accumulators.
 
-    forward:   (state_BHKV, operands, reset_BC or None) -> (state_BHKV, y_BHCV, what backward needs of it: a tuple)
-    backward:  (state_BHKV, operands, reset_BC or None, that tuple, dstate_BHKV, dy_BHCV)
+    forward:   (state_BHKV, operands, reset_BC or None) -> (state_BHKV, y_BHCV, residuals for backward: a tuple)
+    backward:  (state_BHKV, operands, reset_BC or None, residuals, dstate_BHKV, dy_BHCV)
                -> (dstate_BHKV, cotangents of operands)
     chunk:     C, a power of 2
     """
@@ -49,7 +49,7 @@ class Rule(NamedTuple):
 
 
 def by_token(step: Callable, step_grads: Callable, chunk: int) -> Rule:
-    """The rule of a recurrence as it is written, one token after the other; its backward pass recomputes the states.
+    """The rule of a recurrence computed token by token; its backward pass recomputes the states.
 
     step:        (state_BHKV before a token, its operands [B, H, .]) -> (state after it, y_BHV)
     step_grads:  (state_BHKV before a token, its operands, dstate after it, dy_BHV) -> (dstate before it, cotangents)
@@ -88,15 +88,15 @@ def by_token(step: Callable, step_grads: Callable, chunk: int) -> Rule:
     return Rule(forward, backward, chunk)
 
 
-# Compiled once for its shapes where it is called outside of `jax.jit`, and traced once for all layers where inside.
+# Outside `jax.jit` it is compiled once for its shapes; inside, it is traced once for all layers.
 @partial(jax.jit, static_argnums=(0, 1))
 def recur(plain: Rule, trained: Rule, operands: tuple, state_BHKV, reset_BT=None, valid_BT=None):
     """(y_BTHV, state after the last token) over T tokens.
 
     Args:
-        plain, trained: the rule where no gradient is asked for, and the one where one is.
-        operands: arrays [B, T, H, .], or [H, .] for what is the same in every token. At least the first is of the
-            former kind. Tokens that are not valid become zeros, with which a rule leaves the state untouched.
+        plain, trained: the rules without and with gradients.
+        operands: arrays [B, T, H, .], or [H, .] where all tokens share them; the first is [B, T, H, .]. Invalid
+            tokens become zeros, with which a rule leaves the state untouched.
         state_BHKV: before the first token; its dtype is that of the accumulators.
         reset_BT, valid_BT: as in `wkv6`.
     """
@@ -154,7 +154,7 @@ _recur.defvjp(_forward, _backward)
 
 
 def _whole_chunks(rule, operands, reset_BT, valid_BT):
-    """(tokens a chunk, first token of each, the arrays with T rounded up to whole chunks, added tokens invalid)."""
+    """(tokens a chunk, first token of each, the arrays padded to whole chunks with invalid tokens)."""
     B, T = operands[0].shape[:2]
     chunk = min(rule.chunk, 1 << (T - 1).bit_length())
     extra = -T % chunk
@@ -167,7 +167,7 @@ def _whole_chunks(rule, operands, reset_BT, valid_BT):
 
 
 def _read(operands, reset_BT, valid_BT, start, chunk, dtype):
-    """Operands [B, H, C, .] and resets of one chunk. Slices are transposed here, in the cache, and not as a whole."""
+    """Operands [B, H, C, .] and resets of one chunk. Slices are transposed here, in the cache, not whole arrays."""
     part = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, start, chunk, 1)
     valid_BC = part(valid_BT)
 
@@ -184,7 +184,7 @@ def _written(x_BPHD, part_BHCD, start):
 
 
 class Factors(NamedTuple):
-    """Effects of the tokens of a chunk on each other and on the state, without the values: P reads, Q writes a token.
+    """Weights between the tokens of a chunk, and between them and the state: P reads and Q writes a token.
 
     whole:   [B, H, 1, K]     decay of the state over the chunk
     past:    [B, H, P C, K]   how each read sees the state before the chunk
@@ -199,19 +199,19 @@ class Factors(NamedTuple):
 
 
 def factors(reads: tuple, writes: tuple, w_BHCK, own_BHCPQ, reset_BC=None) -> Factors:
-    """Factors of a chunk, by the method at the head of this file.
+    """Factors of a chunk, by the halving described in the module docstring.
 
     Args:
         reads: P arrays [B, H, C, K]. One at t sees what i wrote decayed by exp(sum_{i<j<t} w_j).
         writes: Q arrays [B, H, C, K].
-        w_BHCK: log decays, at most 0; -inf too.
+        w_BHCK: log decays, at most 0, may be -inf.
         own_BHCPQ: how reads see the writes of their own token.
         reset_BC: True where a token sees nothing before itself.
     """
     before, after, whole, *borders = _decays(w_BHCK)
     past, end = (jnp.stack([z * decay for z in zs], axis=2) for zs, decay in ((reads, before), (writes, after)))
     scores = _scores(reads, writes, borders, own_BHCPQ)
-    if reset_BC is not None:  # numbers of documents, the first of which began before the chunk
+    if reset_BC is not None:  # document numbers; document 0 began before the chunk
         number_BC = jnp.cumsum(reset_BC, axis=1)
         whole = jnp.where(number_BC[:, -1, None, None, None] == 0, whole, 0)
         past = jnp.where((number_BC == 0)[:, None, None, :, None], past, 0)
@@ -227,7 +227,8 @@ def _decays(w_BHCK):
     """Products of decays [B, H, C, K]: before each token, after each, over all ([B, H, 1, K]), and, for blocks of
     4, 8, ... tokens, between each token and the border of the block's halves.
 
-    Exponents are products with a matrix of 0 and 1, which take no infinities: e^-10000 is 0 in float64 as well.
+    Exponents are products with a 0/1 matrix, where 0 * -inf would be NaN: log decays are clipped at -10000, whose
+    exponential is 0 in float64 too.
     """
     tokens, w_BHCK = range(w_BHCK.shape[2]), jnp.maximum(w_BHCK, -1e4)
 
@@ -243,7 +244,7 @@ def _decays(w_BHCK):
 
 @jax.custom_vjp
 def _linear(matrix_RC, x_BHCK):
-    """matrix x. Derived automatically, the backward pass transposes its operand, a tenth of the time of all."""
+    """matrix x. Its automatic derivative would transpose the operand, a tenth of the total time."""
     return matmul(matrix_RC, x_BHCK)
 
 
@@ -264,8 +265,8 @@ def _half(z_BHCK, c, later):
 def _scores(reads, writes, borders, own_BHCPQ):
     """[B, H, P, C, Q, C]: blocks of one token, then of two, ... until one block is the chunk.
 
-    Reads and writes are lists, as a decay of all in one array has a sum over P for its gradient, which takes XLA's
-    CPU compiler longer than the products.
+    Reads and writes are lists: in one array, the decay's gradient would be a sum over P, which takes longer than the
+    products on a CPU.
     """
     B, H, C, P, Q = own_BHCPQ.shape
     scores = own_BHCPQ[:, :, :, :, None, :, None]
@@ -283,9 +284,9 @@ def _scores(reads, writes, borders, own_BHCPQ):
 
 @jax.custom_vjp
 def inverse(m_BHCC):
-    """(I - M)^-1 of a strictly lower triangular M, C a power of 2: blocks twice as large in each round.
+    """(I - M)^-1 of a strictly lower triangular M, C a power of 2: the block size doubles in each round.
 
-    No powers of M: with keys that repeat they reach 1e17 at C = 64, while the inverse's entries stay near 1. XLA's
+    It avoids powers of M: with repeated keys they reach 1e17 at C = 64, while the inverse's entries stay near 1. XLA's
     triangular solve takes 70 times as long on a CPU.
     """
     B, H, C, _ = m_BHCC.shape

@@ -1,4 +1,4 @@
-"""The check of the arguments of every operator, and the choice of the form that is traced."""
+"""Argument checks of every operator, and the choice of the form to trace."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ def check_form(impl: str | None, forms: Iterable[str]) -> None:
 
 
 def check_shapes(**arrays: tuple) -> None:
-    """Raise ValueError for the first argument, given as name=(array or None, shape), that has another shape."""
+    """Raise ValueError for the first name=(array or None, expected shape) that does not match."""
     for name, (x, shape) in arrays.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} is {x.shape}, expected {shape}")
@@ -34,25 +34,24 @@ def hopper_at_hand() -> bool:
 
 
 def target_platform() -> str:
-    """The platform for which code is traced now, as JAX names it: "cpu", "gpu", "tpu" or another.
+    """The platform that code is being traced for, as JAX names it: "cpu", "gpu", "tpu" or another.
 
-    It is the platform of the mesh in context (`jax.set_mesh`), else of `jax.default_device`, else JAX's default
-    backend. It is known before anything is traced, so that one form is traced, where `jax.lax.platform_dependent`
-    traces all that it may choose from. The devices of committed arrays are not known by then.
+    This is the platform of the mesh in context (`jax.set_mesh`), else of `jax.default_device`, else JAX's default
+    backend. It is known before tracing, so only one form is traced; `jax.lax.platform_dependent` traces all its
+    branches. The devices of committed arrays are not yet known.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
     return getattr(device, "platform", device) or jax.default_backend()
 
 
 def run_form(op: Callable, form: str, *operands, gpu_kernel: bool = True):
-    """`op(form, *operands)`, with kernels on the platforms that they are written for.
+    """Return `op(form, *operands)`, with kernels on the platforms that they are written for.
 
     Args:
-        op: takes the name of a form, or of a kernel: "tpu", "gpu", and "interpreted", that for TPUs run on a CPU.
-        form: a form in plain JAX; "pallas", the kernel of the platform for which the program is lowered; or "tpu" or
-            "gpu", that kernel, chosen by `target_platform()`: there, arrays that are committed to the CPU of the same
-            machine take "scan".
-        gpu_kernel: False where the kernel for GPUs does not take these operands.
+        op: takes the name of a form, or of a kernel: "tpu", "gpu", and "interpreted", the one for TPUs run on a CPU.
+        form: a form in plain JAX; "pallas", the kernel of the platform that the program is lowered for; or "tpu" or
+            "gpu", chosen by `target_platform()`: that kernel, but "scan" for arrays committed to the host's CPU.
+        gpu_kernel: False where the kernel for GPUs does not support these operands.
     """
     if form in ("tpu", "gpu"):
         return jax.lax.platform_dependent(*operands, cpu=partial(op, "scan"), default=partial(op, form))

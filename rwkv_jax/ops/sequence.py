@@ -1,12 +1,12 @@
 """One long sequence of RWKV-4 split along time: device i of an axis holds the i-th part of every row.
 
-To be called inside `jax.shard_map(..., check_vma=False)`, with T the length of a device's own part:
+Call these inside `jax.shard_map(..., check_vma=False)`, with T the length of a device's own part:
 
     last_BD, _ = last_before(x_BTD, axis_name="time")                   # for `models.layers.token_shift`
     y_BTD, state = wkv4_sequence(w_D, u_D, k_BTD, v_BTD, axis_name="time")
 
-A part's effect on what comes before it is one decay and one addition, (num, den, log_scale) and T·w: four numbers a
-channel, exchanged once, whatever the length.
+A part changes the state before it by one decay, T·w, and one addition, (num, den, log_scale): four numbers a channel,
+exchanged once, whatever the length.
 """
 
 import jax
@@ -18,10 +18,11 @@ from rwkv_jax.ops.wkv4_algebra import FORGET, WKV4State, merge_states
 
 
 def wkv4_sequence(w_D, u_D, k_BTD, v_BTD, state=None, *, axis_name, reset_BT=None, valid_BT=None, impl=None):
-    """`wkv4` over all parts together: y_BTD of this device's own, and the `WKV4State` after the last part.
+    """`wkv4` over all parts: y_BTD of this device's part, and the `WKV4State` after the last part.
 
-    Every device reads its part from an empty past, learns from the others what preceded it, and reads again. `state`
-    is before the first part, and like the result the same on all devices; other arguments are as `wkv4` has them.
+    Every device runs its part from an empty past, gathers the effects of all parts, and runs again from the state
+    before its own. `state` precedes the first part; like the returned one it is the same on all devices. Other
+    arguments are those of `wkv4`.
     """
     B, T, D = k_BTD.shape
     masks = {"reset_BT": reset_BT, "valid_BT": valid_BT}
@@ -36,9 +37,9 @@ def wkv4_sequence(w_D, u_D, k_BTD, v_BTD, state=None, *, axis_name, reset_BT=Non
 
 
 def _fade(w, T, reset_BT, valid_BT):
-    """Log factor [B, D], or [1, D] without masks, by which T tokens fade what comes before them."""
+    """Log factor [B, D], or [1, D] without masks, by which T tokens decay the state before them."""
     steps_B1 = jnp.full((1, 1), T, w.dtype) if valid_BT is None else valid_BT.sum(1, keepdims=True, dtype=w.dtype)
-    # no tokens at all fade nothing, not even by -inf
+    # zero tokens decay nothing, not even by -inf
     faded = jnp.where(steps_B1 == 0, 0, jnp.maximum(steps_B1 * jnp.maximum(w, FORGET), FORGET))
     if reset_BT is None:
         return faded
@@ -47,9 +48,9 @@ def _fade(w, T, reset_BT, valid_BT):
 
 
 def last_before(x_BTD, last_BD=None, *, axis_name, valid_BT=None):
-    """(the token's activations before this device's part [B, D], those of the last token of all), padding left out.
+    """Activations [B, D] of the last token before this device's part, and of the last one of all; padding is skipped.
 
-    `last_BD` is before the first part; None is zero, as at the start of a text.
+    `last_BD` precedes the first part; None is zero, as at the start of a text.
     """
     B, T, D = x_BTD.shape
     last_BD = jnp.zeros((B, D), x_BTD.dtype) if last_BD is None else last_BD.astype(x_BTD.dtype)

@@ -1,4 +1,4 @@
-"""WKV, the recurrence of RWKV-4: per channel, a weighted average over the past that any length can carry.
+"""WKV, the recurrence of RWKV-4: per channel, a weighted average over the past in a state of constant size.
 
 The paper (arXiv:2305.13048, Eq. 16) defines, for each channel, log decay w <= 0 and bonus u,
 
@@ -12,7 +12,7 @@ instead of a decay. Two running sums a (numerator) and b (denominator) carry the
     read    y_t = (a + exp(u + k_t) v_t) / (b + exp(u + k_t))
     write   a <- exp(w) a + exp(k_t) v_t,    b <- exp(w) b + exp(k_t)
 
-and as exp(k) overflows, both are stored divided by exp(log_scale) (App. D, Eqs. 23-28). Backward in time the
+As exp(k) can overflow, both are stored divided by exp(log_scale) (App. D, Eqs. 23-28). Backward in time the
 cotangents (G, H) of (a, b) obey a linear recurrence, with g_t = dL/dy_t / denominator_t:
 
     G_{t-1} = exp(w) G_t + g_t,              H_{t-1} = exp(w) H_t - g_t y_t
@@ -21,13 +21,12 @@ cotangents (G, H) of (a, b) obey a linear recurrence, with g_t = dL/dy_t / denom
     dL/du   = sum_t exp(u + k_t) g_t (v_t - y_t)
     dL/dw   = sum_t exp(w) (a_{t-1} G_t + b_{t-1} H_t)
 
-They are stored multiplied by exp(log_scale) of their own state, as cotangents of num and den: that is the share which
-the state has in everything after it times dL/dy, which cannot overflow, so that the backward pass needs no exponent of
-its own and no exponentials beyond those of the forward pass.
+They are stored multiplied by exp(log_scale) of their state, as cotangents of num and den. Scaled so, each later token
+adds at most |dL/dy| times the state's share in its average (|y| times that for H): no overflow. The backward pass
+needs no exponents of its own, and no exponentials beyond those of the forward pass.
 
-Both directions are here in two forms: `scan`, one token after the other, and `associative`, all prefixes at once
-in log T rounds; `pallas` (ops/kernels) is a fused kernel. Everything is computed in float32 whatever comes in (float64
-for float64).
+Both directions have two forms here: `scan`, token by token, and `associative`, all prefixes at once in log T rounds.
+`pallas` (ops/kernels) is a fused kernel. Everything is computed in float32, or in float64 for float64 inputs.
 """
 
 from functools import partial
@@ -59,7 +58,7 @@ from rwkv_jax.ops.wkv4_algebra import (
 FORMS = ("scan", "associative", "pallas")
 
 CHUNK = 32  # tokens between the states that `scan` keeps for its backward pass; 8 to 64 are within 6 % on a CPU
-STEP = 2  # tokens in one step of its loops: forward and backward 12 % faster than by one or by four on a CPU
+STEP = 2  # tokens in one step of its loops: forward and backward 12 % faster than with 1 or 4 on a CPU
 
 
 def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, impl=None):
@@ -71,12 +70,12 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
         k_BTD, v_BTD: log weights (up to 1e37 either way) and values.
         state: `WKV4State` before the first token; None is the empty past.
         reset_BT: True where a new document starts: the token sees nothing before itself.
-        valid_BT: False where a token is padding: it leaves the state untouched, its y means nothing and takes no
-            gradient (a reset there is ignored).
-        impl: "scan", "associative", "pallas" (a kernel for TPUs and one for NVIDIA GPUs from Hopper on, that for TPUs
-            interpreted on a CPU), or None for the one that suits `target_platform()`; where that is a kernel, arrays
-            that are committed to the CPU of the machine take "scan". A named form is never replaced.
-            To compile for a TPU on another machine, name "pallas" or trace under `jax.set_mesh` of the TPU's devices.
+        valid_BT: False where a token is padding: it leaves the state untouched, its y is meaningless and gets no
+            gradient, and a reset there is ignored.
+        impl: "scan", "associative", "pallas" (kernels for TPUs, interpreted on a CPU, and for NVIDIA GPUs from Hopper
+            on), or None for the fastest on `target_platform()`. Where that is a kernel, arrays committed to the
+            host's CPU take "scan". A named form is never replaced. To compile for a TPU on another machine, pass
+            "pallas" or trace under `jax.set_mesh` of the TPU's devices.
 
     Returns:
         y_BTD in the dtype of v, inside [min v, max v] of the tokens seen, and the `WKV4State` after the last token.
@@ -93,9 +92,9 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
 
 
 def suited_form(platform: str, T: int, dtype) -> str:
-    """The fastest form on a platform, for a number of tokens and a dtype of the accumulators.
+    """The fastest form on a platform for T tokens and a dtype of the accumulators.
 
-    A single token is a step of "scan" everywhere. Else, as of 2026-11-24:
+    A single token takes "scan" everywhere. Otherwise, as of 2026-11-24:
 
     CPU: measured on 2 cores, scan is the fastest at every length and size (experiments/speed/results.json).
     TPU: compiled for v5e and v5p, not run. Forward and backward at B 8, T 4,096, D 1,024, bfloat16: associative
@@ -110,7 +109,7 @@ def suited_form(platform: str, T: int, dtype) -> str:
     return "gpu" if platform == "gpu" and dtype != jnp.float64 and hopper_at_hand() else "associative"
 
 
-# Compiled once for its shapes where it is called outside of `jax.jit`, and traced once for all layers where inside.
+# Outside `jax.jit` it is compiled once for its shapes; inside, it is traced once for all layers.
 @partial(jax.jit, static_argnums=0)
 def _applied(form, w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT):
     (B, T, D), dtype = k_BTD.shape, accumulator_dtype(k_BTD, v_BTD)
@@ -148,7 +147,7 @@ def _put(x, x_t, t, axis=1):
 
 
 def _each(token, carry, chunk, reverse=False):
-    """`token(carry, i)` for every i of a chunk, `STEP` of them in one step of the loop."""
+    """Apply `token(carry, i)` to every i of a chunk, `STEP` of them in one step of the loop."""
     step = min(STEP, chunk)
 
     def tokens(carry, first):
@@ -162,8 +161,8 @@ def _each(token, carry, chunk, reverse=False):
 def _scan_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     """(y, final state, states [M, B, D] at the start of each chunk).
 
-    Results are gathered in float32 and rounded at the end: XLA's CPU compiler updates a bfloat16 array in a loop by
-    converting all of it each time (8 times as long forward at B 4, T 1,024, D 512).
+    Results are gathered in float32 and rounded at the end: to update a bfloat16 array in a loop, XLA's CPU compiler
+    converts all of it each time (8 times as long forward at B 4, T 1,024, D 512).
     """
     T = k_BTD.shape[1]
     dtype, empty = state.num.dtype, WKV4State.empty(*state.num.shape, state.num.dtype)
@@ -188,7 +187,7 @@ def _scan_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
 def _scan_backward(w, u, k_BTD, v_BTD, starts_MBD, reset_BT, valid_BT, dy_BTD, dstate):
     """(dw, du [B, D], dk, dv, dstate): a reverse scan over chunks, each of which recomputes its states.
 
-    `dstate` is the cotangent (num, den) of the state, given after the last token and returned before the first one.
+    `dstate`, the cotangent (num, den) of the state, is that after the last token as input, before the first as output.
     """
     T, (B, D), dtype = k_BTD.shape[1], dstate[0].shape, dstate[0].dtype
     empty = WKV4State.empty(B, D, dtype)
@@ -263,10 +262,10 @@ def _associative_forward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
 
 
 def _associative_backward(w, u, k_BTD, v_BTD, state, reset_BT, valid_BT, dy_BTD, dstate):
-    """The cotangents obey a linear recurrence with known factors: `past`, the weight that each token left its past."""
+    """Gradients by an associative scan: the cotangents obey a linear recurrence with the known factors `past`."""
     k, v, dy = (x.astype(state.num.dtype) for x in (k_BTD, v_BTD, dy_BTD))
     before_BTD, (_, _, after_scale) = _associative_states(w, k, v, state, reset_BT, valid_BT)
-    # padding leaves the state as it is, but merged in another order, perhaps at another scale
+    # merging padding leaves the value of a state as it is, but may change its log_scale
     decay = w[None] if valid_BT is None else jnp.where(valid_BT[..., None], w[None], 0)
     past, now = jnp.exp((before_BTD.log_scale - after_scale) + decay), jnp.exp(k - after_scale)
     now = now if valid_BT is None else jnp.where(valid_BT[..., None], now, 0)
@@ -302,7 +301,7 @@ def _forward(form, w, u, k_BTD, v_BTD, state, reset_BT, valid_BT):
     saved = (w, u, k_BTD, v_BTD, state, reset_BT, valid_BT)
     forward, _ = _passes(form)
     y_BTD, final, starts = forward(*saved)
-    y_BTD, starts = checkpoint_name((y_BTD, starts), "mixed")  # a policy that keeps both runs no recurrence twice
+    y_BTD, starts = checkpoint_name((y_BTD, starts), "mixed")  # saved by a remat policy, the recurrence never reruns
     return (y_BTD, final), (saved, starts)
 
 
@@ -319,9 +318,9 @@ def _backward(form, residuals, cotangents):
 
 
 def _passes(form):
-    """(forward, backward) of a form. Forward returns y, the final state and what backward wants of the states.
+    """(forward, backward) of a form. Forward returns y, the final state and the states that backward needs.
 
-    Kernels are imported where they are chosen: each needs a compiler that not every platform has.
+    Kernels are imported only when chosen: each needs a compiler that not every platform has.
     """
     if form == "scan":
         return _scan_forward, _scan_backward

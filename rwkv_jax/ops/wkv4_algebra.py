@@ -1,6 +1,6 @@
-"""One token of WKV, and two stretches of tokens joined: the algebra of all forms of `ops.wkv4` and of its kernels.
+"""Steps and merges of WKV states: the algebra that all forms of `ops.wkv4` and its kernels share.
 
-Equations are those of `ops/wkv4.py`. Functions are elementwise, so that arrays may have any leading axes.
+Equations are those of `ops/wkv4.py`. Functions are elementwise, so arrays may have any leading axes.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,9 @@ FORGET = -2e38  # log decay that drops the past at a reset: below EMPTY, so that
 class WKV4State(NamedTuple):
     """The past of every channel: a = num * exp(log_scale), b = den * exp(log_scale), each [B, D].
 
-    (num, den, log_scale) and (num e^-c, den e^-c, log_scale + c) are the same state. Gradients are those of
-    functions of a and b: a returned log_scale is a constant, num and den carry the whole cotangent, which is
-    exact for anything that only feeds the state back into `wkv4`. The gradient of the empty state is zero.
+    (num, den, log_scale) and (num e^-c, den e^-c, log_scale + c) are the same state. Gradients are those with
+    respect to a and b: a returned log_scale is a constant, num and den carry the whole cotangent. This is exact
+    where the state is only fed back into `wkv4`. The gradient of the empty state is zero.
     """
 
     num: jax.Array
@@ -44,8 +44,8 @@ def read_token(u, k, v, state):
 def write_token(w, k, v, state):
     """(the state after a token, weight of the past in it, weight of the token).
 
-    Differences first: log_scale is rounded, and (p - q) + w recovers what rounding took, where p + w - q would lose a
-    small decay beside a large exponent at every step.
+    log_scale is rounded. Computed in this order, (log_scale - q) + w recovers what the rounding lost;
+    log_scale + w - q would lose a small decay beside a large exponent at every step.
     """
     q = jnp.maximum(state.log_scale + w, k)
     past, now = jnp.exp((state.log_scale - q) + w), jnp.exp(k - q)
@@ -56,8 +56,8 @@ def token_grads(u, k, v, dy, before, past, now, after):
     """(dw, du, dk, dv) of one token, and the cotangent (num, den) of the state before it.
 
     `before` is the state that the token read, `past` and `now` are the weights by which it wrote the next one, whose
-    cotangent (num, den) is `after`. Both cotangents are those of num and den as stored, at the scale of their state:
-    the share of the past in what follows, which cannot overflow.
+    cotangent (num, den) is `after`. Both cotangents are those of num and den as stored, at the scale of their state,
+    so they cannot overflow (see `ops/wkv4.py`).
     """
     G, H = after
     y, den, past_read, now_read = read_token(u, k, v, before)
@@ -72,7 +72,7 @@ def token_grads(u, k, v, dy, before, past, now, after):
 
 def merge_states(w, earlier, later):
     """State `earlier` decayed by w, plus `later`."""
-    q = lax.stop_gradient(jnp.maximum(earlier.log_scale + w, later.log_scale))  # the gauge of `WKV4State`
+    q = lax.stop_gradient(jnp.maximum(earlier.log_scale + w, later.log_scale))  # constant, see `WKV4State`
     e1, e2 = jnp.exp((earlier.log_scale - q) + w), jnp.exp(later.log_scale - q)
     return WKV4State(e1 * earlier.num + e2 * later.num, e1 * earlier.den + e2 * later.den, q)
 

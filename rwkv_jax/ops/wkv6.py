@@ -5,17 +5,16 @@ For each head, with receptance r, key k, log decay w <= 0 and bonus u in R^K, an
     read    y_t = (S_{t-1} + diag(u) k_t v_t^T)^T r_t
     write   S_t = diag(exp(w_t)) S_{t-1} + k_t v_t^T
 
-The token is read before it is written: u takes the place of its decay. In RWKV-5 the decay is the same at all times.
+The token is read before it is written: u takes the place of its decay. In RWKV-5 the decay is constant in time.
 With dS = dL/dS_t, backward in time,
 
     dr_t = S_{t-1} dy_t + u * k_t (v_t . dy_t)        dk_t = dS v_t + u * r_t (v_t . dy_t)
     dv_t = dS^T k_t + (sum_K r_t u k_t) dy_t          du   = sum_t r_t * k_t (v_t . dy_t)
     dw_t = exp(w_t) * sum_V dS * S_{t-1}              dL/dS_{t-1} = diag(exp(w_t)) dS + r_t dy_t^T
 
-There are two forms: `scan`, one token after the other, for a single one, and `chunked`, products of matrices over 16
-tokens, for more. There is none that scans over all prefixes at once, as `wkv4` has: each prefix would be a K x V
-matrix in memory. In a trial before this code it took at least 6 times as long as chunks, and 2 GB of temporaries
-(both passes, CPU, B 2, T 1,024, 8 heads of 64).
+There are two forms: `scan`, token by token, for a single token, and `chunked`, matrix products over 16 tokens, for
+more. There is no associative form as in `wkv4`: each prefix would be a K x V matrix in memory. In a trial it took at
+least 6 times as long as chunks, and 2 GB of temporaries (both passes, CPU, B 2, T 1,024, 8 heads of 64).
 """
 
 import jax
@@ -33,21 +32,21 @@ def wkv6(r_BTHK, w_BTHK, k_BTHK, v_BTHV, u_HK, state=None, *, reset_BT=None, val
     Args:
         r_BTHK, k_BTHK: receptance and key.
         w_BTHK: log decay per step, <= 0 (-inf forgets at once); or [H, K], the same for all tokens (RWKV-5). The model
-            computes -exp(.) of what it learns.
+            computes -exp(.) of a parameter or activation.
         v_BTHV: values.
         u_HK: bonus of the current token.
         state: [B, H, K, V] before the first token; None is the empty past, zeros.
         reset_BT: True where a new document starts: the token sees nothing before itself.
-        valid_BT: False where a token is padding: it leaves the state untouched, its y is 0 and takes no gradient (a
-            reset there is ignored).
-        impl: "scan", "chunked", or None for what suits T. A named form is never replaced.
+        valid_BT: False where a token is padding: it leaves the state untouched, its y is 0 and gets no gradient, and a
+            reset there is ignored.
+        impl: "scan", "chunked", or None for the fastest for T. A named form is never replaced.
 
     Returns:
-        y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in that of the accumulators:
+        y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in the accumulators' dtype:
         float32, or float64 if one of r, w, k, v, u is.
 
     Raises:
-        ValueError: an unknown form, or a shape that does not fit.
+        ValueError: an unknown form, or a mismatched shape.
     """
     check_form(impl, FORMS)
     if r_BTHK.ndim != 4 or r_BTHK.shape != k_BTHK.shape or v_BTHV.shape[:3] != k_BTHK.shape[:3] or v_BTHV.ndim != 4:
@@ -72,14 +71,14 @@ def wkv6(r_BTHK, w_BTHK, k_BTHK, v_BTHV, u_HK, state=None, *, reset_BT=None, val
 
 
 def suited_form(T: int) -> str:
-    """The form for T tokens, the same on every platform, with gradients and without.
+    """The fastest form for T tokens, on every platform, with gradients and without.
 
     Milliseconds of the scan / of chunks on 2 CPU cores, 12 (B 1) and 8 (B 4) heads of 64:
 
-        a value       B 1: T 1  0.03 / 0.03   T 256  6.0 / 5.6       B 4: T 1,024  91 / 64
+        forward       B 1: T 1  0.03 / 0.03   T 256  6.0 / 5.6       B 4: T 1,024  91 / 64
         gradients     B 1: T 1  0.2 / 0.2     T 16  4.6 / 1.2        B 4: T 1,024  494 / 253
 
-    Elsewhere nothing has been measured: a scan over tokens leaves an accelerator idle.
+    Not measured elsewhere: a scan over tokens leaves an accelerator idle.
     """
     return "scan" if T == 1 else "chunked"
 

@@ -1,4 +1,4 @@
-"""WKV of RWKV-7 (Goose, arXiv:2503.14456): a matrix of key-value pairs, in which a token can replace what it finds.
+"""WKV of RWKV-7 (Goose, arXiv:2503.14456): a matrix of key-value pairs, in which a token can replace a value.
 
 For each head, with receptance r, key k, log decay w <= 0 and the pair a, b in R^K, and value v in R^V,
 
@@ -13,9 +13,9 @@ that form. With s_t = S_{t-1}^T a_t and dS = dL/dS_t, to which the read at t has
     dw_t = exp(w_t) * sum_V dS * S_{t-1}        dk_t = dS v_t         dv_t = dS^T k_t
     da_t = S_{t-1} ds_t,  ds_t = dS^T b_t       db_t = dS s_t         dL/dS_{t-1} = diag(exp(w_t)) dS + a_t ds_t^T
 
-There are two forms: `scan`, one token after the other, and `chunked`, products of matrices over 16 tokens, which is
-the one that trains. There is none that scans over all prefixes at once, as `wkv4` has: the map of a prefix is a K x K
-matrix, 57 times the arithmetic of the recurrence, and 32 KB a token and head of 64.
+There are two forms: `scan`, token by token, and `chunked`, matrix products over 16 tokens, which training uses.
+There is no associative form as in `wkv4`: the map of a prefix is a K x K matrix, which takes 57 times the arithmetic
+of the recurrence, and 32 KB a token and head of 64.
 """
 
 from functools import partial
@@ -36,20 +36,20 @@ def wkv7(r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state=None, *, reset_BT
         r_BTHK, k_BTHK: receptance and key.
         w_BTHK: log decay per step, <= 0 (-inf forgets at once); in RWKV-7 above -exp(-1/2) = -0.607.
         v_BTHV: values.
-        a_BTHK, b_BTHK: where the old state is read, and where what was read is added.
+        a_BTHK, b_BTHK: keys at which the old state is read, and at which the value read is added.
         state: [B, H, K, V] before the first token; None is the empty past, zeros. The released code keeps [H, V, K].
         reset_BT: True where a new document starts: the token sees nothing before itself.
-        valid_BT: False where a token is padding: it leaves the state untouched, its y is 0 and takes no gradient (a
-            reset there is ignored).
-        impl: "scan", "chunked", or None for what suits `target_platform()` and T, with a gradient or without. A named
+        valid_BT: False where a token is padding: it leaves the state untouched, its y is 0 and gets no gradient, and a
+            reset there is ignored.
+        impl: "scan", "chunked", or None for the fastest on `target_platform()`, with gradients or without. A named
             form is never replaced.
 
     Returns:
-        y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in that of the accumulators:
+        y_BTHV in the dtype of v, and the state [B, H, K, V] after the last token, in the accumulators' dtype:
         float32, or float64 if one of r, w, k, v, a, b is.
 
     Raises:
-        ValueError: an unknown form, or a shape that does not fit.
+        ValueError: an unknown form, or a mismatched shape.
     """
     check_form(impl, FORMS)
     if r_BTHK.ndim != 4 or v_BTHV.ndim != 4:
@@ -74,14 +74,14 @@ def wkv7(r_BTHK, w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state=None, *, reset_BT
 
 
 def suited_forms(platform: str, T: int) -> tuple[str, str]:
-    """The forms of a value alone and of a value with gradients.
+    """The fastest forms for the forward pass alone, and with gradients.
 
     Milliseconds of the scan / of chunks on 2 CPU cores, 12 (B 1) and 8 (B 4) heads of 64:
 
-        a value       B 1: T 1  0.03 / 0.06   T 256  4.5 / 9.5       B 4: T 1,024  59 / 93
+        forward       B 1: T 1  0.03 / 0.06   T 256  4.5 / 9.5       B 4: T 1,024  59 / 93
         gradients     B 1: T 1  0.3 / 0.5     T 16  5.0 / 2.1        B 4: T 1,024  575 / 318
 
-    Elsewhere nothing has been measured: a scan over tokens leaves an accelerator idle.
+    Not measured elsewhere: a scan over tokens leaves an accelerator idle.
     """
     return "scan" if T == 1 or platform == "cpu" else "chunked", "scan" if T == 1 else "chunked"
 
@@ -114,15 +114,15 @@ def _step_grads(state, token, dstate, dy):
 
 
 def _factors(r, w, k, a, b, reset_BC):
-    """Reads a and r, writes b and k; r also sees its own token, and what is older decayed by it."""
+    """Factors of reads a, r and writes b, k; r also sees its own token, and older ones with that token's decay."""
     own = jnp.stack([(r * b).sum(-1), (r * k).sum(-1)], axis=-1)
     own = jnp.stack([jnp.zeros_like(own), own], axis=-2)
     return factors((a, r * jnp.exp(w)), (b, k), w, own, reset_BC)
 
 
 def _chunk_forward(state, operands, reset_BC):
-    """Y and the state after the chunk. What a token finds at its a, a row s_t = S_{t-1}^T a_t of SA, depends on what
-    earlier ones found. With M_xy the scores of reads x and writes y, strictly lower triangular for a:
+    """Y and the state after the chunk. The value that a token reads at its a, row s_t = S_{t-1}^T a_t of SA, depends
+    on earlier rows. With M_xy the scores of reads x and writes y, strictly lower triangular for a:
 
         SA = past_a S + M_ab SA + M_ak V        =>    SA = X (past_a S + M_ak V),   X = (I - M_ab)^-1
         Y  = past_r S + M_rb SA + M_rk V
@@ -140,7 +140,7 @@ def _chunk_forward(state, operands, reset_BC):
 
 
 def _chunk_backward(state, operands, reset_BC, kept, dstate, dy):
-    """With F = [past_a; past_r] S + [M_ak; M_rk] V, and dL/dM_ab = dF_a SA^T since SA = X F_a."""
+    """Gradients of a chunk. With F = [past_a; past_r] S + [M_ak; M_rk] V, dL/dM_ab = dF_a SA^T since SA = X F_a."""
     r, w, k, v, a, b = operands
     m, x, sa = kept
     C = r.shape[2]

@@ -13,12 +13,12 @@ from rwkv_jax.train.rehearse import rehearse, table
 
 
 @command.reported(
-    interrupted="stopped; what was saved before stays",
+    interrupted="stopped; earlier checkpoints are kept",
     out_of_memory="raise --config.accumulation, or lower --config.batch_size, --config.seq_len or --config.model.dim",
 )
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.train",
+        prog=command.program("rwkv_jax.train"),
         description="Train a model; the same command resumes.",
         allow_abbrev=False,
         epilog="--config.FIELD=VALUE sets any field of the config, for instance --config.optim.lr=6e-4",
@@ -28,13 +28,13 @@ def main(argv=None) -> int:
     parser.add_argument("--profile", metavar="FIRST:END", help="trace steps FIRST to END - 1 to WORKDIR/profile")
     parser.add_argument("--rehearse", metavar="SLICE", help="only compile a step, for v5e:4x4, v5p:4x4x8, 2xv6e:16x16")
     several = parser.add_argument_group("several hosts, the same command on each")
-    several.add_argument("--distributed", action="store_true", help="as the cluster says: TPU pod, SLURM, Open MPI")
-    several.add_argument("--coordinator", metavar="ADDRESS:PORT", help="of host 0; with the next two, by hand")
+    several.add_argument("--distributed", action="store_true", help="detect the cluster: TPU pod, SLURM, Open MPI")
+    several.add_argument("--coordinator", metavar="ADDRESS:PORT", help="of host 0; with the next two, explicitly")
     several.add_argument("--num_hosts", type=int, metavar="N")
     several.add_argument("--host", type=int, metavar="I", help="this one, 0 to N - 1")
     args, overrides = parser.parse_known_args(argv)
     if args.rehearse is not None:
-        jax.config.update("jax_platforms", "cpu")  # the compiler is no TPU
+        jax.config.update("jax_platforms", "cpu")  # the compiler needs no TPU
         row = rehearse(run_config.read(args.config, overrides), args.rehearse)
         print(table(row))
         return 0 if row["fits"] else 1
@@ -50,9 +50,9 @@ def _train(args, overrides) -> int:
         with hosts.together():
             config = run_config.read(args.config, overrides)
         run(config, args.workdir, profile)
-    except (hosts.SharedError, DivergedError) as error:  # of all hosts at the same step: they end together
+    except (hosts.SharedError, DivergedError) as error:  # raised on all hosts at the same step: they end together
         speaker = error.host if isinstance(error, hosts.SharedError) else 0
-        if jax.process_index() == speaker:  # before any of them can end, at which a launcher kills the others
+        if jax.process_index() == speaker:  # before any host ends, because a launcher then kills the others
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         jax.distributed.shutdown()
         return 2

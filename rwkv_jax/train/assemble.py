@@ -16,7 +16,7 @@ from rwkv_jax.train.methods import Method, method_of
 from rwkv_jax.train.step import make_init, make_step
 from rwkv_jax.train.workdir import tokenizer
 
-# Fields that the weights decide; None in a config leaves them open.
+# Fields that the weights determine; None in a config accepts any value.
 DECIDED_BY_WEIGHTS = (
     *("vocab_size", "num_layers", "dim", "layers", "hidden_dim", "head_size", "embedding_norm"),
     *("head_norm_epsilon", "low_ranks"),
@@ -24,12 +24,12 @@ DECIDED_BY_WEIGHTS = (
 
 
 class Run(NamedTuple):
-    config: Any  # with what `finetune.model` decides filled in
+    config: Any  # with the fields that `finetune.model` determines filled in
     model: models.LM
     method: Method
     corpus: mixture.Mixture
     batches: grain.MapDataset  # of all hosts
-    mine: grain.MapDataset  # the rows of them that this host reads
+    mine: grain.MapDataset  # their rows that this host reads
     lr: Callable  # learning rate of each step
     init: Callable  # these four as `parallel` describes them
     step: Callable
@@ -38,10 +38,10 @@ class Run(NamedTuple):
 
 
 def assembled(config, workdir: Path) -> Run:
-    """Return everything that the config of a run decides.
+    """Return everything that a run needs, from its config.
 
     Raises:
-        ValueError, OSError: a field that does not fit, or a text that cannot be read.
+        ValueError, OSError: an invalid field, or a text that cannot be read.
     """
     method = method_of(config)
     if config.finetune.model:
@@ -60,7 +60,7 @@ def assembled(config, workdir: Path) -> Run:
     if config.finetune.model and jax.process_index() == 0:
         tokenizers.warn_if_small(corpus.tokenizer, corpus.vocab_size, model.vocab_size)
     if config.eval_tokens:
-        corpus.held_out(config.eval_tokens)  # refused before training where it has no target
+        corpus.held_out(config.eval_tokens)  # fails before training if the text has no target
     shape = {"seq_len": config.seq_len, "batch_size": config.batch_size}
     dataset = functools.partial(batches.dataset, corpus.train, **shape, seed=config.seed, order=config.data.order)
     of_all, mine = dataset(), dataset(rows=parallel.own_rows(config.strategy, config.batch_size, config.replicas))
@@ -73,7 +73,7 @@ def assembled(config, workdir: Path) -> Run:
         (config.strategy, config.replicas),
         config.batch_size if config.carry_state else None,
         accumulation=config.accumulation,
-        seed=config.seed if model.dropout else 0,  # nothing else is drawn: paired seeds share a program
+        seed=config.seed if model.dropout else 0,  # only dropout draws: else seeds share a program
         l2wrap=o.l2wrap,
         loss_chunk=config.loss_chunk,
         segments=config.segments,
@@ -83,28 +83,28 @@ def assembled(config, workdir: Path) -> Run:
 
 
 def completed(config):
-    """Fill in what the config of a fine-tuning run leaves to the weights at `finetune.model`.
+    """Fill in the fields that a fine-tuning config leaves to the weights at `finetune.model`.
 
     Raises:
-        ValueError: it names another size, or a tokenizer of another vocabulary.
+        ValueError: the config names another size, or a tokenizer of another vocabulary.
     """
     path = interop.locate(config.finetune.model)
     base, config = runs.describe(path), config.copy_and_resolve_references()
     for name in DECIDED_BY_WEIGHTS:
         wanted, found = config.model[name], getattr(base, name)
         if wanted not in (None, found):
-            raise ValueError(f"model.{name} is {wanted!r}, and {found!r} in {path}, the model to fine-tune")
+            raise ValueError(f"model.{name} is {wanted!r}, expected {found!r} as in {path}")
         config.model[name] = found
     for name, wanted in config.model.variant.items():
         found = base.variant.get(name)
         if wanted not in (None, found):
-            raise ValueError(f"model.variant.{name} is {wanted!r}, and {found!r} in {path}, the model to fine-tune")
+            raise ValueError(f"model.variant.{name} is {wanted!r}, expected {found!r} as in {path}")
         config.model.variant[name] = found
     own = tokenizers.carried(path) if path.is_dir() else None
     if config.tokenizer is None:
         config.tokenizer = own or tokenizers.of_model(path, base.vocab_size)
     elif own and (config.tokenizer == "characters" or _vocabulary(config.tokenizer) != _vocabulary(own)):
-        raise ValueError(f"tokenizer is {config.tokenizer!r}, and {path} comes with another: {own!r}")
+        raise ValueError(f"tokenizer is {config.tokenizer!r}, expected {own!r} as in {path}")
     config.finetune.model = str(path.absolute())
     return config
 

@@ -1,4 +1,4 @@
-"""Diagnostics of a model in training beside its loss, computed apart from the step."""
+"""Diagnostics of a model in training, computed outside the step."""
 
 import re
 
@@ -23,17 +23,16 @@ POSITIONS = 64  # whose logits exist at one time
 
 
 def make_diagnose(model, tx, **options):
-    """`diagnose(state, batch, lr, axis_name=None) -> (state, values)` of the step that `batch` is about to take.
+    """`diagnose(state, batch, lr, axis_name=None) -> (state, values)` for the step that is about to take `batch`.
 
-    The state comes back as it came, so that every strategy runs it like a step. Costs about a step and a half. Values:
+    The state is returned unchanged, so that every strategy runs it like a step. Costs about a step and a half. Values:
 
         parameter_norm, gradient_norm, update_norm
-            L2 norms by group of `GROUPS`: of what the step starts from, of its gradient before clipping, and of the
-            change that it makes
+            L2 norms by group of `GROUPS`: of the parameters, of the gradient before clipping, and of the change
         logit_max
             largest logit over the batch, without dropout
 
-    and what the kinds of layers observe (`Kind.observe`), NaN for the layers that do not:
+    and observations of the kinds of layers (`Kind.observe`), NaN for layers that lack them:
 
         k_max [L]
             largest |k| of each layer over the batch: WKV works with exp(k) kept as differences of exponents, other
@@ -74,7 +73,7 @@ def norms(tree) -> dict:
 
 
 def _over_batch(model, params, initial, batch):
-    """(largest logit, what each layer sowed): maxima over the batch, of floats as of truth values."""
+    """(largest logit, values that each layer sowed): maxima over the batch, also of booleans."""
     apply = lambda *args, **kw: model.apply({"params": params}, *args, **kw)
     tokens_BT = batch["tokens"][:, :-1]
     (x_BTD, _), collected = apply(
@@ -88,7 +87,7 @@ def _over_batch(model, params, initial, batch):
 
 
 def _observed(model, params, sown) -> dict:
-    """Values [L] of all that a layer of the model observes, NaN for a layer that does not."""
+    """Values [L] of every observation, NaN for layers that lack it."""
     once = lambda tree: jax.tree.map(lambda x: x[0], tree, is_leaf=lambda x: isinstance(x, tuple))
     kinds, params = [kind for _, kind, _ in model.every_layer], _layers(model, params)
     seen = [flatten_dict(kind.observe(*layer)) for kind, *layer in zip(kinds, params, map(once, sown), strict=True)]

@@ -1,4 +1,4 @@
-"""Detect divergence: losses that are not finite, or that leap."""
+"""Detect divergence: losses that are not finite, or that jump."""
 
 import collections
 import statistics
@@ -7,7 +7,7 @@ WINDOW = 20  # steps whose mean loss a step is compared with
 
 
 class DivergedError(ArithmeticError):
-    """A run ends because it has diverged; its checkpoints stay."""
+    """A run has diverged and ends; its checkpoints are kept."""
 
 
 class Watch:
@@ -15,7 +15,7 @@ class Watch:
 
     Args:
         max_skipped: non-finite steps in a row that are allowed; none of them changes the state.
-        max_loss_rise: rise above the mean loss of the `WINDOW` steps before that is allowed, in nats; 0: any.
+        max_loss_rise: allowed rise above the mean loss of the last `WINDOW` steps, in nats; 0: any.
         skipped: steps skipped before this start.
     """
 
@@ -27,7 +27,7 @@ class Watch:
     def problem(self, step: int, loss: float, skipped: int, targets: int) -> str:
         """Return why the run should end after `step`, or "".
 
-        `skipped` counts all skipped steps so far, `targets` those of this step; one without is no sign of divergence.
+        `skipped` counts all skipped steps so far, `targets` those of this step; a step without any is ignored.
         """
         before, self.skipped = self.skipped, skipped
         if not targets:

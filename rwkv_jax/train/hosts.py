@@ -1,6 +1,6 @@
 """Several hosts, each a process of the same command: they connect, fail together and stop together.
 
-JAX's distributed runtime does the work: a coordinator on host 0, heartbeats, a step at which all know of a signal.
+JAX's distributed runtime does the work: a coordinator on host 0, heartbeats, a step at which all act on a signal.
 """
 
 import contextlib
@@ -18,24 +18,24 @@ from jax.experimental import multihost_utils
 
 from rwkv_jax import command
 
-STOPPING = b"stopping: the step that is running, or compiling, ends and is saved first; Ctrl-C again ends at once\n"
-HEARTBEAT_SECONDS = 30  # without a sign of a host, after which the others end; JAX's default is 100
+STOPPING = b"stopping: the current step finishes, compiling included, and is saved; Ctrl-C again stops at once\n"
+HEARTBEAT_SECONDS = 30  # without a heartbeat of a host, after which the others end; JAX's default is 100
 
 _meetings = itertools.count()
 
 
 def join(distributed: bool, coordinator: str | None, num_hosts: int | None, host: int | None) -> None:
-    """Connect this process to the others, before anything else touches a device. Alone: nothing.
+    """Connect this process to the others, before anything else touches a device; a no-op without arguments.
 
     Args:
-        distributed: ask the cluster who and where they are (TPU pods, SLURM, Open MPI, Kubernetes, and the variables
+        distributed: detect the hosts (TPU pods, SLURM, Open MPI, Kubernetes, and the variables
             that `jax.distributed.initialize` names).
-        coordinator: "address:port" of host 0, as all hosts reach it; with the next two, instead of asking.
-        num_hosts: of all.
-        host: 0 to num_hosts - 1, this one.
+        coordinator: "address:port" of host 0, as all hosts reach it; with the next two, instead of detection.
+        num_hosts: number of hosts.
+        host: this one, 0 to num_hosts - 1.
 
     Raises:
-        ValueError: only some of the three are told, they are out of range, or there is no cluster to ask.
+        ValueError: only some of the three are given, they are out of range, or no cluster is found.
         OSError: the others were not reached within five minutes.
     """
     told = {"coordinator": coordinator, "num_hosts": num_hosts, "host": host}
@@ -61,15 +61,15 @@ def join(distributed: bool, coordinator: str | None, num_hosts: int | None, host
         )
     except ValueError as error:
         raise ValueError(
-            f"--distributed found no cluster ({error}); name --coordinator, --num_hosts, --host"
+            f"--distributed found no cluster ({error}); pass --coordinator, --num_hosts, --host"
         ) from None
     except RuntimeError as error:
         raise OSError(f"the other hosts were not reached: {error}") from error
-    jax.devices()  # which waits two minutes for the other hosts: now, not after one of them has read a long text
+    jax.devices()  # waits two minutes for the other hosts: now, before one of them reads a long text
 
 
 class SharedError(ValueError):
-    """An error that all hosts raise at once, so that they end in good order. `host`: the one that prints it."""
+    """An error that all hosts raise at the same point, so that they shut down cleanly. `host` prints it."""
 
     def __init__(self, message: str, host: int):
         super().__init__(message)
@@ -78,7 +78,7 @@ class SharedError(ValueError):
 
 @contextlib.contextmanager
 def together():
-    """Turn a ValueError or OSError of one host into a `SharedError` on each. One host alone raises it as it is.
+    """Turn a ValueError or OSError of one host into a `SharedError` on each. A single host raises it unchanged.
 
     In this context hosts may take up to a day, but must not wait for one another.
     """
@@ -90,21 +90,21 @@ def together():
         yield
     except (ValueError, OSError) as error:
         mistake = error
-    # collectives of CPUs give up on a host that is 30 s late, where one of them has a long text to read
+    # CPU collectives time out after 30 s, and a host may read a long text
     ocp.multihost.get_barrier_sync_fn()(key=f"together {next(_meetings)}", timeout_ms=24 * 3600 * 1000)
     failed = np.flatnonzero(multihost_utils.process_allgather(np.array(mistake is not None)))
     if len(failed):
-        raise SharedError(str(mistake or f"host {failed[0]} failed; its own line says why"), failed[0]) from mistake
+        raise SharedError(str(mistake or f"host {failed[0]} failed; its own error says why"), failed[0]) from mistake
 
 
 def check_joined() -> None:
-    """ValueError where JAX sees several hosts, as on a TPU pod, that have not been connected."""
+    """Raise ValueError where JAX sees several hosts, as on a TPU pod, that are not connected."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise ValueError(f"this is one of {jax.process_count()} hosts, expected --distributed on each")
 
 
 def check_same(what: str, value: str) -> None:
-    """ValueError where not all hosts have the same `value`."""
+    """Raise ValueError unless all hosts have the same `value`."""
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
     differ = (multihost_utils.process_allgather(digest) != digest).any(axis=-1)
     with together():
@@ -113,7 +113,7 @@ def check_same(what: str, value: str) -> None:
 
 
 def check_shared(folder) -> None:
-    """ValueError where `folder` is not the same one for all hosts."""
+    """Raise ValueError unless `folder` is the same one for all hosts."""
     token = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
     mark = folder / f".shared-{token:08x}"
     first_host = jax.process_index() == 0
@@ -134,11 +134,11 @@ def check_shared(folder) -> None:
 
 @contextlib.contextmanager
 def stop_signals():
-    """`stop(steps_taken_here) -> bool`, to be asked once a step: whether SIGINT or SIGTERM asks the run to end.
+    """Yield `stop(steps_taken_here) -> bool`, called once a step: True if SIGINT or SIGTERM asks the run to end.
 
-    On several hosts a signal to any of them counts, and all hear of it at the same step. There, an asynchronous
-    protocol of JAX agrees on the step without a collective: asking costs 0.3 µs, where gathering a flag from two
-    processes took 4 ms. A second SIGINT interrupts at once; alone, a second SIGTERM too.
+    On several hosts a signal to any of them counts, and all see it at the same step. An asynchronous protocol of JAX
+    agrees on the step without a collective: a call costs 0.3 µs; gathering a flag from two processes took 4 ms. A
+    second SIGINT interrupts at once; on a single host, a second SIGTERM too.
     """
     stop = threading.Event()
     several = jax.process_count() > 1
@@ -146,10 +146,10 @@ def stop_signals():
     def request(signum, frame):
         if stop.is_set():
             raise KeyboardInterrupt
-        os.write(command.STDERR, STOPPING)  # at once, whatever else is being printed
+        os.write(command.STDERR, STOPPING)  # unbuffered: at once, whatever else is printing
         stop.set()
         if several:
-            os.kill(os.getpid(), signal.SIGTERM)  # which JAX listens to, and tells the others
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX listens for it, and tells the others
 
     asked = multihost_utils.reached_preemption_sync_point if several else lambda steps: stop.is_set()
     if threading.current_thread() is not threading.main_thread():

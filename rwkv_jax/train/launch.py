@@ -3,10 +3,10 @@
     python -m rwkv_jax.train.launch --hosts=2 --devices=2 -- --config=configs/tiny.py --workdir=runs/two [...]
 
 starts `python -m rwkv_jax.train` with what follows `--`, once a host. SIGINT, SIGTERM and SIGHUP go to all of them as
-SIGTERM: they save the same step and end; a second signal kills them. Where one fails the others are killed.
+SIGTERM: they save the same step and end; a second signal kills them. If one fails, the others are killed.
 
-The exit code is 0 if the run ended well or was stopped, otherwise that of the host that failed first: 2 where it has
-said what is wrong with its input, 128 + n if signal n killed it.
+The exit code is 0 if the run ended well or was stopped, otherwise that of the host that failed first: 2 if it
+reported an error in its input, 128 + n if signal n killed it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rwkv_jax import command
 @command.reported()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m rwkv_jax.train.launch", description=__doc__.partition("\n")[0], allow_abbrev=False
+        prog=command.program("rwkv_jax.train.launch"), description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--hosts", type=int, required=True, metavar="N", help="processes, 1 or more")
     parser.add_argument("--devices", type=int, metavar="N", help="virtual CPU devices of each; default: what there is")
@@ -43,12 +43,12 @@ def main(argv=None) -> int:
             process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
 
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(s) != signal.SIG_IGN:  # as a hang-up is under nohup
+        if signal.getsignal(s) != signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(s, forward)
     try:
         for host in range(args.hosts):
             where = [f"--coordinator={address}", f"--num_hosts={args.hosts}", f"--host={host}"]
-            # Sessions of their own: what a terminal sends to its foreground comes through `forward` alone.
+            # Own sessions: signals from the terminal reach the hosts through `forward` alone.
             process = subprocess.Popen(
                 [sys.executable, "-m", "rwkv_jax.train", *args.arguments, *where],
                 env=environment,

@@ -18,7 +18,7 @@ from rwkv_jax.train.workdir import claimed, restore, write_config
 
 
 def run(config, workdir, profile: range | None = None) -> TrainState:
-    """Train to `config.steps`, resuming what `workdir` holds; SIGINT and SIGTERM save and return early.
+    """Train to `config.steps`, resuming from `workdir`; SIGINT and SIGTERM save and return early.
 
     A trace of the steps in `profile`, numbered as in the log, goes to `workdir/profile`.
     """
@@ -34,7 +34,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
     with contextlib.ExitStack() as held:
         with hosts.together():
             held.enter_context(claimed(workdir))
-            held.callback(checkpoint.wait)  # nothing of this run writes there any more when another may
+            held.callback(checkpoint.wait)  # finish writing before another run may claim the workdir
             write_config(workdir, config, run_config.model_fields(config), this.corpus)
         hosts.check_shared(workdir)
         before = metrics.logged(workdir / "metrics.jsonl")
@@ -48,7 +48,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
         clock.lap("startup")
         stop = held.enter_context(hosts.stop_signals())
         write, show = lambda row: None, lambda step, text: None
-        if jax.process_index() == 0:  # alone in writing the log and on the terminal
+        if jax.process_index() == 0:  # only host 0 writes the log and to the terminal
             write = held.enter_context(metrics.opened(workdir, start, config.to_dict(), **config.logging))
             show = held.enter_context(progress.shown(start, config.steps))
         skipped = int(jax.device_get(state.skipped))
@@ -58,10 +58,10 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
 
 
 def _use_compilation_cache(wanted: bool | None):
-    """Keep compiled programs over restarts, in `data.cache_dir()` unless JAX has been told a folder.
+    """Cache compiled programs across restarts, in `data.cache_dir()` unless JAX is configured with a folder.
 
-    On a CPU only where asked for: programs are made for one processor's instructions, and XLA may refuse its own, or
-    run another machine's until it meets an instruction that is missing (jax issue 38445).
+    On a CPU only on request: programs are compiled for one processor's instructions, and XLA may reject its own, or
+    run another machine's until an instruction is missing (jax issue 38445).
     """
     wanted = jax.default_backend() != "cpu" if wanted is None else wanted
     if wanted and not jax.config.jax_compilation_cache_dir:
@@ -74,11 +74,11 @@ def _loop(this: Run, workdir, state, start, profile, log, stop):
     if _unevaluated(config, workdir, start):  # killed between saving this step and evaluating it
         log.evaluated(start, validation(this, state))
 
-    step, saving_behind = start, None  # the save that may still be going on
+    step, saving_behind = start, None  # the save that may still be running
     with contextlib.ExitStack() as trace:
         for step, batch in zip(range(start + 1, config.steps + 1), batches.read_ahead(this.mine, start), strict=False):
             lr = this.lr(step - 1)
-            placed = this.put(batch)  # the step before is still running, and the next one follows it without a pause
+            placed = this.put(batch)  # while the previous step runs, so that the next follows without a pause
             diagnosing = _due(config.diagnostics_every, step)
             if diagnosing or (profile and step == profile.start):
                 log.settle()
@@ -90,9 +90,9 @@ def _loop(this: Run, workdir, state, start, profile, log, stop):
                 trace.enter_context(jax.profiler.trace(str(plain / "profile")))
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, values = this.step(state, placed, np.float32(lr))
-            log.settle()  # the step before
+            log.settle()  # the previous step
 
-            stopping = stop(step - start)  # once a step: what is asked for from here on is the next step's business
+            stopping = stop(step - start)  # once a step: a later signal counts for the next one
             last = step == config.steps or stopping
             traced = profile and step in profile and (last or step == profile[-1])
             saving, evaluating = last or _due(config.save_every, step), _to_evaluate(config, step)
@@ -104,7 +104,7 @@ def _loop(this: Run, workdir, state, start, profile, log, stop):
                 print(f"profile: pip install xprof; xprof --logdir={workdir / 'profile'}", file=sys.stderr)
             if saving:
                 if first_host and saving_behind and (error := saving_behind.exception()):
-                    tqdm.write(f"{error}; training goes on, this save tries again", file=sys.stderr)
+                    tqdm.write(f"{error}; training continues, this save retries", file=sys.stderr)
                 saving_behind = checkpoint.save_async(folder, step, stored(state), keep=config.keep)
                 log.clock.lap("save")
             if evaluating:
@@ -130,8 +130,8 @@ def validation(this: Run, state) -> dict:
 
 
 class Log:
-    """The rows of a start. A step's metrics are read when the next step has been dispatched, so that no device waits
-    for the host."""
+    """Writes the log rows of one start. A step's metrics are read after the next step is dispatched, so that no
+    device waits for the host."""
 
     def __init__(self, this: Run, workdir, start: int, skipped: int, clock, write, show):
         config = this.config
@@ -142,7 +142,7 @@ class Log:
         self.devices = 1 if config.strategy == "single" else jax.device_count()
         self.peak = hardware.peak_flops(jax.devices()[0])
         self.flops_per_token = hardware.flops_per_token(this.model, config.seq_len)
-        self.told = False  # that a batch has no target
+        self.told = False  # a batch without a target was reported
         self.waiting = None  # the step dispatched last, whose metrics the host has not seen
         self.seconds, self.timed = 0.0, 0  # of steps since the last row, without compiling, evaluating and saving
 
@@ -150,14 +150,14 @@ class Log:
         self.waiting = (step, lr, values, logged)
 
     def settle(self):
-        """Wait for the step dispatched last, if it was not settled, and write its row where that is due."""
+        """Wait for the step dispatched last, if not yet settled, and write its row if due."""
         if self.waiting is None:
             return
         (step, lr, values, logged), self.waiting = self.waiting, None
         values = jax.device_get(jax.block_until_ready(values))  # see `workdir.restore`
         if step == self.start + 1:
             self.clock.lap("compile")
-            # not before a step has worked: until there is a row, the workdir takes another config
+            # only after a step has succeeded: until the first row, the workdir accepts another config
             starts = {"began": self.clock.began, "starts": self.clock.starts}
             self.write({"step": self.start} | starts | self.clock.row())
         else:
@@ -174,7 +174,7 @@ class Log:
             self._write_step(step, {**losses, **values, "lr": lr})
         if problem:
             newest = _newest(self.folder)
-            raise divergence.DivergedError(f"{problem}; {newest}; docs/faults.md tells how to replay a batch")
+            raise divergence.DivergedError(f"{problem}; {newest}; docs/faults.md explains how to replay a batch")
 
     def _write_step(self, step: int, values: dict):
         speed = self.timed * self.tokens_per_step / self.seconds if self.seconds > 0 else None
@@ -205,7 +205,7 @@ def _to_evaluate(config, step: int) -> bool:
 
 
 def _unevaluated(config, workdir, step: int) -> bool:
-    """Whether a step was saved that should have been evaluated and was not; the same answer on all hosts."""
+    """Return whether `step` was saved and is due for evaluation but not evaluated; the same on all hosts."""
     evaluated = {row["step"] for row in metrics.logged(workdir / "metrics.jsonl") if "valid_loss_nats" in row}
     missing = (
         step in checkpoint.steps(workdir / "checkpoints") and step not in evaluated and _to_evaluate(config, step)

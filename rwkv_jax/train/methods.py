@@ -1,4 +1,4 @@
-"""Methods of fine-tuning: the tree that a run trains, and the parameters and state of the model that it gives.
+"""Methods of fine-tuning: the tree that a run trains, and the model's parameters and state made from it.
 
 full     all parameters; rules of `optim.groups` freeze some of them, or some layers
 lora     low-rank adapters beside matrices (`models.lora`)
@@ -17,7 +17,7 @@ from rwkv_jax.train import optim
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune, or with "full" to train at all."""
+    """A method of fine-tuning; "full" is also that of pre-training."""
 
     name: str = "full"
     rank: int = 0  # lora
@@ -26,7 +26,7 @@ class Method:
     groups: tuple = ()  # rules as in `optim.factors`: no gradient is computed where the factor is 0
 
     def split(self, model, params, key):
-        """(what is trained, the parameters that it needs and leaves as they are, or None)."""
+        """(trained tree, frozen parameters or None)."""
         if self.name == "full":
             return params, None
         if self.name == "lora":
@@ -34,7 +34,7 @@ class Method:
         return untuned_state(model), params
 
     def bind(self, model, trained, frozen, batch: int):
-        """(parameters, state [batch, ...] before the first token or None) that a model takes."""
+        """(parameters, state [batch, ...] before the first token or None) for the model."""
         trained = optim.frozen_stopped(trained, self.groups)
         if self.name == "full":
             return trained, None
@@ -43,7 +43,7 @@ class Method:
         return frozen, tuned_state(model, trained, batch)
 
     def check(self, model) -> None:
-        """ValueError where the method does not fit the model, or a rule matches no parameter."""
+        """Raise ValueError where the method does not fit the model, or a rule matches no parameter."""
         params = models.parameter_shapes(model)
         trained = jax.eval_shape(lambda params: self.split(model, params, jax.random.key(0))[0], params)
         optim.check_groups(trained, self.groups)
@@ -53,7 +53,7 @@ FULL = Method()
 
 
 def method_of(config) -> Method:
-    """The method that a run's config asks for."""
+    """The method of a run's config."""
     f = config.finetune
     if f.method != "full" and not f.model:
         raise ValueError(f"finetune.method is {f.method!r}, which needs finetune.model, the weights to start from")
@@ -70,7 +70,7 @@ def untuned_state(model):
     """
     fixed = [name for name, kind, _ in model.unit if kind.tuned_start is None]
     if fixed:
-        raise ValueError(f"finetune.method is 'state', and the state of {fixed[0]!r} layers cannot be tuned")
+        raise ValueError(f"finetune.method is 'state', expected full or lora: {fixed[0]!r} has no tunable state")
     layers = {f"blocks_{i}": kind.tuned_start(config) for i, (_, kind, config) in enumerate(model.every_layer)}
     return models.stack(layers, len(model.layers))
 

@@ -12,30 +12,30 @@ from typing import Any
 
 from rwkv_jax import files
 
-# What a run goes on from, and hence must be of its type.
+# Types of the fields that a resumed run reads.
 _RESUMED = {"step": int, "began": int | float, "train_seconds": int | float, "lost_seconds": dict}
 
 
 def check_installed(tensorboard: bool = False, wandb_project: str = "") -> None:
-    """ValueError with the command that installs what a config asks for and is missing."""
+    """Raise ValueError, with the command that installs it, if a package that the config needs is missing."""
     for wanted, field, package in (
         (tensorboard, "tensorboard", "tensorboardX"),
         (wandb_project, "wandb_project", "wandb"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"config field logging.{field} needs a package that is not here: pip install {package}")
+            raise ValueError(f"config field logging.{field} needs {package}, which is missing: pip install {package}")
 
 
 @contextlib.contextmanager
 def opened(workdir, step: int = 0, config: dict | None = None, *, tensorboard: bool = False, wandb_project: str = ""):
-    """`write(row)`: appends to `workdir/metrics.jsonl`, and to what else is asked for.
+    """Yield `write(row)`, which appends to `workdir/metrics.jsonl` and to the loggers asked for.
 
     Args:
-      step: where the run starts or goes on: what TensorBoard shows beyond it is replaced.
+      step: where the run starts or resumes; later events of TensorBoard are replaced.
       config: of the run, shown by W&B.
       tensorboard: events in `workdir/tensorboard`, on disk within a second.
       wandb_project: a run of that project, the same one after a restart (`workdir/wandb_id`). Its x-axis is "step",
-        and steps that are done again come again. `WANDB_MODE=offline` and the like are W&B's own.
+        and repeated steps are logged again. W&B itself reads `WANDB_MODE=offline` and the like.
     """
     workdir, writers = Path(workdir), []
     with contextlib.ExitStack() as stack:
@@ -73,7 +73,7 @@ def _wandb_id(workdir):
 
 
 def scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a row but for its step, those inside others named by a path: "lost_seconds/save", "k_max/3"."""
+    """The numbers of a row except its step, nested ones named by a path: "lost_seconds/save", "k_max/3"."""
     for name, value in row.items():
         value = files.plain(value)
         if isinstance(value, dict | list):
@@ -84,7 +84,7 @@ def scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def append(path, row: dict[str, Any]) -> None:
-    """Add `row` as one line, handed to the operating system before this returns.
+    """Add `row` as one line, passed to the operating system before this returns.
 
     Values are JSON's own, or NumPy and JAX arrays. A number that is not finite becomes null.
     """
@@ -94,18 +94,18 @@ def append(path, row: dict[str, Any]) -> None:
 
 
 def logged(path) -> list[dict[str, Any]]:
-    """The rows of `path`, none where it is missing. A last line that was cut off while being written does not count.
+    """The rows of `path`, none where it is missing. A truncated last line is ignored.
 
     Raises:
-      ValueError: a whole line is no JSON object, with its number.
+      ValueError: a complete line is not a JSON object, with its number.
     """
     return [row for row, _ in _rows(path)] if Path(path).exists() else []
 
 
 def cut_back(path, step: int) -> None:
-    """Drop the rows beyond `step` and a last line that was cut off: what a run resumed at `step` writes again.
+    """Drop the rows beyond `step`, which a run resumed there writes again, and a truncated last line.
 
-    The rest stays as it is, byte for byte; the file is replaced in one move. A missing file stays missing.
+    The rest is kept byte for byte; the file is replaced atomically. A missing file stays missing.
     """
     path = Path(path)
     if not path.exists():
@@ -123,7 +123,7 @@ def _rows(path):
             try:
                 row = files.parse_json(line)
             except ValueError as error:
-                raise ValueError(f"{path}: line {number} is no JSON object: {error}") from error
+                raise ValueError(f"{path}: line {number} is not a JSON object: {error}") from error
             for name, kind in _RESUMED.items():
                 if name in row and not isinstance(row[name], kind):
                     raise ValueError(

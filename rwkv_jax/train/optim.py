@@ -28,9 +28,9 @@ def optimiser(
     """Descent direction per unit of learning rate: the step applies `params - lr * direction`.
 
     The learning rate stays outside, an input of the step, so that no schedule is compiled into the program. Decay is
-    decoupled (AdamW) and for matrices only: `Kind.decayed`, the embedding, the head and LoRA's. What a group's factor
-    0 freezes is not moved, by decay neither, and has no moments unless other layers of its leaf have.
-    Parameters and gradients may have any dtype: moments and direction are float32 at least. `groups` None are the
+    decoupled (AdamW) and for matrices only: `Kind.decayed`, the embedding, the head and LoRA's. Factor 0 freezes a
+    group: it is not moved, not even by decay, and has no moments unless other layers of its leaf have.
+    Parameters and gradients may have any dtype: moments and direction are float32 at least. `groups` None: the
     `released_groups`.
     """
     groups = released_groups() if groups is None else groups
@@ -55,7 +55,7 @@ def optimiser(
 
 
 def clipped(largest: float) -> optax.GradientTransformation:
-    """Gradients times min(1, largest / (norm + 1e-6)), with the norm of all together.
+    """Gradients times min(1, largest / (norm + 1e-6)), with their global norm.
 
     The released trainers' clip (torch, DeepSpeed). Without the 1e-6, as optax has it, 150 steps of RWKV-6 end 4e-4
     nats from theirs in float64, not 1e-11: Adam's epsilon does not scale with the gradient.
@@ -77,8 +77,8 @@ def wide(tree):
 def factors(params, groups: Sequence):
     """Learning-rate factor of each leaf: a number, or an array [L, 1, ...] where layers of a stacked leaf differ.
 
-    The first rule wins whose regular expression is found in the path of all layers, such as "blocks/att/key/kernel",
-    or in that of one, "blocks.3/att/key/kernel", stacked or not; "blocks.0-11/" means all of these. (A hybrid's
+    The first rule wins whose regular expression matches the path of all layers, such as "blocks/att/key/kernel",
+    or that of one, "blocks.3/att/key/kernel", stacked or not; "blocks.0-11/" is a range of layers. (A hybrid's
     stacked leaves have a layer for each repeating unit: "blocks.3/block_0/...".)
     """
     rules = [(re.compile(_spelled_out(pattern)), factor) for pattern, factor in groups]
@@ -96,7 +96,7 @@ def factors(params, groups: Sequence):
 
 
 def check_groups(params, groups: Sequence) -> None:
-    """ValueError where a rule matches nothing; not for the released ones, which other models' trees may lack."""
+    """Raise ValueError if a rule matches nothing, except released ones, which are for all kinds of layers."""
     apart = _units_apart(params)
     leaves = [_names(path, x, apart) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     names = [name for layers in leaves for layer in layers for name in layer]
@@ -106,7 +106,7 @@ def check_groups(params, groups: Sequence) -> None:
 
 
 def frozen_stopped(params, groups: Sequence):
-    """The same parameters, without a gradient where the factor is 0, so that none is computed."""
+    """Parameters with `stop_gradient` where the factor is 0, so that no gradient is computed."""
 
     def stopped(x, factor):
         if np.all(factor):
@@ -121,7 +121,7 @@ def _name(path) -> str:
 
 
 def _units_apart(params) -> int:
-    """How many repeating units stand before the stacked ones: see `LM.layers_apart`."""
+    """Number of repeating units before the stacked ones: see `LM.layers_apart`."""
     if "blocks" not in params:
         return 0
     period = sum(name.startswith("block_") for name in params["blocks"]) or 1
@@ -138,7 +138,7 @@ def _names(path, x, apart: int) -> list[tuple[str, ...]]:
 
 
 def _spelled_out(pattern: str) -> str:
-    """ "blocks.2-4/" as the regular expression that it stands for."""
+    """A pattern with ranges such as "blocks.2-4/" expanded to a regular expression."""
 
     def layers(found):
         return f"{found[1]}(?:{'|'.join(map(str, range(int(found[2]), int(found[3]) + 1)))})"
@@ -151,9 +151,9 @@ def schedule(
 ) -> Callable[[int], float]:
     """Learning rate of a step in [0, steps), after a linear warm-up.
 
-    "exponential": constant, then from step `decay_start` on lr * (lr_end / lr)^progress, at lr_end in the last step:
-    the paper's own (appendix G). With the decay in the last tenth it is a trunk, and runs of other lengths branch
-    off where their own decay starts. "cosine": half a cosine from lr to lr_end. "constant".
+    "exponential": constant, then from step `decay_start` on lr * (lr_end / lr)^progress, which reaches lr_end in the
+    last step (appendix G). Before its decay such a run is a trunk, from which runs of other lengths can branch off
+    where their own decay starts. "cosine": half a cosine from lr to lr_end. "constant".
     """
     if kind not in ("exponential", "cosine", "constant"):
         raise ValueError(f"schedule is {kind!r}, expected exponential, cosine or constant")
@@ -175,7 +175,7 @@ def schedule(
 
 
 def default_lr(kind: str, dim: int) -> float:
-    """Learning rate that suits a width: between those of the kind's table on a straight line in log-log."""
+    """Learning rate for a width, by log-log interpolation in the kind's table."""
     table = kind_of(kind).learning_rates
     dim = min(max(dim, table[0][0]), table[-1][0])
     (d1, lr1), (d2, lr2) = next((a, b) for a, b in itertools.pairwise(table) if dim <= b[0])
@@ -197,16 +197,16 @@ def l2wrap(logits_BTV):
 def losses_of_head(head, params, x_BTD, targets_BT, mask_BT, *, chunk: int | None = None, penalised: bool = True):
     """(objective, nll): sums of `cross_entropy` + `l2wrap`, and of `cross_entropy`, over the tokens masked in.
 
-    Logits exist for `chunk` tokens at a time, so that [B, T, V], 6.6 GB at V 50,277 for 32 windows of 1,024, never
-    does; and in differentiation once: a chunk's gradient is taken while its logits are there, rather than computed
-    again in the backward pass. Gradients of the objective alone are defined.
+    Logits exist for `chunk` tokens at a time, never for all [B, T, V], 6.6 GB at V 50,277 for 32 windows of 1,024.
+    They are computed once: a chunk's gradient is taken while its logits exist, not recomputed in the backward pass.
+    Only gradients of the objective are defined.
 
     Args:
         head: `head(params, x_ND)` gives logits [N, V].
-        params: of the head. In the dtype of x at the most, their gradient is summed over chunks in float32.
-        x_BTD: activations after the final norm, of the rows of one device: what is split over devices is not chunked.
+        params: of the head, rounded to the dtype of x if wider. Their gradient is summed over chunks in float32.
+        x_BTD: activations after the final norm, of the rows of one device: sharded rows cannot be chunked.
         chunk: tokens, 1 or more; None: a power-of-two share of them, of at most `LOGITS` logits.
-        penalised: without, the objective has no `l2wrap`.
+        penalised: False: the objective has no `l2wrap`.
     """
     N = targets_BT.size
     if chunk is None:
@@ -262,5 +262,5 @@ _summed.defvjp(_summed_forward, _summed_backward)
 
 
 def _narrow(params, dtype):
-    """In `dtype` at the most, once for all chunks."""
+    """`params` rounded to `dtype` if wider, once for all chunks."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits else x, params)

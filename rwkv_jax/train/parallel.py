@@ -1,10 +1,10 @@
-"""Strategies: how one step function runs over the devices. Each turns `(init, step)` into `(init, step, put)`:
+"""Strategies of running one step function over devices. Each turns `(init, step)` into `(init, step, put)`:
 
-    init(key) -> state          born where it will live
-    put(batch) -> batch         the rows that this host has read (`own_rows`) onto its devices
+    init(key) -> state          created with its final sharding
+    put(batch) -> batch         the rows that this host has read (`own_rows`), placed on its devices
     step(state, batch, lr) -> (state, metrics)      state donated
 
-and the training loop never asks which one it has. A state's `carry`, the recurrent state of the batch's rows, is split
+The training loop does not depend on the strategy. A state's `carry`, the recurrent state of the batch's rows, is split
 by rows too. Outside this file every array is a global `jax.Array` without a device axis. `step(state, batch, lr,
 axis_name=None)` reduces over `axis_name` where it is given (pmap), and sees the global batch otherwise.
 """
@@ -29,7 +29,7 @@ def single(init, step, replicas=1):
     """JAX's default device, `jax.default_device`."""
 
     def committed(key):
-        # as restored and pretrained arrays are; a step that meets both kinds is compiled twice
+        # like restored and pretrained arrays: a step that gets both kinds is compiled twice
         device = jax.config.jax_default_device
         device = jax.devices(device)[0] if device is None or isinstance(device, str) else device
         return jax.jit(init, out_shardings=jax.sharding.SingleDeviceSharding(device))(key)
@@ -56,7 +56,7 @@ def data_parallel(init, step, replicas=1):
     )
 
     def globally(state, batch, lr):
-        # pmap takes and returns what this host holds; of one host these lines copy and compile nothing
+        # pmap takes and returns this host's arrays; on a single host these lines copy and compile nothing
         here = partial(multihost_utils.global_array_to_host_local_array, global_mesh=mesh)
         back = partial(multihost_utils.host_local_array_to_global_array, global_mesh=mesh)
         carry = put(here(state.carry, pspecs=P(AXIS)))
@@ -66,7 +66,7 @@ def data_parallel(init, step, replicas=1):
         return state.replace(carry=back(carry, pspecs=P(AXIS))), values
 
     put = lambda batch: jax.tree.map(lambda x: x.reshape(jax.local_device_count(), -1, *x.shape[1:]), batch)
-    # placed on the mesh before the first step, or that one would be compiled for one device and the next for all
+    # placed on the mesh now: otherwise the first step is compiled for one device and the next for all
     like = jax.eval_shape(init, jax.random.key(0))
     shardings = jax.tree.map(lambda x: NamedSharding(mesh, P()), like)
     shardings = shardings.replace(carry=jax.tree.map(lambda x: by_rows, like.carry))
@@ -77,8 +77,8 @@ def fsdp(init, step, devices=None, replicas=1):
     """`jax.jit` with every large array split over its largest divisible axis, gathered where it is used.
 
     The devices are a mesh (replica, fsdp): rows are split over both, arrays over `fsdp`, so that they are gathered
-    among the devices of one replica and only gradients are summed over replicas. A caller may name `devices` that are
-    not here: the step can then be compiled, and not run.
+    among the devices of one replica and only gradients are summed over replicas. `devices` may be absent from this
+    machine: the step can then be compiled, not run.
     """
     mesh = _mesh("fsdp", devices, replicas)
     shardings = jax.tree_util.tree_map_with_path(partial(shard_rule, mesh), jax.eval_shape(init, jax.random.key(0)))
@@ -102,7 +102,7 @@ STRATEGIES = {"single": single, "pmap": data_parallel, "fsdp": fsdp}
 def _mesh(strategy, devices=None, replicas=1):
     devices = devices or jax.devices()
     # Auto axes: since jax 0.9 `make_mesh` defaults to Explicit ones, which linen's Dense rejects
-    if strategy == "pmap":  # host by host, as its arrays without a device axis need it
+    if strategy == "pmap":  # ordered by host, as its arrays without a device axis require
         return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
     return Mesh(_grid(devices, replicas), (REPLICA, FSDP), axis_types=(AxisType.Auto,) * 2)
 
@@ -110,8 +110,8 @@ def _mesh(strategy, devices=None, replicas=1):
 def _grid(devices, replicas):
     """Devices [replica, fsdp], neighbours in the network side by side.
 
-    Of several slices, each joined to the others by a slower network only, replicas hold as few as can be: with as many
-    replicas as slices, weights are gathered inside a slice.
+    A slower network joins slices, so a replica spans as few as possible: with as many replicas as slices, weights are
+    gathered within a slice.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     apart = math.gcd(replicas, slices)  # replicas that share no slice
@@ -128,7 +128,7 @@ def _split(mesh):
 
 
 def own_rows(strategy: str, batch_size: int, replicas: int = 1) -> np.ndarray:
-    """Rows of a batch that this host's devices take, ascending: what it has to read. All of them on one host."""
+    """Rows of a batch that this host reads for its devices, ascending; all of them on a single host."""
     if strategy == "single":
         return np.arange(batch_size)
     return np.concatenate(
@@ -143,7 +143,7 @@ def _shares(sharding, batch_size):
 
 
 def _assembled(sharding, x):
-    """The global array of which this host has read its `own_rows`, `x`."""
+    """The global array, given the `own_rows` of this host, `x`."""
     shards = sharding.mesh.size
     at = {begin: i for i, (begin, _) in enumerate(_shares(sharding, shards))}
     size = len(x) // len(at)
@@ -156,8 +156,8 @@ def _assembled(sharding, x):
 
 
 def shard_rule(mesh, path, x):
-    """Sharding of one leaf: its largest axis that the devices of a replica divide, never that of stacked layers; what
-    the rows of the batch remember, by rows."""
+    """Sharding of one leaf: along its largest axis that the devices of a replica divide, never that of stacked layers.
+    The carry is split by rows."""
     if getattr(path[0], "name", None) == "carry":
         return _split(mesh)
     stacked = any(getattr(p, "key", None) == "blocks" for p in path)
@@ -169,27 +169,27 @@ def shard_rule(mesh, path, x):
 
 @contextlib.contextmanager
 def _rows_split(mesh):
-    """The models' logical axis "batch" mapped to the mesh, in what is traced and run here."""
+    """Map the models' logical axis "batch" to the mesh in code traced and run in this context."""
     with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", mesh.axis_names),)):
         yield
 
 
 def _under(mesh, jitted):
-    """`jitted` traced and run with the rows of the batch split."""
+    """`jitted`, traced and run with the rows of the batch split."""
     call = _rows_split(mesh)(jitted)
     call.lower = _rows_split(mesh)(jitted.lower)
     return call
 
 
 def beside_the_step(strategy: str, replicas: int = 1):
-    """Context for applying a model outside the step, in evaluation, to what the strategy has placed."""
+    """Context for applying a model outside the step, in evaluation, to arrays that the strategy placed."""
     return contextlib.nullcontext() if strategy == "single" else _rows_split(_mesh(strategy, replicas=replicas))
 
 
 def check_divisible(
     batch_size: int, accumulation: int, strategy: str, replicas: int = 1, devices: int | None = None
 ) -> None:
-    """One line where devices or batch cannot be split evenly: over replicas; over devices and micro-batches."""
+    """Raise ValueError unless replicas divide the devices, and devices times micro-batches the batch."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     if strategy == "single" and jax.process_count() > 1:

@@ -1,4 +1,4 @@
-"""Progress of a run, and where its wall time went over all its starts."""
+"""Progress of a run, and an account of its wall time over all its starts."""
 
 import contextlib
 import sys
@@ -19,7 +19,7 @@ class Clock:
         compile     the first step of each start, which compiles
         evaluate, diagnose, save
         redone      steps that a later start had to repeat from a checkpoint
-        down        between the starts, and whatever a killed start had not logged
+        down        between starts, and time that a killed start had not logged
 
     Args:
         rows: of `metrics.jsonl`, before it is cut back to `step`.
@@ -48,7 +48,7 @@ class Clock:
         return seconds
 
     def row(self) -> dict:
-        """`train_seconds`, `wall_seconds`, their ratio `goodput`, and `lost_seconds` by what they went to."""
+        """`train_seconds`, `wall_seconds`, their ratio `goodput`, and `lost_seconds` by cause."""
         wall = self.last - self.began
         self.lost["down"] = max(0.0, wall - self.train - sum(self.lost[part] for part in LOST if part != "down"))
         return {
@@ -61,7 +61,7 @@ class Clock:
 
 @contextlib.contextmanager
 def shown(start, steps):
-    """`show(done, text)`: a bar with rate and time left on a terminal, elsewhere a line every `LINE_SECONDS`."""
+    """Yield `show(done, text)`: a bar with rate and time left on a terminal, else a line every `LINE_SECONDS`."""
     if sys.stderr.isatty():
         with tqdm(total=steps, initial=start, unit="step") as bar:
 
@@ -71,7 +71,7 @@ def shown(start, steps):
 
             yield show
         return
-    first, began = None, 0.0  # the first step, which compiles, tells no rate
+    first, began = None, 0.0  # the rate leaves out the first step, which compiles
     printed = time.monotonic()
 
     def show(done, text):

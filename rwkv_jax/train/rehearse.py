@@ -1,4 +1,4 @@
-"""Compile a training step for TPUs that are not here, and report its memory and a lower bound on its time.
+"""Compile a training step for absent TPUs, and report its memory and a lower bound on its time.
 
     python -m rwkv_jax.train --config=configs/pile.py:14b --rehearse=v5p:4x4x8        (2xv5e:16x16: two slices)
 
@@ -39,7 +39,7 @@ ABSENT = {
 
 
 def rehearse(config, target: str) -> dict:
-    """Return what a step of `config` needs on `target`, such as "v5p:4x4x8", a slice of 128 chips.
+    """Return the memory and time of a step of `config` on `target`, such as "v5p:4x4x8", a slice of 128 chips.
 
     Returns:
         JSON values, sizes in bytes a chip, times in seconds. `memory` has `parameters`, `optimiser`, `batch`,
@@ -47,12 +47,12 @@ def rehearse(config, target: str) -> dict:
         `fits` is false where the plan exceeds the memory of a chip.
 
     Raises:
-        ValueError: no such machine, no compiler for it here, or a batch that it cannot share.
+        ValueError: an unknown slice, no compiler for it, or a batch that it cannot split evenly.
     """
     kind, slices, shape = _parsed(target)
     chip, num_chips = hardware.CHIPS[kind], slices * math.prod(map(int, shape.split("x")))
     if config.segments > 1 or config.carry_state:
-        raise ValueError("--rehearse counts whole windows, expected segments 1 and carry_state False")
+        raise ValueError("--rehearse supports whole windows only, expected segments 1 and carry_state False")
     if config.strategy != "fsdp" or config.finetune.method != "full":
         raise ValueError(
             f"strategy is {config.strategy!r} and finetune.method {config.finetune.method!r}, expected fsdp (pmap is "
@@ -60,7 +60,7 @@ def rehearse(config, target: str) -> dict:
         )
     if config.replicas % slices:
         raise ValueError(
-            f"replicas is {config.replicas}, expected a multiple of the {slices} slices: else weights would be "
+            f"replicas is {config.replicas}, expected a multiple of the {slices} slices: otherwise weights are "
             f"gathered over the network between them"
         )
     model = run_config.check(config, num_chips)
@@ -121,8 +121,8 @@ def step_seconds(model, config, params, chip: hardware.Chip, slices: int = 1) ->
     Compute: the FLOPs of `hardware`. Memory, at least: the optimiser reads and writes parameters and two moments and
     reads gradients, the products read gathered weights three times a micro-batch, and a layer's activations pass
     through memory `Kind.memory_traffic` D times a token (RWKV-4: 120, 20 in and out of its products, as much again
-    between them, three times over for forward, backward and weight gradient). XLA's count, which takes fast memory for
-    slow, is 286 D (one layer of D 768 without remat on 8 windows of 1,024 a chip, bfloat16, v5e; libtpu 0.0.52,
+    between them, three times over for forward, backward and weight gradient). XLA's count, which includes fast on-chip
+    memory, is 286 D (one layer of D 768 without remat on 8 windows of 1,024 a chip, bfloat16, v5e; libtpu 0.0.52,
     2026-11-26).
     """
     num_chips = _mesh_of(params).size
@@ -145,23 +145,23 @@ def interconnect_bytes(model, params, replicas=1, slices=1, accumulation=1) -> t
     """Bytes that reach a chip in a step: from its own slice, and over the network from other slices.
 
     A micro-batch gathers each split weight of a layer twice within a replica, forward and backward, and the embedding
-    once; a step gathers the head once. A micro-batch sums gradients onto their splits, and those over replicas: of
-    several slices first in the slice, then between. Everything has the dtype of the activations but for the head's
-    gradient, float32.
+    once; a step gathers the head once. A micro-batch reduce-scatters gradients within a replica and sums them over
+    replicas: first within a slice, then between slices. Everything has the dtype of the activations, except the
+    head's gradient, float32.
 
     Args:
         params: shapes, as `parallel.fsdp` splits them; `replicas` is a multiple of `slices`.
     """
     num_chips = _mesh_of(params).size
     chips, split = num_chips // slices, num_chips // replicas
-    others = lambda n: (n - 1) / n  # of an array in n parts, the share that lies elsewhere
+    others = lambda n: (n - 1) / n  # of an array in n parts, the fraction on other chips
     gathered = summed = 0
     for path, x in jax.tree.leaves_with_path(params):
         part, narrow = path[0].key, x.size * jnp.dtype(model.dtype).itemsize
         if not x.sharding.is_fully_replicated:
             gathered += {"emb": accumulation, "head": 1}.get(part, 2 * accumulation) * narrow
         summed += accumulation * (4 * x.size if part == "head" else narrow)
-    # the sum of an array over n chips, to each its part, brings the others' (n - 1) / n; to all the whole, twice that
+    # over n chips, a reduce-scatter brings (n - 1) / n of an array to each, an all-reduce twice that
     within = others(split) * (gathered + summed) + 2 * others(chips // split) * summed / split
     return within, 2 * others(slices) * summed / chips
 
@@ -224,7 +224,7 @@ def _mesh_of(params):
 
 
 def _temporaries(lowered) -> tuple[int, bool]:
-    """Bytes that a program needs beside its arguments, as XLA counts them, and whether a chip has them."""
+    """Bytes that a program needs beside its arguments, as XLA counts them, and whether they fit a chip."""
     try:
         with uncached():
             analysis = lowered.compile().memory_analysis()
@@ -238,11 +238,11 @@ def _temporaries(lowered) -> tuple[int, bool]:
 
 @contextlib.contextmanager
 def uncached():
-    """Without JAX's compilation cache, which cannot read back what it keeps of programs for absent machines."""
+    """Disable JAX's compilation cache, which cannot read back programs for absent machines."""
     wanted = jax.config.jax_enable_compilation_cache
     try:
         jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # it asks once
+        compilation_cache.reset_cache()  # it reads the setting once
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", wanted)

@@ -1,4 +1,4 @@
-"""The fields of a training run: their defaults, what they may hold, and how files and flags set them."""
+"""The fields of a training run: their defaults, valid values, and setting from files and flags."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ def kind_defaults(name: str) -> dict:
 
 
 def default():
-    """Every field of a run with its default: what files in `configs/` start from. None: chosen for the model."""
+    """Every field of a run with its default, from which files in `configs/` start. None: chosen for the model."""
     from ml_collections import ConfigDict
     from ml_collections.config_dict import placeholder
 
@@ -52,11 +52,11 @@ def default():
             "steps": 1000,
             "seed": 0,
             "strategy": "single",  # single, pmap, fsdp
-            "replicas": 1,  # fsdp: copies of the parameters, each split over devices / replicas; best one a slice
+            "replicas": 1,  # fsdp: copies of the parameters, each split over devices / replicas; best: one a slice
             "accumulation": 1,  # micro-batches a step
-            "segments": 1,  # of a step's T tokens, read one after the other in the memory of one
+            "segments": 1,  # of a step's T tokens, processed in turn in the memory of one
             "stop_gradient": False,  # between these segments: truncated back-propagation
-            "carry_state": False,  # rows start a step from the state in which they ended the last; order "documents"
+            "carry_state": False,  # rows start a step in their state after the last; needs order "documents"
             "loss_chunk": placeholder(int),  # tokens whose logits exist at one time on a device; None: by vocab_size
             "optim": {
                 "lr": placeholder(float),  # None: `optim.default_lr` of the width
@@ -72,11 +72,11 @@ def default():
                 "l2wrap": True,
             },
             "finetune": {
-                "model": "",  # what `rwkv_jax.load` reads, to start from; empty: from the initialisers
+                "model": "",  # weights to start from, as `rwkv_jax.load` reads them; empty: random
                 "method": "full",  # full, lora, state: see finetune.py
                 "rank": 8,
                 "alpha": 16.0,  # adapters count alpha / rank times
-                "targets": "/(att|ffn)/",  # regex over paths of kernels: which get adapters
+                "targets": "/(att|ffn)/",  # regex over paths of the kernels that get adapters
             },
             "branch_from": "",  # <workdir>/checkpoints/<step> of a trunk to start from, its step included
             "log_every": 10,
@@ -85,10 +85,10 @@ def default():
             "eval_every": 250,
             "eval_tokens": 65536,
             "save_every": 250,
-            "keep": 2,  # newest checkpoints that stay
-            "compilation_cache": placeholder(bool),  # None: on, but for CPUs (see `train.loop`)
-            "max_skipped": 10,  # steps in a row, not finite and hence without effect, after which a run goes on
-            "max_loss_rise": 0.0,  # nats above the mean of the 20 steps before; the run stops beyond. 0: never
+            "keep": 2,  # newest checkpoints to keep
+            "compilation_cache": placeholder(bool),  # None: on, except on CPUs (see `train.loop`)
+            "max_skipped": 10,  # non-finite steps in a row, without effect, that a run tolerates
+            "max_loss_rise": 0.0,  # nats above the mean of the last 20 steps at which a run stops; 0: never
         }
     )
 
@@ -96,7 +96,7 @@ def default():
 _AT_LEAST = lambda low: (lambda x: low <= x < 2**31, f"{low} or more, and below 2^31")
 _ABOVE_0 = (lambda x: 0 < x < math.inf, "a finite number above 0")
 _NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
-_SHARE = (lambda x: 0 <= x <= 1, "a share from 0 to 1")
+_SHARE = (lambda x: 0 <= x <= 1, "a fraction from 0 to 1")
 RANGES = {
     "seq_len": _AT_LEAST(1),
     "batch_size": _AT_LEAST(1),
@@ -142,17 +142,17 @@ def model_of(config) -> models.LM:
 
 
 def model_fields(config) -> dict:
-    """The arguments of `models.build` in a config, without what is left to the model."""
+    """The arguments of `models.build` in a config, without those left to the model."""
     model = config.model.to_dict()
     model["variant"] = {name: value for name, value in model["variant"].items() if value is not None}
     return {name: value for name, value in model.items() if not (name == "layers" and value is None)}
 
 
 def check(config, devices: int | None = None) -> models.LM:
-    """The model of a config whose fields fit each other and the machine.
+    """Return the model of a config, once its fields are consistent with each other and the machine.
 
     Args:
-        devices: that the batch is split over; None: those at hand.
+        devices: number to split the batch over; None: all present.
 
     Raises:
         ValueError: naming the first field that does not fit, and what was expected.
@@ -165,7 +165,7 @@ def check(config, devices: int | None = None) -> models.LM:
 
 
 def _check_ranges(config):
-    """None means that a default is chosen later."""
+    """Raise ValueError for a field out of range; None means that a default is chosen later."""
     for name, (holds, expected) in RANGES.items():
         value = config
         for part in name.split("."):
@@ -179,21 +179,21 @@ def _check_ranges(config):
 
 
 def _check_segments(config, model):
-    """One line where state cannot be handed on as the config asks."""
+    """Raise ValueError where state cannot be carried as the config asks."""
     if (config.carry_state or config.segments > 1) and not model.recurrent:
         raise ValueError(
             f"carry_state is {config.carry_state} and segments {config.segments}, expected False and 1: "
-            f"layers are {model.layers}, of which one has a state that grows with the text"
+            f"one of the layers {model.layers} has a state that grows with the text"
         )
     if config.finetune.method == "state" and (config.segments > 1 or config.data.order != "shuffled"):
         raise ValueError(
             f"data.order is {config.data.order!r} and segments {config.segments} with finetune.method 'state', "
-            "expected 'shuffled' and 1: every row begins with the state that is learned"
+            "expected 'shuffled' and 1: every row starts from the tuned state"
         )
     if config.carry_state and config.data.order != "documents":
         raise ValueError(
             f"data.order is {config.data.order!r} with carry_state, expected 'documents': "
-            "rows go on where they were in no other"
+            "no other order continues a row in the next step"
         )
     if config.seq_len % config.segments:
         raise ValueError(f"seq_len is {config.seq_len}, expected a multiple of {config.segments} segments")

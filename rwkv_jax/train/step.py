@@ -15,25 +15,25 @@ from rwkv_jax.train.methods import FULL, Method
 
 
 class TrainState(struct.PyTreeNode):
-    step: jax.Array  # steps taken, counting the skipped
+    step: jax.Array  # steps taken, including skipped ones
     params: dict
     opt_state: tuple
-    skipped: jax.Array  # steps whose loss or gradient was not finite, or without a target: they changed nothing
-    frozen: Any = None  # parameters that the run only starts from, beside those that it trains
-    carry: tuple | None = None  # recurrent state of the batch's rows, where it is handed from step to step
+    skipped: jax.Array  # steps with a non-finite loss or gradient, or without a target: they changed nothing
+    frozen: Any = None  # parameters that the run uses but does not train
+    carry: tuple | None = None  # recurrent state of the batch's rows, where it is carried from step to step
 
 
 def stored(state: TrainState) -> dict:
-    """What a checkpoint holds of a state: neither what is frozen, nor fields that the run has no use for."""
+    """Fields of a state that a checkpoint holds: all but frozen parameters and those that are None."""
     return {name: x for name, x in vars(state).items() if x is not None and name != "frozen"}
 
 
 class Objective(NamedTuple):
-    """How a step takes its gradient.
+    """Options of a step's gradient.
 
-    With `segments` k the T tokens are read as k segments of T / k, recurrent state handed on, in the memory of one
-    segment: truncated back-propagation with `stop_gradient`, else the whole gradient at the cost of a second forward
-    pass. A `carry` in the state is where the rows' first segment starts from, without gradient.
+    With `segments` k the T tokens are processed as k segments of T / k, recurrent state passed on, in the memory of
+    one segment: truncated back-propagation through time with `stop_gradient`, else the full gradient at the cost of a
+    second forward pass. The first segment starts from the state's `carry`, if any, without gradient.
     """
 
     method: Method = FULL
@@ -46,7 +46,7 @@ class Objective(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the targets of some tokens, to be divided once by the number of all."""
+    """Sums over some targets, to be divided once by the number of all."""
 
     nll: jax.Array  # of the masked-in targets, nats
     count: jax.Array  # masked-in targets
@@ -69,7 +69,7 @@ def make_step(model, tx, **options):
     """`step(state, batch, lr, axis_name=None) -> (state, metrics)` on tokens [B, T+1], a loss mask [B, T] and, where
     documents matter, `reset` [B, T]. Options are the fields of `Objective`.
 
-    Targets are the tokens that follow the inputs, or `targets` [B, T] where a batch has labels of its own.
+    Targets are the tokens that follow the inputs, or the batch's `targets` [B, T] if it has them.
     """
     objective = Objective(**options)
 
@@ -78,7 +78,7 @@ def make_step(model, tx, **options):
         new, values = apply_gradient(tx, state, grads, loss, lr)
         targets = batch["mask"].sum()
         values["targets"] = targets if axis_name is None else jax.lax.psum(targets, axis_name)
-        # a batch without targets is skipped, and its text has been read all the same
+        # a batch without targets is skipped, but its text still advances the carry
         taken = (new.skipped == state.skipped) | (values["targets"] == 0)
         return new.replace(carry=jax.tree.map(lambda x, old: jnp.where(taken, x, old), carry, state.carry)), values
 
@@ -89,7 +89,7 @@ def mean_gradient(model, objective, state, batch, axis_name=None):
     """(gradient, loss in nats, carry after the batch).
 
     Loss and gradient are sums, divided once by the number of masked-in targets of the whole step: over micro-batches
-    and devices too, so that neither changes what a ragged mask means.
+    and devices too, so that neither changes the meaning of a ragged mask.
     """
     key = jax.random.fold_in(jax.random.key(objective.seed), state.step)
     if axis_name is not None:
@@ -102,7 +102,7 @@ def mean_gradient(model, objective, state, batch, axis_name=None):
 
 
 def gradient_of_micro_batches(model, objective, trained, frozen, batch, carry, key):
-    """`gradient_of_batch` as the sum over micro-batches, one after the other."""
+    """`gradient_of_batch` summed over micro-batches in turn."""
     A = objective.accumulation
     apart = lambda x: x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1)
     together = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
@@ -121,7 +121,7 @@ def gradient_of_micro_batches(model, objective, trained, frozen, batch, carry, k
 
 
 def gradient_of_batch(model, objective, trained, frozen, batch, carry, key):
-    """(gradient of the objective's sum, float32 at least whatever the parameters are, (`Sums`, carry after it))."""
+    """(gradient of the objective's sum, float32 at least for any parameters, (`Sums`, carry after the batch))."""
     loss = partial(loss_of_batch, model, objective)
     operands = (trained, frozen, batch, carry, key)
     if objective.segments == 1:
@@ -138,7 +138,7 @@ def _gradient(loss, *operands):
 
 
 def loss_of_batch(model, objective, trained, frozen, batch, carry, key):
-    """(sum of the objective, (`Sums`, state after the batch where one came in))."""
+    """(sum of the objective, (`Sums`, state after the batch, None without `carry`))."""
     tokens_BT, mask_BT = batch["tokens"], batch["mask"]
     params, initial = objective.method.bind(model, trained, frozen, len(tokens_BT))
     x_BTD, end = model.apply(
@@ -162,7 +162,7 @@ def targets_of(batch):
 def losses_of_rows(model, objective, head_params, x_BTD, targets_BT, mask_BT):
     """(objective, nll): sums over the masked-in targets.
 
-    Every device gathers the head once and takes its own rows in chunks: the head's gradient is reduced once too.
+    Every device gathers the head once and processes its own rows in chunks: the head's gradient is reduced once too.
     """
     pad, logits = model.aligned_head()
     chunked = {"chunk": objective.loss_chunk, "penalised": objective.l2wrap}
@@ -175,7 +175,7 @@ def losses_of_rows(model, objective, head_params, x_BTD, targets_BT, mask_BT):
 
 
 def over_segments(f, model, segments, trained, frozen, batch, carry, key):
-    """`f`, the value and `Sums` of a batch, summed over segments of its rows in turn, recurrent state handed on."""
+    """`f`, the value and `Sums` of a batch, summed over segments of its rows, recurrent state passed on."""
     rows, length = batch["tokens"].shape[0], batch["mask"].shape[1] // segments
     windows = np.arange(segments)[:, None] * length + np.arange(length + 1)
     pieces = {name: x.reshape(rows, segments, length).swapaxes(0, 1) for name, x in batch.items() if name != "tokens"}
@@ -198,7 +198,7 @@ def _zeros(shapes):
 
 @jax.named_scope("optimiser")
 def apply_gradient(tx, state, grads, loss, lr):
-    """The state after a step along `grads`, unchanged where that or the loss is not finite, and the step's metrics."""
+    """(state after a step along `grads`, unchanged where they or the loss are not finite, the step's metrics)."""
     grad_norm = optax.tree.norm(grads)
     direction, opt_state = tx.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction)

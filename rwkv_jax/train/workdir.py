@@ -17,8 +17,8 @@ from rwkv_jax.train import metrics, run_config
 from rwkv_jax.train.methods import Method
 from rwkv_jax.train.step import stored
 
-# What may change between the runs of one workdir: nothing that training depends on (the strategy, with dropout, does:
-# each device of pmap draws its own). What becomes of the text is in the corpus' hash.
+# Fields that may change when a workdir is resumed: none that training depends on (with dropout it depends on the
+# strategy: each device of pmap draws its own). The corpus hash covers `data.text` and `data.prompt`.
 FREE_FIELDS = (
     "log_every", "logging.tensorboard", "logging.wandb_project", "diagnostics_every", "compilation_cache",
     "eval_every", "eval_tokens", "save_every", "keep", "strategy", "replicas", "loss_chunk",
@@ -28,7 +28,7 @@ FREE_FIELDS = (
 
 @contextlib.contextmanager
 def claimed(workdir):
-    """One run at a time in a workdir: its first host holds it."""
+    """Lock a workdir for one run at a time, on its first host."""
     if jax.process_index() != 0:
         yield
         return
@@ -42,7 +42,7 @@ def claimed(workdir):
 
 
 def write_config(workdir, config, fields, corpus):
-    """`config.json` of a new workdir; in an old one, every field that the numbers depend on must be the same."""
+    """Write `config.json` of a new workdir; in an old one, refuse a change of any field that affects the numbers."""
     if jax.process_index() != 0:
         return
     path = workdir / "config.json"
@@ -85,7 +85,7 @@ def write_config(workdir, config, fields, corpus):
 
 
 def hold_to_base(workdir, model, params):
-    """Note in `config.json` what weights a run lies on; ValueError if they are not those that it began with."""
+    """Record the fingerprint of a run's base weights in `config.json`; ValueError if they have changed."""
     path = workdir / "config.json"
     record, found = files.read_json(path), interop.fingerprint(model, params)
     if record.get("base_fingerprint", found) != found:
@@ -105,11 +105,10 @@ def _read_config(path):
     try:
         old = files.parse_json(path.read_bytes())
         if not isinstance(old["config"], dict) or not isinstance(old["corpus"]["sha256"], str):
-            raise TypeError("config or corpus is of another type")
+            raise TypeError("config or corpus has the wrong type")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}); "
-            "without the file, the config of this command counts as the run's"
+            f"{path} is damaged ({type(error).__name__}: {error}); delete the file to use the config of this command"
         ) from error
     return old
 
@@ -121,8 +120,8 @@ def _flatten(tree, prefix=""):
 
 
 def restore(workdir, config, model, method, init):
-    """(state, steps taken): the newest valid checkpoint, else the trunk that the run branches from, else step 0."""
-    # waited for, because reading a number of a state that found no memory would wait for ever on a CPU
+    """(state, steps taken) from the newest valid checkpoint, else the trunk of `branch_from`, else step 0."""
+    # blocks here: on a CPU, reading a value of a state that ran out of memory would hang forever
     state = jax.block_until_ready(init(jax.random.key(config.seed)))
     folder, step = workdir / "checkpoints", None
     saved = bool(multihost_utils.broadcast_one_to_all(np.array(bool(checkpoint.steps(folder)))))
@@ -137,7 +136,7 @@ def restore(workdir, config, model, method, init):
         trunk = files.user_path(config.branch_from)
         if not trunk.name.isdecimal():
             raise ValueError(f"branch_from is {config.branch_from!r}, expected <workdir>/checkpoints/<step>")
-        # rows of another batch: what they remember begins anew
+        # another batch has other rows: their carry starts empty
         like = {name: value for name, value in like.items() if name != "carry"}
         step, found = checkpoint.restore(trunk.parent, like, int(trunk.name), drop=("carry",))
         state = state.replace(**found)
@@ -149,7 +148,7 @@ def restore(workdir, config, model, method, init):
 
 
 def with_base(state, method: Method, path: str, param_dtype: str):
-    """A train state with the parameters at `path`, each read straight to where its random one was."""
+    """A train state with the parameters at `path`, each read with the sharding of its random one."""
     name = "params" if method.name == "full" else "frozen"
     drawn = getattr(state, name)
     shardings = jax.tree.map(lambda x: x.sharding, drawn)
@@ -159,7 +158,7 @@ def with_base(state, method: Method, path: str, param_dtype: str):
 
 
 def tokenizer(config, workdir):
-    """The config's tokenizer, or the run's own copy of its file where that is gone."""
+    """The config's tokenizer, or the run's own copy if its file is missing."""
     if config.tokenizer in (*tokenizers.NAMES, "characters") or files.user_path(config.tokenizer).is_file():
         return config.tokenizer
     return tokenizers.carried(workdir) or config.tokenizer

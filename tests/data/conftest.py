@@ -1,4 +1,4 @@
-"""A cache and tokenizers of their own for tests of corpora."""
+"""A cache and tokenizers of their own for the tests of corpora."""
 
 import pytest
 from texts import byte_level

@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a model: carried by its folder, copied by a run, or guessed with a line on stderr."""
+"""The tokenizer of a model: stored in its folder, copied by a run, or guessed with a line on stderr."""
 
 import json
 import os
@@ -31,7 +31,7 @@ TEXT = "Ein Käfer sang: 日本語, naïve 😀\n\n  indented   \t x\n\nreturn v
 
 @pytest.fixture
 def neox(tmp_path_factory, monkeypatch):
-    """A file with the last id of NeoX-20B's, and no file anywhere that a model of a test could find."""
+    """A tokenizer file with the last id of NeoX-20B; no other place that `of_model` searches holds a file."""
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
     path = Path(byte_level(tmp_path_factory.mktemp("neox") / "neox.json", TEXT))
@@ -43,7 +43,7 @@ def neox(tmp_path_factory, monkeypatch):
 
 
 def tokenizer_of(kind, folder):
-    """A tokenizer of that kind, from a file in `folder` where it needs one."""
+    """A tokenizer of that kind, read from a file in `folder` if the kind has one."""
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "characters":
@@ -59,7 +59,7 @@ def tokenizer_of(kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "characters", "bpe", "released characters"])
-def test_tokenizer_saved_in_a_folder_is_carried_by_it(kind, tmp_path, capsys):
+def test_of_model_finds_the_saved_tokenizer_in_a_moved_folder(kind, tmp_path, capsys):
     tokenizer = tokenizer_of(kind, tmp_path)
     (tmp_path / "model").mkdir()
     assert save(tokenizer, tmp_path / "model") == "tokenizer.json"
@@ -72,7 +72,7 @@ def test_tokenizer_saved_in_a_folder_is_carried_by_it(kind, tmp_path, capsys):
         assert (tmp_path / "moved/tokenizer.json").read_bytes() == (tmp_path / "bpe.json").read_bytes()
 
 
-def test_tokenizer_world_is_carried_by_a_folder(world, tmp_path, capsys):
+def test_of_model_finds_the_world_vocabulary_and_the_last_tokenizer_saved(world, tmp_path, capsys):
     assert save(world, tmp_path) == WORLD_FILE
     carried = get_tokenizer(of_model(tmp_path, 65_536))
     assert carried.name == str(tmp_path / WORLD_FILE) and carried.token_bytes == world.token_bytes
@@ -83,7 +83,7 @@ def test_tokenizer_world_is_carried_by_a_folder(world, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_tokenizer_of_an_old_workdir_may_lie_elsewhere(tmp_path):
+def test_of_model_follows_the_tokenizer_path_of_an_old_workdir(tmp_path):
     elsewhere = byte_level(tmp_path / "elsewhere.json", TEXT)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(json.dumps({"tokenizer": elsewhere}))
@@ -99,28 +99,28 @@ def test_tokenizer_of_an_old_workdir_may_lie_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size, name", [(256, "bytes"), (65_536, "world")])
-def test_tokenizer_guessed_from_a_size_is_told_in_one_line(vocab_size, name, tmp_path, capsys):
+def test_of_model_reports_a_tokenizer_guessed_from_the_vocabulary_size(vocab_size, name, tmp_path, capsys):
     for path in (tmp_path, tmp_path / "model.pth"):
         assert of_model(path, vocab_size) == name
-        line = f"{path} carries no tokenizer: {name}, guessed from its vocabulary of {vocab_size}\n"
+        line = f"{path} has no tokenizer: {name}, guessed from its vocabulary of {vocab_size}\n"
         assert capsys.readouterr().err == line
 
 
-def test_tokenizer_is_not_guessed_from_any_other_size_or_without_its_file(tmp_path, neox):
+def test_of_model_refuses_unknown_vocabulary_sizes_and_a_missing_neox_file(tmp_path, neox):
     with one_line(
         rf"^no NeoX-20B tokenizer in {tmp_path} or \. or the .*20B_tokenizer.json of Blink", FileNotFoundError
     ):
         of_model(tmp_path / "model.pth", 50_277)
     for vocab_size in (255, 50_276, 50_278, 50_440):
-        with one_line(rf"vocabulary of {vocab_size} tells none: expected tokenizer='bytes', "):
+        with one_line(rf"none is known for its vocabulary of {vocab_size}: expected tokenizer='bytes', "):
             of_model(tmp_path / "model.pth", vocab_size)
 
 
 @pytest.mark.parametrize("place", ["20B_tokenizer.json", "tokenizer.json", "current folder", "cache"])
-def test_tokenizer_of_neox_is_found_beside_the_model_here_and_in_the_cache(place, neox, tmp_path, capsys):
+def test_of_model_finds_neox_beside_the_model_in_the_cwd_and_in_the_cache(place, neox, tmp_path, capsys):
     from huggingface_hub import constants
 
-    byte_level(tmp_path / "tokenizer.json", TEXT)  # of another model: too small
+    byte_level(tmp_path / "tokenizer.json", TEXT)  # belongs to another model: too small
     snapshots = Path(constants.HF_HUB_CACHE) / "models--EleutherAI--gpt-neox-20b"
     target = {
         "current folder": Path("20B_tokenizer.json"),
@@ -156,7 +156,7 @@ def _config(text, tokenizer, vocab_size=300):
 
 
 def begin(config, folder):
-    """Prepare a run and its workdir up to the first logged step; returns what it was prepared with."""
+    """Prepare a run and its workdir up to the first logged step, and return the run."""
     run = assemble.assembled(config, folder)
     folder.mkdir(exist_ok=True)
     workdir.write_config(folder, run.config, run_config.model_fields(run.config), run.corpus)
@@ -164,7 +164,7 @@ def begin(config, folder):
     return run
 
 
-def test_tokenizer_of_characters_knows_those_of_the_training_split(text, tmp_path):
+def test_prepare_builds_characters_from_the_training_split_alone(text, tmp_path):
     corpus = data.prepare(text, "characters")
     tokenizer = get_tokenizer(corpus.tokenizer)
     assert corpus.vocab_size == tokenizer.vocab_size == 2 + len(set("abc dé日\n"))
@@ -173,12 +173,11 @@ def test_tokenizer_of_characters_knows_those_of_the_training_split(text, tmp_pat
     assert "".join(parts) == whole[:-1] + "\ufffd", "z is not in the training split"
     again = data.prepare(text, "characters")
     assert (again.sha256, again.tokenizer) == (corpus.sha256, corpus.tokenizer)
-    os.remove(corpus.tokenizer)  # a damaged cache is made anew
+    os.remove(corpus.tokenizer)  # a damaged cache is rebuilt
     assert data.prepare(text, "characters").sha256 == corpus.sha256
 
 
-def test_tokenizer_far_smaller_than_the_vocabulary_is_told_in_one_line(tmp_path, capsys):
-    """Wherever it meets a model; the padding of a vocabulary is no reason to."""
+def test_warn_if_small_reports_a_tokenizer_far_smaller_than_the_vocabulary(tmp_path, capsys):
     tokenizer = get_tokenizer(byte_level(tmp_path / "small.json", TEXT))
     for padded in (300, 333):
         warn_if_small(tokenizer.name, tokenizer.vocab_size, padded)
@@ -187,14 +186,14 @@ def test_tokenizer_far_smaller_than_the_vocabulary_is_told_in_one_line(tmp_path,
     arguments = [f"--model={tmp_path / 'model.pth'}", f"--tokenizer={tmp_path / 'small.json'}"]
     assert generate([*arguments, "--prompt=a", "--max_new_tokens=0"]) == 0
     RWKVForCausalLM.from_pretrained(tmp_path / "model.pth", tokenizer=str(tmp_path / "small.json"))
-    assert generate([*arguments[:1], "--tokenizer=bytes", "--prompt=a"]) == 2  # which could decode nothing: no warning
+    assert generate([*arguments[:1], "--tokenizer=bytes", "--prompt=a"]) == 2  # refused, so no warning
     *lines, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: tokenizer bytes has 256 tokens, the model 400")
     assert len(lines) == 2 and all("small.json has 300 tokens, the model 400" in line for line in lines)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "characters"])
-def test_tokenizer_of_a_run_moves_with_its_workdir(kind, text, tmp_path):
+def test_workdir_carries_its_tokenizer_when_moved(kind, text, tmp_path):
     name = byte_level(tmp_path / "own/any name.json", TEXT) if kind == "bpe" else kind
     config = _config(text, name)
     sha256 = begin(config, tmp_path / "run").corpus.sha256
@@ -207,9 +206,9 @@ def test_tokenizer_of_a_run_moves_with_its_workdir(kind, text, tmp_path):
     carried = of_model(tmp_path / "moved", 300)
     assert carried == str(tmp_path / "moved/tokenizer.json") and get_tokenizer(carried).encode(TEXT) == expected
     before = (tmp_path / "moved/tokenizer.json").read_bytes()
-    assert begin(config, tmp_path / "moved").corpus.sha256 == sha256  # the file that the config names is gone
+    assert begin(config, tmp_path / "moved").corpus.sha256 == sha256  # the file named in the config is gone
     if kind == "bpe":
-        config.tokenizer = carried  # the same under another name
+        config.tokenizer = carried  # the same tokenizer under another name
         assert begin(config, tmp_path / "moved").corpus.sha256 == sha256
     config.tokenizer = byte_level(tmp_path / "other.json", TEXT, vocab_size=290)
     with one_line(r"run of another config: tokenizer was .*; corpus\.sha256 was "):
@@ -232,7 +231,7 @@ def much_text():
 
 
 @pytest.mark.live
-def test_tokenizer_world_equals_that_of_the_rwkv_package():
+def test_world_tokenizer_equals_that_of_the_rwkv_package():
     import rwkv
     from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
@@ -247,14 +246,14 @@ def test_tokenizer_world_equals_that_of_the_rwkv_package():
         pieces = [ids for _, ids in world.encode_documents([blocks])]
         assert np.concatenate(pieces).tolist() == ids
     rng = np.random.default_rng(1)
-    for _ in range(300):  # any bytes: theirs gives the bytes, whose text is Python's
+    for _ in range(300):  # any bytes: the judge returns bytes, which Python decodes
         ids = rng.integers(1, 65_530 if rng.random() < 0.5 else 257, rng.integers(1, 50)).tolist()
         assert world.decode(ids) == judge.decodeBytes(ids).decode(errors="replace")
 
 
 @pytest.mark.live
 @pytest.mark.parametrize("kind", ["bytes", "characters", "bpe"])
-def test_tokenizer_saved_is_loaded_by_transformers(kind, tmp_path):
+def test_saved_tokenizer_is_loaded_by_transformers(kind, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = tokenizer_of(kind, tmp_path)

@@ -1,4 +1,4 @@
-"""Sources are known by what they hold, not by their names; what is left out is counted; links keep their names."""
+"""Sources: detected from their content and not their names, links included; files left out are counted."""
 
 import bz2
 import gzip
@@ -42,7 +42,7 @@ EXPECTED = sorted(f"{i}?text {i}".encode() for i in range(60))
         ("a", lzma.compress(LINES)),
     ],
 )
-def test_json_lines_are_known_by_content(name, content, tmp_path):
+def test_prepare_detects_json_lines_from_their_content(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert texts_of(prepare(str(tmp_path / name), **FIELDS)) == EXPECTED
     with pytest.raises(ValueError, match=r":[12]: no field 'text', only 'body', 'q'$"):
@@ -50,7 +50,7 @@ def test_json_lines_are_known_by_content(name, content, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [FIELDS, {"text": "body"}, {}])
-def test_folder_of_json_lines_may_hold_a_readme_and_subfolders(fields, tmp_path, capsys):
+def test_prepare_reads_json_lines_in_subfolders_and_leaves_out_a_readme(fields, tmp_path, capsys):
     of = lambda split: [{"text": f"{split} {i}"} | record for i, record in enumerate(RECORDS)]
     for name in ("train/0.jsonl", "devices/0.json", "test/dev.jsonl", "test/1.json"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def test_folder_of_json_lines_may_hold_a_readme_and_subfolders(fields, tmp_path,
         assert {text.split()[0] for text in parts(corpus.test)} == {b"test/1.json"}
 
 
-def test_json_lines_among_more_text_are_text_unless_fields_are_named(tmp_path):
+def test_prepare_reads_json_lines_among_texts_as_text_unless_fields_are_named(tmp_path):
     folder = Path(folder_of(tmp_path / "set", {f"{i}.py": prose(i, lines=200) for i in range(30)}))
     write_jsonl(folder / "sample.jsonl", RECORDS)
     assert len([name for split in splits_of(prepare(str(folder))) for name in split.names]) == 31
@@ -90,7 +90,7 @@ WITHOUT_FIELDS = {
 
 @pytest.mark.parametrize("source", WITHOUT_FIELDS)
 @pytest.mark.parametrize("fields", [{"text": "body"}, {"prompt": "q"}])
-def test_fields_of_a_source_without_any_are_an_error(source, fields, tmp_path):
+def test_prepare_refuses_fields_for_a_source_without_json_lines(source, fields, tmp_path):
     path = Path(source.format(tmp_path))
     if WITHOUT_FIELDS[source]:
         WITHOUT_FIELDS[source](path)
@@ -98,7 +98,7 @@ def test_fields_of_a_source_without_any_are_an_error(source, fields, tmp_path):
         mixture.prepare(str(path), **fields)
 
 
-def test_fields_apply_to_the_json_lines_of_a_mixture(tmp_path):
+def test_mixture_applies_fields_to_its_json_lines_alone(tmp_path):
     (tmp_path / "a.txt").write_text(prose(0))
     source = f"{tmp_path / 'a.txt'}:1,{write_jsonl(tmp_path / 'b.json', RECORDS)}:1"
     text, records = mixture.prepare(source, **FIELDS).parts
@@ -138,7 +138,7 @@ PACKED = {
 
 @pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("name", ["a.txt", "a.gz"])
-def test_compressed_text_is_refused_alone_and_counted_in_a_folder(kind, name, tmp_path, capsys):
+def test_prepare_refuses_compressed_text_and_counts_it_in_a_folder(kind, name, tmp_path, capsys):
     texts = {f"{i}.txt": prose(i) for i in range(5)}
     folder = folder_of(tmp_path / "set", texts | {f"more/{name}": PACKED[kind](prose(9).encode() + b"\0\xff")})
     with pytest.raises(ValueError, match=rf"{name} is {kind}, not text: "):
@@ -147,14 +147,14 @@ def test_compressed_text_is_refused_alone_and_counted_in_a_folder(kind, name, tm
     assert capsys.readouterr().err == f"{folder}: left out: 1 of 6 files ({kind}: 1)\n"
 
 
-def test_json_lines_compressed_otherwise_are_refused(tmp_path):
+def test_prepare_refuses_json_lines_in_an_unsupported_compression(tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(PACKED["zstd"](LINES))
     with pytest.raises(ValueError, match=r"a\.jsonl\.zst is zstd, .*: decompress it first$"):
         prepare(str(tmp_path / "a.jsonl.zst"), **FIELDS)
 
 
 @pytest.mark.parametrize("text", ["BZh is not bzip2. ", "PAR1 is not parquet. ", "ustar"])
-def test_text_that_begins_like_an_archive_is_text(text, tmp_path):
+def test_prepare_reads_text_that_begins_like_an_archive(text, tmp_path):
     (tmp_path / "a.txt").write_text(text * 9)
     assert prepare(str(tmp_path / "a.txt")).train.tokens[1:4].tobytes() == text[:3].encode()
 
@@ -162,7 +162,7 @@ def test_text_that_begins_like_an_archive_is_text(text, tmp_path):
 # ---- counts
 
 
-def test_folder_says_at_every_start_what_it_leaves_out(tmp_path, capsys):
+def test_prepare_reports_files_left_out_of_a_folder_at_every_start(tmp_path, capsys):
     header = "".join(f"# line {i} of a licence that all files begin with\n" for i in range(40))
     texts = {f"{i:02}.txt": header + prose(i, lines=5) for i in range(4)}
     texts |= {f"latin {i}.txt": prose(i).replace("€", "").replace("😀", "").encode("cp1252") for i in range(10, 15)}
@@ -176,23 +176,23 @@ def test_folder_says_at_every_start_what_it_leaves_out(tmp_path, capsys):
     for arguments in ([], [], ["--tokenizer=characters"], [f"--write={tmp_path / 'own'}"]):
         assert main([str(folder), *arguments]) == 0
         assert capsys.readouterr().err == line
-    mixture.prepare(str(folder))  # as training does
+    mixture.prepare(str(folder))  # the call that training makes
     assert capsys.readouterr().err == line
-    (folder / "also empty").write_text("")  # no reason to build the tokens again
+    (folder / "also empty").write_text("")  # the tokens need no rebuild
     prepare(str(folder))
     assert capsys.readouterr().err == line.replace("13 of 14", "14 of 15").replace("empty: 1", "empty: 2")
     prepare()
     assert capsys.readouterr().err == ""
 
 
-def test_json_lines_say_how_many_objects_have_no_text(tmp_path, capsys):
+def test_prepare_reports_json_objects_without_text(tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a" * (i % 7)} for i in range(70)])
     for tokenizer in ("bytes", "characters", "bytes"):
         prepare(source, tokenizer)
         assert capsys.readouterr().err == f"{source}: left out: 10 of 70 objects (without text: 10)\n"
 
 
-def test_folder_of_nothing_but_what_is_left_out_says_so(tmp_path):
+def test_prepare_refuses_a_folder_whose_files_are_all_left_out(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/linked").symlink_to(tmp_path)
     with pytest.raises(
@@ -201,12 +201,12 @@ def test_folder_of_nothing_but_what_is_left_out_says_so(tmp_path):
         prepare(str(tmp_path / "set"))
 
 
-# ---- links, as huggingface_hub lays out what it downloads
+# ---- links, in the layout of huggingface_hub's downloads
 
 
 @pytest.fixture
 def link(tmp_path):
-    """A function that moves a file to ../../blobs/HASH and leaves a link, whose path it returns."""
+    """A function that moves a file to ../../blobs/HASH, leaves a link in its place and returns the link's path."""
     (tmp_path / "blobs").mkdir()
 
     def moved(path):
@@ -220,7 +220,7 @@ def link(tmp_path):
     return moved
 
 
-def test_links_keep_their_names(link, tmp_path):
+def test_prepare_names_linked_tokens_and_json_lines_by_the_link(link, tmp_path):
     tokens = np.tile(np.array([7, 8, 9, 0], np.uint16), 30)
     np.save(tmp_path / "tokens.npy", tokens)
     corpus = prepare(str(link(tmp_path / "tokens.npy")))
@@ -250,7 +250,7 @@ def test_links_keep_their_names(link, tmp_path):
         assert [{text[:1] for text in parts(split)} for split in splits_of(corpus)] == [{b"0"}, {b"1"}, {b"2"}]
 
 
-def test_linked_texts_keep_their_names(link, tmp_path, monkeypatch):
+def test_prepare_names_linked_texts_by_the_link(link, tmp_path, monkeypatch):
     texts = {f"{i}.txt": prose(i) for i in range(3)}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -264,6 +264,6 @@ def test_linked_texts_keep_their_names(link, tmp_path, monkeypatch):
     assert prepare("..").name == "1a2b"
 
 
-def test_tokens_without_a_name_are_known_by_content(tmp_path):
+def test_prepare_detects_an_array_of_tokens_from_its_content(tmp_path):
     save_tokens(tmp_path / "bb22")
     assert prepare(str(tmp_path / "bb22")).train.tokens.tolist() == [7] * 89

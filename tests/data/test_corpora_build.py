@@ -1,4 +1,4 @@
-"""`prepare`: tokens of each tokenizer, and sources that it refuses."""
+"""`prepare`: the tokens of each tokenizer, and sources that it refuses."""
 
 import os
 
@@ -53,7 +53,7 @@ def test_prepare_refuses_a_source_without_text_and_leaves_no_files(tmp_path, cac
     assert not [path for path in cache.glob("*") if path.name != "lock"]
 
 
-def test_prepare_refuses_bytes_that_are_not_utf8_but_for_the_tokenizer_of_bytes(tmp_path, cache, bpe):
+def test_prepare_refuses_bytes_that_are_not_utf8_unless_tokenized_as_bytes(tmp_path, cache, bpe):
     data = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8).tobytes()
     (tmp_path / "data.bin").write_bytes(data)
     for tokenizer in (bpe, "characters"):

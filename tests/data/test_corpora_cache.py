@@ -15,7 +15,7 @@ from rwkv_jax.data import cache_dir, prepare
 from rwkv_jax.data.tokenizers import get_tokenizer
 
 
-def test_cache_notices_a_changed_file_or_tokenizer(tmp_path, bpe):
+def test_prepare_rebuilds_the_cache_for_a_changed_file_or_tokenizer(tmp_path, bpe):
     path = tmp_path / "text.txt"
     path.write_text(prose(0))
     first = prepare(str(path))
@@ -53,7 +53,7 @@ def flip_a_bit(path):
         (flip_a_bit, "SHA256SUMS"),
     ],
 )
-def test_damaged_cache_is_rebuilt_with_a_warning(tmp_path, caplog, damage, name):
+def test_prepare_rebuilds_a_damaged_cache_with_a_warning(tmp_path, caplog, damage, name):
     (tmp_path / "text.txt").write_text(prose(0))
     first = prepare(str(tmp_path / "text.txt"))
     expected = [documents(split) for split in splits_of(first)]
@@ -76,7 +76,7 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
 
 
 def test_cache_folder_is_built_by_one_of_two_callers(cache, caplog):
-    """The lock is of an open file, so two threads exclude each other as two processes do."""
+    """The lock belongs to an open file, so two threads exclude each other as two processes do."""
     made, begun, go_on = [], threading.Event(), threading.Event()
 
     def make(folder):
@@ -91,7 +91,7 @@ def test_cache_folder_is_built_by_one_of_two_callers(cache, caplog):
     first, second = threading.Thread(target=call), threading.Thread(target=call)
     first.start()
     assert begun.wait(60)
-    assert not (cache / "corpus").exists()  # it appears when it is complete
+    assert not (cache / "corpus").exists()  # visible only once it is complete
     second.start()
     deadline = time.monotonic() + 60
     while not caplog.records and time.monotonic() < deadline:
@@ -111,7 +111,7 @@ prepare(sys.argv[1], sys.argv[2])
 
 
 @pytest.mark.slow
-def test_killed_build_leaves_nothing_that_counts(tmp_path, cache, bpe):
+def test_prepare_rebuilds_after_a_kill_and_removes_the_partial_folder(tmp_path, cache, bpe):
     source = tmp_path / "text.txt"
     source.write_text(prose(0, lines=60_000))
     build = subprocess.Popen(
@@ -129,7 +129,7 @@ def test_killed_build_leaves_nothing_that_counts(tmp_path, cache, bpe):
     [leftover] = cache.glob("*.partial")
     assert (leftover / "train.bin").exists() and not (leftover / "SHA256SUMS").exists()
 
-    # The next build clears it away, whichever corpus that is.
+    # The next build removes it, whichever corpus it builds.
     (tmp_path / "other.txt").write_text(prose(1))
     prepare(str(tmp_path / "other.txt"))
     assert not list(cache.glob("*.partial"))

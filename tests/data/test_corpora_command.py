@@ -13,7 +13,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 BPE = str(GOLDENS / "binidx_tokenizer.json")
 
 
-def test_corpora_command_reports_sizes_and_copies(tmp_path, capsys):
+def test_data_command_reports_sizes_and_copies(tmp_path, capsys):
     texts = [words(i) for i in range(100)]
     texts += [texts[0], texts[1], texts[1], "short"]
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
@@ -35,7 +35,7 @@ def test_corpora_command_reports_sizes_and_copies(tmp_path, capsys):
     assert train.split()[:3] == ["train", f"{rows[0]['tokens']:,}", str(rows[0]["documents"])]
 
 
-def test_corpora_command_writes_megatron_files(tmp_path, capsys):
+def test_data_command_writes_megatron_files(tmp_path, capsys):
     arguments = [str(GOLDENS / "binidx.jsonl"), f"--tokenizer={BPE}", f"--write={tmp_path / 'own'}"]
     assert command.main(arguments) == 0
     assert "5 documents written" in capsys.readouterr().out
@@ -51,7 +51,7 @@ def test_corpora_command_writes_megatron_files(tmp_path, capsys):
         ([str(GOLDENS / "binidx.bin"), "--write=b"], f"error: {GOLDENS / 'binidx.bin'} holds tokens, expected text"),
     ],
 )
-def test_corpora_command_reports_mistakes_in_one_line(capsys, arguments, line):
+def test_data_command_reports_mistakes_in_one_line(capsys, arguments, line):
     assert command.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(line) and err.count("\n") == 1

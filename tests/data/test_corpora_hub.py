@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, read by its library from folders of this machine."""
+"""Datasets of the Hugging Face hub: its library reads them from local folders, without a network."""
 
 import sys
 import types
@@ -14,14 +14,14 @@ from rwkv_jax.data import hub, prepare
 def folder(tmp_path, monkeypatch):
     import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub"))  # where it keeps its locks
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hub"))  # its locks, too
     write_jsonl(tmp_path / "set" / "train.jsonl", [{"text": f"t{i}", "q": f"Q{i}"} for i in range(60)])
     write_jsonl(tmp_path / "set" / "validation.jsonl", [{"text": f"v{i}", "q": f"Q{i}"} for i in range(5)])
     return str(tmp_path / "set")
 
 
 @pytest.mark.live
-def test_hub_splits_become_ours(folder):
+def test_hub_splits_become_train_valid_and_test(folder):
     texts = sorted(b"t%d" % i for i in range(60))
     corpus = prepare(f"hf:{folder}")
     train, valid, test = map(parts, splits_of(corpus))
@@ -55,8 +55,8 @@ def test_hub_folder_may_hold_colons_and_at_but_no_pattern(tmp_path, monkeypatch)
     for name in ("me@home", "a:b"):
         assert list(hub.source(f"hf:{tmp_path / name}:train", "text", "").documents()) == []
         assert asked.pop() == (str(tmp_path / name), None, "train", None)
-    for name in ("[g]", "*"):  # of the second the library read all the folders beside it
-        with pytest.raises(ValueError, match=r"takes \*, \?, \[ and \] in a folder's name for a pattern: rename it$"):
+    for name in ("[g]", "*"):  # given "*", the library would read every folder beside it
+        with pytest.raises(ValueError, match=r": \*, \?, \[ and \] in .* are a pattern to the library: rename it$"):
             hub.source(f"hf:{tmp_path / name}", "text", "")
 
 

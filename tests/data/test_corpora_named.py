@@ -1,4 +1,4 @@
-"""Public corpora, downloaded from a server on this machine."""
+"""Named public corpora, downloaded from a server on this machine."""
 
 import gc
 import hashlib
@@ -15,7 +15,7 @@ from rwkv_jax.data import named, prepare
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.files`; where the path begins with /cut/, less than announced."""
+    """Serves `server.files`; a path below /cut/ is answered with fewer bytes than announced."""
 
     def do_GET(self):
         _, how, name = self.path.split("/")
@@ -45,7 +45,7 @@ def running():
 
 @pytest.fixture
 def serve(running, monkeypatch):
-    """Has a named corpus come from the server: returns the requests that it will answer."""
+    """A function that redirects a named corpus to the server and returns the list of the requests it receives."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     running.files, running.requests = {}, []
@@ -95,7 +95,7 @@ def test_prepare_keeps_the_splits_of_wikitext(serve):
 
 
 def test_prepare_splits_tinystories_by_story(serve, monkeypatch):
-    monkeypatch.setattr("rwkv_jax.data.text._BLOCK_BYTES", 50)  # stories go on in the next block
+    monkeypatch.setattr("rwkv_jax.data.text._BLOCK_BYTES", 50)  # stories cross the borders of blocks
     stories = [f"Story {i}.\n\nThe end.".encode() for i in range(200)]
     train, valid = (b"\n<|endoftext|>\n".join(part) for part in (stories[:190], stories[190:]))
     serve("tinystories", {"train.txt": train, "valid.txt": valid})
@@ -111,14 +111,14 @@ def test_prepare_sorts_classic_books_by_the_hash_of_their_path(serve, cache, run
     raw = {name: prose(i).replace("\n", "\r\n") + " \r\n" for i, name in enumerate(by_hash)}
     raw |= {by_hash[2]: "a story", "Samuel Richardson/Clarissa.md": prose(9)}
     text = {name: raw[name].replace("\r\n", "\n").rstrip().encode() + b"\n\n" for name in by_hash}
-    expected = {"test": by_hash[:2], "valid": by_hash[3:4], "train": by_hash[4:7]}  # the last is not needed
+    expected = {"test": by_hash[:2], "valid": by_hash[3:4], "train": by_hash[4:7]}  # the last hash is not needed
     sha256 = {split: hashlib.sha256(b"".join(map(text.get, names))).hexdigest() for split, names in expected.items()}
     size = {split: sum(len(text[name]) for name in names[:-1]) + 1 for split, names in expected.items()}
     monkeypatch.setattr(named, "_BOOKS", {split: (size[split], sha256[split]) for split in expected})
     monkeypatch.setattr(named, "_BOOK_CHARACTERS", 100)
     serve("classic-books", {"books.zip": archive({f"books-abc/{name}": text for name, text in raw.items()})})
 
-    monkeypatch.setitem(named.NAMED, "classic-books", dict.fromkeys(named.NAMED["classic-books"]))  # no digest known
+    monkeypatch.setitem(named.NAMED, "classic-books", dict.fromkeys(named.NAMED["classic-books"]))  # digest unknown
 
     corpus = prepare("classic-books")
     for split in splits_of(corpus):
@@ -138,7 +138,7 @@ def test_prepare_sorts_classic_books_by_the_hash_of_their_path(serve, cache, run
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # pooch leaves the connection of a failed transfer open
 @pytest.mark.parametrize("how", ["no connection", "no file", "cut", "wrong checksum"])
-def test_failed_download_is_one_line_and_leaves_nothing(serve, cache, running, monkeypatch, how):
+def test_prepare_reports_a_failed_download_in_one_line_and_leaves_no_files(serve, cache, running, monkeypatch, how):
     serve("enwik8", {"enwik8.zip": archive({"enwik8": TEXT})}, how="cut" if how == "cut" else "whole")
     [(url, sha256)] = named.NAMED["enwik8"].items()
     if how == "no file":
@@ -152,7 +152,7 @@ def test_failed_download_is_one_line_and_leaves_nothing(serve, cache, running, m
         prepare("enwik8")
     line = str(raised.value)
     del raised
-    gc.collect()  # the connection, while its warning is ignored
+    gc.collect()  # closes the connection while its warning is ignored
     folder = cache / "downloads" / "enwik8"
     assert "\n" not in line
     if how == "wrong checksum":

@@ -1,4 +1,4 @@
-"""Text files, folders and Python's standard library: which files count, and how they are split."""
+"""Text files, folders and Python's standard library: files that are read, and their splits."""
 
 import sys
 
@@ -38,7 +38,7 @@ def test_stdlib_corpus_has_whole_modules_in_three_splits():
     assert prepare().sha256 == corpus.sha256
 
 
-def test_folder_is_split_by_file(tmp_path):
+def test_prepare_splits_a_folder_by_file(tmp_path):
     texts = {f"{i % 7}/text {i}.txt": prose(i) for i in range(120)}
     corpus = prepare(folder_of(tmp_path / "books", texts))
     found = [documents(split) for split in splits_of(corpus)]
@@ -50,7 +50,7 @@ def test_folder_is_split_by_file(tmp_path):
     assert corpus.name == "books"
 
 
-def test_folder_drops_copies_hidden_and_binary_files(tmp_path):
+def test_prepare_leaves_out_copies_hidden_and_binary_files(tmp_path):
     texts = {f"{i}.txt": prose(i) for i in range(60)}
     others = {f"copy/{i}.txt": prose(i) for i in range(60)}
     others |= {f"edited/{i}.txt": "a new first line\n" + prose(i)[:-20] for i in range(60)}
@@ -63,7 +63,7 @@ def test_folder_drops_copies_hidden_and_binary_files(tmp_path):
     assert bytes_in_later_splits_found_in_train(corpus) == 0
 
 
-def test_folder_of_splits_keeps_them(tmp_path, capsys):
+def test_prepare_keeps_the_splits_of_a_folder(tmp_path, capsys):
     texts = {f"{split}/{i}.txt": prose(i, 5) for i, split in enumerate(("test", "train", "train", "valid"))}
     corpus = prepare(folder_of(tmp_path / "books", texts | {"README": prose(9), "tests/a.txt": prose(10)}))
     found = [documents(split) for split in splits_of(corpus)]
@@ -78,13 +78,13 @@ def test_folder_of_splits_keeps_them(tmp_path, capsys):
     assert 0 < len(corpus.test.names) < 10 and all(name.startswith("train/") for name in corpus.test.names)
 
     corpus = prepare(folder_of(tmp_path / "code", {f"{name}/{i}.py": prose(i) for i in range(9) for name in ["test"]}))
-    assert corpus.train.names[0] == "test/0.py"  # no train beside it: any folder
+    assert corpus.train.names[0] == "test/0.py"  # without a train folder, test is a folder like any other
     copies = {f"{split}/a.txt": prose(1) for split in ("train", "valid", "test")}
     with pytest.raises(ValueError, match=r"too few for train, valid and test; left out: 2 of 3 files .most lines"):
         prepare(folder_of(tmp_path / "copies", copies))
 
 
-def test_small_folder_is_cut_like_one_file(tmp_path):
+def test_prepare_cuts_a_small_folder_like_one_file(tmp_path):
     texts = {f"{i}.txt": prose(i) for i in range(5)}
     corpus = prepare(folder_of(tmp_path / "books", texts))
     found = [documents(split) for split in splits_of(corpus)]
@@ -97,7 +97,7 @@ def test_small_folder_is_cut_like_one_file(tmp_path):
             text.decode()
 
 
-def test_file_is_cut_at_90_and_95_percent_and_never_inside_a_character(tmp_path):
+def test_prepare_cuts_a_file_at_90_and_95_percent_between_characters(tmp_path):
     for prefix in ("", "a", "ab", "abc"):
         for character in "aé€😀":
             text = prefix + character * 50
@@ -109,7 +109,7 @@ def test_file_is_cut_at_90_and_95_percent_and_never_inside_a_character(tmp_path)
 
 
 @pytest.mark.slow
-def test_enwik8_is_cut_at_whole_megabytes_even_inside_a_character(tmp_path):
+def test_prepare_cuts_enwik8_at_whole_megabytes_even_inside_a_character(tmp_path):
     (tmp_path / "enwik8").write_bytes(b"x" + "é".encode() * 49_999_999 + b"x")
     corpus = prepare(str(tmp_path / "enwik8"))
     assert [split.num_bytes for split in splits_of(corpus)] == [90_000_000, 5_000_000, 5_000_000]

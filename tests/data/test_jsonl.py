@@ -48,7 +48,7 @@ def test_jsonl_split_names_are_whole_words(tmp_path):
         assert {text[:1] for text in parts(found)} == {b"%d" % split}
 
 
-def test_jsonl_of_three_texts_fills_three_splits_and_of_two_is_refused(tmp_path):
+def test_jsonl_fills_three_splits_from_three_texts_and_refuses_two(tmp_path):
     corpus = prepare(write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("a", "a", "b", "c")]))
     assert [parts(split) for split in splits_of(corpus)] == [[b"a", b"a"], [b"b"], [b"c"]]
     source = write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"text": "b"}, {"text": ""}])
@@ -73,7 +73,7 @@ def test_jsonl_prompt_is_masked(tmp_path):
     assert sum(split.num_bytes for split in splits_of(corpus)) == sum(len(text) for text in texts)
 
 
-def test_jsonl_hash_depends_on_what_is_prompt(tmp_path):
+def test_jsonl_hash_depends_on_the_prompt_mask(tmp_path):
     texts = [{"a": f"{i}ab", "b": "c", "A": f"{i}a", "B": "bc"} for i in range(60)]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     first, second = prepare(source, text="b", prompt="a"), prepare(source, text="B", prompt="A")
@@ -94,16 +94,16 @@ def test_jsonl_prompt_and_text_share_no_token(tmp_path):
 @pytest.mark.parametrize(
     ("line", "fields", "message"),
     [
-        (b'{"text": "a"', {}, "no JSON: Expecting ',' delimiter: line 1 column 13 (char 12)"),
+        (b'{"text": "a"', {}, "not JSON: Expecting ',' delimiter: line 1 column 13 (char 12)"),
         (b"[1]", {}, "holds a JSON list, expected an object"),
         (b'{"body": "a", "id": 1}', {}, "no field 'text', only 'body', 'id'"),
         (b'{"text": true}', {}, "field 'text' is bool, expected text or a number"),
         (b'{"text": NaN}', {}, "field 'text' is nan, expected text or a finite number"),
         (b'{"text": "a"}', {"prompt": "Q: {q}"}, "no field 'q', only 'text'"),
-        (b'{"text": "\xff"}', {}, "no JSON: 'utf-8' codec can't decode byte 0xff in position 10: invalid start byte"),
+        (b'{"text": "\xff"}', {}, "not JSON: 'utf-8' codec can't decode byte 0xff in position 10: invalid start byte"),
         (b'{"text": "a", "tree": ' + b"[" * 500 + b"]" * 500 + b"}", {}, "JSON nested more than 100 deep"),
-        (b'{"text": "a", "tree": ' + b"[" * 100_000, {}, "no JSON: maximum recursion depth exceeded"),
-        (b'{"text": ' + b"1" * 5000 + b"}", {}, "no JSON: Exceeds the limit"),
+        (b'{"text": "a", "tree": ' + b"[" * 100_000, {}, "not JSON: maximum recursion depth exceeded"),
+        (b'{"text": ' + b"1" * 5000 + b"}", {}, "not JSON: Exceeds the limit"),
         (b'{"text": "\\ud800"}', {}, SURROGATE),
     ],
 )

@@ -1,4 +1,4 @@
-"""Megatron token files: equal to the released converters', read as a corpus, refused when damaged."""
+"""Megatron token files: equal to those of the released converters, read as corpora, refused when damaged."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def test_to_megatron_equals_the_released_converter(tmp_path, tokenizer, golden):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "uint16"])
-def test_megatron_read_returns_what_write_wrote(tmp_path, dtype):
+def test_megatron_read_inverts_write(tmp_path, dtype):
     written = [np.array([*range(1, n), 0], dtype) for n in (3, 1, 90, 2)]
     assert megatron.write(tmp_path / "a", written, dtype) == 4
     tokens, starts = megatron.read(tmp_path / "a")
@@ -58,7 +58,7 @@ def test_prepare_reads_a_megatron_pair(tmp_path, name):
     corpus = prepare(str(tmp_path / name))
     assert (corpus.name, corpus.tokenizer, corpus.vocab_size) == ("a", "bytes", 256)
     found = [text for split in splits_of(corpus) for text in parts(split)]
-    found[-1] = found[-1][:-1]  # what ends the last document begins none
+    found[-1] = found[-1][:-1]  # the last separator starts no document
     assert found == [bytes(text[:-1].astype(np.uint8)) for text in texts]
     tokens = np.concatenate([split.tokens for split in splits_of(corpus)])
     np.testing.assert_array_equal(tokens, np.fromfile(tmp_path / "a.bin", np.uint16))
@@ -76,7 +76,7 @@ def test_prepare_reads_a_megatron_pair(tmp_path, name):
     assert prepare(str(tmp_path / "c")).sha256 == corpus.sha256
 
 
-def test_prepare_takes_the_separator_before_a_document_where_there_is_one(tmp_path):
+def test_prepare_starts_a_megatron_document_at_its_separator_if_it_has_one(tmp_path):
     texts = [np.append(np.arange(1, 9), 0 if i % 2 else 9) for i in range(60)]
     megatron.write(tmp_path / "a", texts, "uint16")
     assert prepare(str(tmp_path / "a")).train.starts.tolist() == [9 * i - (i > 0 and i % 2 == 0) for i in range(55)]
@@ -99,9 +99,9 @@ def patch(at, form, value):
         (lambda folder: (folder / "a.bin").unlink(), "a.bin"),
         (patch(9, "<Q", 2), "a.idx: version 2, type 8: expected version 1 and a type of integers"),
         (patch(17, "<B", 6), "a.idx: version 1, type 6: expected version 1 and a type of integers"),
-        (patch(34 + 4 * 99, "<i", -1), "a.idx is damaged: its sequences do not lie one after another"),
-        (patch(34 + 400 + 8, "<q", 3), "a.idx is damaged: its sequences do not lie one after another"),
-        (patch(34 + 1200 + 8, "<q", 70), "a.idx is damaged: its document index does not lead from 0 to 100"),
+        (patch(34 + 4 * 99, "<i", -1), "a.idx is damaged: its sequences are not contiguous"),
+        (patch(34 + 400 + 8, "<q", 3), "a.idx is damaged: its sequences are not contiguous"),
+        (patch(34 + 1200 + 8, "<q", 70), "a.idx is damaged: its document index does not ascend from 0 to 100"),
     ],
 )
 def test_megatron_refuses_a_damaged_pair(tmp_path, damage, message):
@@ -112,7 +112,7 @@ def test_megatron_refuses_a_damaged_pair(tmp_path, damage, message):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_megatron_index_that_is_damaged_anywhere_is_refused_or_harmless(tmp_path):
+def test_megatron_read_refuses_or_survives_an_index_damaged_anywhere(tmp_path):
     pair(tmp_path, num_documents=10)
     content = (tmp_path / "a.idx").read_bytes()
     short = cuts(content, len(content) - 1)

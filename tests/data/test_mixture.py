@@ -41,8 +41,8 @@ def test_mixture_hash_depends_on_texts_and_weights(texts):
     assert mixture.prepare(f"{a}:1,{b}:1").sha256 == mixture.prepare(f"{a}:0.5,{b}:0.5").sha256
 
 
-def test_mixture_of_one_corpus_is_that_corpus(texts):
-    for name in ("a.txt", "c,d:3"):  # a path that exists is never taken apart
+def test_mixture_of_one_corpus_equals_that_corpus(texts):
+    for name in ("a.txt", "c,d:3"):  # an existing path is never parsed as a mixture
         alone, corpus = mixture.prepare(str(texts / name)), data.prepare(str(texts / name))
         assert alone[:4] == corpus[:4]
         assert alone.weights == (1,)
@@ -55,7 +55,7 @@ def test_mixture_held_out_tokens_are_shared_by_weight(texts):
     np.testing.assert_array_equal(mixed.held_out(40)[0], [*a[:30], *b[:10]])
 
 
-def test_mixture_held_out_text_has_targets():
+def test_mixture_gives_held_out_text_targets():
     def held_out(mask):
         tokens = np.arange(100, dtype=np.uint8)
         split = data.Split(tokens, np.zeros(1, np.int64), (), 100, np.isin(tokens, mask).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Orders of data, masks of targets and mixtures: the tokens that each row reads, on any number of hosts."""
+"""Orders of data, masks of targets, and mixtures: the tokens of each row, on any number of hosts."""
 
 import math
 from fractions import Fraction
@@ -15,7 +15,7 @@ LENGTHS = [5, 1, 30, 3, 8, 2, 17, 9, 4, 60, 7, 1, 12, 40, 6]
 
 
 def split(lengths=LENGTHS, offset=0, mask=False):
-    """Documents whose tokens are their own positions in the file, so that a batch shows where it was read."""
+    """Documents whose tokens are their own positions in the file, so a batch shows its origin."""
     tokens = offset + np.arange(sum(lengths), dtype=np.uint32)
     starts = np.cumsum([0, *lengths[:-1]])
     return SimpleNamespace(tokens=tokens, starts=starts, mask=(tokens % 3 == 0).astype(np.uint8) if mask else None)
@@ -28,7 +28,7 @@ def make(source=None, **changes):
 
 
 @pytest.mark.parametrize("order", list(orders.ORDERS))
-def test_dataset_rows_of_hosts_are_those_of_the_whole_batch_and_masks_exclude_targets(order):
+def test_dataset_gives_hosts_rows_of_the_same_batch_and_applies_masks(order):
     def mixture(mask):
         others = [(split(offset=1000), 0.25), (split([40, 20, 50], offset=2000), "1/4")]
         return [(split(mask=mask), 0.5), *others]
@@ -36,7 +36,7 @@ def test_dataset_rows_of_hosts_are_those_of_the_whole_batch_and_masks_exclude_ta
     for parts in (split, mixture):
         plain, whole = make(parts(mask=False), order=order), make(parts(mask=True), order=order)
         hosts = [(rows, make(parts(mask=True), order=order, rows=rows)) for rows in ([0, 1], [3, 2], [1])]
-        for step in (0, 1, 7, 40):  # beyond the first epoch too
+        for step in (0, 1, 7, 40):  # includes steps beyond the first epoch
             batch = whole[step]
             assert batch["tokens"].dtype == np.int32 and batch["mask"].dtype == bool
             np.testing.assert_array_equal(batch["tokens"], plain[step]["tokens"])
@@ -54,7 +54,7 @@ def test_dataset_rows_of_hosts_are_those_of_the_whole_batch_and_masks_exclude_ta
 
 
 def released_windows(num_tokens, seq_len, samples):
-    tokens = np.broadcast_to(np.uint8(0), num_tokens)  # of no size in memory: only the order matters
+    tokens = np.broadcast_to(np.uint8(0), num_tokens)  # takes no memory: only the order matters
     sample = orders.ORDERS["released"](batches._text(tokens), seq_len, 1, 0)
     return (sample(np.array(samples)).at[:, 0] // seq_len).tolist()
 
@@ -66,8 +66,8 @@ FIRST = {  # windows of samples 0 to 4 of mini-epochs 0 and 8,000
 }
 
 
-def test_released_order_has_the_first_windows_of_a_mini_epoch_of_the_pile():
-    """By Python's integers: in 64 bits f·n³ is wrong from n = 3,584 on."""
+def test_released_order_starts_mini_epochs_of_the_pile_at_the_released_windows():
+    """Compares with Python's integers: in 64 bits f·n³ overflows from n = 3,584 on."""
     factor = (math.isqrt(5 * PRIME**2) - PRIME) // 2
     for mini_epoch, windows in FIRST.items():
         numbers = [40320 * mini_epoch + i for i in range(1, 6)]
@@ -76,7 +76,7 @@ def test_released_order_has_the_first_windows_of_a_mini_epoch_of_the_pile():
 
 
 def test_released_order_uses_the_primes_of_the_released_scripts():
-    """Of the Pile, and of MiniPile."""
+    """Covers the Pile and MiniPile."""
     for num_tokens, seq_len, prime in ((PILE, 1024, PRIME), (PILE, 8192, 40_541_399), (1_498_226_207, 512, 2_926_181)):
         # sample p - 1 is f·p³ mod p = 0, and only a multiple of p gives 0
         first, last, again = released_windows(num_tokens, seq_len, [0, prime - 1, prime])
@@ -91,10 +91,10 @@ def test_released_order_visits_every_window_below_the_prime_once_an_epoch():
 
 # Documents by rows
 
-STEPS = (sum(LENGTHS) - 1) // (B * T)  # of an epoch
+STEPS = (sum(LENGTHS) - 1) // (B * T)  # steps of an epoch
 
 
-def test_documents_order_continues_rows_and_has_every_target_at_most_once_an_epoch():
+def test_documents_order_continues_rows_and_repeats_no_target_within_an_epoch():
     ds, starts = make(order="documents"), split().starts
     epochs = [[ds[e * STEPS + s] for s in range(STEPS)] for e in range(2)]
     for epoch in epochs:
@@ -105,7 +105,7 @@ def test_documents_order_continues_rows_and_has_every_target_at_most_once_an_epo
             np.testing.assert_array_equal(batch["reset"], expected)
             if step:
                 np.testing.assert_array_equal(batch["tokens"][:, 0], epoch[step - 1]["tokens"][:, -1])
-            inside = ~np.isin(batch["tokens"][:, 1:], starts)  # of a document, whose tokens follow one another
+            inside = ~np.isin(batch["tokens"][:, 1:], starts)  # within a document tokens are consecutive
             assert (np.diff(batch["tokens"])[inside] == 1).all()
         targets = np.unique([batch["tokens"][:, 1:] for batch in epoch])
         assert len(targets) == STEPS * B * T > sum(LENGTHS) - B * T - 1
@@ -113,14 +113,14 @@ def test_documents_order_continues_rows_and_has_every_target_at_most_once_an_epo
     assert (make(order="documents", seed=1)[0]["tokens"] != epochs[0][0]["tokens"]).any()
 
 
-def test_documents_order_cuts_a_bare_array_into_a_part_a_row():
+def test_documents_order_splits_an_array_without_documents_over_the_rows():
     ds = make(np.arange(96, dtype=np.uint8), order="documents")  # one too few for a third step
     np.testing.assert_array_equal(ds[1]["tokens"][:, 0], [8, 24, 40, 56])
     assert ds[0]["reset"].sum() == B and not ds[1]["reset"].any()
 
 
-def test_documents_order_reads_a_far_step_without_those_before_it():
-    """Of a million documents, the step of epoch 1,000 at once."""
+def test_documents_order_reads_a_far_step_without_computing_earlier_ones():
+    """Reads the first step of epoch 1,000 of a million documents."""
     lengths = np.full(10**6, 50)
     source = SimpleNamespace(tokens=np.broadcast_to(np.uint8(7), lengths.sum()), starts=np.arange(10**6) * 50)
     ds = make(source, order="documents")
@@ -130,7 +130,7 @@ def test_documents_order_reads_a_far_step_without_those_before_it():
 # Packed rows
 
 
-def test_packed_order_holds_whole_documents_and_every_target_once():
+def test_packed_order_keeps_documents_whole_and_has_every_target_once():
     text, ds = split(), make(batch_size=1, order="packed")
     num_windows = len(orders._packs(batches._text(text), T)[0])
     targets, cut = [], set()
@@ -144,7 +144,7 @@ def test_packed_order_holds_whole_documents_and_every_target_once():
         if not {tokens[0], tokens[n]} <= {*text.starts, text.tokens[-1]}:
             cut.add(int(np.searchsorted(text.starts, tokens[0], side="right") - 1))
     assert sorted(targets) == list(range(1, sum(LENGTHS)))
-    assert cut == {i for i, length in enumerate(LENGTHS) if length > T}  # no shorter one ever
+    assert cut == {i for i, length in enumerate(LENGTHS) if length > T}  # documents that fit a window are never cut
 
 
 # Mixtures
@@ -157,12 +157,12 @@ def test_mixture_proportions_are_exact_and_even(weights):
     second = np.concatenate([ds[step]["tokens"][:, 0] >= 1000 for step in range(50)])
     assert (second.reshape(10, 10).sum(axis=1) == 3).all()
     drift = np.cumsum(second) - 0.3 * np.arange(1, 101)
-    assert np.abs(drift).max() < 0.5 + 1e-9  # the nearest integers to the shares
+    assert np.abs(drift).max() < 0.5 + 1e-9  # counts are the nearest integers to the shares
 
 
 @pytest.mark.parametrize("order", orders.ORDERS)
-def test_mixture_reads_each_part_as_if_it_were_alone(order):
-    """In documents order a row stays in one part, which has 3 of 4 rows or 1."""
+def test_mixture_rows_of_a_part_equal_those_of_the_part_alone(order):
+    """In documents order a row stays in its part: 3 of 4 rows in the first, 1 in the second."""
     parts = [(split(), "0.75"), (split(offset=1000), "0.25")]
     mixed = make(parts, order=order)
     rows = np.concatenate([mixed[step]["tokens"] for step in range(24)])
@@ -197,7 +197,7 @@ def test_dataset_refuses_orders_and_shapes_that_do_not_fit(changes, line):
 # Windows, reading ahead, the hash of a batch
 
 
-def test_batch_has_windows_of_consecutive_tokens_from_a_memory_map(tmp_path):
+def test_dataset_reads_windows_of_consecutive_tokens_from_a_memory_map(tmp_path):
     split().tokens.tofile(tmp_path / "tokens.bin")
     mapped = np.memmap(tmp_path / "tokens.bin", np.uint32, mode="r")
     for step in (0, 5, 12):

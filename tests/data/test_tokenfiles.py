@@ -1,4 +1,4 @@
-"""`.npy` files of tokens."""
+"""`.npy` files of tokens as corpora."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_prepare_reads_an_array_of_tokens(tmp_path, dtype):
     assert corpus.valid.starts.tolist() == [0, 5, 10] and corpus.valid.tokens[0] == SEPARATOR
 
 
-def test_array_without_separators_is_cut_by_position(tmp_path):
+def test_prepare_cuts_an_array_without_separators_by_position(tmp_path):
     np.save(tmp_path / "a.npy", np.full(200, 7, np.uint16))
     corpus = prepare(str(tmp_path / "a.npy"))
     assert [len(split.tokens) for split in splits_of(corpus)] == [180, 10, 10]
@@ -53,7 +53,7 @@ HEADER = "{{'descr': '<u2', 'fortran_order': False, 'shape': ({},)}}"
     ["(" * 5000, "[1" + "+1" * 3000 + "]", HEADER.format("9" * 30), HEADER.format(f"{2**62}, 3")],
     ids=["tokens", "depth", "number", "size"],
 )
-def test_header_that_python_cannot_evaluate_is_one_line(tmp_path, header):
+def test_prepare_refuses_an_npy_header_that_python_cannot_evaluate(tmp_path, header):
     path, content = tmp_path / "a.npy", header.encode() + b"\n"
     path.write_bytes(b"\x93NUMPY\1\0" + len(content).to_bytes(2, "little") + content)
     with pytest.raises(ValueError, match=r"a\.npy is damaged or not a \.npy file: ") as raised:
@@ -61,7 +61,7 @@ def test_header_that_python_cannot_evaluate_is_one_line(tmp_path, header):
     assert "\n" not in str(raised.value)
 
 
-def test_array_cut_anywhere_is_refused(tmp_path):
+def test_prepare_refuses_an_npy_file_truncated_anywhere(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(200))
     content = (tmp_path / "a.npy").read_bytes()
     for damaged in cuts(content, len(content) - 1)[::9]:

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, long texts in pieces, streams of text, and files that are damaged."""
+"""Tokenizers: text to ids and back, long texts in pieces, streams of text, and damaged files."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_tokenizer_decode_inverts_encode(tokenizer):
         tokenizer.encode("\ud800")
 
 
-def test_tokenizer_of_bytes_takes_blocks_that_are_not_utf8(bpe):
+def test_byte_tokenizer_encodes_blocks_that_are_not_utf8(bpe):
     tokenizer = get_tokenizer("bytes")
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.encode("Aé")) == ("bytes", 256, [0x41, 0xC3, 0xA9])
     assert tokenizer.decode([0x41, 0xC3]) == "A\ufffd"
@@ -48,7 +48,7 @@ def test_tokenizer_of_bytes_takes_blocks_that_are_not_utf8(bpe):
         list(bpe.encode_documents([[b"abc\xff"]]))
 
 
-def test_tokenizer_file_reads_special_tokens_and_bounds_ids_that_have_gaps(bpe, tmp_path):
+def test_file_tokenizer_reads_special_tokens_and_bounds_ids_with_gaps(bpe, tmp_path):
     assert bpe.encode("a<|endoftext|>") == [*bpe.encode("a"), 0] and bpe.decode([0, 1]) == "<|endoftext|><|padding|>"
     text = bpe.library.to_str().replace('"B":35', '"B":5000')
     (tmp_path / "gaps.json").write_text(text)
@@ -57,7 +57,7 @@ def test_tokenizer_file_reads_special_tokens_and_bounds_ids_that_have_gaps(bpe, 
 
 
 @pytest.mark.parametrize("block_bytes", [13, 1 << 20])
-def test_tokenizer_of_documents_in_blocks_gives_the_tokens_of_the_whole(tokenizer, block_bytes):
+def test_encode_documents_gives_the_tokens_of_the_whole_text(tokenizer, block_bytes):
     rng = np.random.default_rng(0)
     parts = [*TEXT.split(" "), "\n", "\n\n", "\n\n\n", "  ", "\t", "...\n"]
     texts = [" ".join(rng.choice(parts, size)).encode() for size in (20_000, 3, 200)]
@@ -72,7 +72,7 @@ def test_tokenizer_of_documents_in_blocks_gives_the_tokens_of_the_whole(tokenize
 
 
 def library_of(text, pre_tokenizer, vocab_size, path):
-    """A tokenizer file of that pre-tokenizer, trained on `text`."""
+    """A tokenizer with that pre-tokenizer, trained on `text` and read from the file `path`."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = pre_tokenizer
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
@@ -82,7 +82,7 @@ def library_of(text, pre_tokenizer, vocab_size, path):
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
-def test_tokenizer_that_marks_beginnings_is_given_whole_texts(scheme, tmp_path):
+def test_encode_documents_does_not_cut_for_a_tokenizer_that_marks_beginnings(scheme, tmp_path):
     marks = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
     line = "alpha beta\n"
     tokenizer = library_of(line, marks, 60, tmp_path / "tokenizer.json")
@@ -130,7 +130,7 @@ def assert_cut_anywhere_as_whole(tokenizer, text):
 
 
 @pytest.mark.parametrize("kind", ACROSS_CUTS)
-def test_tokenizer_cuts_no_text_where_a_token_lies(kind, tmp_path):
+def test_pieces_never_cut_inside_a_token(kind, tmp_path):
     change, line = ACROSS_CUTS[kind]
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -142,7 +142,7 @@ def test_tokenizer_cuts_no_text_where_a_token_lies(kind, tmp_path):
     assert_cut_anywhere_as_whole(get_tokenizer(str(tmp_path / "tokenizer.json")), line * 20)
 
 
-def test_tokenizer_file_applies_no_stored_truncation_padding_or_dropout(bpe, tmp_path, capsys):
+def test_file_tokenizer_ignores_stored_truncation_padding_and_dropout(bpe, tmp_path, capsys):
     library = tokenizers.Tokenizer.from_str(bpe.library.to_str())
     library.enable_truncation(4)
     library.enable_padding(length=1000)
@@ -155,8 +155,8 @@ def test_tokenizer_file_applies_no_stored_truncation_padding_or_dropout(bpe, tmp
     assert capsys.readouterr().err == f"{path}: its truncation and padding and dropout will not be applied\n"
 
 
-def test_tokenizer_never_cuts_a_line_break_from_a_wide_space(tmp_path):
-    """Chinese text is indented by U+3000, which GPT-2's pre-tokenizer joins to the line break before it."""
+def test_encode_documents_never_cuts_between_a_line_break_and_a_wide_space(tmp_path):
+    """Chinese text is indented by U+3000, and GPT-2's pre-tokenizer joins it to the line break before it."""
     gpt2 = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     line = "word.\n\u3000word.\n"
     tokenizer = library_of(line, gpt2, 300, tmp_path / "tokenizer.json")
@@ -164,9 +164,9 @@ def test_tokenizer_never_cuts_a_line_break_from_a_wide_space(tmp_path):
     assert len(ids) > 1 and np.concatenate(ids).tolist() == tokenizer.encode(line * 10_000)
 
 
-def test_stream_never_shows_a_broken_character(tokenizer):
+def test_text_stream_never_emits_a_broken_character(tokenizer):
     stream, ids = TextStream(tokenizer), tokenizer.encode(TEXT)
-    for _ in range(2):  # flush starts the stream anew
+    for _ in range(2):  # flush resets the stream
         pieces = [stream.push(token) for token in ids]
         assert "".join(pieces) == TEXT and "\ufffd" not in TEXT
         # Text comes as soon as it can: a piece is empty only inside a character.
@@ -177,9 +177,9 @@ def test_stream_never_shows_a_broken_character(tokenizer):
         assert stream.push(first[0]) + stream.flush() == tokenizer.decode(first)
 
 
-def test_stream_of_any_tokens_equals_decode(tokenizer, examples=80):
-    """Ids from anywhere in the vocabulary, and ids of which many are parts of characters."""
-    beyond = 0 if tokenizer.name in ("bytes", "world") else 40  # ids that only a padded vocabulary has: no text
+def test_text_stream_of_any_tokens_equals_decode(tokenizer, examples=80):
+    """Draws ids from the whole vocabulary, then ids most of which are parts of characters."""
+    beyond = 0 if tokenizer.name in ("bytes", "world") else 40  # ids of a padded vocabulary, without text
     last = tokenizer.vocab_size - 1 + beyond
     parts = [piece for text in ("é日😀a", TEXT) for piece in tokenizer.encode(text)]
     torn = np.array([*parts, *range(min(257, last)), 0, last])
@@ -195,14 +195,14 @@ def test_stream_of_any_tokens_equals_decode(tokenizer, examples=80):
         assert shown + stream.flush() == tokenizer.decode(ids), ids
 
 
-def test_stream_completes_a_character_after_any_number_of_ids_without_text(bpe):
+def test_text_stream_completes_a_character_after_many_ids_without_text(bpe):
     first, *rest = bpe.encode("é")
     stream = TextStream(bpe)
     assert [stream.push(token) for token in [first, *[bpe.vocab_size] * 30]] == [""] * 31
     assert "".join(map(stream.push, rest)) + stream.flush() == "é"
 
 
-def test_stream_of_a_sentencepiece_model_keeps_spaces_and_characters(tmp_path):
+def test_text_stream_of_a_sentencepiece_model_keeps_spaces_and_characters(tmp_path):
     tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
@@ -220,7 +220,7 @@ def test_stream_of_a_sentencepiece_model_keeps_spaces_and_characters(tmp_path):
     assert all("\ufffd" not in piece for piece in pieces)
 
 
-def test_stream_decodes_a_bounded_number_of_tokens():
+def test_text_stream_decodes_a_bounded_number_of_tokens():
     class Bounded:
         def decode(self, ids):
             assert len(ids) <= 17
@@ -238,7 +238,7 @@ def test_stream_decodes_a_bounded_number_of_tokens():
         assert "".join(map(stream.push, ids)) + stream.flush() == ids.decode(errors="replace")
 
 
-def test_tokenizer_file_that_is_missing_or_broken_is_named(tmp_path):
+def test_get_tokenizer_names_a_missing_or_broken_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^no tokenizer file nowhere\.json: expected 'bytes', 'world' or"):
         get_tokenizer("nowhere.json")
     (tmp_path / "broken.json").write_text("{}")
@@ -257,7 +257,7 @@ def test_characters_are_numbered_by_code_point_after_separator_and_unknown():
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8"])
-def test_characters_of_the_released_code_are_read(encoding, tmp_path):
+def test_get_tokenizer_reads_the_character_lists_of_the_released_code(encoding, tmp_path):
     path = tmp_path / "vocab.json"
     path.write_text(json.dumps({str(i): c for i, c in enumerate("\n é日😀")}, ensure_ascii=False), encoding=encoding)
     tokenizer = get_tokenizer(str(path))
@@ -268,7 +268,7 @@ def test_characters_of_the_released_code_are_read(encoding, tmp_path):
 
 
 @pytest.mark.parametrize("text", ['{"0": "ab"}', '{"0": "a", "1": "a"}', '{"0": "a"', '{"0": {}}'])
-def test_characters_in_a_damaged_list_are_refused(text, tmp_path):
+def test_get_tokenizer_refuses_a_damaged_list_of_characters(text, tmp_path):
     (tmp_path / "vocab.json").write_text(text)
     with pytest.raises(ValueError, match=r"vocab\.json: expected a list of characters, "):
         get_tokenizer(str(tmp_path / "vocab.json"))
@@ -277,7 +277,7 @@ def test_characters_in_a_damaged_list_are_refused(text, tmp_path):
 # ---- World
 
 
-def test_world_ids_are_the_released_ones(world):
+def test_world_tokenizer_has_the_released_ids(world):
     assert (world.name, world.vocab_size) == ("world", 65_536)
     assert world.encode("a\0") == [98, 1] and world.encode("Hello world") == [33155, 40213]
     assert world.decode([0]) == world.decode([65_530, 65_535]) == ""
@@ -286,7 +286,7 @@ def test_world_ids_are_the_released_ones(world):
     assert world.decode([0xE6 + 1, 0, 0x97 + 1]) == "\ufffd" and world.decode([0x80 + 1, 98]) == "\ufffda"
 
 
-def test_world_is_read_from_json(world, tmp_path):
+def test_get_tokenizer_reads_the_world_vocabulary_from_json(world, tmp_path):
     entries = {str(i): token for i, token in enumerate(world.token_bytes) if token}
     for i, token in entries.items():
         try:
@@ -299,14 +299,14 @@ def test_world_is_read_from_json(world, tmp_path):
         assert found.token_bytes == world.token_bytes and found.encode(TEXT) == world.encode(TEXT)
 
 
-def test_world_vocabulary_of_another_kind_is_not_cut_inside_its_tokens(tmp_path):
+def test_pieces_never_cut_inside_a_token_of_another_world_vocabulary(tmp_path):
     pytest.importorskip("pyrwkv_tokenizer", reason="the World tokenizer is an extra")
     tokens = [*map(chr, range(128)), "York is"]
     (tmp_path / "own.txt").write_text("".join(f"{i} {t!r} {len(t)}\n" for i, t in enumerate(tokens, 1)))
     assert_cut_anywhere_as_whole(get_tokenizer(str(tmp_path / "own.txt")), "New York is a city\n" * 20)
 
 
-def test_world_without_its_package_names_what_to_install(monkeypatch):
+def test_get_tokenizer_names_the_missing_package_of_world(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyrwkv_tokenizer", None)
     with pytest.raises(ValueError, match=r"pip install pyrwkv-tokenizer$"):
         get_tokenizer("world")
@@ -324,20 +324,20 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("line", DAMAGED)
-def test_world_vocabulary_that_is_damaged_is_refused(line, tmp_path):
+def test_get_tokenizer_refuses_a_damaged_world_vocabulary(line, tmp_path):
     (tmp_path / "vocab.txt").write_text(line)
     with pytest.raises(ValueError, match=r"vocab\.txt is not the World vocabulary: "):
         get_tokenizer(str(tmp_path / "vocab.txt"))
 
 
-def test_tokenizer_file_may_begin_with_a_byte_order_mark(tmp_path):
+def test_get_tokenizer_skips_a_byte_order_mark(tmp_path):
     library = characters(["ab"]).library.to_str()
     for name, content in (("library", library), ("characters", '{"0": "b", "1": "a"}')):
         (tmp_path / name).write_text("\ufeff" + content)
         assert get_tokenizer(str(tmp_path / name)).encode("ba") == ([3, 2] if name == "library" else [0, 1])
 
 
-def test_tokenizer_file_may_have_a_name_that_is_no_utf8(tmp_path):
+def test_get_tokenizer_reads_a_file_whose_name_is_not_utf8(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/K\xe4se.json")
     characters(["ab"]).library.save(str(tmp_path / "ab.json"))
     (tmp_path / "ab.json").rename(path)

@@ -1,4 +1,4 @@
-"""The ablations of RWKV-7: verdicts on made-up runs, one thing changed in an arm, and fla's start values."""
+"""The RWKV-7 ablations: verdicts from synthetic runs, the one change of each arm, and fla's initial values."""
 
 import jax
 import numpy as np
@@ -25,8 +25,8 @@ ARMS = study.arms_of(ITS)
     ],
     ids=str,
 )
-def test_conclude_gives_the_verdict_of_each_effect(effects, verdicts):
-    """Runs of all arms: level by seed, effect by arm, noise of 1e-4."""
+def test_conclude_gives_a_verdict_on_each_ablation(effects, verdicts):
+    """Synthetic runs of all arms: a level for each seed, an effect for each arm, noise of 1e-4."""
     rng = np.random.default_rng(0)
     level = lambda arm, seed: 2.3 + 0.05 * seed + effects.get(arm, 0) + 1e-4 * rng.standard_normal()
     values = {study.name_of(arm, seed): {"bits_per_byte": level(arm, seed)} for arm in ARMS for seed in range(3)}
@@ -36,15 +36,15 @@ def test_conclude_gives_the_verdict_of_each_effect(effects, verdicts):
     assert found["beside"].keys() == SAID.keys() == ARMS.keys() - {RELEASED}
 
 
-def test_config_of_an_arm_changes_one_thing():
+def test_ablation_arms_change_one_thing():
     flat = lambda arm: study.flat(study.config_of(ITS, *ARMS[arm]).to_dict())
     for arm in ARMS:
         assert len([key for key, x in flat(arm).items() if x != flat(RELEASED)[key]]) == (arm != RELEASED), arm
 
 
 def test_start_of_fla_has_its_values_of_march_2025():
-    """Their spreads, of 64 x 64 and more draws; a matrix that torch's Xavier draws with gain g is uniform within
-    g sqrt(6 / (in + out))."""
+    """Compares standard deviations over 64 x 64 and more draws. With gain g, torch's Xavier initialiser is uniform
+    within g sqrt(6 / (in + out))."""
     model = models.build("rwkv7", vocab_size=256, num_layers=2, dim=64, scan=False)
     params = jax.tree.map(np.asarray, start_of_fla(model, 0))
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, models.parameter_shapes(model))

@@ -1,4 +1,4 @@
-"""The experiment on bfloat16: verdicts; its conclusions are judged on committed cells by test_ledger.py."""
+"""The experiment on bfloat16: verdicts. test_ledger.py recomputes its conclusions from the committed cells."""
 
 import pytest
 
@@ -14,5 +14,5 @@ from experiments.bf16 import run
         (None, None, "not resolved"),  # one seed
     ],
 )
-def test_verdict_is_about_a_hundredth_of_a_bit(low, high, verdict):
+def test_bf16_verdict_has_a_threshold_of_a_hundredth_of_a_bit(low, high, verdict):
     assert run.verdict(low, high) == verdict

@@ -1,4 +1,4 @@
-"""The command of the experiments: resumed cells, separate presets; statistics and sweeps by hand."""
+"""The command of the experiments: resumed cells, separate presets; statistics and sweeps checked by hand."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ PRESETS = {"smoke": Preset(1), "cpu": Preset(2), "gpu": Preset(3)}
 
 
 class Experiment:
-    """Three cells, the second of which may be interrupted, and a log of what was computed."""
+    """Three cells, the second of which may be interrupted, and a log of the computed ones."""
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.ran, self.interrupted = folder / "reach", [], False
@@ -51,7 +51,7 @@ def experiment(tmp_path, monkeypatch):
     return Experiment(tmp_path, monkeypatch)
 
 
-def test_command_keeps_finished_cells_after_an_interruption(experiment, capsys):
+def test_experiment_command_keeps_finished_cells_after_an_interrupt(experiment, capsys):
     experiment.interrupted = True
     assert experiment() == 130
     assert not (experiment.folder / "results.json").exists()
@@ -67,7 +67,7 @@ def test_command_keeps_finished_cells_after_an_interruption(experiment, capsys):
     assert experiment.ran == ["a", "b", "c"] * 2
 
 
-def test_command_keeps_presets_apart_and_cells_that_an_option_adds(experiment):
+def test_experiment_command_keeps_cells_of_each_preset_and_option(experiment):
     read = lambda name="results": json.loads((experiment.folder / f"{name}.json").read_text())
     assert experiment() == 0 and experiment("--preset=gpu") == 0 and experiment("--text=other.txt") == 0
     assert experiment.ran == ["a", "b", "c"] * 3
@@ -77,15 +77,15 @@ def test_command_keeps_presets_apart_and_cells_that_an_option_adds(experiment):
     assert experiment.ran == [*["a", "b", "c"] * 3, "x.pth"]
 
 
-def test_command_smoke_does_not_replace_results(experiment, tmp_path, capsys):
+def test_experiment_command_smoke_does_not_replace_results(experiment, tmp_path, capsys):
     assert experiment("--smoke") == 2
-    assert capsys.readouterr().err.startswith("error: a smoke would replace results that mean something")
+    assert capsys.readouterr().err.startswith("error: --smoke would overwrite real results")
     assert experiment("--smoke", f"--out={tmp_path / 'out'}") == 0
     assert not (tmp_path / "runs").exists() and not experiment.folder.exists()
     assert experiment.ran == ["a", "b", "c"]
 
 
-def test_command_refreshes_the_ledger_with_results_in_their_place(experiment, tmp_path, monkeypatch):
+def test_experiment_command_refreshes_the_ledger_for_its_own_folder_only(experiment, tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     page.write_text("<!-- hours -->\n<!-- end -->")
     monkeypatch.setattr(command.ledger, "HERE", tmp_path)
@@ -95,11 +95,11 @@ def test_command_refreshes_the_ledger_with_results_in_their_place(experiment, tm
     assert experiment() == 0 and "0.0 hours in all" in page.read_text()
 
 
-def test_intervals_agree_with_the_table_of_student_and_a_hand_calculation():
+def test_t_interval_p_value_and_over_documents_agree_with_values_by_hand():
     x = np.array([1.0, 2.0, 4.0])
     half = 4.302653 * np.std(x, ddof=1) / 3**0.5  # t at 0.975 with 2 degrees of freedom
     np.testing.assert_allclose(statistics.t_interval(x), [7 / 3, 7 / 3 - half, 7 / 3 + half], rtol=1e-6)
-    level = 1 - statistics.p_value(x)  # at which the interval touches zero
+    level = 1 - statistics.p_value(x)  # the level at which the interval touches zero
     assert statistics.t_interval(x, level)[1] == pytest.approx(0, abs=1e-9)
     assert statistics.p_value([0.5, 0.5]) == 0 and statistics.p_value([0.0, 0.0]) == 1
     nats_SD = np.log(2) * np.array([[10.0, 100.0]])  # 1 and 0.5 bits a byte
@@ -129,14 +129,14 @@ def test_holm_agrees_with_a_hand_calculation():
         (-0.05, -0.03, -1, None, "same sign"),
     ],
 )
-def test_verdict_of_an_interval(low, high, sign, paper, expected):
+def test_statistics_verdict_follows_from_interval_sign_and_paper(low, high, sign, paper, expected):
     assert statistics.verdict(low, high, sign, paper) == expected
 
 
 @pytest.mark.parametrize(
     ("best", "better", "widest", "expected"),
     [
-        (2, min, None, ["4", "8", "16", "2", "1"]),  # the best is at an end until 1 is worse
+        (2, min, None, ["4", "8", "16", "2", "1"]),  # the best rate is at an end until 1 is worse
         (64, max, None, ["4", "8", "16", "32", "64", "128"]),
         (64, max, 4, ["4", "8", "16", "32"]),
     ],
@@ -148,7 +148,7 @@ def test_sweep_search_stops_when_the_best_rate_has_two_neighbours(best, better, 
     assert list(sweeps.search((4, 8, 16), values, None, better, widest)) == []  # nothing is computed again
 
 
-def test_swept_rates_are_found_or_interpolated_between_widths(tmp_path):
+def test_sweeps_lr_reads_swept_rates_and_interpolates_between_widths(tmp_path):
     path = tmp_path / "sweep.json"
     assert sweeps.lr(path, "transformer+shift", 4, 128) == 4e-3 and sweeps.lr(path, "lstm", 4, 128) is None
     assert sweeps.lr(path, "rwkv4", 3, 32) == pytest.approx(sweeps.lr(path, "rwkv4", 2, 64))
@@ -168,7 +168,7 @@ def test_stamp_leaves_out_the_output_folder(monkeypatch):
 @pytest.mark.parametrize(
     "module, arguments", [("compare.run", ["--duration=1e6", "--out"]), ("curves.plot", ["absent", "--output"])]
 )
-def test_command_refuses_an_output_before_it_computes(module, arguments, tmp_path, capsys):
+def test_experiment_commands_refuse_an_unwritable_output_before_computing(module, arguments, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert importlib.import_module(f"experiments.{module}").main([*arguments, f"{tmp_path}/file/x.png"]) == 2
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The comparison: n-gram and xz baselines by definition, and the whole command once, small."""
+"""The comparison: n-gram and xz baselines by definition, and one small run of the command."""
 
 import json
 import lzma
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _witten_bell(train, context, x):
-    """Probability of x after `context`, by the definition, by counting strings."""
+    """Probability of x after `context` by the definition of Witten-Bell smoothing, from counts of substrings."""
     n = len(context)
     lower = _witten_bell(train, context[1:], x) if context else 1 / 256
     after = [row[i + n] for row in train for i in range(len(row) - n) if row[i : i + n] == context]
@@ -27,7 +27,7 @@ def _witten_bell(train, context, x):
     return (after.count(x) + types * lower) / (len(after) + types)
 
 
-def test_ngram_bits_are_witten_bell_by_definition():
+def test_ngram_bits_follow_the_definition_of_witten_bell():
     rng = np.random.default_rng(0)
     train = [bytes(rng.integers(97, 101, 40)) for _ in range(3)]
     test = bytes(rng.integers(97, 103, 60))
@@ -37,12 +37,12 @@ def test_ngram_bits_are_witten_bell_by_definition():
         np.testing.assert_allclose(2**-bits_T, expected, rtol=1e-9)
 
 
-def test_xz_bits_count_the_bytes_that_test_text_adds():
+def test_xz_bits_per_byte_counts_the_bytes_that_the_test_text_adds():
     train, test = b"the quick brown fox " * 50, b"the quick brown fox " * 5
     assert baselines.xz_bits_per_byte(train, test) < 8 * len(lzma.compress(test)) / len(test) / 2
 
 
-def test_capped_text_is_the_beginning_of_every_document():
+def test_capped_keeps_the_beginning_of_every_document():
     documents = [b"\0" + bytes([65 + i]) * n for i, n in enumerate((500, 3, 40, 500))]
     starts = np.cumsum([0, *map(len, documents)])[:-1]
     split = data.Split(np.frombuffer(b"".join(documents), np.uint8), starts, ("a", "b", "c", "d"), 1043)

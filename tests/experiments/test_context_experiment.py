@@ -1,4 +1,4 @@
-"""The experiment on context: targets and what is read before them, gains by distance, the copy task, its stages."""
+"""The experiment on context: targets and their contexts, gains by distance, the copy task and its stages."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from experiments import study
 from experiments.context import copying, reading, run
 from rwkv_jax import build, data, evaluate
 
-# little to compile
+# keeps programs small
 MODEL = build("rwkv4", vocab_size=11, num_layers=1, dim=8, scan=False, receptance=False, embedding_norm=False)
 
 
@@ -19,7 +19,7 @@ def log_p(logits_BTV, tokens_BT):
 
 
 def split_of(*lengths):
-    """Documents of bytes 1 to 10, each behind its separator."""
+    """Documents of bytes 1 to 10, each after its separator."""
     rng = np.random.default_rng(0)
     tokens = [np.concatenate([[0], rng.integers(1, 11, n)]) for n in lengths]
     starts = np.cumsum([0, *map(len, tokens[:-1])])
@@ -33,7 +33,7 @@ def targets(monkeypatch):
     return reading.targets(split_of(30, 11, 12, 40), 5, context=8, longest=25)
 
 
-def test_targets_have_their_context_within_their_document(targets):
+def test_targets_keep_the_context_within_the_document(targets):
     lengths = np.diff(targets.text.starts, append=len(targets.text.tokens)) - 1
     assert lengths.tolist() == [25, 12, 25]  # the one of 11 bytes is too short, the others end after 25
     places = (targets.at_N - targets.text.starts[targets.document_N] - 1).tolist()
@@ -43,19 +43,19 @@ def test_targets_have_their_context_within_their_document(targets):
         reading.targets(split_of(30, 40), 5, context=50, longest=100)
 
 
-def test_bits_after_a_context_are_those_of_a_reading_that_begins_there(targets):
+def test_bits_after_a_context_equal_those_of_a_pass_over_that_context_alone(targets):
     model, params = drawn(MODEL)
     bits_N = reading.bits_after(model, params, targets, context=9)
     rows = targets.text.tokens[targets.at_N[:, None] + np.arange(-9, 4)]
     nats_BT = -log_p(forward(model, params, rows[:, :-1])[0], rows[:, 1:])
     np.testing.assert_allclose(bits_N, nats_BT[:, -4:].mean(1) / np.log(2), rtol=1e-5)
-    # after the separator and 8 bytes, which is all there is, as with a state carried from the beginning
+    # after the separator and 8 bytes: the whole context, as with a state carried from the beginning
     carried_N = evaluate.carried(model, params, targets.text.tokens, targets.text.starts, 8, 2)
     first = np.flatnonzero(targets.at_N == targets.text.starts[targets.document_N] + 9)[0]
     assert reading.bits_of(carried_N, targets)[first] == pytest.approx(bits_N[first], rel=1e-4)
 
 
-def test_gain_by_distance_is_of_documents_that_have_all_distances():
+def test_gain_by_distance_uses_documents_that_cover_all_distances():
     text = split_of(3, 9, 8)
     reset_N, carried_N = np.zeros(len(text.tokens)), np.zeros(len(text.tokens))
     start = text.starts[1] + 1
@@ -66,13 +66,13 @@ def test_gain_by_distance_is_of_documents_that_have_all_distances():
         reading.gain_by_distance(reset_N, carried_N, text, (2, 10))
 
 
-def test_reach_is_interpolated_in_log_context():
+def test_reach_interpolates_in_log_context():
     assert reading.reach((1, 10, 100), [3.0, 2.05, 2.0]) == pytest.approx(10)
     assert reading.reach((1, 10, 100), [3.0, 2.5, 2.0], 0.75) == pytest.approx(10**1.5)
-    assert reading.reach((1, 10), [2.0, 2.5]) == 1  # context does harm
+    assert reading.reach((1, 10), [2.0, 2.5]) == 1  # longer contexts are worse
 
 
-def test_difference_is_paired_by_document_and_weighted_by_targets():
+def test_difference_pairs_documents_and_weights_them_by_targets():
     cell = {"targets": [3, 1], "after": {"8": [2.0, 3.0], "16": [1.0, 3.0]}}
     value, low, high = run.difference([cell], lambda c: c["after"]["16"], lambda c: c["after"]["8"])
     assert (value, low, high) == (-0.75, -1, 0)
@@ -81,7 +81,7 @@ def test_difference_is_paired_by_document_and_weighted_by_targets():
     assert both == (1, 1, 1)
 
 
-def test_longest_lag_solved_ends_at_the_first_that_is_not():
+def test_longest_solved_stops_at_the_first_unsolved_lag():
     assert run.longest_solved({"4": 1.0, "8": 0.99, "16": 0.5, "32": 1.0}) == 8
     assert run.longest_solved({"4": 0.9}) == 0
     verdicts = ["same sign", "not resolved", "contradicted"]
@@ -89,7 +89,7 @@ def test_longest_lag_solved_ends_at_the_first_that_is_not():
     assert [run.safe(*interval) for interval in ((0, 0.004), (0, 0.006), (0.006, 1))] == verdicts
 
 
-def test_copy_task_is_answered_by_the_symbol_at_the_lag():
+def test_copying_batch_has_the_symbol_at_the_lag_as_target():
     lag_B = np.array([1, 3, 6])
     batch = copying.batch(lag_B, 8, np.random.default_rng(0))
     tokens, mask = batch["tokens"], batch["mask"]
@@ -101,12 +101,12 @@ def test_copy_task_is_answered_by_the_symbol_at_the_lag():
         copying.batch(np.array([1, 7]), 8, np.random.default_rng(0))
 
 
-def test_copy_stages_read_as_many_tokens_a_step_in_longer_windows():
+def test_copying_stage_batches_keep_the_tokens_a_step_in_longer_windows():
     batches = copying.stage_batches(run.TINY_COPY, ((1, 2), (2, 3), (4, 1)), seed=0)
     assert [batches(i)["mask"].shape for i in range(6)] == [(4, 8)] * 2 + [(2, 16)] * 3 + [(1, 32)]
 
 
-def test_extension_and_control_read_as_many_tokens_at_a_constant_rate():
+def test_context_extension_and_control_have_equal_tokens_and_constant_rate():
     its = study.Study(**run.STUDY)
     stages = {arm: [study.config_of(its, fields) for fields in found] for arm, found in study.arms_of(its).items()}
     assert stages["extended"][0] == stages["control"][0] == stages["rwkv4"][0]
@@ -119,7 +119,7 @@ def test_extension_and_control_read_as_many_tokens_at_a_constant_rate():
         assert config.optim.lr == config.optim.lr_end == stages["rwkv4"][0].optim.lr / 10
 
 
-def test_conclude_pairs_versions_with_rwkv4_and_copies_by_seed():
+def test_context_conclude_pairs_versions_with_rwkv4_and_copies_by_seed():
     its = study.chosen(study.Study(**run.STUDY), "smoke")  # T 16, contexts 16 and 32
     change = {"rwkv4": 0.02, "rwkv5": 0.01, "rwkv6": -0.03, "rwkv7": 0.04}
     values = {}
@@ -153,7 +153,7 @@ def test_conclude_pairs_versions_with_rwkv4_and_copies_by_seed():
     assert len(run.conclude(its, without)["ledger"]) == len(rows) - 1
 
 
-def test_copies_by_version_share_the_first_run_of_rwkv4():
+def test_also_runs_rwkv4_once_for_its_copy_and_the_versions():
     made = run.also(run.TINY_COPY, seeds=2)
     assert len(made) == len(run.COPIES) + 2 * len(copying.VERSIONS)
     assert made["copy"].args == made[run.copy_of("rwkv4", 0)].args

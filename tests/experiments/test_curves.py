@@ -1,4 +1,4 @@
-"""Runs drawn together: from what their workdirs hold to the lines of the figure."""
+"""Curves of runs: from the files of their workdirs to the lines of the figure."""
 
 import json
 
@@ -28,7 +28,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def written(whole, tmp_path):
-    """`written(name, rows, changes)`: a workdir with these rows, whose config is the runs' with changes at the top."""
+    """`written(name, rows, changes)`: a workdir with these rows, whose config has these changes at its top level."""
 
     def write(name, rows=(), changes=(), absent=()):
         workdir = tmp_path / name
@@ -49,7 +49,7 @@ def losses(*values):
     return [{"step": 10 * (i + 1), "loss_nats": value} for i, value in enumerate(values)]
 
 
-def test_points_of_a_run_are_against_steps_tokens_seconds_or_flops(whole):
+def test_points_of_a_run_have_steps_tokens_seconds_or_flops_as_x(whole):
     (run,) = plot.read([whole])
     x_N, y_N = plot.points(run, "valid_loss_nats", "tokens")
     assert x_N.tolist() == [3 * 16, 6 * 16] and len(y_N) == 2
@@ -60,18 +60,18 @@ def test_points_of_a_run_are_against_steps_tokens_seconds_or_flops(whole):
     assert plot.points(run, "loss_nats", "flops")[0] == pytest.approx(flops * 16 * np.arange(1, 7))
 
 
-def test_curve_takes_the_later_row_of_a_step(written):
-    """As long as the log is not yet cut back, or of a version that did not."""
+def test_points_take_the_later_of_two_rows_of_a_step(written):
+    """A step has two rows until its log is truncated, and in logs of versions that did not truncate them."""
     again = [{"step": 20, "loss_nats": 4.5}, {"step": 25, "loss_nats": 3.5}]
     (run,) = plot.read([written("a", [*losses(5, 4, 3), *again])])
     assert [x.tolist() for x in plot.points(run, "loss_nats", "step")] == [[10, 20, 25, 30], [5, 4.5, 3.5, 3]]
 
 
-def test_table_lists_the_fields_that_differ(written, capsys, tmp_path):
+def test_curves_table_lists_the_fields_that_differ(written, capsys, tmp_path):
     a = written("x/a", losses(5.0, 4.0), {"keep": 3, "max_loss_rise": 2.0})
-    b = written("y/a", absent=("max_skipped", "data"))  # an older config, whose run has logged nothing
+    b = written("y/a", absent=("max_skipped", "data"))  # an older config; the run has logged nothing
     with open(f"{a}/metrics.jsonl", "a") as file:
-        file.write('{"step": 30, "loss_n')  # it is running
+        file.write('{"step": 30, "loss_n')  # a half-written row of a run in progress
     assert plot.main([a, b, a, f"--output={tmp_path / 'x.pdf'}"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["x/a", "y/a"] and lines[3] == ["last", "loss_nats", "4", "-"]
@@ -80,7 +80,7 @@ def test_table_lists_the_fields_that_differ(written, capsys, tmp_path):
     assert (tmp_path / "x.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_figure_has_a_panel_for_each_nested_metric(whole, tmp_path, monkeypatch):
+def test_curves_figure_has_a_panel_for_each_nested_metric(whole, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plot.plt, "close", drawn.append)
     command = [str(whole), "--y=parameter_norm,loss_nats", "--x=step", f"--output={tmp_path / 'x.png'}"]
@@ -92,19 +92,19 @@ def test_figure_has_a_panel_for_each_nested_metric(whole, tmp_path, monkeypatch)
     plot.plt.close("all")
 
 
-def test_figure_names_runs_as_they_are_called(written, tmp_path, monkeypatch, capsysbinary):
-    """To matplotlib $ begins a formula, and _ a name that no legend has."""
+def test_curves_figure_shows_names_of_runs_without_matplotlib_markup(written, tmp_path, monkeypatch, capsysbinary):
+    """In matplotlib $ starts a formula, and a name that begins with _ is left out of the legend."""
     drawn = []
     monkeypatch.setattr(plot.plt, "close", drawn.append)
     runs = [written(name, losses(5.0, 4.0)) for name in ("_a", "b$^{", "\udce4")]
     assert plot.main([*runs, f"--output={tmp_path / 'x.png'}"]) == 0
-    assert b"written: " in capsysbinary.readouterr().out  # read here: pytest-xdist takes UTF-8 only
+    assert b"written: " in capsysbinary.readouterr().out  # read here: pytest-xdist accepts UTF-8 only
     assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["_a", "b$^{", "\ufffd"]
     monkeypatch.undo()
     plot.plt.close("all")
 
 
-def test_smoothed_is_the_mean_over_neighbouring_steps():
+def test_smoothed_averages_over_neighbouring_steps():
     rng = np.random.default_rng(0)
     steps_N, y_N = np.cumsum(rng.integers(1, 9, 50)).astype(float), rng.standard_normal(50)
     expected = [y_N[np.abs(steps_N - step) <= 10].mean() for step in steps_N]
@@ -123,7 +123,7 @@ def test_smoothed_is_the_mean_over_neighbouring_steps():
         (["{folder}/good", "--output={folder}/x.abc"], "Format 'abc' is not supported"),
     ],
 )
-def test_plot_mistake_is_one_line(args, expected, written, tmp_path, capsys, monkeypatch):
+def test_curves_plot_reports_mistakes_in_one_line(args, expected, written, tmp_path, capsys, monkeypatch):
     written("good", losses(1.0))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "rwkv"}')

@@ -1,4 +1,4 @@
-"""The experiment on fine-tuning: pieces of its text, a smoke run, and a missing text."""
+"""The experiment on fine-tuning: the pieces of its text, and a smoke run."""
 
 import json
 import subprocess
@@ -12,13 +12,13 @@ from experiments.finetune import run
 ROOT = Path(__file__).parents[2]
 
 
-def test_pieces_are_whole_paragraphs_and_cover_the_text():
+def test_finetune_pieces_are_whole_paragraphs_and_cover_the_text():
     paragraphs = ["a" * 3000, "b" * 2000, "c" * 10]
     assert list(run._pieces("\n\n".join(paragraphs))) == ["a" * 3000 + "\n\n" + "b" * 2000 + "\n\n", "c" * 10 + "\n\n"]
 
 
 @pytest.mark.slow
-def test_smoke_run_writes_table_json_and_figure(tmp_path):
+def test_finetune_smoke_writes_the_table_the_json_and_the_figure(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "experiments.finetune.run", "--smoke", f"--out={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

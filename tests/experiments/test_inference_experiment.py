@@ -1,4 +1,4 @@
-"""Time and memory against context: the law and its inversion, the integral, caches, and verdicts."""
+"""Time and memory against context: the law and its inverse, the integral, caches, and verdicts."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ M169 = (12, 768, run.NEOX)
 
 
 @pytest.mark.parametrize(("size", "ten", "hundred"), [(M169, 16, 22), ((32, 4096, run.NEOX), 61, 83)])
-def test_law_and_the_least_batch_that_gives_a_factor(size, ten, hundred):
+def test_law_and_batch_for_agree_on_the_least_batch_for_a_factor(size, ten, hundred):
     L, D, V = size
     assert conclusions.law(*size, 4096, 3) == pytest.approx(1 + 2 * 3 * 4096 * D * L / (V * D + 13 * D**2 * L))
     for factor, tokens, batch in ((10, 4096, ten), (100, 32768, hundred)):
@@ -20,16 +20,16 @@ def test_law_and_the_least_batch_that_gives_a_factor(size, ten, hundred):
         assert conclusions.law(*size, tokens, batch) >= factor > conclusions.law(*size, tokens, batch - 1)
 
 
-def test_cumulative_time_is_the_integral_between_positions():
+def test_cumulative_integrates_time_between_positions():
     rows = [{"position": p, "seconds": 1 + p / 100} for p in (0, 100, 300)]
     for tokens in (50, 100, 250, 300):
         assert conclusions.cumulative(rows, tokens) == pytest.approx(tokens + tokens**2 / 200)
-    assert conclusions.cumulative(rows[1:], 50) == pytest.approx(50 * 2)  # before the first position: as there
+    assert conclusions.cumulative(rows[1:], 50) == pytest.approx(50 * 2)  # before the first position
     line = lambda power: [{"position": p, "seconds": p**power} for p in range(10)]
     assert conclusions.straightness(line(1)) == pytest.approx(1) and conclusions.straightness(line(2)) < 0.95
 
 
-def test_filled_cache_is_noise_up_to_its_position():
+def test_filled_cache_holds_noise_up_to_its_position():
     model = run.built(run.Shape(2, 32, 64), "float32", "transformer", scan=False)
     state = run.filled(model, batch=3, position=300, slots=512)
     assert all(entry.cache.k_BHSK.shape == (3, 1, 512, 32) for entry in state)
@@ -41,18 +41,18 @@ def test_latency_leaves_out_caches_that_do_not_fit(monkeypatch):
     shape = run.Shape(1, 32, 64, (1,))
     preset = dataclasses.replace(run.SMOKE, positions=(0, 700), rounds=1)
     model = run.built(shape, "float32", "transformer", scan=False)
-    monkeypatch.setattr(run, "random_parameters", lambda model: drawn(model)[1])  # a program less a tensor
+    monkeypatch.setattr(run, "random_parameters", lambda model: drawn(model)[1])  # saves one program for each tensor
     parameters = run.total_bytes(drawn(model)[1])
-    slot = 2 * 32 * 4  # bytes of a token's keys and values
+    slot = 2 * 32 * 4  # bytes for the keys and values of a token
     monkeypatch.setattr(run, "memory_bytes", lambda: parameters + 2 * 512 * slot)
     found = run.latency(preset, shape, "transformer", 1)
     assert [row["position"] for row in found["rows"]] == [0]
     assert [(row["position"], row["state_bytes"] // slot) for row in found["left_out"]] == [(700, 768)]
-    assert found["rows"][0]["state_bytes"] < 100  # nothing is held yet
+    assert found["rows"][0]["state_bytes"] < 100  # the cache is empty
 
 
 def _values(ratio):
-    """Cells of a preset in which the cached transformer takes `ratio(position, batch)` times as long."""
+    """Synthetic cells of a preset; the cached transformer takes `ratio(position, batch)` times as long."""
     at = run.CPU.positions
     cells = {}
     for batch in (1, 8, 32):
@@ -72,7 +72,7 @@ def _values(ratio):
     return cells
 
 
-def test_conclude_judges_a_claim_at_batch_1_and_lists_where_it_holds():
+def test_conclude_judges_claims_at_batch_1_and_lists_batches_where_they_hold():
     law = lambda tokens, batch: conclusions.law(6, 512, 256, tokens, batch)
     found = conclusions.conclude(run.CPU, _values(law))
     verdicts = [row["verdict"] for row in found["ledger"]]

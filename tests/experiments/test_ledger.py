@@ -1,4 +1,4 @@
-"""The README files and the committed conclusions equal what the code makes of the committed results."""
+"""The README files and the committed conclusions match those computed from the committed results."""
 
 import importlib
 import json
@@ -15,12 +15,12 @@ SLOW = {"scaling"}  # seconds of bootstrap
 
 
 @pytest.mark.parametrize("path", ledger.FILES, ids=lambda path: path.parent.name)
-def test_readme_blocks_equal_the_committed_results(path):
+def test_ledger_blocks_of_readmes_equal_the_committed_results(path):
     assert ledger.filled(path.read_text()) == path.read_text(), "python -m experiments.ledger rewrites it"
     assert re.search("<!-- end -->", path.read_text())
 
 
-def test_filled_replaces_a_block_and_keeps_prose(monkeypatch):
+def test_ledger_filled_replaces_a_block_and_keeps_prose(monkeypatch):
     monkeypatch.setitem(ledger.BLOCKS, "hours", lambda: engineering.table(("a",), [("x|y",)]))
     table = "| a |\n| --- |\n| x\\|y |"
     assert ledger.filled("a\n<!-- hours -->\nold\n<!-- end -->\nb") == f"a\n<!-- hours -->\n{table}\n<!-- end -->\nb"
@@ -35,7 +35,7 @@ def test_filled_replaces_a_block_and_keeps_prose(monkeypatch):
         for name, its in ledger.results()
     ],
 )
-def test_committed_conclusions_follow_from_committed_cells(name, its):
+def test_conclude_reproduces_committed_conclusions_from_committed_cells(name, its):
     run = importlib.import_module(f"experiments.{name}.run")
     conclude = run.conclude if hasattr(run, "conclude") else run.conclusions.conclude
     if "study" in its:
@@ -49,7 +49,7 @@ def test_committed_conclusions_follow_from_committed_cells(name, its):
     assert (found["ledger"], found.get("not_run")) == (its["ledger"], its.get("not_run"))
 
 
-def test_ledger_has_every_experiment_and_headline_and_repeats_no_number_wrongly():
+def test_ledger_is_complete_with_short_and_consistent_rows():
     assert {folder.name for folder in ledger.reproductions()} <= set(ledger.ORDER)
     rows = [row for _, its in ledger.results() for row in its["ledger"]]
     assert set(ledger.FIRST) <= {row["artefact"] for row in rows} and len(ledger.FIRST) <= 24
@@ -58,12 +58,12 @@ def test_ledger_has_every_experiment_and_headline_and_repeats_no_number_wrongly(
     of_cpu = [
         its["wall_seconds"] for name, its in ledger.results() if its["preset"] == "cpu" and name not in ledger.LONG
     ]
-    assert sum(of_cpu) < 2 * 3600  # what `make reproduce` promises
+    assert sum(of_cpu) < 2 * 3600  # the promise of `make reproduce`
     listed = ledger.not_run().splitlines()
     assert len(listed) == len(set(listed))
 
 
-def test_where_reports_the_hardware_of_the_cells():
+def test_ledger_where_reports_the_hardware_of_the_cells():
     here = {"processor": "A", "cores": 2, "devices": ["cpu"]}
     cells = {
         "a": here | {"wall_seconds": 60},
@@ -74,7 +74,7 @@ def test_where_reports_the_hardware_of_the_cells():
     assert ledger.where(its) == ("H100; 2 cores, A", "12 min")
 
 
-def test_ledger_run_names_what_failed_and_ends_with_an_error(monkeypatch, tmp_path, capsys):
+def test_ledger_run_names_failed_experiments_and_ends_with_an_error(monkeypatch, tmp_path, capsys):
     codes, ran = {"a": 0, "b": 2, "c": 0}, []
 
     def run(program):
@@ -91,6 +91,6 @@ def test_ledger_run_names_what_failed_and_ends_with_an_error(monkeypatch, tmp_pa
     monkeypatch.setattr(ledger, "FILES", ())
     assert ledger.main(["--run"]) == 2 and ran == list(codes)
     assert capsys.readouterr().err.startswith("error: failed: b; ")
-    codes["b"] = 130  # the user's interrupt ends it all
+    codes["b"] = 130  # an interrupt by the user ends the whole run
     ran.clear()
     assert ledger.main(["--run"]) == 130 and ran == ["a", "b"]

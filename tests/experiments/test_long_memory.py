@@ -1,4 +1,4 @@
-"""A sequence of 65,536 tokens in the memory of one CPU."""
+"""Training on a sequence of 65,536 tokens within the memory of one CPU."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ def as_users_run(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_training_on_65536_tokens_takes_the_memory_of_one_segment(as_users_run):
-    """The children of the experiment, 4 x 128. Truncated at a quarter of the length, where it takes as much."""
+def test_long_training_on_65536_tokens_takes_the_memory_of_one_segment(as_users_run):
+    """Runs the experiment at 4 x 128 in child processes. Truncation at a quarter of the length takes equal memory."""
     short = measure(SEGMENT, 1, False)
     for seq_len, stop_gradient in ((65_536, False), (16_384, True)):
         long = measure(seq_len, seq_len // SEGMENT, stop_gradient)

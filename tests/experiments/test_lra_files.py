@@ -7,7 +7,7 @@ from PIL import Image
 from experiments.lra import files
 
 
-def test_files_of_listops_are_read(tmp_path):
+def test_load_reads_the_listops_files(tmp_path):
     head, row = "Source\tTarget\n", "( ( ( [MAX 4 ) ( ( ( [MIN 2 ) 3 ) ] ) ) ] )\t{}\n"
     for name, answer in (("train", 4), ("val", 5), ("test", 6)):
         (tmp_path / f"basic_{name}.tsv").write_text(head + row.format(answer) * answer)
@@ -16,7 +16,7 @@ def test_files_of_listops_are_read(tmp_path):
     assert splits[0].tokens[0].tolist() == [11, 4, 10, 2, 3, 14, 14]  # [MAX 4 [MIN 2 3 ] ]
 
 
-def test_files_of_imdb_are_read(tmp_path):
+def test_load_reads_the_imdb_files(tmp_path):
     for split in ("train", "test"):
         for label in ("neg", "pos"):
             (tmp_path / split / label).mkdir(parents=True)
@@ -29,7 +29,7 @@ def test_files_of_imdb_are_read(tmp_path):
     assert sorted(train.labels.tolist() + valid.labels.tolist()) == test.labels.tolist()
 
 
-def test_files_of_aan_are_read(tmp_path):
+def test_load_reads_the_aan_files(tmp_path):
     for name in ("train", "eval", "test"):
         rows = [("1", "A1", "B2", "b'one'", "b'two'"), ("0", "C3", "D4", f"b'{name}'", f"b'{'x' * 5000}'")]
         (tmp_path / f"new_aan_pairs.{name}.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
@@ -39,7 +39,7 @@ def test_files_of_aan_are_read(tmp_path):
     assert valid.tokens[3].size == 4000
 
 
-def test_files_of_cifar10_are_read(tmp_path):
+def test_load_reads_the_cifar10_files(tmp_path):
     rng = np.random.default_rng(0)
     records = rng.integers(0, 256, (12, 3073), np.uint8)
     records[:, 0] = np.arange(12) % 10
@@ -53,14 +53,14 @@ def test_files_of_cifar10_are_read(tmp_path):
     assert test.tokens[0].tolist() == grey.ravel().tolist()
 
 
-def test_files_of_pathfinder_are_read(tmp_path):
+def test_load_reads_the_pathfinder_files(tmp_path):
     level, rng = tmp_path / "curv_contour_length_14", np.random.default_rng(0)
     (level / "metadata").mkdir(parents=True)
     (level / "imgs" / "0").mkdir(parents=True)
     pictures = rng.integers(0, 256, (10, 32, 32), np.uint8)
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(level / "imgs" / "0" / f"sample_{i}.png")
-    (level / "imgs" / "0" / "sample_10.png").touch()  # the release holds such a file
+    (level / "imgs" / "0" / "sample_10.png").touch()  # the release contains such an empty file
     lines = [f"imgs/0 sample_{i}.png {i} {i % 2} 1.5 6 0 0\n" for i in range(11)]
     (level / "metadata" / "0.npy").write_text("".join(lines))
     splits = files.load("pathfinder", tmp_path)
@@ -69,7 +69,7 @@ def test_files_of_pathfinder_are_read(tmp_path):
     assert found == {picture.tobytes(): i % 2 for i, picture in enumerate(pictures)}
 
 
-def test_files_that_are_missing_or_broken_are_refused_in_one_line(tmp_path):
+def test_load_refuses_missing_or_broken_files_in_one_line(tmp_path):
     for name in files.TASKS:
         with pytest.raises(FileNotFoundError, match=f"no {tmp_path}.* expected the public files"):
             files.load(name, tmp_path)

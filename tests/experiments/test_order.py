@@ -10,14 +10,14 @@ ASK, ANSWER, BLANK = 17, 18, 19
 
 
 def parts(row, n, order):
-    """(question, data) of a row with n pairs; what stands before them is blank."""
+    """(question, data) of a row with n pairs; the positions before them are blank."""
     begin = 2 * (MOST - n)
     assert (row[:begin] == BLANK).all() and row[-2] == ANSWER
     prompt = row[begin:-2]
     return (prompt[:2], prompt[2:]) if order == "first" else (prompt[-2:], prompt[:-2])
 
 
-def test_prompts_of_both_orders_ask_the_same_and_end_with_the_value():
+def test_asked_gives_both_orders_the_same_question_data_and_answer():
     batches = [run.asked(np.random.default_rng(0), PAIRS, MOST, V, order) for order in run.ORDERS]
     for batch in batches:
         mask = batch["mask"]
@@ -32,7 +32,7 @@ def test_prompts_of_both_orders_ask_the_same_and_end_with_the_value():
         assert len(pairs) == n == len(set(pairs.values()))
         assert max(pairs) < 8 <= min(pairs.values()) and max(pairs.values()) < 16
         places[n].add(list(pairs).index(question[1]))
-    assert places == {n: set(range(n)) for n in places}  # any of the pairs, not one place
+    assert places == {n: set(range(n)) for n in places}  # the asked pair is at any place
     with pytest.raises(ValueError, match="9 pairs do not fit a vocabulary of 20"):
         run.asked(np.random.default_rng(0), np.array([9]), 9, 20, "first")
 
@@ -41,10 +41,10 @@ def test_prompts_of_both_orders_ask_the_same_and_end_with_the_value():
     "differences, control, verdict",
     [
         ([0.2, 0.1], [0.0, 0.01], "same sign"),
-        ([0.2, 0.1], [0.3, 0.2], "not resolved"),  # the control cares more
+        ([0.2, 0.1], [0.3, 0.2], "not resolved"),  # the control depends on the order more
         ([0.2, 0.01], [0.0, 0.0], "not resolved"),
         ([-0.2, -0.1], [0.0, 0.0], "contradicted"),
     ],
 )
-def test_verdict_needs_every_seed_and_the_control(differences, control, verdict):
+def test_order_verdict_needs_every_seed_and_the_control(differences, control, verdict):
     assert run.verdict(differences, control) == verdict

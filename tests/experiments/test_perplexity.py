@@ -1,4 +1,4 @@
-"""The experiment on perplexity: configs of its presets, conclusions from levels, and its trend."""
+"""The experiment on perplexity: configs of its presets, conclusions from synthetic levels, and its trend."""
 
 import numpy as np
 import pytest
@@ -12,17 +12,17 @@ def configs_of(preset):
     return {arm: study.config_of(its, changes) for arm, (changes,) in study.arms_of(its).items()}
 
 
-def test_config_of_a_run_has_the_fields_of_its_preset():
+def test_perplexity_configs_have_the_fields_of_their_preset():
     config = configs_of("gpu")["transformer+shift"]
     assert config.model.variant.token_shift and config.model.dropout == 0.1 and config.model.dim == 512
     assert config.optim.weight_decay == 0.1 and config.seq_len == 1024
     assert configs_of("paper")["transformer"].optim.lr_end == 1e-5
     arms = configs_of("cpu")
-    assert arms["rwkv4"].optim.lr == 8e-3 and arms["rwkv7"].optim.lr == 4e-3  # of compare's sweep
+    assert arms["rwkv4"].optim.lr == 8e-3 and arms["rwkv7"].optim.lr == 4e-3  # from compare's sweep
     assert all(1e-4 < config.optim.lr < 0.1 for config in arms.values())
 
 
-def test_budgets_are_all_for_the_main_arms_and_one_for_others_and_the_second_seed(tmp_path):
+def test_budgets_of_gives_main_arms_all_budgets_and_all_others_one(tmp_path):
     its = study.Study(**run.STUDY | {"base": run.BASE | {"corpus": "stdlib"}, "also": dict})
     found = list(study.cells(its, tmp_path))
     steps = lambda name: int(name.split(", ")[-1].removesuffix(" steps"))
@@ -31,7 +31,7 @@ def test_budgets_are_all_for_the_main_arms_and_one_for_others_and_the_second_see
     assert [steps(name) for name in first if name.startswith("rwkv6,")] == [run.AT_8M]
     assert {steps(name) for name in found if "seed 1" in name} == {run.AT_8M}
     assert len(found) == 4 * 6 + 3 + 7
-    assert list(map(steps, found)) == sorted(map(steps, found))  # a table at any time
+    assert list(map(steps, found)) == sorted(map(steps, found))  # cheapest first
 
 
 def cell(tokens, bits):
@@ -41,7 +41,7 @@ def cell(tokens, bits):
 
 
 def concluded(levels, num_layers=2, steps=(10, 20), **values):
-    """Conclusions from bits per byte {arm: levels after the budgets}."""
+    """Conclusions from bits per byte {arm: level after each budget}."""
     base = {"model": {"num_layers": num_layers, "dim": 512}, "corpus": "enwik8", "seq_len": 1000, "batch_size": 10**4}
     its = study.Study(base=base, arms={arm: {} for arm in levels}, budgets=steps, against=None)
     for arm, bits_of in levels.items():
@@ -54,7 +54,7 @@ def concluded(levels, num_layers=2, steps=(10, 20), **values):
 LEVELS = {"rwkv4": (1.9, 1.53), "transformer": (2.0, 1.5), "transformer+shift": (1.8, None)}
 
 
-def test_conclude_pairs_arms_at_every_budget_that_both_have():
+def test_conclude_pairs_arms_at_every_common_budget():
     found = concluded(LEVELS, speed={"tokens_per_second": {"rwkv4": 100}})
     differences = {pair: [row["difference"] for row in rows.values()] for pair, rows in found["pairs"].items()}
     assert differences == {
@@ -70,7 +70,7 @@ def test_conclude_pairs_arms_at_every_budget_that_both_have():
     assert len(found["points"]["transformer+shift"]) == 1
 
 
-def test_table_has_a_pair_a_row_and_the_last_sample_of_each_arm():
+def test_perplexity_table_has_a_row_a_pair_and_the_last_sample_of_each_arm():
     found = concluded(LEVELS)
     head, _, first, *_ = table.differences(found).splitlines()
     assert head == "| bits a byte | 100 M tokens | 200 M tokens | overtaken at |"
@@ -85,9 +85,7 @@ def test_table_has_a_pair_a_row_and_the_last_sample_of_each_arm():
     [(12, (10, 20), 1.6, "same sign"), (6, (10, 20), 1.6, "not comparable"), (12, (1, 2), 1.6, "not comparable"),
      (12, (10, 20), 1.4, "not comparable"), (12, (10, 20), None, "not comparable")],
 )  # fmt: skip
-def test_verdict_needs_the_shape_an_epoch_and_a_transformer_that_beats_counting(
-    num_layers, budgets, six_gram, expected
-):
+def test_perplexity_verdict_needs_shape_an_epoch_and_a_strong_transformer(num_layers, budgets, six_gram, expected):
     counted = {"budgets": {str(b): {"unigram": 5.0, "6-gram": six_gram, "xz": 2.0} for b in budgets if six_gram}}
     found = concluded(LEVELS, num_layers, budgets, counted=counted)
     table_5, shift = found["ledger"]
@@ -115,7 +113,7 @@ def test_trend_extrapolates_a_line_with_its_uncertainty():
     assert trend.trend({1e6: 0.1, 2e6: 0.2}, 0.041) is None
 
 
-def test_trend_tells_a_crossing_within_the_budgets_and_a_sign_that_is_decided():
+def test_trend_reports_a_crossing_within_the_budgets_and_a_decided_sign():
     tokens = 2e6 * 2.0 ** np.arange(5)
     within = trend.trend(dict(zip(tokens, -0.035 + 0.03 * np.arange(5), strict=True)), 0.041)
     assert within["reaches_0"] == pytest.approx(2e6 * 2 ** (0.035 / 0.03), rel=0.01)

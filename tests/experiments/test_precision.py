@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("T", [1, 100])
-def test_judge_computes_eq_16_and_its_gradients(T):
+def test_precision_judge_computes_eq_16_and_its_gradients(T):
     w, u, k, v, dy = vectors.inputs(T, "float32")
     actual = judge.exact(w, u, k, v, dy)
     nothing = Past(np.zeros((1, len(w))), np.full((1, len(w)), -np.inf))
@@ -31,8 +31,8 @@ def test_judge_computes_eq_16_and_its_gradients(T):
 
 
 @pytest.mark.parametrize("name", ["WKV-5", "WKV-6", "WKV-7"])
-def test_judge_of_matrices_computes_what_the_operator_does_in_float64(name, x64, monkeypatch):
-    """Through several spans of tokens, from and to a state that takes gradients."""
+def test_judge_matrices_agrees_with_the_operator_in_float64(name, x64, monkeypatch):
+    """Covers several spans of tokens, with gradients to the initial state and from the final one."""
     monkeypatch.setattr(judge_matrices, "SPAN", 6)
     given = OPERATORS[name].inputs(17, "float32")
     op, names = (wkv7, "rwkvab") if name == "WKV-7" else (wkv6, "rwkvu")
@@ -43,7 +43,7 @@ def test_judge_of_matrices_computes_what_the_operator_does_in_float64(name, x64,
         assert (abs(value) <= (1 + 1e-12) * magnitude).all(), quantity
 
 
-def test_magnitude_of_a_wkv6_result_is_the_sum_of_its_absolute_terms():
+def test_exact6_magnitude_is_the_sum_of_absolute_terms():
     given = matrices.inputs6(5, "float32")
     r, w, k, v, u, state = (np.float64(x)[..., 0] for x in given[:6])
     past = np.exp(w[:4].sum(0))[:, None] * abs(state)
@@ -52,7 +52,7 @@ def test_magnitude_of_a_wkv6_result_is_the_sum_of_its_absolute_terms():
     np.testing.assert_allclose(judge_matrices.exact6(*given)["y"][1][4, :, 0], want, rtol=1e-12)
 
 
-def test_magnitude_of_a_wkv7_result_is_the_largest_of_a_head():
+def test_exact7_magnitude_is_the_largest_of_a_head():
     given = matrices.inputs7(1, "float32")
     r, w, k, v, a, b, state, dy, dstate = (np.float64(x[..., 0]) for x in given)
     now = np.exp(w[0])[:, None] * state + np.outer(b[0], a[0] @ state) + np.outer(k[0], v[0])
@@ -62,12 +62,12 @@ def test_magnitude_of_a_wkv7_result_is_the_largest_of_a_head():
         np.testing.assert_allclose(found[name][1][..., 0], want.max(), rtol=1e-12)
 
 
-def test_compare_matches_errors_computed_by_hand():
+def test_precision_compare_matches_errors_by_hand():
     operator = OPERATORS["WKV-4"]
     value = np.tile([3.0, 4.0], (len(operator.channels), 1)).T  # [2 tokens, channels], rms sqrt(12.5)
     magnitude, wrong = 2 * value, value.copy()
     wrong[:, 5] += [0.5, -0.5]
-    value[:, 7] = wrong[:, 7] = 0  # exactly zero: not counted
+    value[:, 7] = wrong[:, 7] = 0  # exactly zero: left out of the statistics
     errors = run.compare(operator, {"k": wrong}, {"k": (value, magnitude)})["k"]
     assert errors["worst"] == pytest.approx(0.5 / np.sqrt(12.5)) and errors["worst_channel"] == operator.channels[5]
     assert errors["rms"] == pytest.approx(errors["worst"] / np.sqrt(len(operator.channels) - 1))
@@ -75,7 +75,7 @@ def test_compare_matches_errors_computed_by_hand():
     assert run.compare(operator, {"k": 0 * wrong}, {"k": (0 * value, magnitude)})["k"]["worst"] is None
 
 
-def test_an_error_that_is_not_a_number_breaks_the_claim():
+def test_precision_claims_fail_for_an_error_that_is_nan():
     rows = [{"operator": "WKV-7", "side": "scan", "dtype": "float32", "share_of_bound": {"y": 0.1, "w": np.nan}}]
     ((_, measured, most),) = run.claims(rows)
     assert not measured <= most

@@ -1,4 +1,4 @@
-"""Reach: the gradient by each token's own embedding, and the curve that results keep of it."""
+"""Reach: the gradient of the last loss by the embedding of each token, and the curve kept in the results."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class Fading:
         return jnp.einsum("ts,bsd->btd", weights_TT, params["emb"]["embedding"][x]), None
 
 
-def test_norms_are_of_the_gradient_by_each_input_of_the_last_loss():
+def test_norms_are_those_of_the_gradient_of_the_last_loss_by_each_input():
     tokens_BT, rng = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]), np.random.default_rng(0)
     embedding_VD, head_DV = (rng.standard_normal(shape).astype(np.float32) for shape in ((11, 4), (4, 11)))
     norms_BT = run.norms(Fading(), {"emb": {"embedding": embedding_VD}, "head": head_DV}, tokens_BT)
@@ -39,19 +39,19 @@ def test_norms_are_of_the_gradient_by_each_input_of_the_last_loss():
 
 
 @pytest.mark.slow
-def test_norms_are_those_of_differences_of_the_loss(x64):
+def test_norms_agree_with_finite_differences_of_the_loss(x64):
     model = rwkv_jax.build("rwkv4", vocab_size=11, num_layers=1, dim=4, dtype="float64", param_dtype="float64")
     tokens_BT = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
     rng = np.random.default_rng(0)
     params = jax.jit(model.init)(jax.random.key(0), tokens_BT)["params"]
-    params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), params)  # nothing is zero
+    params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), params)  # no parameter is zero
     norms_BT = run.norms(model, params, tokens_BT)
     assert norms_BT.shape == (2, 4)
 
     @jax.jit
     @jax.vmap
     def loss(step_D):
-        """Of the second row, whose first token is nowhere else: three places before the last input."""
+        """Loss of the second row, whose first token, 9, occurs only there: three places before the last input."""
         own = params | {"emb": {"embedding": jnp.asarray(params["emb"]["embedding"]).at[9].add(step_D)}}
         logits_BTV, _ = model.apply({"params": own}, tokens_BT[1:, :-1])
         return -jax.nn.log_softmax(logits_BTV[0, -1])[3]
@@ -61,7 +61,7 @@ def test_norms_are_those_of_differences_of_the_loss(x64):
     assert norms_BT[1, 3] == pytest.approx(np.linalg.norm(gradient_D), rel=1e-6)
 
 
-def test_curve_reports_how_far_back_most_of_the_gradient_is():
+def test_reach_curve_reports_the_lag_within_which_most_of_the_gradient_lies():
     norms_BT = np.tile(0.5 ** np.arange(64.0), (3, 1)) * np.array([[1], [2], [3]])
     its = run.curve(norms_BT, points=10)
     assert its["reach"] == 4  # 1 - 2^-5 is the first sum above 0.95
@@ -71,11 +71,11 @@ def test_curve_reports_how_far_back_most_of_the_gradient_is():
     assert its["low"][0] < its["mean"][0] < its["high"][0]
 
 
-def test_verdict_follows_the_far_half():
+def test_reach_verdict_follows_the_far_half():
     assert [run.verdict(far) for far in (1e-3, 1e-9, 1.1)] == ["same sign", "not resolved", "contradicted"]
 
 
-def test_beginnings_are_of_documents_that_are_long_enough():
+def test_beginnings_skip_documents_that_are_too_short():
     split = Split(np.array([0, 1, 2, 0, 3, 0, 4, 5, 6]), np.array([0, 3, 5]), (), 6)
     assert run.beginnings(split, 5, 3).tolist() == [[0, 1, 2], [0, 4, 5]]
     with pytest.raises(ValueError, match="no held-out document has 5 tokens"):

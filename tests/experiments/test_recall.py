@@ -10,7 +10,7 @@ from experiments.recall.sequences import recall
 B, T, N, V = 64, 20, 4, 24
 
 
-def test_recall_asks_each_key_once_and_nothing_else_looks_like_a_pair():
+def test_recall_asks_each_key_once_and_has_no_other_pairs():
     batch, again, other = (recall(np.random.default_rng(seed), B, T, N, V) for seed in (0, 0, 1))
     for row, mask in zip(batch["tokens"], batch["mask"], strict=True):
         pairs = dict(row[: 2 * N].reshape(N, 2).tolist())
@@ -25,7 +25,7 @@ def test_recall_asks_each_key_once_and_nothing_else_looks_like_a_pair():
         recall(np.random.default_rng(0), 1, 20, 6, 64)
 
 
-def test_recall_asks_near_the_pairs_more_often():
+def test_recall_asks_more_often_near_the_pairs():
     many = recall(np.random.default_rng(1), 2000, T, 1, V)["mask"].sum(axis=0)
     places = many[2::2]
     assert (many[:2] == 0).all() and (many[3::2] == 0).all()
@@ -33,9 +33,9 @@ def test_recall_asks_near_the_pairs_more_often():
     np.testing.assert_allclose(places / places.sum(), weights / weights.sum(), atol=0.04)
 
 
-def test_reached_is_the_first_look_at_the_share():
+def test_reached_gives_the_first_evaluation_at_the_share():
     assert run.reached([[10, 0.5], [20, 0.91], [30, 0.8]]) == 20
-    assert run.reached([[10, [0.5, 0.92]], [20, [0.1, 0.2]]]) == 10  # the best of several rates
+    assert run.reached([[10, [0.5, 0.92]], [20, [0.1, 0.2]]]) == 10  # the best of several learning rates counts
     assert run.reached([[10, 0.5]]) == np.inf
 
 
@@ -48,7 +48,7 @@ def test_reached_is_the_first_look_at_the_share():
         ([np.inf, np.inf], [np.inf, np.inf], "not comparable"),
     ],
 )
-def test_later_needs_every_case(slow, fast, verdict):
+def test_recall_later_needs_every_case(slow, fast, verdict):
     assert run.later(slow, fast) == verdict
 
 
@@ -60,26 +60,26 @@ def test_later_needs_every_case(slow, fast, verdict):
         ([np.inf, 20], [10, 20], "at least 3.2 times"),
         ([40, 20], [10, np.inf], "at most 0.89 times"),
         ([np.inf, 20], [10, np.inf], "a number of times not known"),
-        ([np.inf, 50], [np.inf, 10], "5 times"),  # the case that neither solves is left out
+        ([np.inf, 50], [np.inf, 10], "5 times"),  # a case that neither solves is left out
         ([np.inf], [np.inf], "a number of times not known"),
     ],
 )
-def test_times_is_a_geometric_mean_over_cases_or_a_bound(slow, fast, told):
+def test_recall_times_is_a_geometric_mean_over_cases_or_a_bound(slow, fast, told):
     assert run.times(slow, fast, [100] * len(slow)) == told
 
 
-def test_swept_rates_of_an_earlier_sweep_are_those_of_t_32():
+def test_swept_name_keeps_the_names_of_an_earlier_sweep_at_t_32():
     its = study.Study(**run.STUDY)
     names = {run.swept_name(arm) for arm in study.arms_of(its)}
     assert names == set(run.PAPER) | {f"{arm}, T 64" for arm in run.VERSIONS}
     rates = run.STUDY["sweep"]
-    first = {}  # the arm at which each rate is searched
+    first = {}  # the first arm of each name, where its rate is swept
     for arm, (changes,) in study.arms_of(its).items():
         first.setdefault((rates.name(arm), changes["model.dim"]), (changes["seq_len"], changes["pairs"]))
     assert set(first.values()) == {(32, 2), (64, 8)} and len(first) == len(run.PAPER) + 2 * len(run.VERSIONS)
 
 
-def test_conclude_compares_versions_where_they_stand_and_the_paper_elsewhere():
+def test_recall_conclude_compares_versions_at_t_64_and_the_paper_elsewhere():
     its = study.Study(**run.STUDY)
     needed = {"rwkv4": np.inf, "rwkv5": 20_000, "rwkv6": 10_000, "rwkv7": 5_000, "transformer": np.inf}
 

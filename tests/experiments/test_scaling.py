@@ -1,4 +1,4 @@
-"""The experiment on scaling: fits and intervals on points whose law is known, verdicts, cells."""
+"""The experiment on scaling: fits and intervals on points of known laws, verdicts, cells."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ COMPUTE = np.geomspace(1e13, 1e16, 36)
 NOISE = 1 + 0.002 * np.random.default_rng(0).standard_normal(len(COMPUTE))
 
 
-def test_every_size_of_a_preset_has_a_learning_rate_and_divides_into_heads():
+def test_scaling_presets_have_a_rate_and_whole_heads_at_every_size():
     for name in ("cpu", *run.STUDY["presets"]):
         its = study.chosen(study.Study(**run.STUDY), name)
         for arm, (changes,) in study.arms_of(its).items():
@@ -18,13 +18,13 @@ def test_every_size_of_a_preset_has_a_learning_rate_and_divides_into_heads():
             assert changes["model.dim"] % changes["model.head_size"] == 0 and 1e-5 < changes["optim.lr"] < 0.1
 
 
-def test_pareto_frontier_has_the_runs_that_no_run_as_cheap_beats():
+def test_pareto_keeps_runs_that_no_cheaper_run_beats():
     compute, loss = [1, 2, 2, 3, 4, 5], [5.0, 4.0, 4.5, 4.2, 4.0, 3.0]
     assert fit.pareto(compute, loss).tolist() == [0, 1, 5]
     assert fit.pareto(compute[::-1], loss[::-1]).tolist() == [5, 4, 0]
 
 
-def test_laws_are_recovered_and_a_line_misses_one_that_bends():
+def test_judged_recovers_the_laws_and_a_line_misses_a_saturating_one():
     straight = fit.judged(COMPUTE, 30 * COMPUTE**-0.055, 1e15)
     assert sum(straight["points"]) == 36
     for name in fit.LAWS:
@@ -41,9 +41,9 @@ def test_laws_are_recovered_and_a_line_misses_one_that_bends():
     assert fit.bootstrap(COMPUTE[:5], COMPUTE[:5] ** -0.1, 1e13, samples=5) == {"samples": 0}
 
 
-def test_bootstrap_intervals_separate_a_line_from_a_law_that_bends():
-    """By the rule of the header: a floor above 0, and the line predicting worse. (Of 24 lines with this noise, the
-    interval of the floor left out 0 for 2, this one among them, and the line predicted worse for none.)"""
+def test_bootstrap_separates_a_line_from_a_saturating_law():
+    """Applies the rule of the header: a floor above 0, and a line that predicts worse. Of 24 lines with this noise,
+    the floor's interval excluded 0 for 2, this one among them, and the line predicted worse for none."""
     straight = fit.bootstrap(COMPUTE, 30 * COMPUTE**-0.055 * NOISE, 1e15, samples=60)
     low, high = straight["line exponent"]
     assert low < 0.055 < high and high - low < 0.002
@@ -52,13 +52,14 @@ def test_bootstrap_intervals_separate_a_line_from_a_law_that_bends():
     assert bent["floor"][0] > 0.5 and bent["line minus saturating, rms beyond"][0] > 0.01
 
 
-def test_chinchilla_law_without_noise_passes_for_a_line_by_r2():
-    """1.69 + k C^-0.1535 along its frontier: r^2 0.998 over two decades, and off by 5 % on the third."""
+def test_chinchilla_law_without_noise_fits_a_line_by_r2():
+    """Along its frontier the law is 1.69 + k C^-0.1535. A line has r^2 0.998 over two decades and is off by 5 % on the
+    third."""
     found = fit.judged(run.SYNTHETIC, fit.chinchilla(run.SYNTHETIC), 1.0001e19)
     line, curve = found["line"], found["saturating"]
     assert curve["floor"] == pytest.approx(1.69, rel=1e-4) and curve["exponent"] == pytest.approx(0.1535, abs=1e-4)
     assert line["fit"]["r2_explained"] == pytest.approx(0.998, abs=5e-4) and 0.05 < line["beyond"]["max"] < 0.06
-    # the two definitions of r^2 part where a law is off by the same sign everywhere
+    # the two definitions of r^2 differ where a law is off with the same sign everywhere
     assert line["beyond"]["r2_correlation"] > 0.99 and line["beyond"]["r2_explained"] < 0.3
     # no other split of 6 N D = C between parameters and data is better
     of = lambda n, d: 1.69 + 406.4 * n**-0.34 + 410.7 * d**-0.28
@@ -66,22 +67,22 @@ def test_chinchilla_law_without_noise_passes_for_a_line_by_r2():
     assert fit.chinchilla(1e19) == pytest.approx(of(splits, 1e19 / 6 / splits).min(), rel=1e-5)
 
 
-def test_compute_at_equal_loss_is_the_ratio_of_two_frontiers():
+def test_fit_ratio_compares_the_compute_of_two_frontiers_at_equal_loss():
     law, ours = fit.Law(0.6, 1.2, 0.12, 1e14), lambda compute, loss: dict(enumerate(zip(compute, loss, strict=True)))
     others = ours(COMPUTE, law(COMPUTE))
     found = fit.ratio(
         ours(3 * COMPUTE, law(COMPUTE)), others, samples=50
     )  # the same losses for three times the compute
     assert found["ratio"] == pytest.approx(3) and found["at_lowest_loss"] == pytest.approx(3)
-    assert found["interval"] == pytest.approx([3, 3], rel=0.03)  # pairs are drawn together
+    assert found["interval"] == pytest.approx([3, 3], rel=0.03)  # the bootstrap draws pairs together
     low, high = fit.ratio(ours(3 * COMPUTE, law(COMPUTE) * NOISE), others, samples=50)["interval"]
     assert low < 3 < high < 1.02 * low
     some = {name: run for name, run in others.items() if name > 9}
     assert fit.ratio(ours(3 * COMPUTE, law(COMPUTE)), some, samples=5)["ratio"] == pytest.approx(3)
-    assert fit.ratio(ours(COMPUTE, law(COMPUTE) + 9), others, samples=5) is None  # no loss in common
+    assert fit.ratio(ours(COMPUTE, law(COMPUTE) + 9), others, samples=5) is None  # without a common loss
 
 
-def test_conclude_takes_models_without_a_loss_in_common():
+def test_scaling_conclude_accepts_models_without_a_common_loss():
     its = study.Study(base={}, arms={"rwkv4 1x8": {}, "rwkv7 1x8": {}}, budgets=(1, 2), against=None)
     values = {
         study.name_of(arm, 0, budget): {"flops_per_token": 7, "tokens": budget, "bits_per_byte": level - 0.1 * budget}
@@ -92,8 +93,8 @@ def test_conclude_takes_models_without_a_loss_in_common():
     assert found["compute_at_equal_loss"] == {} and len(found["ledger"]) == 2
 
 
-def test_runs_of_one_size_are_those_of_the_experiment_on_perplexity(tmp_path):
-    """The same identity, so that they are not run twice."""
+def test_scaling_runs_at_4x128_have_the_identity_of_the_perplexity_runs(tmp_path):
+    """Runs with the same identity are computed once for both experiments."""
     small = {"base": run.STUDY["base"] | {"corpus": "stdlib"}, "also": dict}
     ours, theirs = (study.cells(study.Study(**its | small), tmp_path) for its in (run.STUDY, run.PERPLEXITY))
     shared = {name.replace(" 4x128", ""): cell for name, cell in ours.items() if " 4x128" in name}
@@ -113,7 +114,7 @@ def test_runs_of_one_size_are_those_of_the_experiment_on_perplexity(tmp_path):
         ([5, 2], [0.0, 0.5], [-0.1, 0.1], 0.04, "not comparable"),
     ],
 )
-def test_verdict_follows_the_header(points, floor, worse, off, expected):
+def test_scaling_verdict_follows_the_rule_of_the_header(points, floor, worse, off, expected):
     laws = {"points": points, "line": {"beyond": {"max": off}}}
     its = {"laws": laws, "intervals": {"samples": 9, "floor": floor, "line minus saturating, rms beyond": worse}}
     assert run.verdict(its) == expected

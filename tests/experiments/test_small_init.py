@@ -1,4 +1,4 @@
-"""The experiment on small initial embeddings: its vocabulary, its arms, and conclusions from made-up curves."""
+"""The experiment on small initial embeddings: its vocabulary, its arms, and conclusions from synthetic curves."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ LOOKS = 20
 
 
 def values(small=0.0, norm=0.0, noise=0.0):
-    """Curves of all arms that fall by one nat a decade of tokens, shifted by what an arm has in the beginning."""
+    """Curves of all arms: they fall by one nat a decade of tokens, shifted by an effect that fades to 0."""
     rng, found = np.random.default_rng(0), {}
     for arm, fields in ARMS.items():
         shift = small * (fields["model.embedding_init"] == "v5") + norm * fields["model.embedding_norm"]
@@ -33,17 +33,17 @@ def values(small=0.0, norm=0.0, noise=0.0):
     ],
     ids=str,
 )
-def test_verdict_is_about_the_beginning_of_training(given, verdict):
+def test_small_init_verdict_is_about_the_beginning_of_training(given, verdict):
     concluded = conclude(ITS, values(**given))
     assert concluded["ledger"][0]["verdict"] == verdict
     if "noise" not in given:
-        small, norm = (given.get(name, 0) * 18 / 19 for name in ("small", "norm"))  # after the second of 20 looks
+        small, norm = (given.get(name, 0) * 18 / 19 for name in ("small", "norm"))  # second of 20 evaluations
         found = {name: mean for name, (mean, _, _) in concluded["differences"]["0.1"].items()}
         expected = {"small with LN0 - normal without": small + norm, "LN0": norm, "small": small}
         assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_bpe_vocabulary_is_built_once_and_round_trips_text(tmp_path):
+def test_bpe_builds_its_vocabulary_once_and_round_trips_text(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat, the café at the end\n" * 400)
     path = bpe(str(text), 300, tmp_path)

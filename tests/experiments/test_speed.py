@@ -1,4 +1,4 @@
-"""The speed benchmark: the whole command once, small; its parts; peers on a GPU judged without one."""
+"""The speed benchmark: one small run of the whole command, its parts, and its GPU peers judged on a CPU."""
 
 import json
 import subprocess
@@ -46,27 +46,27 @@ def test_speed_smoke_measures_every_suite_and_draws_its_figures(tmp_path):
     assert all((tmp_path / f"{suite}.png").stat().st_size > 5000 for suite in plot.DRAW)
 
 
-def test_forms_include_the_kernel_where_it_is_compiled(monkeypatch):
+def test_speed_forms_include_the_kernel_on_platforms_that_compile_it(monkeypatch):
     for platform in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         assert ("pallas" in ops.forms(4096)) == (platform != "cpu")
 
 
 @pytest.mark.parametrize(("name", "op", "plain"), [("wkv6", wkv6, rwkv7.plain_wkv6), ("wkv7", wkv7, rwkv7.plain_wkv7)])
-def test_plain_scans_beside_which_wkv6_and_wkv7_are_timed_compute_the_same(name, op, plain):
+def test_plain_wkv6_and_plain_wkv7_agree_with_the_operators(name, op, plain):
     operands = jax.jit(lambda: rwkv7.operands(name, 0, B=2, T=8, H=2, K=4))()
     for found, want in zip(jax.jit(plain)(*operands), jax.jit(op)(*operands), strict=True):
         assert error_ratio(found, want) < 1e-6
 
 
-def test_parts_of_a_step_sum_to_the_step():
+def test_train_parts_sum_to_the_step():
     found = train.parts({"step": 10.0, "optimiser": 1.5, "operator": 2.0}, "WKV")
     assert found == {"WKV": 2.0, "optimiser": 1.5, "matmuls and the rest": 6.5}
 
 
 @pytest.mark.parametrize("name", train.MODELS)
-def test_operator_timed_alone_runs_in_every_layer(name):
-    """Each layer's parameters, or the first layer's input, have an effect on the result."""
+def test_train_operators_run_in_every_layer(name):
+    """The result depends on the parameters of each layer, or on the input of the first."""
     f, draw = train.operators(train.build(name, train.SMOKE), train.SMOKE)
     arguments = draw(0)
     gradient = jax.grad(lambda *x: jnp.square(f(*x)).sum(), argnums=tuple(range(len(arguments))))
@@ -74,8 +74,8 @@ def test_operator_timed_alone_runs_in_every_layer(name):
         assert all(np.abs(of_layer).max() > 0 for of_layer in (found if found.ndim == 2 else found[None]))
 
 
-def test_state_bytes_count_the_filled_slots():
-    """Keys and values of all layers; the state of RWKV, whatever the context."""
+def test_state_bytes_counts_the_filled_slots():
+    """The keys and values of all layers; for RWKV the state, independent of the context."""
     fields = {"num_layers": 3, "dim": 128, "vocab_size": 32}
     cached = decode.rwkv_jax.build("transformer", **fields).init_state(2, max_length=256)
     lengths = 3 * 2 * 2 * 4
@@ -124,7 +124,7 @@ def wkv_and_gradients(x):
 
 
 def released_kernel_stand_in():
-    """The interface of the CUDA kernel, filled by our own operator."""
+    """The interface of the CUDA kernel, implemented by our own operator."""
     import torch
 
     def ours(w, u, k, v, dy):
@@ -147,7 +147,7 @@ def released_kernel_stand_in():
 
 
 def triton_stand_in(time_decay, u, k, v, state):
-    """The interface of the Triton kernel by transformers' loop, which takes and returns the state in three."""
+    """The interface of the Triton kernel, implemented by transformers' loop, whose state is three tensors."""
     import torch
     from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
@@ -168,7 +168,7 @@ def test_gpu_peers_compute_wkv_on_our_inputs(peer):
     assert error_ratio(numbers(sides["forward"](x)), want_y.astype(jnp.float32)) < 1e-2
     y, (dw, *rest) = sides["both"](x)
     assert error_ratio(numbers(y), want_y.astype(jnp.float32)) < 1e-2
-    want_dw = want_dw * x[0] if peer == "triton" else want_dw  # of time_decay, where w = -exp(time_decay)
+    want_dw = want_dw * x[0] if peer == "triton" else want_dw  # by time_decay, where w = -exp(time_decay)
     for got, right in zip((dw, *rest), (want_dw, *want), strict=True):
         assert error_ratio(numbers(got), right.astype(jnp.float32)) < 2e-2
 
@@ -179,15 +179,15 @@ def test_attention_peer_is_causal_and_in_heads_of_64():
     y, _ = sides["both"](x)
     assert y.shape == (2, 24, 2, 64)
     np.testing.assert_allclose(y, sides["forward"](x), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(y[:, 0], x[3][:, 0].reshape(2, 2, 64), rtol=1e-5)  # the first token sees itself only
+    np.testing.assert_allclose(y[:, 0], x[3][:, 0].reshape(2, 2, 64), rtol=1e-5)  # token 0 attends to itself only
 
 
-def test_ops_refuse_a_clone_without_the_kernel(tmp_path):
+def test_speed_ops_run_refuses_a_clone_without_the_kernel(tmp_path):
     with pytest.raises(ValueError, match=r"there is no .*wkv_op_bf16\.cpp, expected a clone of BlinkDL/RWKV-LM"):
         ops.run(True, tmp_path)
 
 
-def test_first_calls_leave_out_a_peer_that_fails_and_not_our_own_form():
+def test_first_calls_leaves_out_a_failing_peer_but_not_our_own_form():
     def fails(_):
         raise RuntimeError("no kernel image is available")
 
@@ -203,7 +203,7 @@ def test_first_calls_leave_out_a_peer_that_fails_and_not_our_own_form():
         ops.first_calls({("scan", "both"): fails}, iter("a"))
 
 
-def test_gpu_claims_are_of_our_fastest_form_over_each_peer():
+def test_gpu_claims_compare_our_fastest_form_with_each_peer():
     row = lambda form, seconds, share=0.5: {
         "form": form, "shape": [8, 4096, 4096, "bfloat16"], "pass": "both", "seconds": seconds, "share_of_copy": share
     }  # fmt: skip

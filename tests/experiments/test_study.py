@@ -1,4 +1,4 @@
-"""Studies: which runs are kept and which are computed, what a command asks for, comparisons, drafts, trunks."""
+"""Studies: kept and computed runs, the options of the command, comparisons, drafts, trunks."""
 
 import json
 import runpy
@@ -31,15 +31,15 @@ study.main(
 )
 '''  # fmt: skip
 BASE = {"model.dim": 8, "model.num_layers": 1, "steps": 9}
-ran = []  # of `computed`
+ran = []  # configs that `computed` has run
 
 
 def loss(model, params, corpus):
-    """A measure in name only: `computed` gives its number."""
+    """A placeholder measure: `computed` supplies its number."""
 
 
 def computed(config, folder) -> dict:
-    """In place of a training run: a level by arm and seed, lowest at a rate of 4e-3."""
+    """A stand-in for a training run: a level for each arm and seed, lowest at a rate of 4e-3."""
     config = config.to_dict()
     if config.get("dies") in (True, config.get("steps", 0)):
         raise KeyboardInterrupt
@@ -61,7 +61,7 @@ def conclude(its, values) -> dict:
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """A study's script as a command: `(argv, its fields) -> exit code`, in a folder of its own."""
+    """A study's script as a command: `(argv, fields of the study) -> exit code`, in a folder of its own."""
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(study.measures, "loss", loss, raising=False)
     monkeypatch.setattr(command, "draw", lambda name, path: path)
@@ -94,7 +94,7 @@ def script(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------- the command
 
 
-def test_study_computes_a_run_once_and_an_added_arm_or_seed_alone(script, capsys):
+def test_study_computes_each_run_once_and_only_runs_of_an_added_arm_or_seed(script, capsys):
     assert script() == 0 and len(ran) == 4
     assert "minus base" in capsys.readouterr().out
     assert script() == 0 and len(ran) == 4
@@ -116,7 +116,7 @@ def test_study_resumes_after_an_interruption(script, capsys):
     assert script() == 0 and len(ran) == 4
 
 
-def test_study_concludes_from_the_runs_that_are_done(script, capsys):
+def test_study_concludes_from_the_finished_runs(script, capsys):
     assert script("--kept") == 2
     assert "--kept is for studies with budgets" in capsys.readouterr().err
     optim = {"schedule": "exponential", "warmup": 0.1, "decay": 0.1}
@@ -130,7 +130,7 @@ def test_study_concludes_from_the_runs_that_are_done(script, capsys):
     assert results["table"]["b"]["difference"] == pytest.approx(0.5) and list(results["by_budget"]) == ["10"]
 
 
-def test_study_resumes_from_published_results_where_their_runs_are_the_same(script, capsys):
+def test_study_resumes_from_published_results_with_the_same_identity(script, capsys):
     assert script("--resume") == 2
     assert "results.json" in capsys.readouterr().err
     assert script() == 0 and len(ran) == 4
@@ -152,14 +152,14 @@ def test_study_reports_an_error_in_one_line(script, capsys):
         assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
 
 
-def test_study_runs_the_arms_seeds_steps_and_options_that_a_command_asks_for(script):
+def test_study_runs_the_arms_seeds_steps_and_options_of_its_command_line(script):
     argv = ("--arm=c", "--seed=1", "--steps=7", "--note=x")
     assert script(*argv, base=BASE | {"note": None}, options=["note"], b={}, c={"cost": 0.1}) == 0
     assert [(config["seed"], config["steps"], config["note"]) for config in ran] == [(1, 7, "x")] * 2
     assert list(script.results()["cells"]) == ["base, seed 1", "c, seed 1"]
 
 
-def test_study_smoke_leaves_nothing(script, capsys):
+def test_study_smoke_leaves_no_files(script, capsys):
     assert script("--smoke") == 0 and len(ran) == 4
     assert not script.runs.exists() and not list(script.folder.glob("*.json"))
     assert capsys.readouterr().out.endswith("nothing was written\n")
@@ -190,14 +190,14 @@ def test_study_publishes_to_the_ledger(script, tmp_path, monkeypatch):
     assert "0.0 hours in all" in page.read_text()
 
 
-def test_study_takes_the_best_of_swept_rates_and_sweeps_what_is_missing(script):
-    """Around 1.6e-2, then on to lower rates until 4e-3 has two neighbours."""
+def test_study_takes_the_best_swept_rate_and_sweeps_missing_ones(script):
+    """The sweep starts around 1.6e-2 and continues to lower rates until 4e-3 has two neighbours."""
     base, tried = {"model.dim": 8, "model.num_layers": 1, "lr": 1.6e-2}, {2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2}
     assert script("--sweep", base=base) == 0
     found = script.results("sweep")["runs"]
     assert list(found) == ["base 1x8", "b 1x8"] and set(map(float, found["b 1x8"])) == tried and len(ran) == 10
     assert script(swept=True, base=base, b={"cost": 0.5}, c={"cost": 0.1}) == 0
-    assert {config["lr"] for config in ran[10:15]} == tried  # of the new arm
+    assert {config["lr"] for config in ran[10:15]} == tried  # sweep of the new arm
     assert [config["lr"] for config in ran[15:]] == [4e-3] * 3  # seed 0 is kept from the sweeps
 
 
@@ -219,14 +219,14 @@ def test_config_of_an_arm_takes_nested_and_dotted_changes():
     assert study.config_of(study.Study(base={"a.b": 1}, run=computed), {"a": {"c": 2}}).a.to_dict() == {"b": 1, "c": 2}
 
 
-def test_config_of_an_unknown_field_or_type_is_refused_in_one_line():
+def test_config_of_refuses_an_unknown_field_or_type_in_one_line():
     with pytest.raises(ValueError, match=r"^no config field 'model.unknown.shift_v'; rwkv_jax/train/run_config.py"):
         study.config_of(its(), {"model": {"unknown": {"shift_v": False}}})
-    with pytest.raises(ValueError, match=r"^a config field has another type: .*steps"):
+    with pytest.raises(ValueError, match=r"^a config field has the wrong type: .*steps"):
         study.config_of(its(), {"steps": "many"})
 
 
-def test_smoke_of_a_study_is_small_and_presets_name_arms():
+def test_study_chosen_shrinks_a_smoke_and_presets_name_arms():
     presets = {"smoke": {"arms": ("b",)}, "gpu": {"base": {"model": {"dim": 512}}, "seeds": {"b": 5}}}
     small = study.chosen(its(arms={"a": {}, "b": {}}, seeds=3, presets=presets), "smoke")
     assert list(study.arms_of(small)) == ["base", "b"] and study.seeds_of(small, "b") == (0, 1)
@@ -236,7 +236,7 @@ def test_smoke_of_a_study_is_small_and_presets_name_arms():
     assert [len(study.seeds_of(large, arm)) for arm in ("base", "b")] == [1, 5]
 
 
-def test_identity_of_a_run_changes_with_what_its_numbers_depend_on(tmp_path, monkeypatch):
+def test_identity_of_a_run_depends_on_all_that_its_numbers_depend_on(tmp_path, monkeypatch):
     config = study.config_of(its())
     of = lambda **changes: runs.hash_of(runs.fixed(study.config_of(its(), changes)))
     assert of(log_every=3, keep=5) == of() and len({of(), of(steps=3), of(eval_every=5)}) == 3
@@ -264,7 +264,8 @@ ARMS = {arm: {} for arm in EFFECTS}
 
 
 def values(effects=EFFECTS, noise=1e-4):
-    """Runs of all arms: level by seed, effect by arm, four documents of 1,000 bytes that differ by a lot."""
+    """Runs of all arms: a level for each seed, an effect for each arm, four documents of 1,000 bytes that differ
+    widely."""
     rng, found = np.random.default_rng(0), {}
     for arm, effect in {"base": 0.0, **effects}.items():
         for seed in range(3):
@@ -284,14 +285,14 @@ def test_compared_resolves_differences_above_the_noise_of_seeds():
     for arm, effect in EFFECTS.items():
         assert rows[arm]["difference"] == pytest.approx(effect, abs=3e-4)
         assert rows[arm]["low"] < effect < rows[arm]["high"] and rows[arm]["p_holm"] >= rows[arm]["p"]
-    fresh = study.Study(**json.loads(json.dumps(study.fields_of(arms))))  # as results keep it
+    fresh = study.Study(**json.loads(json.dumps(study.fields_of(arms))))  # as stored in results
     assert study.compared(fresh, values()) == rows
     lines = study.table(arms, rows).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["base", "large", "small", "none"] and lines[2].endswith("*")
 
 
-def test_compared_gives_the_wider_interval_and_none_of_one_seed():
-    """Documents that differ in the effect make an interval that seeds which agree do not."""
+def test_compared_gives_the_wider_interval_and_none_for_one_seed():
+    """The documents differ in the effect and the seeds agree, so the interval over documents is the wider one."""
     found = values({"a": 0.03}, noise=0)
     for seed in range(3):
         found[study.name_of("a", seed)]["bits_per_byte_nats"][3] += 500
@@ -307,8 +308,8 @@ def test_compared_gives_the_wider_interval_and_none_of_one_seed():
 
 
 @pytest.mark.parametrize("step", ["toy", pytest.param("rwkv4", marks=pytest.mark.slow)])
-def test_decayed_branch_of_a_trunk_is_bit_equal_to_a_run_of_its_length(step, tmp_path, monkeypatch):
-    """The trunk stops at 9 and at 18, and both budgets decay from there."""
+def test_trained_branch_of_a_trunk_is_bit_equal_to_a_run_of_its_length(step, tmp_path, monkeypatch):
+    """The trunk stops at 9 and at 18, and the learning rate of both budgets decays from there."""
     if step == "toy":
         training.install_toy(monkeypatch)
         monkeypatch.setattr(rwkv_jax, "load", lambda workdir: (None, None))
@@ -323,7 +324,7 @@ def test_decayed_branch_of_a_trunk_is_bit_equal_to_a_run_of_its_length(step, tmp
     assert len(list(folder.iterdir())) == 4 and found[10][2][0] == found[20][2][0]  # both trunks, both branches
     for budget, (_, params, _) in found.items():
         whole = config(budget)
-        whole.optim.warmup = 1 / budget  # of both: one step, a twentieth of the longest
+        whole.optim.warmup = 1 / budget  # one step, as a twentieth of the longest budget
         expected = train.run(whole, tmp_path / f"whole-{budget}").params
         jax.tree.map(np.testing.assert_array_equal, params, expected)
     branch = found[10][2][-1] / "metrics.jsonl"

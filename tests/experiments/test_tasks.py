@@ -1,4 +1,4 @@
-"""Training on generated sequences: `tasks.fit` with several rates, from given parameters; `tasks.share_right`."""
+"""Training on generated sequences: `tasks.fit` with several rates or given parameters; `tasks.share_right`."""
 
 import functools
 
@@ -21,7 +21,7 @@ STEPS = ["toy", pytest.param("rwkv4", marks=pytest.mark.slow)]
 
 @pytest.fixture
 def step(request, monkeypatch):
-    """The toy of tests/training.py, or the real step; the factor of parameters in a step of learning rate 0."""
+    """The toy step of tests/training.py or the real one, and the factor of its parameters at learning rate 0."""
     if request.param == "toy":
         monkeypatch.setattr(train, "make_init", training.toy_init)
         monkeypatch.setattr(train, "make_step", training.toy_step)
@@ -37,7 +37,7 @@ def _batch(step):
 
 
 @pytest.mark.parametrize("step", STEPS, indirect=True)
-def test_fit_of_several_rates_equals_a_fit_of_each_and_look_stops_it(step):
+def test_fit_of_several_rates_equals_one_fit_each_and_stops_when_told(step):
     look = lambda step, params: (step, step == 4)
     fit = lambda lr: tasks.fit(MODEL, _batch, lr=lr, steps=6, every=2, look=look)
     (together, seen), *alone = (fit(lr) for lr in (RATES, *RATES))
@@ -49,15 +49,15 @@ def test_fit_of_several_rates_equals_a_fit_of_each_and_look_stops_it(step):
 
 
 @pytest.mark.parametrize("step", STEPS, indirect=True)
-def test_fit_starts_from_given_parameters_and_leaves_them(step):
+def test_fit_starts_from_given_parameters_without_changing_them(step):
     first, _ = tasks.fit(MODEL, _batch, lr=RATES[0], steps=1)
     before = jax.tree.map(np.array, first)
     second, _ = tasks.fit(MODEL, _batch, lr=1e-9, steps=1, params=first)
-    jax.tree.map(np.testing.assert_array_equal, first, before)  # still there
+    jax.tree.map(np.testing.assert_array_equal, first, before)  # not donated
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, step * b, atol=1e-7), second, before)
 
 
-def test_share_right_counts_masked_in_tokens_alone():
+def test_share_right_counts_only_tokens_of_the_mask():
     model, params = small.drawn(MODEL)
     batch = recall(np.random.default_rng(0), 64, T, N, V)
     logits_BTV, _ = small.forward(model, params, batch["tokens"][:, :-1])

@@ -1,4 +1,4 @@
-"""The causal trace: readings token by token, restored places, prompts and averages."""
+"""The causal trace: token-by-token passes, restored places, prompts and averages."""
 
 import jax
 import numpy as np
@@ -29,12 +29,12 @@ def noise_NTD(prompt):
 
 @pytest.fixture(scope="module")
 def seen(small, prompt, noise_NTD):
-    return jax.tree.map(np.asarray, tracing.effects(*small, prompt, noise_NTD, 24))  # of 72 runs
+    return jax.tree.map(np.asarray, tracing.effects(*small, prompt, noise_NTD, 24))  # from 72 runs
 
 
 @pytest.fixture(scope="module")
 def read(small, prompt, noise_NTD):
-    """The slow twin: the model in parallel over some tokens from a state, the noise as embeddings of its own.
+    """The slow twin: the model in parallel over tokens from a state. The noise is stored in embeddings of its own.
 
     Ids from V on are the prompt's tokens with noise. Returns the distribution after the last token, and the state.
     """
@@ -56,13 +56,13 @@ def read(small, prompt, noise_NTD):
     return read
 
 
-def test_clean_trace_is_the_model_in_parallel(prompt, seen, read):
+def test_effects_of_a_clean_trace_equal_the_model_in_parallel(prompt, seen, read):
     p_V, _ = read(prompt.tokens_T[1:])
     np.testing.assert_allclose(seen.clean, p_V[prompt.answer], rtol=1e-5)
-    assert abs(seen.corrupted / seen.clean - 1).min() > 1e-3  # the noise is felt
+    assert abs(seen.corrupted / seen.clean - 1).min() > 1e-3  # the noise has an effect
 
 
-def test_restored_state_is_a_state_replaced_between_two_calls(prompt, seen, read):
+def test_effects_of_a_restored_state_equal_a_state_replaced_between_calls(prompt, seen, read):
     noisy_T = np.where(prompt.subject_T, V + np.arange(T + 1), prompt.tokens_T)
     p_V, _ = read(noisy_T[1:])
     np.testing.assert_allclose(seen.corrupted[0], p_V[prompt.answer], rtol=1e-5)
@@ -75,17 +75,17 @@ def test_restored_state_is_a_state_replaced_between_two_calls(prompt, seen, read
         np.testing.assert_allclose(seen.restored[0, KINDS.index("state"), token, layer], p_V[prompt.answer], rtol=1e-5)
 
 
-def test_restored_places_nobody_reads_give_nothing_back(prompt, seen):
+def test_effects_of_restoring_places_that_no_token_reads_are_none(prompt, seen):
     by_kind = dict(zip(KINDS, seen.restored.swapaxes(0, 1), strict=True))
     nothing = np.broadcast_to(seen.corrupted[:, None], (2, L))
-    np.testing.assert_array_equal(by_kind["state"][:, -1], nothing)  # no token comes after
+    np.testing.assert_array_equal(by_kind["state"][:, -1], nothing)  # no token follows
     np.testing.assert_array_equal(by_kind["both"][:, 0], nothing)  # padding
     np.testing.assert_allclose(by_kind["residual"][:, -1, -1], [seen.clean] * 2, rtol=1e-6)
     np.testing.assert_array_equal(by_kind["both"][:, :, -1][:, 1:-1], by_kind["state"][:, :, -1][:, 1:-1])
     assert (abs(by_kind["both"] - by_kind["residual"]).max((0, 2)) > 1e-6)[3:-1].all()
 
 
-def test_roles_give_each_token_one_role(prompt):
+def test_trace_roles_give_each_token_one_role(prompt):
     R, name = averages.roles(prompt), averages.ROLES.index
     expected = ["before", "before", "first of subject", "last of subject", "last"]
     assert R.sum(0).tolist() == [0, 1, 1, 1, 1, 1] and R[:, 1:].argmax(0).tolist() == list(map(name, expected))
@@ -93,13 +93,13 @@ def test_roles_give_each_token_one_role(prompt):
     assert by_role[:, name("before"), 0].tolist() == [1.5, 7.5] and np.isnan(by_role[:, name("after")]).all()
 
 
-def test_other_tokens_are_as_many_as_the_subject_and_none_of_it():
+def test_other_tokens_are_as_many_as_the_subject_and_outside_it():
     prompt = facts.padded([3, 3], [4, 5], [6, 6], 7, 9)
     drawn = np.array([averages.other_tokens(prompt, np.random.default_rng(i)) for i in range(20)])
     assert (drawn.sum(1) == 2).all() and np.flatnonzero(drawn.any(0)).tolist() == [3, 4, 7, 8]
 
 
-def test_averages_over_facts_agree_with_a_hand_calculation():
+def test_trace_averages_agree_with_values_by_hand():
     assert averages.depth(np.array([1.0, 0, 1])) == 0.5 and averages.depth(np.array([-5.0, 0, 2])) == 1
     effect = np.zeros((4, len(KINDS), len(averages.ROLES), 2))  # [facts, kinds, roles, L]
     effect[:, KINDS.index("both"), averages.ROLES.index("last of subject"), 0] = 1
@@ -114,7 +114,7 @@ def test_averages_over_facts_agree_with_a_hand_calculation():
     assert known[0] == 2 and unknown is None
 
 
-def test_world_has_one_answer_a_subject_and_relation():
+def test_trace_world_has_one_answer_for_each_subject_and_relation():
     world = facts.world(subjects=20, vocab_size=64, seed=1)
     prompts = facts.everything(world)
     answers = prompts.answer.reshape(20 * facts.RELATIONS, facts.TEMPLATES)
@@ -125,7 +125,7 @@ def test_world_has_one_answer_a_subject_and_relation():
     assert not words & {t for s in world.subjects for t in s} and not words & set(world.objects_SR.ravel().tolist())
 
 
-def test_training_rows_begin_at_the_separator_and_count_answers_alone():
+def test_rows_of_prompts_begin_at_the_separator_and_count_answers_alone():
     prompts = facts.stacked([facts.padded([3], [4], [5], 6, 5), facts.padded([3, 3], [4], [5], 6, 5)])
     rows = run.rows_of(prompts)
     assert rows["tokens"].tolist() == [[0, 0, 3, 4, 5, 6], [0, 3, 3, 4, 5, 6]]
@@ -133,7 +133,7 @@ def test_training_rows_begin_at_the_separator_and_count_answers_alone():
     assert rows["reset"].argmax(1).tolist() == [1, 0] and rows["reset"].sum(1).tolist() == [1, 1]
 
 
-def test_facts_of_a_file_are_padded_prompts_or_refused(tmp_path):
+def test_facts_from_file_gives_padded_prompts_or_an_error(tmp_path):
     path = tmp_path / "facts.json"
 
     def read(text):
@@ -142,11 +142,11 @@ def test_facts_of_a_file_are_padded_prompts_or_refused(tmp_path):
 
     prompts = read('[{"subject": "ab", "prompt": "x ab is", "attribute": "cd"}]')
     assert bytes(prompts.tokens_T[0].tolist()) == b"\0x ab is" and prompts.answer.tolist() == [ord(" ")]
-    # the space before the subject is its own, as it is of a word's token in BPE
+    # the space before the subject belongs to it, as it does to a word's token in BPE
     assert bytes(prompts.tokens_T[0][prompts.subject_T[0]].tolist()) == b" ab"
     with pytest.raises(ValueError, match="expected a JSON list"):
         read('[{"subject": "a"}]')
-    with pytest.raises(ValueError, match="fact 0: 'zz' is no run of tokens"):
+    with pytest.raises(ValueError, match="fact 0: 'zz' is not a sequence of whole tokens"):
         read('[{"subject": "zz", "prompt": "x ab is", "attribute": "cd"}]')
     with pytest.raises(ValueError, match="--model and --facts together"):
         run.cells(run.PRESETS["smoke"], None, model="x.pth")

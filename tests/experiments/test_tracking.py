@@ -1,4 +1,4 @@
-"""The experiment on state tracking: its words against matrices of permutations, what it trains, and its verdicts."""
+"""The experiment on state tracking: its words against permutation matrices, its training, and its verdicts."""
 
 import functools
 import json
@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def _matrices(group):
-    """[G, points, points]: row i of an element's matrix marks where the element takes point i."""
+    """[G, points, points]: row i of an element's matrix marks the image of point i."""
     return np.eye(permutations(group).shape[1], dtype=int)[permutations(group)]
 
 
 @pytest.mark.parametrize(("group", "order", "commutes"), [("S3", 6, False), ("Z6", 6, True), ("A5", 60, False)])
-def test_product_table_is_that_of_the_group(group, order, commutes):
+def test_product_table_agrees_with_products_of_permutation_matrices(group, order, commutes):
     table, matrices_GPP = product_table(group), _matrices(group)
     assert table.shape == (order, order) and len(np.unique(matrices_GPP, axis=0)) == order
     np.testing.assert_array_equal(matrices_GPP[table], matrices_GPP[:, None] @ matrices_GPP[None])
@@ -35,7 +35,7 @@ def test_product_table_is_that_of_the_group(group, order, commutes):
     assert len(reached) == order and len(letters(group)) == (2 if group == "A5" else order)
 
 
-def test_words_are_labelled_with_the_product_so_far():
+def test_words_have_the_product_so_far_as_target():
     batch, again, other = (words(np.random.default_rng(seed), 16, 9, "A5") for seed in (0, 0, 1))
     matrices_GPP = _matrices("A5")
     for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
@@ -58,15 +58,15 @@ def test_words_are_labelled_with_the_product_so_far():
         ([0.3, 0.31, 0.32], [0.1, 0.1, 0.11], "not comparable"),  # neither has learned the task
     ],
 )
-def test_judged_needs_an_interval_and_a_task_that_was_learned(high, low, verdict):
+def test_tracking_judged_needs_an_interval_and_a_learned_task(high, low, verdict):
     assert run.judged(high, low) == verdict
 
 
-def test_conclude_compares_pairs_at_their_lengths():
+def test_tracking_conclude_compares_pairs_at_their_lengths():
     its = study.Study(**run.STUDY)
     values = {}
     for i, arm in enumerate(study.arms_of(its)):
-        ramp_T = np.linspace(1, 0.6, 64) - i / 100  # another one for each arm
+        ramp_T = np.linspace(1, 0.6, 64) - i / 100  # differs by arm
         values |= {study.name_of(arm, seed): {"right": (ramp_T * (1 + seed / 100)).tolist()} for seed in range(3)}
     results = run.conclude(its, values)
     rows = {row["artefact"]: row for row in results["ledger"]}
@@ -77,7 +77,7 @@ def test_conclude_compares_pairs_at_their_lengths():
     four_times = (0.6 - order / 100) * np.array([1, 1.01, 1.02])
     np.testing.assert_allclose(results["last_token"]["A5 x 2, rwkv7"]["64"], four_times)
     assert results["chance"]["A5"] == 1 / 60
-    # what the papers lack has no verdict of theirs
+    # rows that the papers lack have no verdict
     verdicts = {name: row["verdict"] for name, row in rows.items()}
     assert verdicts.pop("State tracking, A5: rwkv7 minus transformer, token 16 (trained on 16)") == "same sign"
     assert set(verdicts.values()) == {"no claim"}

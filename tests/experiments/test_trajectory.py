@@ -13,7 +13,7 @@ FEW = 12  # steps: all tensors get gradients from the third on, and Adam's momen
 
 @pytest.mark.parametrize("steps", [FEW, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("version", run.RECIPES)
-def test_trajectory_is_the_released_trainers(version, steps):
+def test_trajectory_equals_that_of_the_released_trainer(version, steps):
     found = run.apart(run.ours(steps, version), run.kept(steps, version))
     assert len(found.pop("loss_by_step")) == steps
     assert len(found) == (3 if steps == 150 else 2)  # the final tensors are those of the last step
@@ -22,7 +22,7 @@ def test_trajectory_is_the_released_trainers(version, steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [{"l2wrap": False}, {"groups": ()}])
-def test_trajectory_differs_where_a_part_of_the_step_is_left_out(change):
+def test_trajectory_differs_if_a_part_of_the_step_is_left_out(change):
     assert run.apart(run.ours(30, **change), run.kept(30))["loss_nats"] > 1e-5
 
 
@@ -35,7 +35,7 @@ def test_apart_returns_the_largest_difference_of_each_kind():
     assert "final_tensors" not in run.apart(a, (*b[:2], None))
 
 
-def test_conclude_contradicts_where_one_number_is_beyond_the_tolerance():
+def test_trajectory_conclude_contradicts_if_one_number_is_beyond_tolerance():
     cell = {"from kept": {"loss_nats": 1e-8, "grad_norm_relative": 1e-8, "loss_by_step": [1e-8]}}
     values = {name: cell for name in run.CELLS} | {"clone, model.py 123": {"from clone": cell["from kept"]}}
     verdict = lambda: run.conclude(run.PRESETS["smoke"], values)["ledger"][0]["verdict"]
@@ -44,7 +44,7 @@ def test_conclude_contradicts_where_one_number_is_beyond_the_tolerance():
     assert verdict() == "contradicted"
 
 
-def test_command_reports_a_folder_that_is_no_clone_in_one_line(tmp_path, capsys):
+def test_trajectory_command_reports_a_folder_that_is_no_clone_in_one_line(tmp_path, capsys):
     assert run.main(["--smoke", f"--out={tmp_path}", f"--rwkv-lm={tmp_path / 'clone'}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --rwkv-lm=") and "there is no" in error and error.count("\n") == 1
@@ -52,7 +52,7 @@ def test_command_reports_a_folder_that_is_no_clone_in_one_line(tmp_path, capsys)
 
 
 @pytest.mark.live
-def test_released_trajectory_reports_why_another_program_does_not_run(tmp_path):
+def test_released_trajectory_reports_why_a_foreign_program_fails(tmp_path):
     path = tmp_path / released.FILE
     path.parent.mkdir(parents=True)
     path.write_text("import lightning_of_tomorrow")

@@ -1,10 +1,10 @@
-"""Zero-shot: the expected numbers, and what counts as reproduced."""
+"""Zero-shot: the expected numbers, and the criteria for reproduced."""
 
 import numpy as np
 
 from experiments.zero_shot import run
 
-MEANS = [  # of the 13 accuracies, as the figure of the same numbers in RWKV-LM prints them
+MEANS = [  # means of the 13 accuracies, as printed in RWKV-LM's figure of the same numbers
     44.13, 44.14, 43.42, 48.04, 48.39, 47.25, 53.91, 53.55, 52.64, 57.93, 57.64, 55.92, 61.20, 60.44, 61.34, 63.71,
     62.38, 64.58,
 ]  # fmt: skip
@@ -20,7 +20,7 @@ def test_zero_shot_expected_numbers_have_the_published_means():
         assert f"--model={checkpoint}.pth --add_bos_token --tasks=piqa," in run.harness_command(checkpoint)
 
 
-def test_zero_shot_scorer_is_judged_by_all_that_was_compared():
+def test_zero_shot_conclude_judges_the_scorer_by_every_comparison():
     def verdict(nats=2e-5, flags_equal=True, of_long_text=3e-5):
         cell = {"requests": 4, "nats": nats, "flags_equal": flags_equal}
         long_text = {"tokens": 900, "nats": of_long_text, "nats_as_answered": 3e-4, "float32_spacing": 5e-4}

@@ -17,7 +17,7 @@ TOKENIZER = ByteTokenizer()
 
 @pytest.fixture
 def talk(monkeypatch, capsys, tmp_path):
-    """A function that returns the standard output of a chat in which `lines` are typed, `tmp_path` the folder."""
+    """A function that types `lines` into a chat and returns its standard output; the folder is `tmp_path`."""
     monkeypatch.chdir(tmp_path)
 
     def talk(*lines, **settings):
@@ -31,7 +31,7 @@ def talk(monkeypatch, capsys, tmp_path):
 
 
 def saved(name):
-    """(context, text) of a saved conversation, of which the context has read exactly the text."""
+    """(context, text) of a saved conversation, after a check that the context has read exactly the text."""
     context, text = load_context(name, *unstacked("rwkv4"))
     assert_read("rwkv4", context, TOKENIZER.encode(text))
     return context, text
@@ -68,24 +68,24 @@ def test_chat_prints_one_line_for_a_mistake_and_continues(talk, line):
     assert out.count("error: ") == 1 and len(out.splitlines()) == 3
 
 
-def test_chat_survives_a_message_that_is_no_text_and_reads_no_byte_order_mark(talk):
+def test_chat_reports_a_message_that_is_not_utf8_and_skips_a_byte_order_mark(talk):
     out = talk(b"\xef\xbb\xbfhello\n", b"caf\xe9\n", "/save one", "/undo", "/undo")
     assert out.count("error: the message is not UTF-8") == 1 and len(out.splitlines()) == 4
     assert "taken back: hello" in out and out.endswith("no message to take back\n")
     assert saved("one")[1].startswith("Bob: hello\n\nAlice:")
 
 
-def test_chat_refuses_wrong_settings_before_anybody_speaks(talk):
+def test_chat_refuses_wrong_settings_before_the_first_message(talk):
     with pytest.raises(ValueError, match="top_p is 2"):
         talk(top_p=2)
 
 
-def test_chat_says_nothing_unless_spoken_to(talk):
+def test_chat_prints_no_reply_without_a_message(talk):
     out = talk("/save x", "/undo", "/retry", "", "/nonsense", "/quit", "hello")
-    assert out.count("error: nothing was said") == 1 and out.endswith("after what was printed.\n")
+    assert out.count("error: there is no conversation to save") == 1 and out.endswith("after what was printed.\n")
 
 
-def test_chat_keeps_what_was_printed_before_ctrl_c(talk, monkeypatch):
+def test_chat_keeps_the_printed_text_after_an_interrupt(talk, monkeypatch):
     count, real = 0, print
 
     def interrupted(*args, **kwargs):

@@ -27,7 +27,7 @@ def test_rows_and_concatenate_pick_and_join_texts(kind):
 
 
 def assert_filled_up(actual, expected):
-    """Two contexts of a hybrid are equal but for zeros behind the caches of the former."""
+    """Check that two contexts of a hybrid are equal up to zeros after the caches of the first."""
     (recurrent, attention), (_, before) = actual.state, expected.state
     for name in ("k_BHSK", "v_BHSK"):
         longer, shorter = (np.asarray(getattr(entry.cache, name)) for entry in (attention, before))
@@ -45,7 +45,7 @@ def test_concatenate_fills_up_shorter_caches():
     assert_filled_up(jax.tree.map(lambda x: x[:2], both), short)
 
 
-def test_begin_copies_a_context_and_makes_room_for_what_is_read():
+def test_begin_copies_a_context_and_makes_room_for_new_tokens():
     for kind in ("rwkv4", "hybrid"):
         model, context = unstacked(kind)[0], filled(kind, 3)
         assert_equal(begin(model, context, 3, 200), context)
@@ -55,8 +55,8 @@ def test_begin_copies_a_context_and_makes_room_for_what_is_read():
     assert [slots(begin(model, None, 3, room)) for room in (1, 256, 257, 600)] == [256, 256, 512, 768]
 
 
-def test_with_room_grows_caches_to_what_is_likely():
-    """Where the tokens fit nothing is copied; else caches double, but to no more than what is likely to be needed."""
+def test_with_room_grows_caches_up_to_the_likely_length():
+    """If the tokens fit, nothing is copied. Otherwise caches double, up to the length that is likely to be needed."""
     model, rwkv4 = unstacked("hybrid")[0], filled("rwkv4", 3)
     assert with_room(unstacked("rwkv4")[0], rwkv4, 10_000, 10_000) is rwkv4
     for length, room, likely, before, after in (

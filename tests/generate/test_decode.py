@@ -32,7 +32,7 @@ _keys = jax.jit(lambda seed, index_T: jax.vmap(jax.random.fold_in, (None, 0))(ja
 
 
 def expected_draws(logits_TV, seed, **settings):
-    """What a sampler draws from the logits of up to 64 tokens, each with its own key."""
+    """The tokens that a sampler draws from the logits of up to 64 tokens, each with its own key."""
     padded = np.zeros((64, logits_TV.shape[1]), np.float32)
     padded[: len(logits_TV)] = logits_TV
     key_T = _keys(np.uint32(seed), np.arange(64, dtype=np.uint32))
@@ -40,12 +40,12 @@ def expected_draws(logits_TV, seed, **settings):
 
 
 def joined(*lists):
-    """Prompts and what follows them, row by row."""
+    """Each prompt with its continuation."""
     return [list(itertools.chain(*parts)) for parts in zip(*lists, strict=True)]
 
 
 def logits_before(kind, prompts, tokens):
-    """[T, V] of each row: the logits from which its tokens were drawn, from one pass over prompt and tokens."""
+    """[T, V] for each row: the logits that its tokens were drawn from, by one pass over prompt and tokens."""
     found, _ = whole(*unstacked(kind), joined(prompts, tokens))
     return [row_TV[len(prompt) - 1 : -1] for row_TV, prompt in zip(found, prompts, strict=True)]
 
@@ -53,13 +53,13 @@ def logits_before(kind, prompts, tokens):
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def test_chunks_hold_the_prompts_in_three_lengths():
+def test_chunks_hold_the_prompts_in_chunks_of_three_lengths():
     for longest in range(1, 601):
         prompts = [ids(longest), ids(longest // 3, seed=3), ids(max(longest - 256, 0), seed=4)]
         tokens, valid, last = zip(*chunks(prompts), strict=True)
         widths = [x.shape[1] for x in tokens]
         assert widths[0] in FIRST_CHUNKS and set(widths[1:]) <= {PROMPT_CHUNK}
-        assert sum(widths[1:]) < longest <= sum(widths)  # nothing before the first chunk, and the rest fits in it
+        assert sum(widths[1:]) < longest <= sum(widths)  # the first chunk is needed, and large enough
         shorter = [n for n in FIRST_CHUNKS if n < widths[0]]
         assert not shorter or sum(widths[1:]) + shorter[-1] < longest
         assert list(last) == [False] * (len(widths) - 1) + [True]
@@ -71,7 +71,7 @@ def test_chunks_hold_the_prompts_in_three_lengths():
 
 @KINDS
 def test_read_and_logits_equal_one_pass_over_the_prompts(kind):
-    """One of them has chunks that are all padding, one ends a chunk early, one is empty."""
+    """One prompt has chunks that are all padding, one ends a chunk early, one is empty."""
     prompts, texts = [ids(FAR), ids(PROMPT_CHUNK + 5, seed=3), []], [ids(FAR), ids(PROMPT_CHUNK + 5, seed=3), [0]]
     expected, context = whole(*unstacked(kind), texts)
     assert_near(read(*unstacked(kind), prompts), context)
@@ -84,8 +84,9 @@ def test_read_and_logits_equal_one_pass_over_the_prompts(kind):
 
 
 @KINDS
-def test_read_and_logits_in_parts_equal_those_at_once(kind):
-    """Caches grow on the way. The given context stays bit for bit, and so do rows with an empty part."""
+def test_read_and_logits_in_parts_equal_one_call(kind):
+    """Caches grow between the calls. The given context is unchanged bit for bit, and so is a row with an empty
+    part."""
     texts, context = [ids(PROMPT_CHUNK + 30), ids(30, seed=3), ids(12, seed=4)], None
     expected, _ = whole(*unstacked(kind), texts)
     cuts = [(0, 10, 10 + PROMPT_CHUNK, 10 + PROMPT_CHUNK, 30 + PROMPT_CHUNK), (0, 14, 14, 14, 30), (0, 1, 1, 12, 12)]
@@ -109,7 +110,7 @@ def test_read_and_logits_in_parts_equal_those_at_once(kind):
 
 
 @KINDS
-def test_rows_are_independent_of_their_neighbours(kind):
+def test_read_and_generate_keep_rows_independent_of_their_neighbours(kind):
     fixed, model = ids(14), unstacked(kind)
     contexts, texts = [], []
     for seed in (3, 4):
@@ -126,15 +127,15 @@ def test_rows_are_independent_of_their_neighbours(kind):
 
 @KINDS
 def test_generate_draws_every_token_from_the_logits_of_one_full_pass(kind):
-    """Each row has its own prompt, seed and limit. The context has read exactly what is returned, no stop token, and
-    that of a row which stopped at once is the one from before, bit for bit."""
+    """Each row has its own prompt, seed and limit. The context has read exactly the returned tokens, no stop token.
+    For a row that stopped at once it is the previous one, bit for bit."""
     limits = [DISPATCH + 8, 3, 2 * DISPATCH - 4]
     settings = {"max_new_tokens": limits, "seed": [7, 8, 2**32 - 1], "temperature": 2.0}
     tokens, context = generate_with_context(*unstacked(kind), PROMPTS, **settings)
     assert [len(new) for new in tokens] == limits
     for new, logits_TV, seed in zip(tokens, logits_before(kind, PROMPTS, tokens), settings["seed"], strict=True):
         assert new == expected_draws(logits_TV, seed, temperature=2.0)
-        assert len(set(new)) > len(new) / 2  # or it has gone in circles, and many errors would not show
+        assert len(set(new)) > len(new) / 2  # a cycle of few tokens would hide many errors
         assert all(isinstance(token, int) for token in new)
     assert_read(kind, context, *joined(PROMPTS, tokens))
 
@@ -148,7 +149,7 @@ def test_generate_draws_every_token_from_the_logits_of_one_full_pass(kind):
     assert_equal(row(context, 1), row(before, 1))
 
 
-def test_generate_greedily_takes_the_likeliest_tokens():
+def test_generate_at_temperature_0_takes_the_likeliest_tokens():
     greedily = functools.partial(generate, *unstacked("rwkv4"), PROMPTS[0], max_new_tokens=DISPATCH + 8)
     tokens = greedily(temperature=0)
     assert tokens == logits_before("rwkv4", PROMPTS[:1], [tokens])[0].argmax(axis=-1).tolist()
@@ -157,7 +158,7 @@ def test_generate_greedily_takes_the_likeliest_tokens():
 
 @KINDS
 def test_generate_of_a_batch_equals_single_runs(kind):
-    """And of stacked parameters that of unstacked ones; of one seed each row has a seed of its own."""
+    """Stacked and unstacked parameters agree, too. Given a single seed, each row has its own."""
     seeds, limits = [7, 8, 7], [DISPATCH + 8, 3, DISPATCH + 8]
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
     together = generate(*unstacked(kind), prompts, seed=seeds, max_new_tokens=limits)
@@ -170,7 +171,7 @@ def test_generate_of_a_batch_equals_single_runs(kind):
 
 @KINDS
 def test_generate_continues_and_forks_a_context(kind):
-    """As in one longer run, as often as one likes; no new tokens are the context itself."""
+    """Continuations equal one longer run, any number of times. With no new tokens the context is unchanged."""
     expected = generate(*unstacked(kind), PROMPTS[0], max_new_tokens=50, seed=7)
     first, context = generate_with_context(*unstacked(kind), PROMPTS[0], max_new_tokens=10, seed=7)
     before = jax.tree.map(np.array, context)
@@ -182,8 +183,8 @@ def test_generate_continues_and_forks_a_context(kind):
     assert_equal(more(max_new_tokens=0), ([], before))
 
 
-def test_generate_grows_caches_of_attention(monkeypatch):
-    """Prompts fill a cache that is too short for what follows; a longer one is read on to."""
+def test_generate_grows_the_caches_of_attention(monkeypatch):
+    """The prompts fill a cache that is too short for the continuations; a longer cache is read further."""
     monkeypatch.setattr("rwkv_jax.generate.decode.LIKELY", 1)
     model, prompts, limits = unstacked("hybrid"), [ids(PROMPT_CHUNK - 2), ids(40, seed=3), [0]], [DISPATCH + 8, 5, 0]
     short = read(*model, prompts)
@@ -200,14 +201,14 @@ def test_generate_grows_caches_of_attention(monkeypatch):
     assert_equal(row(after, 1), row(context, 1))
 
 
-def test_empty_prompts_stand_for_the_separator():
+def test_generate_reads_an_empty_prompt_as_the_separator():
     assert generate(*unstacked("rwkv4"), [], seed=7) == generate(*unstacked("rwkv4"), [0], seed=7)
     settings = {"max_new_tokens": 9} | NEARLY_GREEDY
     rows = generate(*unstacked("rwkv4"), np.zeros((B, 0), int), **settings)
     assert rows == [generate(*unstacked("rwkv4"), [0], **settings)] * B
 
 
-def test_penalties_see_prompt_and_continuation():
+def test_generate_penalises_tokens_of_prompt_and_continuation():
     draw = functools.partial(generate, *unstacked("rwkv4"), PROMPTS[0], max_new_tokens=40, temperature=1e-4)
     assert len(set(draw(presence_penalty=1000.0, repetition_penalty=1.0001))) == 40
     penalised = draw(presence_penalty=1e-5, repetition_penalty=1000.0)

@@ -10,19 +10,19 @@ from rwkv_jax.generate.sampling import history, sampler
 
 V, INF = 3 * filters.LANES + 7, np.inf
 LIVE = "needs requirements-live.txt"
-PENALTIES = ("presence_penalty", "frequency_penalty")  # which transformers lacks
+PENALTIES = ("presence_penalty", "frequency_penalty")  # not in transformers
 _add = jax.jit(lambda history, tokens_B: history.add(tokens_B))
 
 
 @jax.jit
 def filtered(sampler, logits_BV, history):
-    """(scores, what the filters of the distribution leave of them), [B, V] both."""
+    """(scores, scores after the filters of the distribution), [B, V] both."""
     scores_BV = filters.scores(logits_BV, history, sampler.keywords)
     return scores_BV, filters.truncated(scores_BV, sampler.keywords)
 
 
 def hard_logits():
-    """[7, V]: without ties, with ties, spread, one hot, half of them banned, all equal, and few."""
+    """[7, V]: without ties, with ties, spread, one-hot, half of them banned, all equal, and few."""
     rng = np.random.default_rng(3)
     smooth, spread = 2 * rng.standard_normal(V), 12 * rng.standard_normal(V)
     tied, banned, few = np.round(8 * smooth) / 8, np.round(spread), np.full(V, -INF)
@@ -32,7 +32,7 @@ def hard_logits():
 
 
 def written_texts():
-    """(prompt, continuation) of each row, of five tokens that come again and again."""
+    """(prompt, continuation) for each row, of five tokens that repeat."""
     rng = np.random.default_rng(4)
     return [(rng.integers(0, 5, n).tolist(), rng.integers(0, 5, 6).tolist()) for n in (5, 0, 1, 16, 20, 3, 40)]
 
@@ -65,7 +65,7 @@ def transcribed_scores(logits_V, prompt, new, decay, settings):
 
 
 def transcribed_filters(x_V, settings):
-    """The logits that are left of scores in float32, whose order and ties count."""
+    """The logits that the filters keep of scores in float32, since order and ties matter."""
     temperature, is_last = settings.get("temperature", 1), "temperature_last" in settings
     likeliest_first = np.argsort(-x_V, kind="stable")
     z_V = np.float64(x_V) / (1 if is_last else temperature)
@@ -91,7 +91,7 @@ def only(kept, z_V):
 
 
 def fewest(order, p_V, share):
-    """The first tokens of an order whose probability reaches a share."""
+    """The shortest prefix of an order whose probability reaches a share."""
     sum_V = np.cumsum(p_V[order])
     assert np.abs(sum_V - share).min() > 1e-7, "float32 may fall on either side: take another share"
     return order[: np.searchsorted(sum_V, share) + 1]
@@ -114,7 +114,7 @@ def every_setting(seed, **more):
     } | more
 
 
-SETTINGS = {  # one compiled function each
+SETTINGS = {  # one compiled function for each entry
     "temperature": [{"temperature": t} for t in (0.25, 1.0, 3.0)],
     "top_k": [{"top_k": k} for k in (1, 3, 40, 700, 1100, V + 3)],
     "top_p": [{"top_p": p} for p in (0.01, 0.31, 0.87, 0.997)],
@@ -137,17 +137,17 @@ def test_filters_equal_a_float64_transcription(name):
             expected_V = transcribed_filters(scores_V, settings)
             np.testing.assert_array_equal(np.isfinite(left_V), np.isfinite(expected_V))
             np.testing.assert_allclose(left_V, expected_V - expected_V.max(), rtol=1e-5, atol=1e-5)
-            assert left_V.max() == 0  # or a small temperature that comes last overflows
+            assert left_V.max() == 0  # otherwise a small temperature applied last overflows
 
 
-def test_history_never_forgets_a_presence():
+def test_history_keeps_the_presence_of_a_decayed_token():
     at = history([[]], 4, decay=0.01)
     for token in [1] + [2] * 60:
         at = _add(at, np.int32([token]))
     assert (np.asarray(at.counts_BV)[0] > 0).tolist() == [False, True, True, False]
 
 
-def test_history_holds_what_its_sampler_reads():
+def test_history_holds_only_the_counts_that_its_sampler_reads():
     def leaves(**settings):
         at = jax.eval_shape(history([[1], [2]], V, sampler=sampler(**settings)).add, np.zeros(2, np.int32))
         return {name for name, leaf in at._asdict().items() if leaf is not None}
@@ -165,7 +165,7 @@ def test_history_holds_what_its_sampler_reads():
 
 
 def left_of(logits_V, history=None, **settings):
-    """Probabilities [V] from which a sampler draws."""
+    """The probabilities [V] that a sampler draws from."""
     return special.softmax(np.float64(filtered(sampler(**settings), logits_V[None], history)[1][0]))
 
 
@@ -186,7 +186,7 @@ def left_of(logits_V, history=None, **settings):
     ids=lambda settings: next(iter(settings)) if len(settings) == 1 else "all",
 )
 def test_filters_equal_those_of_transformers(settings):
-    """Each processor, and all of them in the order in which `generate` applies them."""
+    """Compares each processor alone, and all of them in the order in which `generate` applies them."""
     torch = pytest.importorskip("torch", reason=LIVE)
     transformers = pytest.importorskip("transformers", reason=LIVE)
     torch.manual_seed(0)
@@ -224,7 +224,7 @@ def test_filters_equal_those_of_the_rwkv_package(monkeypatch, temperature, top_k
 
 @pytest.mark.live
 def test_penalties_equal_those_of_the_rwkv_package():
-    """What its `generate` hands to `sample_logits`, over a text that it is made to write."""
+    """Compares the logits that its `generate` passes to `sample_logits` while it writes a given text."""
     torch, utils = pytest.importorskip("torch", reason=LIVE), pytest.importorskip("rwkv.utils", reason=LIVE)
     logits_TV = np.random.default_rng(4).standard_normal((12, 6), np.float32)
     text, steps, seen = iter([1, 3, 3, 2, 1, 1, 5, 3, 1, 0, 0, 1]), iter(logits_TV), []

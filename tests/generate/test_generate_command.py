@@ -35,8 +35,9 @@ def continued(capsys, workdir, *arguments):
     return out[:-1]
 
 
-def test_command_prints_the_text_of_stream(workdir, capsys, tmp_path, monkeypatch):
-    """Of a prompt on the command line, in a file and on standard input; up to the first of several stop strings."""
+def test_generate_command_prints_the_text_of_stream(workdir, capsys, tmp_path, monkeypatch):
+    """The prompt comes from the command line, a file or standard input; the text ends at the first of several stop
+    strings."""
     settings = {"max_new_tokens": 40, "temperature": 2.0, "seed": 4}
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     expected = "".join(stream(*unstacked("rwkv4"), "日本\n", BYTES, **settings))
@@ -50,11 +51,11 @@ def test_command_prints_the_text_of_stream(workdir, capsys, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("ending", ["interrupted", pytest.param("nobody reads on", marks=pytest.mark.slow)])
-def test_command_stops_when_told_and_saves_what_was_printed(workdir, ending, tmp_path):
+def test_generate_command_saves_the_context_of_the_printed_text_when_stopped(workdir, ending, tmp_path):
     arguments = ("--prompt=a", "--max_new_tokens=1000000", "--seed=4", f"--save_context={tmp_path / 'c'}")
     command = [sys.executable, "-W", "error", "-m", "rwkv_jax.generate", f"--model={workdir}", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # a suite that runs in the background may have SIGINT ignored, which its children would inherit
+    # a suite in the background may ignore SIGINT, and its child processes inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, env=os.environ, **pipes) as process:
         out = process.stdout.read(10)
@@ -73,7 +74,7 @@ def test_command_stops_when_told_and_saves_what_was_printed(workdir, ending, tmp
     assert expected.startswith(out[:10])
 
 
-def test_command_hands_every_setting_to_stream(workdir, capsys, monkeypatch):
+def test_generate_command_passes_every_setting_to_stream(workdir, capsys, monkeypatch):
     settings = {"temperature": 1.2, "top_p": 0.9, "top_k": 40, "min_p": 0.001, "typical_p": 0.95, "seed": 3,
                 "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3,
                 "penalty_decay": 0.99, "max_new_tokens": 60}  # fmt: skip
@@ -96,7 +97,7 @@ def test_command_hands_every_setting_to_stream(workdir, capsys, monkeypatch):
     ]
 
 
-def test_command_and_chat_end_at_the_separator_as_the_object_does(tmp_path, capsys, monkeypatch):
+def test_generate_command_and_chat_end_at_the_separator(tmp_path, capsys, monkeypatch):
     rwkv_jax.save(tmp_path / "model.pth", *cycling(":ab\0"))
     arguments = [f"--model={tmp_path / 'model.pth'}", "--tokenizer=bytes", "--temperature=1e-4"]
     assert RWKVForCausalLM(*cycling(":ab\0"), BYTES).generate(":", **NEARLY_GREEDY) == "ab"
@@ -105,7 +106,7 @@ def test_command_and_chat_end_at_the_separator_as_the_object_does(tmp_path, caps
     assert main([*arguments, "--chat"]) == 0 and capsys.readouterr().out == "ab\n"
 
 
-def test_command_continues_a_saved_context(workdir, capsys, tmp_path):
+def test_generate_command_continues_a_saved_context(workdir, capsys, tmp_path):
     path, greedy = tmp_path / "context", f"--temperature={NEARLY_GREEDY['temperature']}"
     whole = continued(capsys, workdir, "--prompt=ab", greedy, "--max_new_tokens=60")
     first = continued(capsys, workdir, "--prompt=ab", greedy, "--max_new_tokens=20", f"--save_context={path}")
@@ -114,7 +115,7 @@ def test_command_continues_a_saved_context(workdir, capsys, tmp_path):
     assert first + second == whole and load_context(path, *unstacked("rwkv4"))[1] == "ab" + whole
 
 
-def test_command_names_mistakes_in_one_line(workdir, tmp_path, capsys):
+def test_generate_command_reports_mistakes_in_one_line(workdir, tmp_path, capsys):
     other, binary = tmp_path / "other", tmp_path / "binary"
     save_context(other, filled("hybrid", 1), *unstacked("hybrid"))
     binary.write_bytes(b"\xff\xfe")
@@ -140,4 +141,4 @@ def test_command_names_mistakes_in_one_line(workdir, tmp_path, capsys):
         assert out == "" and err.count("\n") == 1
         assert err.startswith("error: ") and message in err
     assert main([f"--model={workdir}", "--chat", "--stop=a"]) == 2
-    assert capsys.readouterr().err == "error: --stop beside --chat, where a reply ends with its paragraph\n"
+    assert capsys.readouterr().err == "error: --stop with --chat, where a reply ends with its paragraph\n"

@@ -22,8 +22,8 @@ encoded = lambda text: list(text.encode())
 
 
 @KINDS
-def test_stream_yields_the_text_of_generate_and_can_be_abandoned(kind):
-    """Its context is that of what was yielded, and can be continued; so can the stream."""
+def test_stream_yields_the_text_of_generate_and_resumes_after_a_break(kind):
+    """The context is that of the yielded text, and continues; so does the stream."""
     settings = {"seed": 5, "temperature": 1.3}
     whole = generate(*unstacked(kind), encoded(PROMPT), max_new_tokens=60, **settings)
     streamed = stream(*unstacked(kind), PROMPT, BYTES, max_new_tokens=40, **settings)
@@ -33,30 +33,30 @@ def test_stream_yields_the_text_of_generate_and_can_be_abandoned(kind):
         tokens, context = streamed.tokens, streamed.context
         taken.append((tokens, context))
         assert decoded(tokens).startswith(streamed.text) and "".join(pieces) == streamed.text
-        assert len(decoded(tokens)) - len(streamed.text) <= 3  # of an incomplete character
+        assert len(decoded(tokens)) - len(streamed.text) <= 3  # bytes of an incomplete character
         rest = {"max_new_tokens": 60 - len(tokens), "start": len(tokens)} | settings
         assert tokens + generate(*unstacked(kind), [], context=context, **rest) == whole
     assert streamed.tokens == whole[:40] and streamed.text == decoded(whole[:40])
     assert all(pieces) and len(pieces) > 10
-    for tokens, context in taken:  # also those from which the stream has gone on
+    for tokens, context in taken:  # includes contexts that the stream has continued from
         assert_read(kind, context, encoded(PROMPT) + tokens)
 
 
-def test_stream_never_breaks_a_character():
+def test_stream_yields_whole_characters():
     text = "é日😀."
     continued = functools.partial(stream, *cycling(text), "x.", BYTES, **NEARLY_GREEDY)
     assert list(continued(max_new_tokens=20)) == list(text) * 2
     assert list(continued(max_new_tokens=8)) == ["é", "日", "\ufffd"]  # three bytes of four
 
 
-def test_stream_computes_nothing_ahead():
+def test_stream_of_a_huge_limit_yields_at_once():
     pieces = stream(*unstacked("rwkv4"), "abc", BYTES, max_new_tokens=2**32 - 1)
     first = list(itertools.islice(pieces, 5))
     assert first == list(itertools.islice(stream(*unstacked("rwkv4"), "abc", BYTES), 5))
 
 
-def test_stream_survives_an_interruption(monkeypatch):
-    """The arrays of a step are lost when it is interrupted, and read again."""
+def test_stream_context_survives_an_interrupt(monkeypatch):
+    """The arrays of an interrupted step are lost; the context is read again from the tokens."""
     streamed = stream(*unstacked("rwkv4"), "", BYTES, max_new_tokens=40)
     list(itertools.islice(streamed, 5))
     before = streamed.tokens
@@ -76,9 +76,9 @@ def test_stream_survives_an_interruption(monkeypatch):
 # -------------------------------------------------------------------------------------------------- stop strings
 
 
-def test_stop_strings_end_texts(monkeypatch):
-    """Within one dispatch, across several, across tokens, after many of them, and not at all. Rows stop at different
-    places; once all have stopped nothing more is drawn."""
+def test_generate_texts_ends_each_text_at_its_stop_string(monkeypatch):
+    """The string is complete within one dispatch, across several, across tokens, after many of them, or never. Rows
+    stop at different places; once all have stopped no more tokens are drawn."""
     cycle, model, calls, advance = "abcdefghijk.", cycling("abcdefghijk."), [], text_module.advance
     monkeypatch.setattr(text_module, "advance", lambda *args: calls.append(args) or advance(*args))
     for limit in (2 * DISPATCH, 7):
@@ -94,15 +94,15 @@ def test_stop_strings_end_texts(monkeypatch):
             calls.clear()
 
 
-def test_stream_holds_back_what_may_begin_a_stop_string():
+def test_stream_holds_back_a_possible_beginning_of_a_stop_string():
     streamed = stream(*cycling("abcdefg."), ".", BYTES, stop=["cde!", "g.x"], max_new_tokens=12, **NEARLY_GREEDY)
     assert list(itertools.islice(streamed, 2)) == ["a", "b"] and decoded(streamed.tokens) == "ab"
     assert list(streamed) == ["cdef", "g.a", "b", "cd"]
 
 
 @KINDS
-def test_context_has_not_read_the_stop_string(kind):
-    """Rows stop in different dispatches, one across the end of a dispatch, and one that never does stays as it is."""
+def test_generate_texts_context_has_not_read_the_stop_string(kind):
+    """Two rows stop in different dispatches, one of them across the end of a dispatch; the third never stops."""
     prompts = ["ab", "x" * 258, "m"]
     settings = {"max_new_tokens": 3 * DISPATCH, "seed": 4, "temperature": 2.0}
     plain = generate_texts(*unstacked(kind), prompts, BYTES, **settings)
@@ -120,7 +120,7 @@ def test_context_has_not_read_the_stop_string(kind):
 
 
 class Words:
-    """A tokenizer with tokens of several characters, which it decodes, and one for each letter, which it encodes."""
+    """A tokenizer that decodes tokens of several characters, and encodes each letter as a token."""
 
     words = ("ab", "c.", "x", "\n\n", "de\n", "\n", *"abcde.")
 
@@ -133,7 +133,7 @@ class Words:
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.lists(st.text("abc.x\nde", min_size=1, max_size=4), max_size=3))
 def test_stopped_text_ends_where_the_first_stop_string_begins(tokens, stop):
-    """Of the strings the first that is complete, wherever the tokens end."""
+    """The first string to be complete counts, at any borders of tokens."""
     row, shown = StoppedText(Words(), stop), ""
     for count, token in enumerate(tokens, 1):
         shown += row.push(token)
@@ -152,7 +152,7 @@ def test_stopped_text_ends_where_the_first_stop_string_begins(tokens, stop):
 
 
 def sentencepiece(path, prepends):
-    """A tokenizer as Llama's: ▁ for spaces, one before every text that is encoded and none before one decoded."""
+    """A tokenizer like Llama's: ▁ for spaces. Encoding adds one before every text, and decoding drops it."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
     if prepends:
         parts = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
@@ -170,8 +170,8 @@ def sentencepiece(path, prepends):
 
 
 @pytest.mark.parametrize("prepends", [True, False])
-def test_stopped_text_within_tokens_that_know_of_spaces_is_the_text_that_was_drawn(prepends, tmp_path):
-    """By itself and after a prompt, wherever it began and stopped."""
+def test_stopped_text_of_a_sentencepiece_tokenizer_equals_the_drawn_text(prepends, tmp_path):
+    """Holds for the text alone and after a prompt, for any start and stop."""
     tokenizer = sentencepiece(tmp_path / "tokenizer.json", prepends)
     decode, prompt, song, within = tokenizer.decode, tokenizer.encode("so"), tokenizer.encode(SONG), 0
     after = lambda tokens: decode(prompt + tokens)[len(decode(prompt)) :]
@@ -187,8 +187,8 @@ def test_stopped_text_within_tokens_that_know_of_spaces_is_the_text_that_was_dra
 
 
 @pytest.mark.slow
-def test_stopped_text_takes_the_same_time_for_each_token():
-    """A million characters with a stop string that is never complete: nothing is looked at twice."""
+def test_stopped_text_takes_constant_time_per_token():
+    """Pushes a million characters with a stop string that is never complete; no character is searched twice."""
     row = StoppedText(BYTES, ["ab!", "b\n"])
     text = "".join(row.push(token) for token in itertools.islice(itertools.cycle(b"xabyb"), 1_000_000))
     assert len(text) > 999_990

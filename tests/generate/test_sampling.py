@@ -40,7 +40,7 @@ def draws(sampler_, logits, seed=0, history_=None, fold=0):
 
 
 def assert_drawn_from(tokens, p_V):
-    """Chi-square over the tokens that are expected 5 times, and the rest as one."""
+    """Check by chi-square over the tokens that are expected at least 5 times, and all others as one."""
     expected_V = len(tokens) * p_V
     observed_V = np.bincount(tokens, minlength=len(p_V))
     assert not observed_V[p_V == 0].any()
@@ -54,7 +54,7 @@ def assert_drawn_from(tokens, p_V):
 @pytest.mark.parametrize(
     ("size", "settings"), [(V, {"temperature": 2.0, "top_k": 4}), (3 * filters.LANES + 7, {"temperature": 0.5})]
 )
-def test_draws_follow_the_probabilities(size, settings):
+def test_draw_follows_the_probabilities(size, settings):
     logits_V = np.random.default_rng(3).normal(size=size).astype(np.float32)
     logits_V[::7] = -INF
     p_V = special.softmax(np.float64(logits_V) / settings["temperature"])
@@ -63,14 +63,14 @@ def test_draws_follow_the_probabilities(size, settings):
     assert_drawn_from(tokens, p_V / p_V.sum())
 
 
-def test_inverse_never_chooses_a_place_without_probability():
-    """Where the number drawn is 0, or where the running sum, which XLA adds up as a tree, grows by rounding alone."""
+def test_inverse_never_chooses_an_index_without_probability():
+    """Covers a drawn number of 0, and a running sum, which XLA computes as a tree, that grows by rounding alone."""
     rng = np.random.default_rng(0)
     p_RN = np.float32(rng.random((200, filters.LANES)) * (rng.random((200, filters.LANES)) < 0.5))
     p_RN[:, :3] = p_RN[:, -3:] = 0
     sum_RN = np.asarray(jax.jit(jnp.cumsum, static_argnums=1)(p_RN, 1))
     row_B, place_B = np.nonzero((p_RN == 0) & (np.diff(sum_RN, axis=1, prepend=0) > 0))
-    assert len(row_B)  # or nothing is tested: take other numbers
+    assert len(row_B)  # if it fails, the test is vacuous: choose other numbers
     u_B = sum_RN[row_B, place_B - 1] / sum_RN[row_B].max(axis=1)
     around_B = np.concatenate([u_B, np.nextafter(u_B, np.float32(0)), np.nextafter(u_B, np.float32(2)), [0]])
     row_B, u_B = np.append(np.tile(row_B, 3), 0), np.float32(np.minimum(around_B, 1 - 2**-24))
@@ -78,8 +78,8 @@ def test_inverse_never_chooses_a_place_without_probability():
     assert (p_RN[row_B, chosen_B] > 0).all()
 
 
-def test_greedy_takes_the_first_of_the_best_scores():
-    """After biases and penalties; filters of the distribution do nothing."""
+def test_sampler_at_temperature_0_takes_the_first_of_the_best_scores():
+    """Biases and penalties apply; filters of the distribution have no effect."""
     greedy = functools.partial(sampler, temperature=0)
     assert greedy(**FILTERS).keywords == {}
     assert draws(greedy(), [[0, 5, 4, 5], [7, 7, 7, 7]]).tolist() == [1, 0]
@@ -89,8 +89,8 @@ def test_greedy_takes_the_first_of_the_best_scores():
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0}, ALL])
-def test_sampler_rows_are_independent_and_draw_minus_one_where_there_is_no_token(settings):
-    """The first row keeps its token beside ties, which take a step more, and beside rows with nothing to draw."""
+def test_sampler_rows_are_independent_and_draw_minus_one_without_a_token(settings):
+    """The first row keeps its token beside rows with ties, which take one more step, and rows without a token."""
     chosen, at = sampler(**settings), history([[0, 2]] * 5, V) if settings is ALL else None
     logits_BV = np.random.default_rng(1).normal(size=(5, V))
     smooth = draws(chosen, logits_BV, 5, at)
@@ -104,18 +104,18 @@ def test_sampler_rows_are_independent_and_draw_minus_one_where_there_is_no_token
     assert smooth[0] == tied[0] and min(*smooth, *tied) >= 0
 
 
-def test_draws_depend_on_the_key_alone():
+def test_draw_depends_on_the_key_alone():
     logits_V = np.random.default_rng(0).normal(size=V)
     assert draws(sampler(), logits_V, seed=1).tolist() == draws(sampler(), logits_V, seed=1).tolist()
     assert draws(sampler(), logits_V, seed=1).tolist() != draws(sampler(), logits_V, seed=2).tolist()
-    assert len(set(draws(sampler(), np.zeros(V)).tolist())) > 10  # each row by its own key
+    assert len(set(draws(sampler(), np.zeros(V)).tolist())) > 10  # each row has its own key
 
 
 # -------------------------------------------------------------------------------------------------- interface
 
 
-def test_sampler_with_other_numbers_compiles_nothing():
-    """Two samplers of the same settings are the same to `jax.jit`, whatever their numbers."""
+def test_sampler_with_other_numbers_compiles_no_program():
+    """To `jax.jit` two samplers with the same settings are equal, with any numbers."""
     structure = lambda **settings: jax.tree.structure(sampler(**settings))
     shapes = lambda **settings: [np.shape(leaf) for leaf in jax.tree.leaves(sampler(**settings))]
     others = {"temperature": 1.0, "top_k": 3, "top_p": 0.1, "frequency_penalty": -1, "logit_bias": {7: -INF}}

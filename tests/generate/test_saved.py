@@ -17,8 +17,8 @@ KINDS = pytest.mark.parametrize("kind", ["rwkv4", "rwkv7", "hybrid"])
 
 
 @KINDS
-def test_saved_context_survives_the_round_trip_bit_exactly(kind, tmp_path):
-    """Whatever the layout of the parameters, and the length of its caches."""
+def test_load_context_inverts_save_context_bit_exactly(kind, tmp_path):
+    """Holds for any layout of the parameters and any length of the caches."""
     model, params = unstacked(kind)
     path, context = tmp_path / "a.context", filled(kind, 2, room=300)
     save_context(path, context, model, params, text="é\n日")
@@ -34,8 +34,8 @@ def test_saved_context_survives_the_round_trip_bit_exactly(kind, tmp_path):
 
 
 @KINDS
-def test_saved_context_is_cast_to_the_dtype_of_the_model(kind, tmp_path):
-    """And serves the model in either."""
+def test_load_context_casts_to_the_dtype_of_the_model(kind, tmp_path):
+    """A context saved in float32 loads in bfloat16; saved again, it loads unchanged."""
     model, params = unstacked(kind)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     half = model.clone(dtype="bfloat16", param_dtype="bfloat16"), half
@@ -50,7 +50,7 @@ def test_saved_context_is_cast_to_the_dtype_of_the_model(kind, tmp_path):
     assert_equal(load_context(tmp_path / "b", *half)[0], found)
 
 
-def test_saved_context_beyond_the_range_of_the_model_is_refused(tmp_path):
+def test_load_context_refuses_numbers_beyond_the_range_of_the_dtype(tmp_path):
     model, params = unstacked("rwkv4")
     save_context(tmp_path / "a", filled("rwkv4", 1), model, params)
     arrays, metadata = safetensors_file.read(tmp_path / "a")
@@ -60,7 +60,7 @@ def test_saved_context_beyond_the_range_of_the_model_is_refused(tmp_path):
         load_context(tmp_path / "a", model, params)
 
 
-def test_saved_context_of_another_model_is_refused(tmp_path):
+def test_load_context_refuses_a_context_of_another_model(tmp_path):
     model, params = unstacked("rwkv4")
     save_context(tmp_path / "a", filled("rwkv4", 1), model, params)
     other = jax.tree.map(lambda x: x, params)
@@ -74,8 +74,8 @@ def test_saved_context_of_another_model_is_refused(tmp_path):
 
 
 @KINDS
-def test_saved_context_that_is_damaged_is_refused(kind, tmp_path):
-    """Truncated anywhere, another file, and with any of its arrays missing, cut, or of another dtype or rank."""
+def test_load_context_refuses_a_damaged_file(kind, tmp_path):
+    """Truncated anywhere, another file, or with an array missing, cut, or of another dtype or rank."""
     model, params = unstacked(kind)
     good, path = tmp_path / "good", tmp_path / "bad"
     save_context(good, filled(kind, 1), model, params, "text")
@@ -111,8 +111,8 @@ def test_saved_context_that_is_damaged_is_refused(kind, tmp_path):
 @pytest.mark.parametrize(
     "kind", ["rwkv7", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rwkv5", "rwkv6"))]
 )
-def test_released_file_of_a_tuned_state_is_a_context_after_the_separator(kind, tmp_path, capsys):
-    """Alone in its file, and beside the weights."""
+def test_load_context_reads_a_released_tuned_state_and_the_separator(kind, tmp_path, capsys):
+    """The state is alone in its file, or stored with the weights."""
     model, params = unstacked(kind)
     rng = np.random.default_rng(0)
     tensors = {f"blocks.{i}.att.time_state": rng.standard_normal((1, 16, 16), np.float32) for i in range(2)}
@@ -126,7 +126,7 @@ def test_released_file_of_a_tuned_state_is_a_context_after_the_separator(kind, t
         assert text is None
         assert_near(found, Context(state, logits_BTV[:, -1]))
     assert interop.describe(tmp_path / "both.pth").layers == (kind,)
-    line = "both.pth holds tuned initial states, left out here: give it as a context, too\n"
+    line = "both.pth holds tuned initial states, ignored here: load it as a context, too\n"
     assert capsys.readouterr().err == f"{tmp_path}/{line}"
     with pytest.raises(ValueError, match=r"state\.pth: tuned initial states, not weights"):
         interop.describe(tmp_path / "state.pth")

@@ -1,4 +1,4 @@
-"""What the released converters make of binidx.jsonl: `python tests/goldens/make_binidx.py JSON2BINIDX_TOOL RWKV_LM`.
+"""Token files by the released converters: `python tests/goldens/make_binidx.py JSON2BINIDX_TOOL RWKV_LM`.
 
 The arguments are checkouts of Abel2076/json2binidx_tool (9051dad; needs torch, lm_dataformat, ftfy, tqdm) and
 BlinkDL/RWKV-LM (524481d; needs torch and Python 3.12 or older). Writes

@@ -1,4 +1,4 @@
-"""What flash-linear-attention 0.6.0 makes of an RWKV-7, on a CPU: definitions replace its kernels in Triton.
+"""Weights and logits of RWKV-7 by flash-linear-attention 0.6.0 on a CPU: definitions replace its Triton kernels.
 
     python tests/goldens/make_fla.py                    writes fla/: random weights as it saves them, and logits.npz
     python tests/goldens/make_fla.py FOLDER NEW ...     reads FOLDER and its logits.npz, and writes both to NEW
@@ -24,7 +24,7 @@ class Fake(mock.MagicMock):
 
 
 class Kernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the parts of the library that Triton runs as objects without content."""
+    """Imports Triton's parts of the library as objects without content."""
 
     def find_spec(self, name, path, target=None):
         fake = name.startswith(("fla.ops", "fla.modules", "fla.utils"))
@@ -96,7 +96,7 @@ def save_random(config, model):
     made = model(config(**sizes, **ranks, fuse_norm=False, dtype="float32"))
     for x in made.parameters():
         x.data += 0.3 * torch.randn_like(x)
-    made.generation_config = None  # which it would write beside
+    made.generation_config = None  # otherwise written to a file of its own
     save(made, OUTPUT, np.random.default_rng(0).integers(0, 11, (2, 12), dtype=np.int32))
 
 

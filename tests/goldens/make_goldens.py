@@ -1,4 +1,4 @@
-"""What the released RWKV-4 code computes from small random weights: `python tests/goldens/make_goldens.py`.
+"""Logits and gradients of the released RWKV-4 code on small random weights: `python tests/goldens/make_goldens.py`.
 
 Two judges: the `rwkv` package (BlinkDL's own inference, "cpu fp32") gives logits, and transformers' `RwkvForCausalLM`
 gives logits and, by torch's autograd, the gradients of the mean loss. Needs requirements-live.txt. Writes rwkv4.npz:
@@ -23,7 +23,7 @@ OUTPUT = Path(__file__).with_name("rwkv4.npz")
 
 
 def random_weights(seed: int) -> dict[str, np.ndarray]:
-    """An official RWKV-4 state dict of trained-looking magnitudes: every tensor matters, nothing is zero."""
+    """An official RWKV-4 state dict with magnitudes like trained ones: every tensor matters, none is zero."""
     rng = np.random.default_rng(seed)
     matrix = lambda rows, columns: rng.standard_normal((rows, columns)) / np.sqrt(columns)
     around = lambda mean, spread: mean + spread * rng.standard_normal(D)
@@ -100,7 +100,7 @@ def transformers_model(weights, tokens_BT) -> tuple[np.ndarray, dict[str, np.nda
 
 
 def _transformers_name(name: str) -> str:
-    """As transformers' own conversion script (up to 4.x) renamed the released tensors."""
+    """The name by which transformers' own conversion script (up to 4.x) renamed a released tensor."""
     if name == "head.weight":
         return name
     for pattern, replacement in (

@@ -16,7 +16,7 @@ from rwkv_jax.data.tokenizers import get_tokenizer
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).parents[2]
-CORPUS = Path(json.__file__).read_text()  # text that every Python carries
+CORPUS = Path(json.__file__).read_text()  # a text in every Python installation
 TASK = """
 task: {name}
 dataset_path: json
@@ -41,7 +41,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with a tokenizer, and a task of each kind on seven questions that share their beginning."""
+    """A model with a tokenizer, and a task of each kind on seven questions with a common beginning."""
     folder = tmp_path_factory.mktemp("harness")
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -76,7 +76,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, *command):
-    """The answers of a command to all tasks, by task: a list for each question."""
+    """The answers of a command to all tasks: for each task a list with an entry for each question."""
     out = folder / command[2].replace(".", "_")
     env = os.environ | {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     tasks = ["--tasks", ",".join(f"ours_{name}" for name in TASKS), "--include_path", folder]
@@ -91,7 +91,7 @@ def run(folder, *command):
     return answers
 
 
-def test_harness_answers_equal_those_of_its_adapter_for_transformers(folder):
+def test_harness_command_answers_equal_those_of_lm_evals_hf_model(folder):
     theirs = run(
         folder, "-m", "lm_eval", "run", "--model=hf", "--batch_size=1", f"--model_args=pretrained={folder}/model"
     )
@@ -99,7 +99,7 @@ def test_harness_answers_equal_those_of_its_adapter_for_transformers(folder):
     assert ours["text"] == theirs["text"] and any(text for [[text]] in ours["text"])
     for name in ("choice", "word", "rolling"):
         numbers = lambda answers, name=name: np.array([[float(np.ravel(r)[0]) for r in row] for row in answers[name]])
-        # theirs are sums in float32, rounded once more than ours
+        # the other adapter sums in float32, with one more rounding than ours
         np.testing.assert_allclose(numbers(ours), numbers(theirs), rtol=np.finfo(np.float32).eps, atol=1e-4)
     for name in ("choice", "word"):
         flags = lambda answers, name=name: [[str(np.ravel(r)[1]) for r in row] for row in answers[name]]
@@ -122,7 +122,7 @@ def nats(lm, context, ids):
     return lm._loglikelihood_tokens([(None, context, ids)], disable_tqdm=True)[0][0]
 
 
-def test_harness_max_length_cuts_contexts_and_rolls_in_windows(folder):
+def test_harness_lm_max_length_truncates_contexts_and_rolls_in_windows(folder):
     lm, short = adapter(folder), adapter(folder, max_length=16)
     ids = lm.tok_encode(CORPUS[:200])[:40]
     assert nats(short, ids, [5]) == pytest.approx(nats(lm, ids[-16:], [5]), rel=1e-5)
@@ -137,7 +137,7 @@ def test_harness_max_length_cuts_contexts_and_rolls_in_windows(folder):
     assert cut == pytest.approx(sum(nats(lm, *window) for window in windows), rel=1e-5) != pytest.approx(whole)
 
 
-def test_harness_puts_token_zero_before_contexts_where_asked(folder):
+def test_harness_lm_prepends_token_zero_with_add_bos_token(folder):
     plain, with_bos = adapter(folder), adapter(folder, add_bos_token=True)
     assert with_bos.tok_encode("ab") == [0, *plain.tok_encode("ab")] and with_bos.tok_encode("<|endoftext|>") == [0]
     assert ask(with_bos.loglikelihood, ("", "ab")) == ask(plain.loglikelihood, ("", "ab"))
@@ -152,13 +152,13 @@ def test_harness_puts_token_zero_before_contexts_where_asked(folder):
 
 
 @pytest.mark.parametrize("kind", ["rwkv4", "rwkv5", "rwkv6", "rwkv7"])
-def test_harness_answers_are_those_of_the_object_interface(kind, folder):
+def test_harness_lm_answers_equal_those_of_the_object_interface(kind, folder):
     from rwkv_jax.harness import HarnessLM
 
     model = rwkv_jax.build(kind, vocab_size=320, num_layers=2, dim=32, head_size=16)
     lm = rwkv_jax.RWKVForCausalLM(*drawn(model, scale=0.3), get_tokenizer(str(folder / "tokenizer.json")))
     harness = HarnessLM(lm, batch_size=2)
-    texts = [CORPUS[a:b].strip() for a, b in ((0, 40), (0, 25), (40, 90))]  # spaces at the end would move
+    texts = [CORPUS[a:b].strip() for a, b in ((0, 40), (0, 25), (40, 90))]  # the harness would move spaces at the end
     rolling = ask(harness.loglikelihood_rolling, *((text,) for text in texts))
     assert rolling == pytest.approx([float(lm.score(text).sum()) for text in texts], rel=1e-5)
     found = ask(harness.loglikelihood, *((text, " x") for text in texts))
@@ -169,7 +169,7 @@ def test_harness_answers_are_those_of_the_object_interface(kind, folder):
     assert generated == lm.generate(texts, max_new_tokens=9, temperature=0)
 
 
-def test_harness_generation_follows_the_settings_of_a_task(folder):
+def test_harness_lm_generate_until_follows_the_settings_of_a_task(folder):
     lm = adapter(folder, batch_size=2)
     generated = lambda asked, *contexts: ask(lm.generate_until, *((context, asked) for context in contexts))
     settings = {"max_gen_toks": 9, "do_sample": True, "temperature": 0.8, "top_p": 0.9}
@@ -200,10 +200,10 @@ def shipped_settings():
         content = path.read_bytes() if path.is_file() and path.suffix != ".pyc" else b""
         if b"\ngeneration_kwargs:" in content:
             yield TaskConfig(generation_kwargs=yaml.load(content, Loader)["generation_kwargs"]).generation_kwargs
-    yield TaskConfig().generation_kwargs  # of tasks that ask for nothing
+    yield TaskConfig().generation_kwargs  # the default of tasks without settings
 
 
-def test_harness_takes_the_settings_of_every_task_that_lm_eval_ships(caplog):
+def test_harness_settings_accept_every_task_that_lm_eval_ships(caplog):
     from rwkv_jax.harness.adapter import _settings
 
     shipped = [(asked, *_settings(asked)) for asked in shipped_settings()]
@@ -218,7 +218,7 @@ def test_harness_takes_the_settings_of_every_task_that_lm_eval_ships(caplog):
     assert all(f"num_beams is {count}, read as 1" in caplog.text for count in beams)
 
 
-def test_harness_refuses_impossible_settings(folder):
+def test_harness_lm_refuses_impossible_settings(folder):
     for settings, message in (
         ({"batch_size": "auto"}, "batch_size is 'auto', expected a whole number"),
         ({"max_length": 1}, "max_length is 1, expected at least 2"),
@@ -228,7 +228,7 @@ def test_harness_refuses_impossible_settings(folder):
             adapter(folder, **settings)
 
 
-def test_harness_limits_attention_to_its_trained_length(tmp_path, folder):
+def test_harness_lm_limits_attention_to_its_trained_length(tmp_path, folder):
     model = rwkv_jax.build("transformer", vocab_size=320, num_layers=1, dim=32)
     rwkv_jax.save(tmp_path / "model", *drawn(model), format="safetensors")
     lm = adapter(tmp_path, tokenizer=str(folder / "tokenizer.json"), batch_size=2)
@@ -237,7 +237,7 @@ def test_harness_limits_attention_to_its_trained_length(tmp_path, folder):
 
 
 def test_harness_command_reports_a_mistake_in_one_line(tmp_path, monkeypatch, capsys):
-    """lm_eval would first index its thousands of tasks: here it only makes the model, as it is told to."""
+    """lm_eval would first index its thousands of tasks; this stand-in only makes the model."""
     from rwkv_jax.harness import HarnessLM
     from rwkv_jax.harness.__main__ import main
 

@@ -13,7 +13,7 @@ from rwkv_jax.harness import last_words, prefixes, score
 
 RNG = np.random.default_rng(0)
 DRAWN = lambda n: tuple(RNG.integers(0, V, n).tolist())
-PREAMBLE = DRAWN(9)  # of all questions; the passage, of some of them
+PREAMBLE = DRAWN(9)  # begins every question; the passage begins some of them
 PASSAGE = PREAMBLE + DRAWN(5)
 TEXTS = [PASSAGE + DRAWN(3), PREAMBLE, PASSAGE + DRAWN(1), DRAWN(5), PREAMBLE + DRAWN(6), PASSAGE + DRAWN(2)]
 KINDS = pytest.mark.parametrize("kind", ["rwkv4", pytest.param("hybrid", marks=pytest.mark.slow)])
@@ -26,13 +26,13 @@ def tiny(kind):
 
 @pytest.fixture
 def short_pieces(monkeypatch):
-    """Prefixes in multiples of 4 tokens and segments of 8: every program reads one small shape."""
+    """Prefixes in multiples of 4 tokens and segments of 8: every program has one small shape."""
     monkeypatch.setattr(prefixes, "SHARED", 4)
     monkeypatch.setattr("rwkv_jax.evaluate.SEGMENTS", (8,))
 
 
 def one_pass(kind, text):
-    """log p of every next token after each token of a text, [T, V]."""
+    """log p of each next token after each token of a text, [T, V]."""
     padded = np.zeros((1, 40), np.int32)
     padded[0, : len(text)] = text
     return special.log_softmax(np.float64(forward(*tiny(kind), padded)[0][0]), axis=-1)[: len(text)]
@@ -57,7 +57,7 @@ def test_read_many_reads_each_text_as_if_alone_and_shared_prefixes_once(kind, sh
     lengths = []
 
     def counting(model, params, texts, context):
-        lengths.extend({tuple(text): len(text) for text in texts}.values())  # without the rows that fill a batch
+        lengths.extend({tuple(text): len(text) for text in texts}.values())  # without rows that only fill a batch
         return generate.read(model, params, texts, context)
 
     monkeypatch.setattr(prefixes, "read", counting)
@@ -68,8 +68,8 @@ def test_read_many_reads_each_text_as_if_alone_and_shared_prefixes_once(kind, sh
 
 
 @KINDS
-def test_score_equals_one_pass_whatever_the_batch(kind, short_pieces):
-    """Continuations of one token, of several, of more than a segment; of which some are greedy; all in one call."""
+def test_score_equals_one_pass_for_a_ragged_batch(kind, short_pieces):
+    """One call scores continuations of one token, of several, and of more than a segment, some of them greedy."""
     likely = functools.partial(greedy, kind)
     pairs = [(context, DRAWN(n)) for context, n in zip(TEXTS, (1, 4, 2, 8, 1, 7), strict=True)]
     pairs += [(context, likely(context, n)) for context, n in zip(TEXTS[:4], (1, 3, 6, 2), strict=True)]

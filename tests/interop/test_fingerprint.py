@@ -1,4 +1,4 @@
-"""What tells weights apart."""
+"""Fingerprints of weights."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def test_fingerprint_is_independent_of_layout_and_dtype(kind):
 
 
 @BOTH
-def test_fingerprint_tells_models_apart(kind):
+def test_fingerprint_differs_between_models(kind):
     model, params = unstacked(kind)
     seen = {fingerprint(model, params)}
     leaves, tree = jax.tree.flatten(params)

@@ -1,4 +1,4 @@
-"""RWKV-7 by flash-linear-attention's names: folders that it wrote, and folders that it reads."""
+"""RWKV-7 by flash-linear-attention's names: reading its folders, and writing folders for it."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ import rwkv_jax
 from rwkv_jax.interop import huggingface, safetensors_file
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-WRITTEN = GOLDENS / "fla"  # by the library itself: 2 layers, 2 heads of 4 channels, random weights, and their logits
+WRITTEN = GOLDENS / "fla"  # written by the library: 2 layers, 2 heads of 4 channels, random weights, and their logits
 
 
 def assert_same_logits(model, params, folder):
@@ -25,24 +25,24 @@ def assert_same_logits(model, params, folder):
         assert np.abs(logits_BTV - arrays["logits_BTV"]).max() < 1e-5 * np.abs(arrays["logits_BTV"]).max()
 
 
-def test_fla_folder_computes_what_the_library_computes():
+def test_load_of_an_fla_folder_has_the_logits_of_the_library():
     model, params = rwkv_jax.load(WRITTEN)
     assert (model.layers, model.head_size, model.low_ranks) == (("rwkv7",), 4, (3, 5, 2, 6))
     assert model.head_norm_epsilon == 4e-5  # 1e-5 times the size of a head
     assert_same_logits(model, params, WRITTEN)
 
 
-def test_fla_folder_is_written_as_the_library_writes_it(tmp_path):
+def test_save_writes_an_fla_folder_as_the_library_does(tmp_path):
     rwkv_jax.save(tmp_path / "m", *rwkv_jax.load(WRITTEN))
     tensors = lambda folder: safetensors_file.read(folder / "model.safetensors")[0]
     assert_same_tensors(tensors(tmp_path / "m"), tensors(WRITTEN))
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "m", WRITTEN))
-    assert ours["torch_dtype"] == theirs["dtype"] and ours["hidden_ratio"] == 3  # it ignores the ratio beside F
+    assert ours["torch_dtype"] == theirs["dtype"] and ours["hidden_ratio"] == 3  # the ratio is ignored beside F
     others = {"bos_token_id", "eos_token_id", "hidden_ratio", "torch_dtype"}
     assert all(ours[key] == theirs[key] for key in ours.keys() - others)
 
 
-def test_fla_names_are_recognised_in_a_file_of_any_format(tmp_path):
+def test_load_recognises_fla_names_in_a_file_of_any_format(tmp_path):
     tensors = {name: np.array(x) for name, x in safetensors_file.read(WRITTEN / "model.safetensors")[0].items()}
     model, params = rwkv_jax.load(WRITTEN)
     shutil.copy(WRITTEN / "model.safetensors", tmp_path / "m")
@@ -57,7 +57,7 @@ def test_fla_names_are_recognised_in_a_file_of_any_format(tmp_path):
         assert_same_params(found, params)
 
 
-def test_fla_folder_in_parts_is_read_and_replaces_one_of_transformers(tmp_path, monkeypatch):
+def test_save_writes_an_fla_folder_in_parts_and_replaces_one_of_transformers(tmp_path, monkeypatch):
     rwkv_jax.save(tmp_path / "m", *tiny())
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 3000)
@@ -83,7 +83,7 @@ def test_fla_folder_in_parts_is_read_and_replaces_one_of_transformers(tmp_path, 
         ),
     ],
 )
-def test_fla_config_of_another_model_is_refused(tmp_path, config, message):
+def test_load_refuses_an_fla_config_of_another_model(tmp_path, config, message):
     shutil.copytree(WRITTEN, tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -91,9 +91,9 @@ def test_fla_config_of_another_model_is_refused(tmp_path, config, message):
         rwkv_jax.load(tmp_path / "m")
 
 
-def test_fla_folder_is_not_suspected_of_the_rescaling_of_rwkv4(tmp_path, capsys):
+def test_load_of_an_fla_folder_never_reports_the_rescaling_of_rwkv4(tmp_path, capsys):
     model, params = tiny(kind="rwkv7", num_layers=7, head_norm_epsilon=4e-5)
-    divisors = np.float32([1] * 5 + [2])[:, None, None]  # of layers 1 to 6; the first stands apart
+    divisors = np.float32([1] * 5 + [2])[:, None, None]  # for layers 1 to 6; the first is stored separately
     divides = lambda path: path[-2].key in ("output", "value")
     divided = jax.tree.map_with_path(lambda path, x: x / divisors if divides(path) else x, params["blocks"])
     rwkv_jax.save(tmp_path / "m", model, params | {"blocks": divided})
@@ -103,7 +103,7 @@ def test_fla_folder_is_not_suspected_of_the_rescaling_of_rwkv4(tmp_path, capsys)
 
 
 @pytest.mark.live
-def test_fla_reads_our_folders_and_we_read_its(tmp_path, monkeypatch):
+def test_save_and_load_exchange_folders_with_fla(tmp_path, monkeypatch):
     shapes = [{"num_layers": 3, "dim": 128, "hidden_dim": 512, "head_size": 64}]
     shapes += [{"num_layers": 4, "dim": 64, "hidden_dim": 96, "head_size": 32}]
     models, folders = [], [WRITTEN, tmp_path / "again"]

@@ -1,4 +1,4 @@
-"""Every file format that a model can be saved in and loaded from: what comes back is what was saved."""
+"""Every file format of a model: loading returns what was saved."""
 
 import json
 import os
@@ -27,8 +27,8 @@ HELD = [
 
 
 @pytest.mark.parametrize(("kind", "format", "dtype"), HELD)
-def test_format_returns_what_was_saved_bit_for_bit_in_either_layout(tmp_path, kind, format, dtype):
-    """The format is detected from the content: the file is renamed before it is loaded."""
+def test_load_inverts_save_bit_exactly_in_every_format_and_layout(tmp_path, kind, format, dtype):
+    """Formats are detected from the content: the file is renamed before it is loaded."""
     epsilon = EPSILONS.get((kind, format), 64e-5)
     tree = lambda scan: tiny(dtype, scan, kind, head_norm_epsilon=epsilon)
     for saved in (True, False):
@@ -39,7 +39,7 @@ def test_format_returns_what_was_saved_bit_for_bit_in_either_layout(tmp_path, ki
             loaded, found = rwkv_jax.load(tmp_path / f"{saved}", scan=scan)
             expected = tree(scan)[1]
             assert loaded == interop.describe(tmp_path / f"{saved}").clone(scan=scan) == model.clone(scan=scan)
-            if format == "rwkv.cpp":  # it stores vectors as float32
+            if format == "rwkv.cpp":  # stores vectors as float32
                 found = jax.tree.map(lambda x, y: np.asarray(x).astype(y.dtype), found, expected)
                 expected = jax.tree.map_with_path(stored_decays, expected) if kind == "rwkv5" else expected
             assert_same_params(found, expected)
@@ -47,7 +47,7 @@ def test_format_returns_what_was_saved_bit_for_bit_in_either_layout(tmp_path, ki
 
 
 def stored_decays(path, x):
-    """What RWKV-5's `time_decay` is after rwkv.cpp's file has held exp(-exp(time_decay)) in float32."""
+    """RWKV-5's `time_decay` after exp(-exp(time_decay)) in float32, which rwkv.cpp's file stores."""
     if path[-1].key != "time_decay":
         return x
     decay = np.exp(-np.exp(np.asarray(x, np.float64))).astype(np.float32)
@@ -89,7 +89,7 @@ def test_safetensors_carries_any_model(tmp_path, kind):
     assert (half.dtype, half.param_dtype, found["head"]["kernel"].dtype) == ("float32", "float16", jnp.float16)
 
 
-def test_loaded_parameters_do_not_depend_on_the_file(tmp_path):
+def test_load_copies_the_parameters_out_of_the_file(tmp_path):
     pth.write(tmp_path / "model.pth", official())
     _, params = rwkv_jax.load(tmp_path / "model.pth", scan=False)
     content = bytearray((tmp_path / "model.pth").read_bytes())
@@ -104,14 +104,14 @@ def test_loaded_parameters_do_not_depend_on_the_file(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ("[" * 100_000, "its metadata 'rwkv_jax': no JSON: "),
+        ("[" * 100_000, "its metadata 'rwkv_jax': not JSON: "),
         ({"num_layers": 40}, "num_layers is 40, and there are 2 layers"),
         ({"dim": 10**12}, r"'blocks.0.\S+' has shape|'emb.weight' has shape|fields are not those of a model"),
         ({"layers": ["rwkv4", {}]}, "its fields are not those of a model"),
         ({"__class__": "os.system"}, "its fields are not those of a model: unknown model field"),
     ],
 )
-def test_safetensors_fields_of_no_model_are_refused(tmp_path, fields, message):
+def test_load_refuses_a_safetensors_file_with_fields_of_no_model(tmp_path, fields, message):
     model, params = tiny()
     rwkv_jax.save(tmp_path / "m.safetensors", model, params)
     tensors, metadata = safetensors_file.read(tmp_path / "m.safetensors")
@@ -138,7 +138,7 @@ def test_save_refuses_what_a_format_cannot_hold(tmp_path):
     ):
         with one_line(message):
             rwkv_jax.save(tmp_path / "model", *tiny(kind=kind, head_norm_epsilon=1e-3), format=format)
-    for format in ("pth", "rwkv.cpp"):  # would be read as RWKV-5.1
+    for format in ("pth", "rwkv.cpp"):  # otherwise read as RWKV-5.1
         with one_line("model: RWKV-5.1 weights"):
             rwkv_jax.save(tmp_path / "model", *tiny(kind="rwkv5", head_size=1), format=format)
     with one_line(r"params are not those of this model: unknown key 'blocks.1"):
@@ -148,7 +148,7 @@ def test_save_refuses_what_a_format_cannot_hold(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_load_names_what_is_not_there(tmp_path):
+def test_load_names_a_missing_file_or_config(tmp_path):
     with one_line(r"absent.pth: no such file or folder", FileNotFoundError):
         rwkv_jax.load(tmp_path / "absent.pth")
     with one_line(r"a folder without config.json"):

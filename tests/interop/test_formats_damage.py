@@ -46,7 +46,7 @@ def tensors(version):
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}")
 def place(request, tmp_path_factory):
-    """(file to damage, its valid content, what to load, how many cuts leave out whole tensors only)"""
+    """(file to damage, its valid content, path to load, number of cuts that leave out whole tensors only)"""
     name, version, whole_tensors = request.param
     folder, held = tmp_path_factory.mktemp("damaged"), tensors(version)
     path = folder / FILES[name]
@@ -66,7 +66,7 @@ def place(request, tmp_path_factory):
 
 
 def error_of(path):
-    """None, or the error of reading, of one line and with the name of a file.
+    """None, or the error of reading the file; checks that it is one line with the name of a file.
 
     Parameters are not built: that takes 100 times as long as reading.
     """
@@ -86,7 +86,7 @@ def read(path):
     return [x.tobytes() for x in found.values()]
 
 
-def test_damaged_file_cut_anywhere_is_an_error(place):
+def test_read_refuses_a_file_of_any_format_truncated_anywhere(place):
     path, content, root, whole_tensors = place
     incomplete = []
     with half_a_gigabyte():
@@ -103,7 +103,7 @@ def test_damaged_file_cut_anywhere_is_an_error(place):
             rwkv_jax.load(root)
 
 
-def test_damaged_bytes_are_an_error_or_harmless(place):
+def test_read_refuses_or_survives_flipped_bytes(place):
     path, content, root, _ = place
     found = 0
     with half_a_gigabyte():
@@ -113,7 +113,7 @@ def test_damaged_bytes_are_an_error_or_harmless(place):
     assert found > 30
 
 
-def test_pipe_in_place_of_weights_is_one_line(tmp_path):
+def test_load_refuses_a_pipe_in_one_line(tmp_path):
     os.mkfifo(tmp_path / "m.pth")
     with one_line(r"m.pth: a pipe or device, and weights are mapped into memory; expected a file"):
         rwkv_jax.load(tmp_path / "m.pth")
@@ -151,7 +151,7 @@ HOSTILE = {
     cpp(cpp_tensor(b"a", (2**30, 2**30))): "truncated: 'a' ends at byte 4,611,686,018,427,387,9",
     cpp(cpp_tensor(b"a", (-1,))): r"'a' has shape \(-1,\)",
     cpp(cpp_tensor(b"a", (1,), bytes(4)) * 2): "'a' occurs twice",
-    cpp(cpp_tensor(b"\xff", (1,), bytes(4))): "the name of the tensor at byte 24 is no text",
+    cpp(cpp_tensor(b"\xff", (1,), bytes(4))): "the name of the tensor at byte 24 is not UTF-8",
     cpp(struct.pack("<3i", 1, 2**30, 0)): "1 dimensions and a name of 1073741824 bytes",
     cpp(cpp_tensor(b"a", (32,), bytes(20), 99)): "'a' has data type 99, expected",
     cpp(EMB, V=4): r"V, D, L = \(4, 2, 1\), its tensors \(3, 2, 0\)",
@@ -168,7 +168,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("content", [*FOREIGN, *HOSTILE], ids=[*FOREIGN.values(), *HOSTILE.values()])
-def test_damaged_or_hostile_file_is_named(tmp_path, content):
+def test_load_names_a_damaged_or_hostile_file(tmp_path, content):
     (tmp_path / "m").write_bytes(content)
     with one_line(f"{tmp_path / 'm'}: .*{(FOREIGN | HOSTILE)[content]}"), half_a_gigabyte():
         rwkv_jax.load(tmp_path / "m")

@@ -1,4 +1,4 @@
-"""Files and folders judged by transformers, in both directions, on random weights."""
+"""Folders for transformers and back, judged by transformers on random weights."""
 
 import jax
 import numpy as np
@@ -46,21 +46,21 @@ def from_pretrained(path, **kw):
 
 @pytest.mark.parametrize("sizes, limit", [(SIZES[0], 5 * 10**9), (SIZES[1], 20_000)], ids=str)
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_reads_our_folder_and_we_read_it_back_after_a_forward_pass(tmp_path, monkeypatch, sizes, limit):
+def test_save_for_transformers_has_equal_logits_and_loads_back(tmp_path, monkeypatch, sizes, limit):
     monkeypatch.setattr(huggingface, "SHARD_BYTES", limit)
     model, params = random_model(*sizes)
     rwkv_jax.save(tmp_path / "ours", model, params)
     theirs = from_pretrained(tmp_path / "ours")
     tokens_BT = tokens(sizes[0])
     assert_close(our_logits(model, params, tokens_BT), their_logits(theirs, tokens_BT))
-    theirs.save_pretrained(tmp_path / "theirs")  # after a forward pass: our config asks for no rescaling
+    theirs.save_pretrained(tmp_path / "theirs")  # after a forward pass, which rescales nothing by our config
     _, again = rwkv_jax.load(tmp_path / "theirs")
     assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
 
 
 @pytest.mark.parametrize("sizes, shard", [(SIZES[0], "5GB"), (SIZES[1], "20KB")], ids=str)
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_folder_computes_the_same_in_ours(tmp_path, sizes, shard):
+def test_load_of_a_transformers_folder_has_equal_logits(tmp_path, sizes, shard):
     import torch
     from transformers import RwkvConfig, RwkvForCausalLM
 
@@ -83,7 +83,7 @@ def test_transformers_folder_computes_the_same_in_ours(tmp_path, sizes, shard):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_receives_half_precision_bit_for_bit(tmp_path, dtype):
+def test_save_for_transformers_keeps_half_precision_bit_exactly(tmp_path, dtype):
     import torch
 
     model, params = random_model(*SIZES[1])
@@ -96,12 +96,12 @@ def test_transformers_receives_half_precision_bit_for_bit(tmp_path, dtype):
     theirs.save_pretrained(tmp_path / "theirs")
     _, again = rwkv_jax.load(tmp_path / "theirs")
     for (path, x), y in zip(jax.tree.leaves_with_path(again), jax.tree.leaves(params), strict=True):
-        if path[-1].key not in ("time_decay", "time_first"):  # which transformers may round to its own dtype
+        if path[-1].key not in ("time_decay", "time_first"):  # transformers may round these to its own dtype
             np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_folder_saved_after_a_forward_pass_is_reported(tmp_path, capsys):
+def test_load_reports_a_transformers_folder_saved_after_a_forward_pass(tmp_path, capsys):
     import torch
     from transformers import RwkvConfig, RwkvForCausalLM
 

@@ -1,4 +1,4 @@
-"""Loading takes little more memory than the parameters themselves."""
+"""Memory of loading: little more than the parameters themselves."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ print((peak - before) / size)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m", "m.bin"])
 def test_load_takes_little_more_memory_than_the_model(tmp_path, name):
-    """16 layers of width 1,024 in float16, 450 MB. Pages of the file, which the system takes back, are not counted."""
+    """16 layers of width 1,024 in float16, 450 MB. Pages of the mapped file do not count: the system reclaims them."""
     model = rwkv_jax.build("rwkv4", vocab_size=4096, num_layers=16, dim=1024, param_dtype="float16", scan=False)
     shapes = flatten_dict(models.parameter_shapes(model), sep="/")
     params = {key: np.full(x.shape, -1, x.dtype) for key, x in shapes.items()}

@@ -1,4 +1,4 @@
-"""Folders for transformers: names, parts, what is refused, and replacement of a folder as a whole."""
+"""Folders for transformers: names, parts, refusals, and atomic replacement of a folder."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def as_transformers_writes(folder, params, parts, suffix, prefix=""):
 
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_huggingface_folder_is_read_whatever_its_files(tmp_path, suffix, parts):
+def test_load_reads_a_huggingface_folder_of_any_kind_of_files(tmp_path, suffix, parts):
     _, params = tiny()
     as_transformers_writes(tmp_path / "m", params, parts, suffix, prefix="_forward_module.")
     assert_same_params(rwkv_jax.load(tmp_path / "m")[1], params)
@@ -56,7 +56,7 @@ def test_huggingface_folder_is_read_whatever_its_files(tmp_path, suffix, parts):
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; RWKV-4 as released has 1e-05"),
     ],
 )
-def test_huggingface_config_of_another_model_is_refused(tmp_path, config, message):
+def test_load_refuses_a_huggingface_config_of_another_model(tmp_path, config, message):
     huggingface.write(tmp_path / "m", official())
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -65,7 +65,7 @@ def test_huggingface_config_of_another_model_is_refused(tmp_path, config, messag
 
 
 @pytest.mark.parametrize("dtype, rescale_every", [("float32", 0), ("bfloat16", 0), ("float16", 6)])
-def test_huggingface_folder_has_transformers_names_sizes_and_rescaling(tmp_path, dtype, rescale_every):
+def test_huggingface_write_has_transformers_names_sizes_and_rescaling(tmp_path, dtype, rescale_every):
     huggingface.write(tmp_path / "m", official(jnp.dtype(dtype)))
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     sizes = ("vocab_size", "num_hidden_layers", "hidden_size", "attention_hidden_size", "intermediate_size")
@@ -78,11 +78,11 @@ def test_huggingface_folder_has_transformers_names_sizes_and_rescaling(tmp_path,
 
 
 @pytest.mark.parametrize("layers, every", [(14, 6), (7, 6), (9, 3)])
-def test_huggingface_folder_that_was_saved_after_a_forward_pass_is_reported(tmp_path, capsys, layers, every):
+def test_load_reports_a_huggingface_folder_saved_after_a_forward_pass(tmp_path, capsys, layers, every):
     tensors, folder = official(num_layers=layers), tmp_path / "m"
 
     def printed(divide, **config):
-        """Of loading the folder; its matrices grow from layer to layer by themselves, too."""
+        """Lines printed while loading the folder; its matrices also grow from layer to layer by themselves."""
         size = lambda i: 1.2**i / 2 ** (i // every * divide)
         divided = {f"blocks.{i}.{name}.weight": size(i) for i in range(layers) for name in ("att.output", "ffn.value")}
         huggingface.write(folder, {name: x * np.float32(divided.get(name, 1)) for name, x in tensors.items()})
@@ -94,7 +94,7 @@ def test_huggingface_folder_that_was_saved_after_a_forward_pass_is_reported(tmp_
     line = printed(True, rescale_every=every)
     assert line.startswith(f"{folder}: att.output and ffn.value look divided by 2 from layer {every} on")
     assert line.count("\n") == 1
-    (folder / "model.safetensors").rename(tmp_path / "alone.safetensors")  # its names are still transformers' own
+    (folder / "model.safetensors").rename(tmp_path / "alone.safetensors")  # still with transformers' names
     rwkv_jax.load(tmp_path / "alone.safetensors")
     (alone,) = capsys.readouterr().err.splitlines()
     assert alone.startswith(
@@ -105,14 +105,14 @@ def test_huggingface_folder_that_was_saved_after_a_forward_pass_is_reported(tmp_
 
 
 @pytest.mark.parametrize("name", ["../m/model.safetensors", "m/../../model.safetensors", "/etc/passwd", 7])
-def test_huggingface_index_names_files_of_its_own_folder_only(tmp_path, name):
+def test_load_refuses_a_huggingface_index_that_names_files_elsewhere(tmp_path, name):
     (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with one_line(r"does not name files of the folder|7, one of its 1 parts, is missing"):
         rwkv_jax.load(tmp_path)
 
 
-def test_huggingface_writes_large_models_in_parts(tmp_path, monkeypatch):
+def test_save_writes_large_huggingface_folders_in_parts(tmp_path, monkeypatch):
     model, params = tiny()
     tensors = interop.to_official(params)
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 3000)
@@ -128,7 +128,7 @@ def test_huggingface_writes_large_models_in_parts(tmp_path, monkeypatch):
     assert_same_params(rwkv_jax.load(tmp_path / "m")[1], params)
 
 
-def test_huggingface_folder_is_replaced_whole_and_keeps_other_files(tmp_path, monkeypatch):
+def test_huggingface_write_replaces_a_folder_atomically_and_keeps_other_files(tmp_path, monkeypatch):
     once = official()
     twice = {name: x * 2 for name, x in once.items()}
     read = lambda: huggingface.named_officially(huggingface.read(tmp_path / "m"))[0]
@@ -154,7 +154,7 @@ def test_huggingface_folder_is_replaced_whole_and_keeps_other_files(tmp_path, mo
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_huggingface_never_replaces_what_is_no_folder_of_a_model(tmp_path):
+def test_save_never_replaces_anything_but_a_folder_of_a_model(tmp_path):
     (tmp_path / "file").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for folder, config in {"folder": "precious", "workdir": '{"model": {"name": "rwkv4"}}'}.items():
@@ -162,6 +162,6 @@ def test_huggingface_never_replaces_what_is_no_folder_of_a_model(tmp_path):
         (tmp_path / folder / "config.json").write_text(config)
     before = {path: path.lstat().st_ino for path in tmp_path.rglob("*")}
     for name in ("file", "link", "folder", "workdir"):
-        with one_line("exists and is no folder of an RWKV model", FileExistsError):
+        with one_line("exists and is not a folder of an RWKV model", FileExistsError):
             rwkv_jax.save(tmp_path / name, *tiny())
     assert {path: path.lstat().st_ino for path in tmp_path.rglob("*")} == before

@@ -56,12 +56,12 @@ def test_interop_command_refuses_a_cast_to_infinity(tmp_path, capsys):
 
 def test_interop_command_refuses_a_format_before_it_reads_weights(tmp_path, capsys, monkeypatch):
     rwkv_jax.save(tmp_path / "m.safetensors", *drawn(make("rwkv4", variant={"receptance": False})))
-    monkeypatch.setattr(rwkv_jax.runs, "load", None)
+    monkeypatch.setattr(rwkv_jax.runs, "load_with_training", None)
     assert main([str(tmp_path / "m.safetensors"), str(tmp_path / "m.pth")]) == 2
     assert "m.pth: pth holds released models only, and this one has receptance=False" in capsys.readouterr().err
 
 
-def test_interop_command_gives_a_folder_the_tokenizer_of_the_source(tmp_path, capsys):
+def test_interop_command_stores_the_tokenizer_of_the_source_in_the_folder(tmp_path, capsys):
     rwkv_jax.save(tmp_path / "model.pth", *drawn(make("rwkv4", vocab_size=256)))
     assert main([str(tmp_path / "model.pth"), str(tmp_path / "folder")]) == 0
     assert "bytes, guessed" in capsys.readouterr().err

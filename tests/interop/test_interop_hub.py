@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub, from its local cache: nothing here reaches a network."""
+"""Names on the Hugging Face hub, read from its local cache without a network."""
 
 import socket
 import time
@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
     return put
 
 
-def test_hub_names_are_read_from_its_cache(tmp_path, cache):
+def test_load_reads_hub_names_from_the_local_cache(tmp_path, cache):
     model, params = tiny()
     rwkv_jax.save(tmp_path / "m", model, params)
     rwkv_jax.save(tmp_path / "m.pth", model, params)
@@ -51,8 +51,8 @@ def test_hub_names_are_read_from_its_cache(tmp_path, cache):
             rwkv_jax.load(name)
 
 
-def test_hub_model_comes_with_its_tokenizer_on_every_command_line(tmp_path, cache, monkeypatch, capsys):
-    """The commands are given what they would compute: their tests run them on models of this machine."""
+def test_commands_load_a_hub_model_with_its_tokenizer(tmp_path, cache, monkeypatch, capsys):
+    """Computations are replaced: the tests of each command run them on local models."""
     rwkv_jax.save(tmp_path / "m", *drawn(make("rwkv4", vocab_size=256)))
     tokenizers.save(tokenizers.get_tokenizer("bytes"), tmp_path / "m")
     cache("org/folder", {path.name: path for path in (tmp_path / "m").iterdir()})
@@ -66,9 +66,9 @@ def test_hub_model_comes_with_its_tokenizer_on_every_command_line(tmp_path, cach
     assert "bytes" in out and "guessed" not in err
 
 
-def test_hub_that_does_not_answer_is_one_line_within_seconds(tmp_path, cache, monkeypatch):
-    """A server that takes connections and is silent, as where a firewall drops what is sent; the library waits
-    minutes."""
+def test_load_reports_a_silent_hub_in_one_line_within_seconds(tmp_path, cache, monkeypatch):
+    """The server accepts connections and never answers, as behind a firewall that drops packets; the library itself
+    waits for minutes."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(corpora_hub, "_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -80,7 +80,7 @@ def test_hub_that_does_not_answer_is_one_line_within_seconds(tmp_path, cache, mo
             assert time.monotonic() - began < 10
 
 
-def test_hub_is_not_asked_for_local_names(tmp_path, monkeypatch):
+def test_locate_never_asks_the_hub_for_local_names(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "download", lambda name: pytest.fail(f"looked up {name}"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "one").mkdir(parents=True)

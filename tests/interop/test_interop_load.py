@@ -20,7 +20,7 @@ def split(x, axis, devices):
     return NamedSharding(mesh(devices), PartitionSpec(*spec))
 
 
-def test_load_takes_one_sharding_for_all_or_a_tree_of_them(tmp_path):
+def test_load_takes_one_sharding_or_a_tree_of_shardings(tmp_path):
     pth.write(tmp_path / "model.pth", official())
     replicated = NamedSharding(mesh(1), PartitionSpec())
     _, params = rwkv_jax.load(tmp_path / "model.pth", sharding=replicated)
@@ -31,7 +31,7 @@ def test_load_takes_one_sharding_for_all_or_a_tree_of_them(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["model.pth", "run"])
-def test_load_gives_each_of_four_devices_its_part(tmp_path, source):
+def test_load_gives_each_of_four_devices_its_shard(tmp_path, source):
     model, params = tiny()
     if source == "run":
         write_workdir(tmp_path / source, model, params, 1)

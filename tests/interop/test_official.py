@@ -1,4 +1,4 @@
-"""Official state dicts become our parameters and back, by name, layout and dtype."""
+"""Official state dicts to our parameters and back: names, layouts and dtypes."""
 
 import re
 
@@ -14,8 +14,8 @@ from rwkv_jax import interop, models
 
 
 @pytest.mark.parametrize("dtype, num_layers", [("float32", 11), ("float16", L), ("bfloat16", L)])
-def test_official_weights_survive_the_round_trip_bit_exactly(dtype, num_layers):
-    """11 layers, whose numbers as text sort otherwise."""
+def test_from_official_and_to_official_are_inverse_bit_exactly(dtype, num_layers):
+    """11 layers, because their numbers sort differently as text."""
     tensors = official(jnp.dtype(dtype), num_layers)
     expected = {name: x.astype(np.float32) if name.endswith(DECAYS) else x for name, x in tensors.items()}
     for scan in (True, False):
@@ -26,16 +26,16 @@ def test_official_weights_survive_the_round_trip_bit_exactly(dtype, num_layers):
         assert_same_tensors(interop.to_official(params), expected)
 
 
-def test_parameter_shapes_are_those_of_init():
+def test_parameter_shapes_equal_those_of_init():
     for scan in (True, False):
         model, _ = tiny(scan=scan)
         params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 3), jnp.int32))["params"]
         assert models.parameter_shapes(model) == params
-        models.parameter_shapes(model).clear()  # a caller's tree is its own
+        models.parameter_shapes(model).clear()  # callers get a copy
         assert models.parameter_shapes(model) == params
 
 
-def test_official_matrices_are_transposed_and_layers_stay_in_order():
+def test_from_official_transposes_matrices_and_keeps_the_order_of_layers():
     tensors = official()
     _, params = interop.from_official(tensors)
     for i in range(L):
@@ -48,7 +48,7 @@ def test_official_matrices_are_transposed_and_layers_stay_in_order():
     np.testing.assert_array_equal(params["head"]["kernel"], tensors["head.weight"].T)
 
 
-def test_official_dtype_casts_everything_but_the_decays():
+def test_from_official_casts_everything_but_the_decays():
     model, params = interop.from_official(official(), dtype="bfloat16")
     assert (model.dtype, model.param_dtype) == ("bfloat16", "bfloat16")
     for path, x in flatten_dict(params).items():
@@ -65,7 +65,7 @@ def without(name):
     "tensors, message",
     [
         (without("blocks.1.att.key.weight"), r"key 'blocks.1.att.key.weight' is missing"),
-        (without("emb.weight"), r"no RWKV weights: 'emb.weight' is not among the \d+ keys \['head.weight'"),
+        (without("emb.weight"), r"not RWKV weights: 'emb.weight' is not among the \d+ keys \['head.weight'"),
         (official() | {"head_q.weight": np.zeros((D, D))}, r"unknown key 'head_q.weight'"),
         (official() | {"blocks.7.ln1.bias": np.zeros(D)}, rf"key 'blocks.{L}.att.key.weight' is missing"),
         (
@@ -93,7 +93,7 @@ def without(name):
         (official() | {"blocks.0.att.r_k": np.zeros((1, D))}, "key 'blocks.0.att.a1' is missing"),
     ],
 )
-def test_official_state_dict_that_does_not_fit_is_named(tensors, message):
+def test_from_official_names_what_does_not_fit_in_a_state_dict(tensors, message):
     with one_line(message):
         interop.from_official(tensors)
 
@@ -106,19 +106,19 @@ def test_official_state_dict_that_does_not_fit_is_named(tensors, message):
         ("rwkv7", ("ln_x.weight", "r_k", "x_r", "w1", "a1", "g1")),
     ],
 )
-def test_file_that_misses_a_tensor_is_not_taken_for_one_of_another_version(kind, names):
+def test_from_official_names_a_missing_tensor_in_the_right_version(kind, names):
     tensors = interop.to_official(tiny(kind=kind)[1])
     for name in (f"blocks.0.att.{name}" for name in names):
         with one_line(f"key '{name}' is missing"):
             interop.from_official({key: x for key, x in tensors.items() if key != name})
 
 
-# Tensors that the released trainers left, of 3 layers with 2 heads of 32 channels.
+# Final tensors of the released trainers: 3 layers with 2 heads of 32 channels.
 TRAINED = {"rwkv5": None, "rwkv6": (32, 64), "rwkv7": (32, 32, 32, 32)}
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_later_versions_survive_the_round_trip_bit_exactly(kind):
+def test_from_official_and_to_official_of_later_versions_are_inverse(kind):
     tensors, _ = trained(kind)
     for dtype in (np.float32, jnp.bfloat16):
         narrow = {name: x.astype(dtype) for name, x in tensors.items()}
@@ -126,7 +126,7 @@ def test_later_versions_survive_the_round_trip_bit_exactly(kind):
         assert (model.layers, model.num_layers, model.head_size) == ((kind,), 3, 32)
         assert model.low_ranks == TRAINED[kind]
         back = interop.to_official(params)
-        # the first layer of RWKV-7 has no value residual, and released files hold its matrices
+        # the first layer of RWKV-7 has no value residual, but released files hold its matrices
         assert narrow.keys() - back.keys() == {n for n in narrow if re.match(r"blocks\.0\.att\.v[012]$", n)}
         wide = ("w0", "time_faaaa", "time_decay")
         expected = {name: x.astype(np.float32) if name.endswith(wide) else x for name, x in narrow.items()}
@@ -134,8 +134,8 @@ def test_later_versions_survive_the_round_trip_bit_exactly(kind):
 
 
 @pytest.mark.parametrize("kind, telling", [("rwkv5", "gate.weight"), ("rwkv6", "att.time_maa")])
-def test_later_versions_are_written_in_an_order_by_which_the_package_detects_them(kind, telling):
-    """It has counted the heads of RWKV-5 and 6 by a decay's shape where the name that tells the version came after."""
+def test_to_official_orders_names_so_that_the_rwkv_package_detects_versions(kind, telling):
+    """The package miscounts the heads of RWKV-5 and 6 if a decay precedes the name that identifies the version."""
     _, params = interop.from_official(trained(kind)[0])
     backwards = unflatten_dict(dict(reversed(flatten_dict(params).items())))
     for tree in (params, backwards):
@@ -144,15 +144,15 @@ def test_later_versions_are_written_in_an_order_by_which_the_package_detects_the
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_later_versions_compute_what_the_released_code_computes(kind):
-    """Logits of the trainer's model in float64, and the state of the `rwkv` package in float32."""
+def test_from_official_of_later_versions_has_the_released_logits_and_state(kind):
+    """Compares logits with the trainer's model in float64, and the state with the `rwkv` package in float32."""
     tensors, arrays = trained(kind)
     model, params = interop.from_official(tensors)
     logits, state = forward(model.clone(matmul_precision="highest"), params, np.int32(arrays["tokens"][0, :, :48]))
     np.testing.assert_allclose(logits, arrays["logits_after"], atol=5e-6)
     for i, layer in enumerate(state):
         wkv = arrays[f"state_after/blocks.{i}.att.wkv"]
-        wkv = wkv.swapaxes(1, 2) if kind == "rwkv7" else wkv  # that package has [value, key] for this version
+        wkv = wkv.swapaxes(1, 2) if kind == "rwkv7" else wkv  # the package stores [value, key] for this version
         np.testing.assert_allclose(layer.wkv[0], wkv, atol=2e-5)
         for ours, theirs in ((layer.att_last, "att"), (layer.ffn_last, "ffn")):
             np.testing.assert_allclose(ours[0], arrays[f"state_after/blocks.{i}.{theirs}.shift"], atol=2e-6)

@@ -17,7 +17,7 @@ from rwkv_jax.interop import pth
 GOLDEN = Path(__file__).parents[1] / "goldens" / "torch.pth"
 
 
-def test_pth_of_torch_is_read():
+def test_pth_read_reads_a_file_of_torch():
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
     expected = {
         "weight": np.array([[1.5, -2.0], [0.0, 3.25], [-0.5, 8.0]], ml_dtypes.bfloat16),
@@ -44,7 +44,7 @@ def all_kinds():
     return tensors
 
 
-def test_pth_round_trip_is_bit_exact_in_aligned_views_of_the_file(tmp_path):
+def test_pth_read_gives_bit_exact_aligned_views_of_the_file(tmp_path):
     path = tmp_path / "model.pth"
     tensors = all_kinds() | {"x" * n: np.arange(1.0 + n) for n in range(1, 70)}
     pth.write(path, tensors)
@@ -64,7 +64,7 @@ class Unreadable:
         raise OSError("the device is gone")
 
 
-def test_pth_write_that_fails_leaves_the_old_file(tmp_path):
+def test_pth_write_leaves_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "model.pth"
     pth.write(path, {"a": np.ones(3)})
     with pytest.raises(OSError, match="the device is gone"):
@@ -89,7 +89,7 @@ def rewritten(tmp_path, records=(), compression=zipfile.ZIP_STORED):
 
 
 class Call:
-    """Pickles as a call of `function(*args)`."""
+    """An object that pickles as a call of `function(*args)`."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -120,15 +120,15 @@ def edited(**fields):
         (edited(size=5), "'a' needs 6 elements of storage '0'; it has 5"),
         (edited(offset=1), "'a' needs 7 elements of storage '0'; it has 6"),
         (edited(stride=2), "'a' needs 11 elements of storage '0'; it has 6"),
-        (edited(stride=-1, offset=5), "'a' is no strided view of a storage"),
-        (edited(name=b"K\x07"), "key 7 is no string"),
+        (edited(stride=-1, offset=5), "'a' is not a strided view of a storage"),
+        (edited(name=b"K\x07"), "key 7 is not a string"),
         ({"data.pkl": pickle.dumps({"model": {"a": 1}})}, "'model' holds a dict; expected a flat dict of tensors"),
         ({"data.pkl": pickle.dumps([1])}, "holds a list; expected a dict of tensors"),
-        ({"data.pkl": b"\x80\x02}r\xff\xff\xff\x7f."}, "an object as number 2,147,483,647 and has 9 bytes"),
+        ({"data.pkl": b"\x80\x02}r\xff\xff\xff\x7f."}, "its memo index 2,147,483,647 exceeds its 9 bytes"),
         ({"data.pkl": b"\x80\x02Fa\nb."}, "not the pickle of a state dict: .*'a"),
     ],
 )
-def test_pth_without_a_state_dict_is_named(tmp_path, records, message):
+def test_pth_read_names_a_file_without_a_state_dict(tmp_path, records, message):
     with one_line(message):
         pth.read(rewritten(tmp_path, records))
 
@@ -141,7 +141,7 @@ def test_pth_without_a_state_dict_is_named(tmp_path, records, message):
         (np.zeros(3), r"numpy._core\S+"),
     ],
 )
-def test_pth_refuses_every_other_global_and_runs_nothing(tmp_path, monkeypatch, value, name):
+def test_pth_read_refuses_other_globals_and_executes_no_code(tmp_path, monkeypatch, value, name):
     monkeypatch.chdir(tmp_path)
     for protocol in (3, 4):  # protocol 2 would write Python 2's names
         path = rewritten(tmp_path, {"data.pkl": pickle.dumps({"a": value}, protocol)})
@@ -150,27 +150,27 @@ def test_pth_refuses_every_other_global_and_runs_nothing(tmp_path, monkeypatch, 
     assert not (tmp_path / "canary").exists()
 
 
-def test_pth_pickle_made_by_hand_is_read(tmp_path):
+def test_pth_read_reads_a_pickle_made_by_hand(tmp_path):
     path = rewritten(tmp_path, edited(offset=1, shape=3, stride=2))
     assert_same_tensors(pth.read(path), {"a": np.array([1, 3, 5], np.float32)})
 
 
-def test_pth_ignores_attributes_in_the_pickle(tmp_path):
+def test_pth_read_ignores_attributes_in_the_pickle(tmp_path):
     content = b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsK\x07sb."
     assert pth.read(rewritten(tmp_path, {"data.pkl": content})) == {}
 
 
-def test_pth_record_past_the_end_of_the_file_is_named(tmp_path):
+def test_pth_read_names_a_record_past_the_end_of_the_file(tmp_path):
     path = rewritten(tmp_path)
     content = bytearray(path.read_bytes())
-    size = content.rindex(b"PK\1\2") + 24  # of the last record, in the zip's table of contents
+    size = content.rindex(b"PK\1\2") + 24  # size of the last record in the zip's central directory
     content[size : size + 4] = (2**30).to_bytes(4, "little")
     path.write_bytes(content)
     with one_line(r"truncated: record 'archive/version' ends past the end of the file"):
         pth.read(path)
 
 
-def test_pth_refuses_compressed_records(tmp_path):
+def test_pth_read_refuses_compressed_records(tmp_path):
     with one_line(r"record 'archive/data.pkl' is compressed"):
         pth.read(rewritten(tmp_path, compression=zipfile.ZIP_DEFLATED))
 
@@ -179,14 +179,14 @@ def test_pth_refuses_compressed_records(tmp_path):
 
 
 def bits(x):
-    """Of a tensor of torch."""
+    """The bits of a torch tensor, as integers."""
     import torch
 
     return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.live
-def test_pth_is_read_by_torch(tmp_path):
+def test_pth_write_is_read_by_torch(tmp_path):
     import torch
 
     pth.write(tmp_path / "model.pth", all_kinds())
@@ -199,7 +199,7 @@ def test_pth_is_read_by_torch(tmp_path):
 
 @pytest.mark.live
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_pth_of_torch_is_read_whatever_its_pickle_protocol(tmp_path, protocol):
+def test_pth_read_reads_torch_files_of_every_pickle_protocol(tmp_path, protocol):
     import torch
 
     path = tmp_path / "model.pth"
@@ -218,7 +218,7 @@ def test_pth_of_torch_is_read_whatever_its_pickle_protocol(tmp_path, protocol):
 
 
 @pytest.mark.live
-def test_pth_refuses_old_and_whole_module_files_of_torch(tmp_path):
+def test_pth_read_refuses_old_and_whole_module_files_of_torch(tmp_path):
     import torch
 
     path = tmp_path / "model.pth"

@@ -1,4 +1,4 @@
-"""rwkv.cpp files, byte by byte, and what that runtime computes with them."""
+"""rwkv.cpp files, byte by byte, and their logits in that runtime."""
 
 import math
 import os
@@ -52,7 +52,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_rwkv_cpp_file_has_the_documented_layout(tmp_path, kind):
+def test_rwkv_cpp_write_has_the_documented_layout(tmp_path, kind):
     table = ("emb.weight", TABLE, TABLE, True)
     rows = [table, *((f"blocks.0.{name}", *rest) for name, *rest in ROWS[kind]), ("head.weight", *table[1:])]
     for half in (0, 1):
@@ -87,9 +87,9 @@ def test_rwkv_cpp_file_has_the_documented_layout(tmp_path, kind):
         ("blocks.0.att.time_decay", -110, "m: blocks.0.att.time_decay is too slow: .* becomes 0"),
     ],
 )
-def test_rwkv_cpp_refuses_numbers_that_its_dtypes_cannot_hold(tmp_path, name, number, message):
+def test_rwkv_cpp_write_refuses_numbers_that_its_dtypes_cannot_hold(tmp_path, name, number, message):
     tensors = official()
-    tensors["head.weight"] = tensors["head.weight"].astype(np.float16)  # and so is every matrix in the file
+    tensors["head.weight"] = tensors["head.weight"].astype(np.float16)  # makes every matrix in the file float16
     rwkv_cpp.write(tmp_path / "m", tensors)
     before = (tmp_path / "m").read_bytes()
     tensors[name] = np.full_like(tensors[name], number)
@@ -111,7 +111,7 @@ def test_rwkv_cpp_keeps_decays_of_rwkv5_that_float32_rounds_to_0_and_1(tmp_path)
     assert np.isfinite(found).all() and np.abs(found - decays)[3:6].max() < 1e-4
 
 
-def test_rwkv_cpp_decays_of_an_rwkv5_file_survive_reading_and_writing(tmp_path):
+def test_rwkv_cpp_keeps_the_decays_of_an_rwkv5_file_bit_exactly(tmp_path):
     rwkv_jax.save(tmp_path / "m", *tiny(kind="rwkv5", head_norm_epsilon=1e-5), format="rwkv.cpp")
     content, decays = (
         (tmp_path / "m").read_bytes(),
@@ -124,8 +124,8 @@ def test_rwkv_cpp_decays_of_an_rwkv5_file_survive_reading_and_writing(tmp_path):
     assert np.abs(found - decays).max() < 3e-8 and found[4:].tobytes() == decays[4:].tobytes()
 
 
-def test_rwkv_cpp_file_of_one_head_is_read_as_its_converter_squeezes_it(tmp_path):
-    """[K, 1] for [H, K, 1]."""
+def test_rwkv_cpp_read_accepts_one_head_squeezed_by_its_converter(tmp_path):
+    """The converter writes [K, 1] in place of [H, K, 1]."""
     tensors, _ = trained("rwkv5")
     wide = lambda x: x.reshape(1, 64) if x.shape == (2, 32) else x
     one_head = {name: wide(x) for name, x in tensors.items()}
@@ -145,8 +145,8 @@ def test_rwkv_cpp_file_of_one_head_is_read_as_its_converter_squeezes_it(tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
-def test_rwkv_cpp_gives_rwkv5_with_the_released_epsilon_its_own_numbers(tmp_path, dtype):
-    """Its runtime has another epsilon, so att.receptance is divided by 8; the released trainer is the judge."""
+def test_rwkv_cpp_keeps_the_numbers_of_rwkv5_with_the_released_epsilon(tmp_path, dtype):
+    """The runtime has another epsilon, so att.receptance is divided by 8. The judge is the released trainer."""
     tensors, arrays = trained("rwkv5")
     model, params = interop.from_official({name: x.astype(dtype) for name, x in tensors.items()})
     rwkv_jax.save(tmp_path / "m", model, params, format="rwkv.cpp")
@@ -183,8 +183,8 @@ def expected_logits(version):
 @pytest.mark.parametrize(
     ("version", "epsilon", "error"), [("4v0-660K", 64e-5, 5e-6), ("5v2-730K", 1e-5, 5e-6), ("7v0-834K", 64e-5, 1e-6)]
 )
-def test_rwkv_cpp_tiny_models_give_its_logits_and_survive_the_round_trip(tmp_path, x64, version, epsilon, error):
-    """In float64. Attention moves the logits of 7v0 by 0.011 in all, hence its small error."""
+def test_rwkv_cpp_tiny_models_have_its_logits_and_survive_the_round_trip(tmp_path, x64, version, epsilon, error):
+    """Computed in float64. Attention moves the logits of 7v0 by 0.011 in all, hence its small error."""
     model, params = rwkv_jax.load(CLONE / f"tiny-rwkv-{version}-FP32.bin", dtype="float64")
     assert model.head_norm_epsilon == epsilon
     assert np.abs(next_logits(model, params) - expected_logits(version)).max() < error
@@ -196,8 +196,8 @@ def test_rwkv_cpp_tiny_models_give_its_logits_and_survive_the_round_trip(tmp_pat
 
 @pytest.mark.live
 @needs_clone
-def test_rwkv_cpp_tiny_rwkv6_gives_its_logits_as_far_as_its_quantised_file_can(tmp_path):
-    """The float files are not in every clone; those of 5 bits a number are."""
+def test_rwkv_cpp_tiny_rwkv6_has_its_logits_within_quantisation(tmp_path):
+    """Every clone has the file quantised to 5 bits; the float files are not in all of them."""
     with one_line(r"it is quantised \(Q5_1\)"):
         rwkv_jax.load(CLONE / "tiny-rwkv-6v0-3m-Q5_1.bin")
     content = (CLONE / "tiny-rwkv-6v0-3m-Q5_1.bin").read_bytes()

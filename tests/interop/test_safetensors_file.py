@@ -9,7 +9,7 @@ from weights import assert_same_tensors
 from rwkv_jax.interop import safetensors_file
 
 
-def test_safetensors_library_reads_what_is_written_and_is_read(tmp_path):
+def test_safetensors_file_exchanges_files_with_the_library(tmp_path):
     path = tmp_path / "m.safetensors"
     rng = np.random.default_rng(0)
     kinds = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8")

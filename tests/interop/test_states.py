@@ -1,4 +1,4 @@
-"""States as the `rwkv` package keeps them, and tuned ones as released files do: round trips, mistakes, live judge."""
+"""States in the layout of the `rwkv` package, and tuned states in that of released files: round trips and mistakes."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from rwkv_jax.interop import pth
 from rwkv_jax.interop.states import from_rwkv, from_time_state, to_rwkv, to_time_state
 from rwkv_jax.train import methods
 
-H, K = 2, 4  # of `small.make`
+H, K = 2, 4  # heads and their channels in `small.make`
 KINDS = ("rwkv4", "rwkv5", "rwkv6", "rwkv7")
 LAYOUT = {
     "rwkv4": [(D,)] * 5,  # att_xx, aa, bb, pp, ffn_xx
@@ -38,7 +38,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_survives_the_round_trip_in_the_documented_layout(kind):
+def test_to_rwkv_and_from_rwkv_are_inverse_in_the_documented_layout(kind):
     model = make(kind)
     state = some_state(model, 1)
     arrays = to_rwkv(model, state)
@@ -55,10 +55,10 @@ def test_state_survives_the_round_trip_in_the_documented_layout(kind):
             np.testing.assert_array_equal(theirs, ours)
 
 
-def test_state_that_has_read_nothing_is_the_initial_one_of_both():
+def test_to_rwkv_and_from_rwkv_map_the_empty_state_to_the_empty_state():
     model = make("rwkv4")
     empty = jax.device_get(jax.jit(lambda: model.init_state(1))())
-    # The same past with any other scale, as a state that learns starts from.
+    # The same past at another scale, such as the start of a tuned state.
     zero = tuple(layer._replace(wkv=layer.wkv._replace(log_scale=0 * layer.wkv.log_scale)) for layer in empty)
     for state in (empty, zero):
         theirs = to_rwkv(model, state)
@@ -66,7 +66,7 @@ def test_state_that_has_read_nothing_is_the_initial_one_of_both():
         assert same(from_rwkv(model, theirs), empty)
 
 
-def test_state_that_cannot_be_converted_is_named():
+def test_to_rwkv_and_from_rwkv_name_what_they_cannot_convert():
     model = make("rwkv7")
     state = some_state(model, 1)
     good = to_rwkv(model, state)
@@ -84,7 +84,7 @@ def test_state_that_cannot_be_converted_is_named():
     ):
         with one_line(message):
             from_rwkv(model, arrays)
-    with one_line(r"^the state has 2 rows, and theirs holds one"):
+    with one_line(r"^the state has 2 rows, expected one"):
         to_rwkv(model, some_state(model, 2))
     with one_line(r"^array 0 of the state holds values that are not finite$"):
         to_rwkv(model, (state[0]._replace(att_last=state[0].att_last + np.inf), *state[1:]))
@@ -98,7 +98,7 @@ def test_state_that_cannot_be_converted_is_named():
         (make("lstm"), "'lstm'"),
         (make("rwkv4", token_shift=False), "'rwkv4', token_shift=False"),
     ):
-        with one_line(rf"^the rwkv package runs released RWKV models alone, and this one has {found}$"):
+        with one_line(rf"^the rwkv package runs released RWKV models only, and this one has {found}$"):
             from_rwkv(other, good)
 
 
@@ -112,18 +112,18 @@ def tuned_of(model, seed=0):
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_tuned_state_survives_the_round_trip_value_major(kind):
+def test_to_time_state_and_from_time_state_are_inverse_value_major(kind):
     model = make(kind)
     tuned = tuned_of(model)
     tensors = to_time_state(tuned)
     assert list(tensors) == [f"blocks.{i}.att.time_state" for i in range(L)]
     for i, x in enumerate(tensors.values()):
         np.testing.assert_array_equal(x, tuned["blocks"]["wkv"][i].transpose(0, 2, 1))
-    others = {"head.weight": np.zeros(3)}  # of a file that holds the weights too
+    others = {"head.weight": np.zeros(3)}  # as in a file that also holds the weights
     assert same(from_time_state(model, tensors | others), methods.tuned_state(model, tuned, 1))
 
 
-def test_tuned_state_that_released_files_lack_is_named():
+def test_from_time_state_names_a_missing_or_misshapen_tuned_state():
     model = make("rwkv6")
     good = to_time_state(tuned_of(model))
     with one_line(r"^key 'blocks.0.att.time_state' is missing, expected the tuned state of 2 layers$"):
@@ -186,7 +186,7 @@ for folder in json.loads(sys.argv[1]):
     np.savez(folder + "/theirs.npz", **results)
 """
 NUM_NEW = 200
-SHAPES = (  # two heads at least: the package takes matrices of one for vectors
+SHAPES = (  # at least two heads: with one the package mistakes matrices for vectors
     {"vocab_size": 40, "num_layers": 2, "dim": 64, "head_size": 32},
     {"vocab_size": 300, "num_layers": 7, "dim": 128, "hidden_dim": 96},
     {"vocab_size": 1000, "num_layers": 3, "dim": 192},
@@ -195,9 +195,9 @@ SHAPES = (  # two heads at least: the package takes matrices of one for vectors
 
 @functools.cache
 def to_scale(kind, i):
-    """(model, params, text, a tuned state), with matrices that keep the scale of what they multiply."""
+    """(model, params, text, a tuned state); the matrices preserve the scale of their inputs."""
     model, params = made(kind, **({"head_size": 64} | SHAPES[i]))
-    gains = {"kernel": 3, "1": 1, "2": 1}  # of full matrices and of low-rank ones
+    gains = {"kernel": 3, "1": 1, "2": 1}  # gains of full matrices and of low-rank ones
 
     def scaled(path, x):
         name = path[-1].key
@@ -222,7 +222,7 @@ def write_for_the_package(folder, kind, i):
     states = {"half": half, "empty": model.init_state(1), "tuned": methods.tuned_state(model, tuned, 1)}
     arrays = {f"{name}_{j}": x for name, state in states.items() for j, x in enumerate(to_rwkv(model, state))}
     np.savez(folder / "ours.npz", text=text, num_new=NUM_NEW, **arrays)
-    if kind in ("rwkv5", "rwkv6"):  # of whose files alone the package reads `time_state`
+    if kind in ("rwkv5", "rwkv6"):  # the package reads `time_state` of these versions only
         pth.write(folder / "overlaid.pth", interop.to_official(params) | to_time_state(tuned))
 
 
@@ -234,8 +234,8 @@ def read_back(model, arrays, name):
 
 @pytest.mark.live
 @pytest.mark.parametrize("kind", KINDS)
-def test_states_carry_a_text_to_the_package_and_back(kind, tmp_path):
-    """Logits, states, and greedy tokens after a text of which each side has read a half."""
+def test_to_rwkv_and_from_rwkv_carry_a_text_to_the_package_and_back(kind, tmp_path):
+    """Compares logits, states, and greedy tokens after a text of which each side has read one half."""
     folders = [tmp_path / str(i) for i in range(len(SHAPES))]
     for i, folder in enumerate(folders):
         write_for_the_package(folder, kind, i)
@@ -257,9 +257,9 @@ def test_states_carry_a_text_to_the_package_and_back(kind, tmp_path):
         if kind in ("rwkv5", "rwkv6"):
             assert close(theirs["overlaid"], tuned_BTV[0])
 
-        # our continuation of their state, theirs of ours
+        # we continue the package's state, and it continues ours
         before = generate.Context(read("end"), theirs["whole"][None, -1])
         settings = {"max_new_tokens": NUM_NEW, "temperature": 0, "stop_tokens": ()}
         ((new, *_), after) = generate.generate_with_context(model, params, [[]], context=before, **settings)
-        assert new == theirs["new"].tolist() and len(set(new)) > 3  # no token for ever
+        assert new == theirs["new"].tolist() and len(set(new)) > 3  # not one token repeated
         assert close(after.logits_BV[0], theirs["last"], 1e-4)

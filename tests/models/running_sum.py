@@ -1,4 +1,4 @@
-"""A kind of layer that only tests know: a decayed running sum, whose first layer hands its input up to all later ones.
+"""A kind of layer for tests: a decayed running sum, whose first layer passes its input to all later ones.
 
 h_t = W ln(x_t),    s_t = d s_{t-1} + h_t,    x_t + V (s_t + h_t of the first such layer)
 """

@@ -1,4 +1,4 @@
-"""The baseline's attention: blocked without a past, over the filled part of a cache with one."""
+"""The baseline's attention: blocked without a past, and over the filled part of a cache."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ def qkv(T, dtype=np.float32):
 
 
 def documents(T):
-    """(first token of each token's document, whether a token counts, what each token sees)."""
+    """(first token of each token's document, whether a token counts, mask of the tokens that each token sees)."""
     rng = np.random.default_rng(0)
     start_BT = np.maximum.accumulate(np.where(rng.random((2, T)) < 0.02, np.arange(T), 0), axis=1)
     valid_BT = rng.random((2, T)) < 0.8
@@ -42,12 +42,12 @@ def softmax_attention(q_BTHK, k_BTHK, v_BTHK, seen_BTS):
 
 
 def test_causal_attention_follows_its_formula_with_and_without_masks():
-    """Over two blocks of queries."""
+    """The inputs span two blocks of queries."""
     T = QUERY_BLOCK + 12
     start_BT, valid_BT, seen_BTS = documents(T)
     plain, masked = jax.jit(lambda *x: (causal_attention(*x[:3]), causal_attention(*x)))(*qkv(T), start_BT, valid_BT)
     assert error_ratio(plain, softmax_attention(*qkv(T), np.tri(T, dtype=bool)[None])) < 2e-6
-    sees = seen_BTS.any(-1)  # a padding token may see nothing
+    sees = seen_BTS.any(-1)  # a padding token may see no token
     assert sees.mean() > 0.9 and np.isfinite(masked).all()
     assert error_ratio(np.asarray(masked)[sees], softmax_attention(*qkv(T), seen_BTS)[sees]) < 2e-6
 
@@ -66,13 +66,13 @@ def test_causal_attention_takes_cudnn_for_16_bit_inputs_without_masks_on_a_gpu(m
     assert fused("gpu", jnp.bfloat16) and fused("gpu", np.float16)
     assert not fused("cpu", jnp.bfloat16) and not fused("gpu", np.float32)
     assert not fused("gpu", jnp.bfloat16, start_BT) and not fused("gpu", jnp.bfloat16, None, valid_BT)
-    arrays = qkv(4, jnp.bfloat16)  # on the CPU of a machine with a GPU
+    arrays = qkv(4, jnp.bfloat16)  # traced for the CPU of a machine with a GPU
     wanted = causal_attention(*arrays)
     monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
     np.testing.assert_array_equal(jax.jit(causal_attention.__wrapped__)(*arrays), wanted)
 
 
-def test_rotate_makes_scores_depend_on_the_distance_only():
+def test_rotate_makes_scores_depend_on_distance_only():
     q, k, _ = (x[:, :1] for x in qkv(1))
     turn = jax.jit(lambda x, at: rotate(x, jnp.full(x.shape[:2], at)))
     score = lambda at_q, at_k: np.einsum("bthk,bthk->bh", turn(q, at_q), turn(k, at_k))
@@ -87,7 +87,7 @@ def test_rotate_makes_scores_depend_on_the_distance_only():
 
 
 def squares(program, T):
-    """Shapes in a program's text that have two dimensions of T or more."""
+    """Shapes with two dimensions of T or more in a program's text."""
     shapes = {tuple(map(int, s.split("x"))) for s in re.findall(r"tensor<((?:\d+x)*\d+)x[a-z]", program)}
     return {shape for shape in shapes if sum(n >= T for n in shape) > 1}
 
@@ -100,11 +100,11 @@ def test_transformer_training_holds_no_T_by_T_array():
     assert not squares(gradient.as_text(), T)
     assert f"x{QUERY_BLOCK}x{T}xf32" in gradient.as_text()
     library = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=True)).lower(*qkv(T))
-    assert squares(library.as_text(), T)  # so that the reader above is known to see one
+    assert squares(library.as_text(), T)  # proves that `squares` finds one
 
 
-def test_causal_attention_computes_scores_again_in_the_backward_pass():
-    """What is kept between the passes is linear in T."""
+def test_causal_attention_recomputes_scores_in_the_backward_pass():
+    """The arrays kept between the passes are linear in T."""
     kept = lambda T: sum(
         x.size for x in jax.tree.leaves(jax.eval_shape(lambda *qkv: jax.vjp(causal_attention, *qkv)[1], *qkv(T)))
     )
@@ -130,7 +130,7 @@ def decode(model, params, prompt_BT, valid_BT, following_BT, state):
 
 
 def ragged():
-    """(prompts, which tokens count, what follows): each length padded on the right and on the left."""
+    """(prompts, mask of the tokens that count, continuations): each length padded on the right and on the left."""
     ids = tokens(ROWS, T)
     prompt, valid = np.zeros((ROWS, WIDTH), np.int32), np.zeros((ROWS, WIDTH), bool)
     following = np.zeros((ROWS, N), np.int32)
@@ -141,7 +141,7 @@ def ragged():
 
 
 def spoiled(state, rubbish):
-    """The state with `rubbish` in the slots of the block in use, and NaN in the blocks that are not."""
+    """The state with `rubbish` in the empty slots of the block in use, and NaN in the unused blocks."""
 
     def spoil(x):
         if x.ndim != 4:
@@ -152,7 +152,7 @@ def spoiled(state, rubbish):
 
 
 @pytest.mark.parametrize("shift", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_transformer_ragged_rows_decode_as_if_alone_whatever_empty_slots_hold(shift):
+def test_transformer_decodes_ragged_rows_as_if_alone_beside_spoiled_slots(shift):
     model, params = made("transformer", token_shift=shift)
     empty = model.init_state(ROWS, max_length=SLOTS)
     logits, state = decode(model, params, *ragged(), empty)
@@ -164,7 +164,7 @@ def test_transformer_ragged_rows_decode_as_if_alone_whatever_empty_slots_hold(sh
 
 
 def test_transformer_context_of_several_blocks_equals_a_pass_without_a_cache():
-    """Single tokens read two blocks of four one after the other, then three at once."""
+    """Single tokens first read two blocks of four, one after the other, then three at once."""
     model, params = made("transformer", token_shift=False)
     ids, full = tokens(ROWS, T), np.ones((ROWS, WIDTH), bool)
     state, out, begin = model.init_state(ROWS, max_length=SLOTS), [], 0

@@ -1,4 +1,4 @@
-"""Initial tensors against the released formulas written out in NumPy, and the gradients at the first steps."""
+"""Initial tensors against the released formulas written out in NumPy, and the gradients of the first steps."""
 
 import functools
 import itertools
@@ -19,8 +19,8 @@ from rwkv_jax.models.layers import LayerNorm, embedding_init, orthogonal
 from rwkv_jax.models.rwkv4 import kernel_init
 
 V, D, L = 80, 32, 3
-ROUNDING = 8 * 4 * np.finfo(np.float32).eps  # of a vector: values up to 8, a division, a power and a sum or two
-TABLE = (200, 64)  # of the embeddings that are drawn without a model
+ROUNDING = 8 * 4 * np.finfo(np.float32).eps  # for a vector: values up to 8, a division, a power and a sum or two
+TABLE = (200, 64)  # shape of the embeddings drawn without a model
 
 
 class Orthogonal(NamedTuple):
@@ -32,7 +32,7 @@ class Normal(NamedTuple):
 
 
 def rwkv4(layer, layers, matrix_init="released"):
-    """A layer as RWKV-LM (RWKV-v4neo) sets it: an array, or how it is drawn, by name."""
+    """A layer as initialised by RWKV-LM (RWKV-v4neo): an array, or its distribution, by name."""
     i = np.arange(D)
     ratio01 = layer / (layers - 1) if layers > 1 else 0.0
     ratio10 = 1 - layer / layers
@@ -67,7 +67,7 @@ def norm(name):
 
 
 def starts_of(*kinds, **fields):
-    """Of layers of these kinds, "0.att.key" for instance, and of what is around them."""
+    """Initial tensors of layers of these kinds, for instance "0.att.key", and of the parts around them."""
     around = (
         norm("ln0") | norm("ln_out") | {"head": Orthogonal(0.5 * math.sqrt(max(1, fields.get("vocab_size", V) / D)))}
     )
@@ -77,12 +77,12 @@ def starts_of(*kinds, **fields):
 
 
 def assert_starts(tensors, starts):
-    """Equal up to the rounding of the computation and of the tensor's dtype; the embedding is another test's."""
+    """Check up to the rounding of the computation and of the tensor's dtype; another test checks the embedding."""
     assert tensors.keys() - {"emb"} == starts.keys()
     for name, start in starts.items():
         x, eps = np.float32(tensors[name]), float(jnp.finfo(tensors[name].dtype).eps)
         if isinstance(start, Orthogonal):
-            smaller = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x  # of the two, gain^2 I
+            smaller = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x  # the smaller of the two products is gain^2 I
             limit = start.gain**2 * max(1e-5, 2 * eps)
             np.testing.assert_allclose(smaller, start.gain**2 * np.eye(len(smaller)), atol=limit, err_msg=name)
         elif isinstance(start, Normal):
@@ -103,7 +103,7 @@ def init(model, seed):
 
 @functools.cache
 def initial(seed=0, **overrides):
-    """Initial tensors by official-looking name, "0.att.key" for the kernel of layer 0, whatever the layout."""
+    """Initial tensors by official-looking name, "0.att.key" for the kernel of layer 0, in either layout."""
     model = make(**overrides)
     params = jax.tree.map(np.asarray, init(model, seed))
     flat = flatten_dict(unstack(params) if model.scan else params, sep=".")
@@ -115,20 +115,20 @@ def initial(seed=0, **overrides):
 
 
 @pytest.mark.parametrize(("layers", "scan"), [(L, True), pytest.param(1, False, marks=pytest.mark.slow)])
-def test_rwkv4_tensors_follow_the_released_formulas(layers, scan):
+def test_init_of_rwkv4_follows_the_released_formulas(layers, scan):
     tensors = initial(num_layers=layers, scan=scan)
     assert_starts(tensors, starts_of(*[rwkv4] * layers))
     assert 5.5e-4 < np.abs(tensors["emb"]).max() <= 6e-4  # "v4neo"
 
 
-def test_stacked_hybrid_layers_know_their_depth_and_attention_starts_as_rwkv4():
+def test_init_of_a_stacked_hybrid_depends_on_depth_and_treats_attention_alike():
     fields = {"layers": ("attention", "rwkv4"), "num_layers": 4, "token_shift": True, "vocab_size": 16}
     tensors = initial(**fields, embedding_scale=2e-3)
     assert_starts(tensors, starts_of(attention, rwkv4, attention, rwkv4, vocab_size=16))
     assert 1.8e-3 < np.abs(tensors["emb"]).max() <= 2e-3
 
 
-def test_unrolled_bfloat16_hybrid_layers_know_their_depth_and_keep_decays_in_float32():
+def test_init_of_an_unrolled_bfloat16_hybrid_keeps_decays_in_float32():
     fields = {"layers": ("rwkv4", "attention"), "num_layers": 2, "token_shift": True, "scan": False}
     tensors = initial(**fields, matrix_init="printed", embedding_init="normal", param_dtype="bfloat16")
     assert_starts(tensors, starts_of(functools.partial(rwkv4, matrix_init="printed"), attention))
@@ -136,15 +136,15 @@ def test_unrolled_bfloat16_hybrid_layers_know_their_depth_and_keep_decays_in_flo
     assert wide == {"0.att.time_decay", "0.att.time_first"}
 
 
-def test_every_layer_and_every_seed_draws_its_own_matrices():
+def test_init_draws_other_matrices_for_every_layer_and_seed():
     stacked = [initial(seed)[f"{layer}.att.value"] for seed in (0, 1) for layer in range(L)]
     unrolled = initial(layers=("attention",), num_layers=2, scan=False)
     for a, b in itertools.combinations([*stacked, *(unrolled[f"{layer}.att.value"] for layer in (0, 1))], 2):
         assert np.abs(a - b).max() > 0.1
 
 
-def test_stacked_layers_draw_what_they_have_always_drawn_from_a_seed():
-    """A seed in a config or a paper names these numbers, however a model is traced; as of version 0.1."""
+def test_init_of_stacked_layers_draws_the_numbers_of_version_0_1():
+    """A seed in a config or a paper must keep its numbers, independent of the way a model is traced."""
     model = build("rwkv4", vocab_size=19, num_layers=3, dim=16)
     drawn = init(model, 0)["blocks"]["att"]["value"]["kernel"]
     np.testing.assert_allclose(np.asarray(drawn)[:, 0, 0], [-0.355276, 0.183897, 0.210737], atol=1e-5)
@@ -155,8 +155,8 @@ WITHOUT_7 = dict.fromkeys(("in_context_rate", "value_residual", "bonus", "token_
 
 
 @pytest.mark.parametrize(("kind", "without"), [("rwkv4", WITHOUT), ("rwkv7", WITHOUT_7)])
-def test_variant_shares_the_initial_draws_of_the_released_model(kind, without):
-    """Effects are paired by the initial draw: a parameter that is gone must not shift the others' draws."""
+def test_init_of_a_variant_shares_the_draws_of_the_released_model(kind, without):
+    """Effects are paired by the initial draw: removing a parameter must not shift the draws of the others."""
     released = initial(layers=(kind,))
     tensors = initial(layers=(kind,), **without)
     assert tensors.keys() < released.keys()
@@ -169,7 +169,7 @@ def test_variant_shares_the_initial_draws_of_the_released_model(kind, without):
 
 @functools.cache
 def draws():
-    """What the initialisers return without a model, of one program."""
+    """Values of the initialisers without a model, from one program."""
 
     @jax.jit
     def draw(seed):
@@ -199,7 +199,7 @@ def test_embedding_init_draws_the_scale_of_its_scheme():
         np.testing.assert_allclose(np.float32(rounded), tables[scheme], rtol=2**-8)
 
 
-def test_normal_and_orthogonal_kernels_have_their_deviation_and_gain():
+def test_kernel_init_normal_and_orthogonal_have_their_deviation_and_gain():
     *_, normal, narrowing = draws()
     for kernel in normal:
         np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.05)
@@ -208,7 +208,7 @@ def test_normal_and_orthogonal_kernels_have_their_deviation_and_gain():
 
 
 def test_layer_norm_matches_torch():
-    """Epsilon 1e-5, which decides for embeddings, and the variance in two passes: x - mean first."""
+    """Epsilon is 1e-5, which matters for embeddings, and the variance takes two passes: x - mean first."""
     far = 1000 + 1e-2 * np.random.default_rng(0).standard_normal((4, TABLE[1]), np.float32)
     x = np.concatenate([*(draws()[0][scheme] for scheme in ("v4", "v4neo", "v5")), far])
     params = {"scale": np.ones(TABLE[1], np.float32), "bias": np.zeros(TABLE[1], np.float32)}
@@ -226,7 +226,7 @@ def test_layer_norm_matches_torch():
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradient(model, params):
-    """Of the mean next-token loss on a fixed batch."""
+    """Gradient of the mean next-token loss on a fixed batch."""
     tokens_BT = np.random.default_rng(0).integers(0, V, (2, 12))
 
     def loss(params):
@@ -237,7 +237,7 @@ def gradient(model, params):
 
 
 def with_gradient(**fields):
-    """Names of the tensors that get a gradient, before each of four steps of Adam's first size."""
+    """Names of the tensors with a non-zero gradient, before each of four steps of Adam's first size."""
     params = jax.tree.map(np.asarray, init(make(**fields), 0))
     for _ in range(4):
         found = jax.tree.map(np.asarray, gradient(make(), params))
@@ -245,27 +245,28 @@ def with_gradient(**fields):
         params = jax.tree.map(lambda p, g: p - np.float32(1e-2) * np.sign(g), params, found)
 
 
-def test_initial_gradients_are_of_the_outputs_and_reach_every_tensor_after_two_steps():
+def test_init_has_gradients_at_outputs_first_and_everywhere_after_two_steps():
     outside = {"emb.embedding", "head.kernel", *(f"{n}.{x}" for n in ("ln0", "ln_out") for x in ("scale", "bias"))}
     inside = {f"blocks_{i}.{name}.kernel" for i in range(L) for name in ("att.output", "ffn.value")}
-    # the outputs first, then what they multiply
+    # first the outputs, then the tensors that they multiply
     first, *_, last = with_gradient()
     assert first == outside | inside
     assert last == set(flatten_dict(unstack(init(make(), 0)), sep="."))
 
 
-def test_printed_initialiser_leaves_channel_mixing_without_a_gradient():
-    """Appendix E prints W_o and channel mixing's W_v as the non-zero ones. With W_k = 0, relu(0)^2 and its derivative
-    are zero, so all three matrices of channel mixing have zero gradient, at the start and after any step."""
+def test_matrix_init_printed_leaves_channel_mixing_without_a_gradient():
+    """Appendix E prints W_o and channel mixing's W_v as the non-zero matrices. With W_k = 0, relu(0)^2 and its
+    derivative are zero, so all three matrices of channel mixing have zero gradient, at the start and after any step.
+    """
     ffn = {f"blocks_{i}.ffn.{name}.kernel" for i in range(L) for name in ("key", "receptance", "value")}
     for alive in with_gradient(matrix_init="printed"):
         assert not alive & ffn
-    assert f"blocks_{L - 1}.att.value.kernel" in alive  # time mixing learns even so
+    assert f"blocks_{L - 1}.att.value.kernel" in alive  # time mixing learns nevertheless
 
 
 @pytest.mark.parametrize("kind", ["rwkv5", "rwkv6", "rwkv7"])
-def test_later_versions_start_as_the_released_trainers(kind):
-    """Beside the tensors that a released trainer began with: vectors are equal, matrices have the same gains."""
+def test_init_of_later_versions_follows_the_released_trainers(kind):
+    """Compared with the initial tensors of the released trainers: vectors are equal, matrices have the same gains."""
     with np.load(Path(__file__).parents[1] / "goldens" / f"official_trajectory{kind[-1]}.npz") as arrays:
         theirs = {k.removeprefix("init/"): x for k, x in arrays.items() if k.startswith("init/")}
     ranks = (32,) * 4 if kind == "rwkv7" else None

@@ -1,4 +1,4 @@
-"""Every model behind the one signature: RWKV-4, the transformer, the LSTM and hybrids."""
+"""Every model behind one signature: RWKV-4, the transformer, the LSTM and hybrids."""
 
 import functools
 import re
@@ -16,7 +16,7 @@ from rwkv_jax.models import build, kind_of, parameter_shapes, stack, unstack
 
 PURE = [kind for kind in KINDS if not kind.startswith("hybrid")]
 AND_SLOWLY = lambda *fast: [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-B, T = 12, 16  # one shape in nearly all tests: a program compiled once serves them all
+B, T = 12, 16  # one shape in nearly all tests, so that they share one compiled program
 NONE, ALL = np.zeros((B, T), bool), np.ones((B, T), bool)
 
 
@@ -24,7 +24,7 @@ NONE, ALL = np.zeros((B, T), bool), np.ones((B, T), bool)
 
 
 def test_lm_names_stacked_parameters_of_another_number_of_layers():
-    """Un-jitted and in decoding, which take them apart: a layer too many would be ignored without a word."""
+    """Un-jitted calls and decoding take the stack apart, and would otherwise ignore an extra layer silently."""
     model, params = made("rwkv4")
     deeper = jax.tree.map(lambda x: np.concatenate([x, x]), params["blocks"])
     shorter = jax.tree.map(np.copy, params["blocks"])
@@ -39,7 +39,7 @@ def test_lm_names_stacked_parameters_of_another_number_of_layers():
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_lm_names_a_vector_of_another_shape(scan):
-    """Such as one of a single number, which would be broadcast without a word."""
+    """A vector of one number would otherwise be broadcast silently."""
     _, params = made("rwkv4")
     one = lambda path, x: x[..., :1] if path[-1].key == "time_mix_k" else x
     params = jax.tree_util.tree_map_with_path(one, params)
@@ -51,7 +51,7 @@ def test_lm_names_a_vector_of_another_shape(scan):
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("kind", ["rwkv4", "rwkv7", "hybrid"])
 def test_lm_names_a_state_that_does_not_fit(kind, scan):
-    """Of one layer too many the last would be ignored without a word, where each has parameters of its own."""
+    """An extra layer would otherwise be ignored silently, if each layer has parameters of its own."""
     model = make(kind, scan=scan)
     call = lambda state: jax.eval_shape(functools.partial(forward, model), shapes_of(model), tokens(1, 3), state)
     made_of = lambda model, B: jax.eval_shape(lambda: model.init_state(B, max_length=8))
@@ -138,9 +138,9 @@ def test_stack_and_unstack_are_inverse(kind):
 # ---------------------------------------------------------------------------------------- one computation
 
 
-@pytest.mark.parametrize("kind", AND_SLOWLY(*(KINDS.keys() - {"rwkv5"})))  # rwkv6 has all of its code
-def test_lm_with_and_without_masks_or_a_past_is_one_computation(kind):
-    """Stacked layers: without a past, after an empty past, and with masks that mask nothing."""
+@pytest.mark.parametrize("kind", AND_SLOWLY(*(KINDS.keys() - {"rwkv5"})))  # rwkv6 covers the code of rwkv5
+def test_lm_without_masks_or_a_past_equals_empty_masks_and_an_empty_past(kind):
+    """Stacked layers: without a past, after an empty past, and with masks that mask no token."""
     model, params = made(kind)
     ids, empty = tokens(B, T), model.init_state(B, max_length=T)
     before = jax.tree.map(np.array, empty)
@@ -156,14 +156,14 @@ def test_lm_with_and_without_masks_or_a_past_is_one_computation(kind):
     spec = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert spec(empty) == spec(state) == spec(make(kind, scan=False).init_state(B, T))
     own = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(make(kind, scan=False).init_state(B, T))]
-    assert len(set(own)) == len(own)  # a program may be given them all to reuse
+    assert len(set(own)) == len(own)  # no two leaves share a buffer, so that all can be donated
     assert isinstance(state, tuple) and len(state) == model.num_layers
     assert all(x.shape[0] == B and x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("kind", AND_SLOWLY("rwkv4", "hybrid"))
 def test_lm_token_by_token_equals_parallel(kind):
-    """From a set of parameters a layer, the state carried from token to token."""
+    """Uses one set of parameters for each layer, with the state carried from token to token."""
     model, params = made(kind)
     unrolled, layers = make(kind, scan=False), unstack(params)
     ids = tokens(B, T)
@@ -192,7 +192,7 @@ def test_lm_in_bfloat16_rounds_activations_and_not_logits(kind):
     exact, _ = forward(make(kind), params, tokens(B, T))
     # about 20 roundings of 2^-9 in a row, and twice as many in RWKV-7, whose gates and low-rank maps are in a row too
     assert 1e-4 < error_ratio(logits, exact) < (0.08 if kind == "rwkv7" else 0.04)
-    # and none of the logits themselves
+    # the logits themselves are not rounded
     assert np.any(np.asarray(logits) != np.asarray(logits).astype(jnp.bfloat16).astype(np.float32))
 
 
@@ -202,7 +202,7 @@ LAYOUTS = ("..abcd.AbcdAb.cd", "AbcdAb.cd..Abcd.", "ab.cdAbcdAbcd...")
 
 
 def padded(*rows):
-    """(tokens, masks) of rows of B x T, the rest padding on the right."""
+    """(tokens, masks) of rows of B x T, padded on the right."""
     ids, valid = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
     for b, row in enumerate(rows):
         ids[b, : len(row)], valid[b, : len(row)] = row, True
@@ -248,8 +248,8 @@ CAUSAL = "ab.cAbc.dA.b"  # B tokens
 
 
 @pytest.mark.parametrize("kind", PURE)
-def test_lm_token_depends_on_its_own_document_up_to_itself_only(kind):
-    """Row s has another token s: the logits of all tokens that must not see it are the same to the bit."""
+def test_lm_logits_depend_on_the_past_of_their_own_document_only(kind):
+    """Row s has another token s: the logits of all tokens that must not see it are bit-equal."""
     model, params = made(kind)
     reset_BT, valid_BT = masks_of([CAUSAL + "." * (T - B)] * B).values()
     ids = np.repeat(tokens(1, T), B, axis=0)

@@ -1,4 +1,4 @@
-"""What a model traces, compiles and computes again: un-jitted calls, one trace a block, rematerialisation."""
+"""Tracing, compiling and rematerialisation of a model: un-jitted calls, and one trace for each block."""
 
 import collections
 
@@ -46,7 +46,7 @@ def test_lm_unjitted_apply_compiles_once_and_equals_the_jitted_one(kind, past, c
 
 
 def test_lm_runs_layer_by_layer_in_plain_unjitted_calls_only():
-    """Under a transform, with dropout, or where intermediates are collected, layers stay in their scan."""
+    """Under a transform, with dropout, or with collected intermediates, layers stay in their scan."""
     model, params = made("rwkv4")
     plain = {"params": params}
     eager = lambda model, variables=plain, **kw: model.bind(variables, **kw)._eager(tokens(B, T))
@@ -68,7 +68,7 @@ def test_lm_runs_layer_by_layer_in_plain_unjitted_calls_only():
     ("kind", "scan"), [("hybrid", True), ("lstm", False), *(SLOWLY(kind, True) for kind in KINDS if kind != "hybrid")]
 )
 def test_lm_traces_a_block_once_for_a_gradient(kind, scan):
-    """Stacked: once each kind of the repeating unit; apart: once a layer."""
+    """Stacked, each kind of the repeating unit is traced once; unstacked, each layer."""
     model, calls = make(kind, scan=scan), []
     shapes = shapes_of(model)
     blocks = {record.block for _, record, _ in model.unit}
@@ -96,7 +96,7 @@ RECOMPUTED = {
 
 
 def operations(jaxpr, counts=None):
-    """How often each primitive stands in a program: the body of a loop once, a jitted function once a call."""
+    """Number of each primitive in a program: the body of a loop counts once, a jitted function once for each call."""
     counts = collections.Counter() if counts is None else counts
     for equation in jaxpr.eqns:
         counts[equation.primitive.name] += 1
@@ -113,7 +113,7 @@ def operations(jaxpr, counts=None):
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("kind", ["rwkv5", "rwkv6", "rwkv7"])
 def test_lm_remat_changes_no_gradient_and_takes_less_memory(kind, scan):
-    """In float64: the norm of a head amplifies the rounding of a small y."""
+    """Computed in float64: the norm of a head amplifies the rounding of a small y."""
     model, params = made(kind, num_layers=4, dim=32, head_size=16, dtype="float64", param_dtype="float64")
     model, params = (model, params) if scan else (model.clone(scan=False), unstack(params))
     ids = tokens(2, 128)
@@ -124,7 +124,7 @@ def test_lm_remat_changes_no_gradient_and_takes_less_memory(kind, scan):
 
     programs = {remat: compiled(remat) for remat in ("none", "matmuls", "outputs", "block")}
     memory = [program.memory_analysis().temp_size_in_bytes for program in programs.values()]
-    if scan:  # XLA's CPU compiler joins what is unrolled and computed twice
+    if scan:  # XLA's CPU compiler merges unrolled computations that are equal
         assert memory == sorted(memory, reverse=True) and memory[-1] < 0.7 * memory[0]
     whole = programs.pop("none")(params)
     for program in programs.values():
@@ -132,8 +132,8 @@ def test_lm_remat_changes_no_gradient_and_takes_less_memory(kind, scan):
 
 
 @pytest.mark.parametrize(("kind", "scan"), [("rwkv4", True), ("transformer", False)])
-def test_lm_remat_computes_again_what_the_policy_drops(kind, scan):
-    model, params = made(kind, num_layers=1, scan=scan)  # of a stack, the program holds one layer
+def test_lm_remat_recomputes_only_the_values_that_its_policy_drops(kind, scan):
+    model, params = made(kind, num_layers=1, scan=scan)  # the program of a stack holds one layer
 
     def count(remat):
         loss = lambda params: model.clone(remat=remat).apply({"params": params}, tokens(2, 8))[0].sum()

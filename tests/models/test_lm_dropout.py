@@ -1,4 +1,4 @@
-"""Dropout: where it is, and that every layer drops other values."""
+"""Dropout: its places in a model, and a mask of its own for every layer."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ from small import made, make, shapes_of, tokens
 
 
 def norm_inputs(model, params, ids, **rngs):
-    """(inputs of the norms by name, logits), while tracing; those inside a scan over layers cannot leave it."""
+    """(inputs of the norms by name, logits), while tracing; inputs inside a scan over layers cannot leave it."""
     seen = {}
 
     def record(call, args, kwargs, context):
@@ -23,7 +23,7 @@ def norm_inputs(model, params, ids, **rngs):
 
 
 @pytest.mark.parametrize("kind", ["rwkv4", "transformer"])
-def test_dropout_is_on_the_embedding_and_after_each_add_where_a_key_is_given(kind):
+def test_dropout_with_a_key_is_on_the_embedding_and_after_each_add(kind):
     one = {"num_layers": 1, "scan": False}
     plain, params = made(kind, **one)
     dropped, ids = make(kind, **one, dropout=0.5), tokens(8, 32)
@@ -42,11 +42,11 @@ def test_dropout_is_on_the_embedding_and_after_each_add_where_a_key_is_given(kin
     np.testing.assert_allclose(seen["ln0"][kept], 2 * without["ln0"][kept], rtol=1e-6)
 
 
-def test_dropout_of_every_layer_draws_its_own_mask():
+def test_dropout_draws_a_mask_of_its_own_for_every_layer():
     model = make("rwkv4", dropout=0.5, num_layers=3)
     start = lambda path, x: np.full(x.shape, path[-1].key not in ("kernel", "bias"), x.dtype)
     params = jax.tree_util.tree_map_with_path(start, shapes_of(model))  # every branch adds zero
     run = jax.jit(lambda params, key: norm_inputs(model, params, tokens(8, 32), dropout=key)[0])
     seen = run(params, jax.random.key(0))
-    # six independent masks leave 1/64 of what LN0 gives, one mask six times would leave half
+    # six independent masks keep 1/64 of LN0's output, the same mask six times would keep half
     assert 1 / 128 < np.mean(np.asarray(seen["ln_out"]) != 0) < 1 / 32

@@ -1,4 +1,4 @@
-"""Fields of a model: as JSON, and what `build` says of those that do not fit."""
+"""Fields of a model: as JSON, and the errors of `build` for those that do not fit."""
 
 import json
 import math
@@ -31,8 +31,8 @@ def test_lm_fields_survive_json(kind):
         ({"hidden_dim": 0}, "model field hidden_dim is 0, expected a positive integer"),
         ({"dim": 2**30}, "model field dim is 1073741824, expected a positive integer, at most 1048576"),  # XLA aborts
         ({"num_layers": True}, "model field num_layers is True, expected a positive integer"),
-        ({"dropout": 1.0}, "model field dropout is 1.0, expected a share from 0 to below 1"),
-        ({"dropout": "0.1"}, "model field dropout is '0.1', expected a share from 0 to below 1"),
+        ({"dropout": 1.0}, "model field dropout is 1.0, expected a fraction from 0 to below 1"),
+        ({"dropout": "0.1"}, "model field dropout is '0.1', expected a fraction from 0 to below 1"),
         ({"head_norm_epsilon": -1.0}, "model field head_norm_epsilon is -1.0, expected a finite number above 0"),
         ({"head_norm_epsilon": math.nan}, "model field head_norm_epsilon is nan, expected a finite number above 0"),
         ({"head_norm_epsilon": True}, "model field head_norm_epsilon is True, expected a finite number above 0"),
@@ -56,7 +56,7 @@ def test_lm_fields_survive_json(kind):
     ],
     ids=str,
 )
-def test_build_names_a_misspelt_field_and_the_nearest_right_one(arguments, line):
+def test_build_names_a_misspelt_field_and_the_nearest_correct_one(arguments, line):
     given = {"name": "rwkv4", "vocab_size": V, "num_layers": L, "dim": D} | arguments
     with pytest.raises(ValueError) as error:
         build(**given)

@@ -1,4 +1,4 @@
-"""Low-rank adapters: they change nothing at first, and merge into the weights that compute the same."""
+"""Low-rank adapters: no effect at first, and equal results once merged into the weights."""
 
 import functools
 
@@ -16,8 +16,8 @@ METHOD = Method("lora", RANK, ALPHA, "key|value|gate|(q|k|v|out|up|down)/kernel|
 SLOWLY = lambda *kinds: [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
-def _shaken(adapters):
-    """Adapters that do something: at the start B is zero."""
+def _with_nonzero_b(adapters):
+    """Adapters with an effect: B starts at zero."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), adapters)
 
@@ -33,19 +33,19 @@ def _merged(params, adapters):
 
 
 @pytest.mark.parametrize("kind", ["rwkv4", *SLOWLY("hybrid", "rwkv5", "rwkv6", "rwkv7")])
-def test_adapters_change_nothing_at_first_and_merge_into_the_weights(kind):
+def test_lora_adapters_have_no_effect_at_first_and_merge_into_the_weights(kind):
     model, params = small.made(kind)
     tokens_BT = small.tokens(2, 8)
     plain_BTV, _ = small.forward(model, params, tokens_BT)
     fresh, frozen = jax.jit(functools.partial(METHOD.split, model))(params, jax.random.key(0))
     joined = lambda adapters: small.forward(model, METHOD.bind(model, adapters, frozen, 2)[0], tokens_BT)[0]
-    # in one program to the bit; the plain model is another, which XLA may round differently, and does for the hybrid
+    # bit-equal within one program; XLA may round the plain model's program differently, and does for the hybrid
     np.testing.assert_array_equal(joined(fresh), joined(jax.tree.map(np.zeros_like, fresh)))
     np.testing.assert_allclose(joined(fresh), plain_BTV, rtol=1e-5, atol=1e-5)
     if kind == "rwkv4":
         np.testing.assert_array_equal(joined(fresh), plain_BTV)
 
-    adapters = _shaken(fresh)
+    adapters = _with_nonzero_b(fresh)
     joined_BTV = joined(adapters)
     merged = lora.merge(jax.device_put(params), adapters, ALPHA)
     jax.tree.map(
@@ -55,7 +55,7 @@ def test_adapters_change_nothing_at_first_and_merge_into_the_weights(kind):
     assert np.abs(joined_BTV - plain_BTV).max() > 0.1
 
 
-def test_merge_refuses_a_sum_beyond_the_range_of_the_weights():
+def test_lora_merge_refuses_a_sum_beyond_the_range_of_the_weights():
     params = {"att": {"key": {"kernel": jax.numpy.full((4, 3), 6e4, "float16")}}}
     adapters = {"att": {"key": {"lora_a": np.ones((4, 1), np.float32), "lora_b": np.full((1, 3), 3e3, np.float32)}}}
     assert np.isfinite(lora.merge(params, adapters, 1.0)["att"]["key"]["kernel"]).all()

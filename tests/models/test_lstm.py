@@ -1,4 +1,4 @@
-"""The LSTM baseline; what it shares with the other models is in test_lm.py."""
+"""The LSTM baseline; test_lm.py has the tests that it shares with the other models."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from rwkv_jax.models.lstm import LayerState, hidden_dim, lstm
 B, T, F = 2, 6, 5
 
 
-def test_lstm_recurrence_equals_the_library():
+def test_lstm_equals_the_cell_of_flax():
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     x_BTD, recurrent_FG, bias_G, state = draw(B, T, D), draw(F, 4 * F), draw(4 * F), LayerState(draw(B, F), draw(B, F))
@@ -37,7 +37,7 @@ def test_lstm_recurrence_equals_the_library():
 
 
 @pytest.mark.parametrize("dim", [8, 512])
-def test_lstm_default_width_is_the_nearest_to_13_D2_a_layer(dim):
+def test_lstm_hidden_dim_defaults_to_the_nearest_to_13_D2_a_layer(dim):
     weights = lambda F: 4 * dim * F + 4 * F**2 + F * dim
     F = hidden_dim(BlockConfig(dim, 1))
     assert min((F - 1, F, F + 1), key=lambda F: abs(weights(F) - 13 * dim**2)) == F
@@ -47,7 +47,7 @@ def test_lstm_default_width_is_the_nearest_to_13_D2_a_layer(dim):
     assert hardware.flops_per_token(model, 64) == 6 * (256 * dim + 2 * weights(F))
 
 
-def test_lstm_starts_with_open_forget_gates_and_layers_that_add_nothing():
+def test_lstm_init_opens_forget_gates_and_has_zero_outputs():
     model = build("lstm", vocab_size=11, num_layers=1, dim=8)
     params = jax.jit(lambda seed: model.init(jax.random.key(seed), tokens(1, 2))["params"])(0)
     layer = jax.tree.map(np.asarray, params["blocks"]["lstm"])

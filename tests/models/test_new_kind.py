@@ -1,4 +1,4 @@
-"""A kind of layer that the package has never heard of, `running_sum`, works everywhere: one line registers it."""
+"""A kind of layer unknown to the package, `running_sum`, works everywhere: one line registers it."""
 
 import functools
 
@@ -17,7 +17,7 @@ from rwkv_jax.data.tokenizers import get_tokenizer
 from rwkv_jax.models import stack, unstack
 from rwkv_jax.train import optim
 
-PROGRAMS = 90  # whole runs of training, files and generation: the kind meets everything here
+PROGRAMS = 90  # covers training, files and generation with one kind
 B, T, D, L, V = 2, 6, 8, 4, 11
 LAYERS = {"alone": ("sum",), "hybrid": ("attention", "sum")}
 
@@ -63,7 +63,7 @@ def in_numpy(params, ids, reset_BT, valid_BT):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_lm_hands_the_first_layers_value_to_all_later_ones(scan):
+def test_new_kind_passes_the_value_of_the_first_layer_to_all_later_ones(scan):
     rng = np.random.default_rng(0)
     model, ids, reset_BT, valid_BT = make(scan=scan), tokens(B, T), rng.random((B, T)) < 0.3, rng.random((B, T)) < 0.8
     params = params_of(model)
@@ -72,7 +72,7 @@ def test_lm_hands_the_first_layers_value_to_all_later_ones(scan):
     assert error_ratio(np.asarray(logits_BTV)[valid_BT], expected[valid_BT]) < 1e-5
 
 
-def test_lm_keeps_the_layers_of_the_first_unit_apart():
+def test_new_kind_stores_the_layers_of_the_first_unit_separately():
     names = lambda layers: sorted(name for name in shapes_of(make(layers)) if name.startswith("blocks"))
     assert names("alone") == ["blocks", "blocks_0"]
     assert names("hybrid") == ["blocks", "blocks_0", "blocks_1"]
@@ -81,7 +81,7 @@ def test_lm_keeps_the_layers_of_the_first_unit_apart():
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_lm_layouts_and_remat_agree_in_value_and_gradient(layers):
+def test_new_kind_layouts_and_remat_agree_in_value_and_gradient(layers):
     model = make(layers)
     params = params_of(model)
     both = params, params_of(model.clone(scan=False))
@@ -100,7 +100,7 @@ def test_lm_layouts_and_remat_agree_in_value_and_gradient(layers):
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_lm_state_carries_from_token_to_token(layers):
+def test_new_kind_state_carries_from_token_to_token(layers):
     model = make(layers)
     params, ids = params_of(model), tokens(B, T)
     whole, _ = forward(model, params, ids)
@@ -109,7 +109,7 @@ def test_lm_state_carries_from_token_to_token(layers):
     assert model.recurrent == (layers == "alone")
 
 
-def test_interop_saves_and_loads_it(tmp_path):
+def test_new_kind_is_saved_and_loaded(tmp_path):
     for layers in LAYERS:
         model = make(layers, variant={"decayed": False})
         params = params_of(model)
@@ -126,7 +126,7 @@ def test_interop_saves_and_loads_it(tmp_path):
     assert rounded["sum_decay"].dtype == "float32" and rounded["input"]["kernel"].dtype == "bfloat16"
 
 
-def test_generate_continues_and_streams():
+def test_new_kind_generates_continues_and_streams():
     model = make(vocab_size=256)
     lm = rwkv_jax.RWKVForCausalLM(model, params_of(model), get_tokenizer("bytes"))
     text = lm.generate("ab", max_new_tokens=5, temperature=0)
@@ -134,7 +134,7 @@ def test_generate_continues_and_streams():
     assert lm.generate("", max_new_tokens=5, temperature=0, context=lm.read("ab")) == text
 
 
-def test_other_modules_take_its_record():
+def test_new_kind_record_is_read_by_hardware_and_optim():
     model = make("hybrid")
     attention = models.KINDS["attention"].flops(model.unit[0][2], T)
     assert hardware.flops_per_token(model, T) == 6 * V * D + 2 * (12 * D**2 + attention)
@@ -142,7 +142,7 @@ def test_other_modules_take_its_record():
     assert optim.factors(shapes_of(model), optim.released_groups())["blocks_1"]["sum_decay"] == 0.5
 
 
-def test_unknown_kind_is_an_error_where_numbers_would_be_wrong_without_a_word():
+def test_flops_per_token_and_default_lr_refuse_an_unknown_kind():
     model = make().clone(layers=("rum",))
     for look in (lambda: hardware.flops_per_token(model, T), lambda: optim.default_lr("rum", D)):
         with pytest.raises(ValueError, match="unknown kind of layer 'rum': did you mean 'sum'"):
@@ -161,7 +161,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-def test_run_agrees_with_one_under_fsdp(folder):
+def test_new_kind_run_agrees_with_one_under_fsdp(folder):
     trained(folder, "single"), trained(folder, "fsdp")
     ours, theirs = losses(folder / "single"), losses(folder / "fsdp")
     assert ours.keys() == theirs.keys() and len(ours) == 6
@@ -170,7 +170,7 @@ def test_run_agrees_with_one_under_fsdp(folder):
     assert np.shape(seen) == (2, 3) and np.all(np.array(seen) > 0)
 
 
-def test_run_resumes_bit_for_bit_after_it_died(folder, tmp_path, monkeypatch):
+def test_new_kind_run_resumes_bit_exactly_after_a_kill(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(DiedError):
         die_before(patch, lambda row: row.get("step") == 5)
         trained.__wrapped__(tmp_path, "single")
@@ -178,7 +178,7 @@ def test_run_resumes_bit_for_bit_after_it_died(folder, tmp_path, monkeypatch):
     assert numbers(tmp_path / "single") == numbers(folder / "single")
 
 
-def test_evaluate_reads_windows_of_a_run(folder):
+def test_new_kind_run_is_evaluated_by_windows(folder):
     trained(folder, "single")
     model, params = rwkv_jax.load(folder / "single")
     nll_N = evaluate.windows(model, params, np.arange(97, 161, dtype=np.uint8), 16, 4)

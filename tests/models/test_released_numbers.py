@@ -1,7 +1,7 @@
 """Numbers that the `rwkv` package and an independent float64 program agree on, for RWKV-5.2, 6 and 7.
 
 Tensors are drawn by a rule that other programs can repeat: each has the values u_i = ((i * 2654435761 + CRC-32 of its
-official name) mod 2^32) / 2^32 - 1/2, i = 1, 2, ... in row-major order, scaled and shifted by what it is.
+official name) mod 2^32) / 2^32 - 1/2, i = 1, 2, ... in row-major order, with a scale and an offset by its role.
 """
 
 import re
@@ -41,7 +41,7 @@ def tensor(name, shape):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_logits_and_states_equal_the_numbers_of_independent_programs(kind):
+def test_lm_of_later_versions_has_the_numbers_of_independent_programs(kind):
     shapes = parameter_shapes(build(kind, vocab_size=20, num_layers=2, dim=128))
     empty = interop.to_official(jax.tree.map(lambda x: np.zeros(x.shape), shapes))
     model, params = interop.from_official({name: tensor(name, x.shape) for name, x in empty.items()})
@@ -49,4 +49,4 @@ def test_logits_and_states_equal_the_numbers_of_independent_programs(kind):
     first, total, norms = EXPECTED[kind]
     np.testing.assert_allclose(logits_BTV[0, -1, :5], first, atol=1e-6)
     np.testing.assert_allclose(np.abs(logits_BTV[0, -1]).sum(), total, atol=1e-5)
-    np.testing.assert_allclose([np.linalg.norm(layer.wkv) for layer in state], norms, rtol=1e-6)  # from float32
+    np.testing.assert_allclose([np.linalg.norm(layer.wkv) for layer in state], norms, rtol=1e-6)  # drawn in float32

@@ -1,4 +1,4 @@
-"""Ablation switches of RWKV-4: each changes its part alone, and in every form of the computation."""
+"""Ablation switches of RWKV-4: each changes its part alone, in every form of the computation."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from rwkv_jax.train import methods
 B, T = 2, 6
 MIXES = {"att/time_mix_k", "att/time_mix_v", "att/time_mix_r", "ffn/time_mix_k", "ffn/time_mix_r"}
 GATES = {"att/receptance/kernel", "ffn/receptance/kernel", "att/time_mix_r", "ffn/time_mix_r"}
-# Every part in two models: fields, the parameters that the model then lacks, and the values of them with which the
+# For every part: fields, the parameters that a model then lacks, and the values of these with which the
 # released model is the same.
 SAME_AS = {
     "recurrence": (
@@ -46,12 +46,12 @@ RESET, VALID = RNG.random((B, T)) < 0.3, RNG.random((B, T)) < 0.7
 
 
 def parallel(model, params):
-    """(logits, state after the last token) from an empty past: one program a model, whatever test asks."""
+    """(logits, state after the last token) from an empty past, by one program for each model."""
     return forward(model, params, IDS, model.init_state(B), RESET, VALID)
 
 
 def logits_of(model, params):
-    """Of the tokens that are no padding."""
+    """Logits of the tokens that are not padding."""
     return np.asarray(parallel(model, params)[0])[VALID]
 
 
@@ -60,7 +60,7 @@ def names_of(params):
 
 
 @pytest.mark.parametrize("name", SAME_AS)
-def test_variant_state_carries_from_token_to_token_with_resets_and_padding(name):
+def test_rwkv4_variant_state_carries_over_tokens_resets_and_padding(name):
     model, params = made("rwkv4", **SAME_AS[name][0])
     logits, end = parallel(model, params)
     steps, state = token_by_token(model, params, IDS, RESET, VALID)
@@ -69,7 +69,7 @@ def test_variant_state_carries_from_token_to_token_with_resets_and_padding(name)
 
 
 @pytest.mark.parametrize("name", SAME_AS)
-def test_variant_equals_the_released_model_with_that_part_held(name):
+def test_rwkv4_variant_equals_the_released_model_with_its_part_held(name):
     fields, lacks, held = SAME_AS[name]
     model, params = made("rwkv4", **fields)
     released, others = made("rwkv4")
@@ -82,7 +82,7 @@ def test_variant_equals_the_released_model_with_that_part_held(name):
 
     flat = flatten_dict(params, sep="/")
     merged = {path: hold(path, x) for path, x in flatten_dict(others, sep="/").items()}
-    if "ln0/scale" in lacks:  # which leaves alone what it finds normed
+    if "ln0/scale" in lacks:  # LN0 does not change normed rows
         rows = flat["emb/embedding"] - flat["emb/embedding"].mean(1, keepdims=True)
         rows = rows * np.sqrt(np.float32(1 - 1e-5) / rows.var(1, keepdims=True))
         ones = np.ones(D, np.float32)
@@ -94,7 +94,7 @@ def test_variant_equals_the_released_model_with_that_part_held(name):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_fields_reach_the_layers_and_default_to_the_released_variant(scan):
+def test_build_passes_rwkv4_switches_to_layers_and_defaults_to_the_released(scan):
     def layer(kind="rwkv4", **fields):
         return getattr(make(kind, scan=scan, **fields).bind({}), "blocks" if scan else "blocks_1").config.variant
 
@@ -108,8 +108,8 @@ def test_fields_reach_the_layers_and_default_to_the_released_variant(scan):
     assert layer("transformer", activation="relu").activation == "relu" and layer("transformer").token_shift
 
 
-def test_previous_token_decayed_once_is_a_bonus_less_the_decay():
-    """Exponent (t - i) w in place of (t - 1 - i) w of Eq. 16, in float64 by the sum itself."""
+def test_rwkv4_variant_decayed_previous_token_equals_a_bonus_less_the_decay():
+    """The exponent is (t - i) w in place of (t - 1 - i) w of Eq. 16; the sum is written out in float64."""
     rng = np.random.default_rng(0)
     k_TD, v_TD = rng.standard_normal((2, T, D))
     w_D, u_D = -np.exp(rng.standard_normal(D)), rng.standard_normal(D)
@@ -122,7 +122,7 @@ def test_previous_token_decayed_once_is_a_bonus_less_the_decay():
     assert error_ratio(y_BTD[0], expected) < 1e-6
 
 
-def test_channel_mixing_applies_the_activation_of_the_variant():
+def test_rwkv4_channel_mix_applies_the_activation_of_the_variant():
     """Eq. 18 written out in NumPy, with each activation."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, np.float32)
@@ -152,19 +152,19 @@ def test_channel_mixing_applies_the_activation_of_the_variant():
         assert error_ratio(actual[name], expected) < 1e-6, name
 
 
-def test_variant_holds_what_is_changed_and_fingerprints_tell_it():
+def test_rwkv4_variant_holds_changed_switches_alone_and_has_its_fingerprint():
     released, params = made("rwkv4")
     assert released.variant == make("rwkv4", token_shift=True, activation="relu2").variant == {}
     prints = {interop.fingerprint(released, params)}
     for fields in PARTS:
         model = make("rwkv4", **fields)
         assert model.variant == fields
-        if fields.keys() <= {"activation", "current_token", "previous_token"}:  # no name or shape need tell
+        if fields.keys() <= {"activation", "current_token", "previous_token"}:  # no name or shape differs
             prints.add(interop.fingerprint(model, params))
-    assert len(prints) == 6  # the released model, plain, excluded, decayed, ReLU, GELU
+    assert len(prints) == 6  # released, plain, excluded, decayed, ReLU, GELU
 
 
-def test_files_hold_a_variant_and_formats_of_the_released_model_refuse_it(tmp_path):
+def test_save_keeps_an_rwkv4_variant_or_refuses_it_in_released_formats(tmp_path):
     model, params = made("rwkv4", **SAME_AS["gates"][0], activation="relu")
     for file, format in (("a.pth", None), ("folder", None), ("a.bin", "rwkv.cpp")):
         with pytest.raises(
@@ -180,7 +180,7 @@ def test_files_hold_a_variant_and_formats_of_the_released_model_refuse_it(tmp_pa
     assert interop.fingerprint(model, params) != interop.fingerprint(released, others)
 
 
-def test_tuned_state_without_token_shift_has_no_last_activations():
+def test_tuned_state_of_rwkv4_without_token_shift_has_no_last_activations():
     model = make("rwkv4", token_shift=False)
     tuned = jax.eval_shape(lambda: methods.tuned_state(model, methods.untuned_state(model), B))
     assert jax.tree.structure(tuned) == jax.tree.structure(jax.eval_shape(lambda: model.init_state(B)))

@@ -1,4 +1,4 @@
-"""Ablation switches of RWKV-7: each changes its part alone, and in every form of the computation; keys of length 1."""
+"""Ablation switches of RWKV-7: each changes its part alone, in every form of the computation; keys of length 1."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from rwkv_jax import generate, hardware
 from rwkv_jax.models.rwkv7 import unit
 
 B, T = 2, 6
-# Every part: the parameters that a model without it lacks, and the values of them with which the released model is
+# For every part: the parameters that a model without it lacks, and their values with which the released model is
 # the same.
 WITHOUT = {
     "in_context_rate": {"a0": 100, "a1": 0, "a2": 0, "k_a": 0},
@@ -26,12 +26,12 @@ RESET, VALID = RNG.random((B, T)) < 0.3, RNG.random((B, T)) < 0.7
 
 
 def parallel(model, params):
-    """(logits, state after the last token) from an empty past: one program a model, whatever test asks."""
+    """(logits, state after the last token) from an empty past, by one program for each model."""
     return forward(model, params, IDS, model.init_state(B), RESET, VALID)
 
 
 @pytest.mark.parametrize("part", WITHOUT)
-def test_variant_equals_the_released_model_with_that_part_held(part):
+def test_rwkv7_variant_equals_the_released_model_with_its_part_held(part):
     model, params = made("rwkv7", **{part: False})
     released, others = made("rwkv7")
     flat, held = flatten_dict(params), WITHOUT[part]
@@ -43,8 +43,8 @@ def test_variant_equals_the_released_model_with_that_part_held(part):
     assert error_ratio(logits(model, params), logits(released, others)) > 1e-3
 
 
-def test_removal_multiplies_what_the_key_removes():
-    """Where k_a and the low-rank map of a are 0, a is the sigmoid of a0 alone and enters nothing but the removal."""
+def test_rwkv7_removal_multiplies_the_part_that_the_key_removes():
+    """With k_a and the low-rank map of a at 0, a is the sigmoid of a0 and affects the removal alone."""
     _, params = made("rwkv7")
 
     def logits(removal, rate):
@@ -55,10 +55,10 @@ def test_removal_multiplies_what_the_key_removes():
 
     assert error_ratio(logits(2.0, 0.3), logits(1.0, 0.6)) < 1e-6
     assert error_ratio(logits(2.0, 0.3), logits(1.0, 0.3)) > 1e-3
-    assert error_ratio(logits(0.0, 0.3), logits(1.0, 1e-9)) < 1e-6  # nothing is removed, whatever the key
+    assert error_ratio(logits(0.0, 0.3), logits(1.0, 1e-9)) < 1e-6  # nothing is removed, for any key
 
 
-def test_variant_state_carries_from_token_to_token_with_resets_and_padding():
+def test_rwkv7_variant_state_carries_over_tokens_resets_and_padding():
     model, params = made("rwkv7", **ALL)
     logits, end = parallel(model, params)
     steps, state = token_by_token(model, params, IDS, RESET, VALID)
@@ -66,7 +66,7 @@ def test_variant_state_carries_from_token_to_token_with_resets_and_padding():
     assert_same(state, end)
 
 
-def test_variant_generates_what_its_parallel_form_predicts():
+def test_rwkv7_variant_generates_the_tokens_that_its_parallel_form_predicts():
     model, params = made("rwkv7", **ALL)
     new = generate.generate(model, params, IDS[0, :3], max_new_tokens=T - 3, temperature=0, stop_tokens=())
     ids = np.int32([[*IDS[0, :3], *new]] * B)
@@ -75,13 +75,13 @@ def test_variant_generates_what_its_parallel_form_predicts():
 
 
 @pytest.mark.parametrize(("part", "rank"), [("in_context_rate", 1), ("value_residual", 2)])
-def test_flops_of_a_variant_lack_those_of_the_matrices_that_it_lacks(part, rank):
-    """6 for every weight, of v1 and v2 in the first layer too, which has none."""
+def test_rwkv7_flops_of_a_variant_leave_out_its_removed_matrices(part, rank):
+    """6 FLOPs for each weight; those of v1 and v2 count in the first layer, too, which has none."""
     flops = lambda **fields: hardware.flops_per_token(make("rwkv7", low_ranks=(3, 5, 7, 2), **fields), T)
     assert flops() - flops(**{part: False}) == 6 * L * 2 * D * (3, 5, 7, 2)[rank]
 
 
-def test_files_hold_a_variant_and_formats_of_the_released_model_refuse_it(tmp_path):
+def test_save_keeps_an_rwkv7_variant_or_refuses_it_in_released_formats(tmp_path):
     for fields in ({"removal": 0.0}, *({part: False} for part in WITHOUT)):
         model = make("rwkv7", **fields)
         assert model.variant == fields
@@ -97,7 +97,7 @@ def test_files_hold_a_variant_and_formats_of_the_released_model_refuse_it(tmp_pa
     jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
-def test_unit_has_length_1_and_a_finite_gradient_where_a_key_is_zero():
+def test_rwkv7_unit_has_length_1_and_a_finite_gradient_for_a_zero_key():
     x = np.random.default_rng(0).standard_normal((1, 1, 3, 4), np.float32)
     x[0, 0, 0] = 0
     found, gradient = jax.device_get(jax.jit(lambda x: (unit(x), jax.grad(lambda x: unit(x).sum())(x)))(x))

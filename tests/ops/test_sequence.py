@@ -1,4 +1,4 @@
-"""A sequence split along time over devices is the same sequence: values, final state and all gradients."""
+"""A sequence split along time over devices equals the whole sequence: values, final state and all gradients."""
 
 from functools import partial
 
@@ -64,7 +64,7 @@ def in_parts(impl):
     ],
 )
 def test_wkv4_sequence_in_parts_equals_one_device(x64, layout, impl):
-    """Outputs, final state and all gradients."""
+    """Compares outputs, final state and all gradients."""
     rng, masks = np.random.default_rng(0), LAYOUTS[layout]
     draw = lambda *shape: rng.standard_normal(shape)
     weights = (np.array([-1e-3, -0.5, -30, -np.inf]), draw(D), draw(D, D), draw(D, D))
@@ -76,7 +76,7 @@ def test_wkv4_sequence_in_parts_equals_one_device(x64, layout, impl):
     def run(mix):
         def loss(weights, x_BTD, past):
             y_BTD, state, last_BD = mix(weights, x_BTD, past, masks)
-            after = wkv4(*weights[:2], x_BTD[:, :2], x_BTD[:, 2:4], state)[0]  # the state counts as what it leads to
+            after = wkv4(*weights[:2], x_BTD[:, :2], x_BTD[:, 2:4], state)[0]  # judges the state by later outputs
             mean = state.num / state.den, jnp.log(state.den) + state.log_scale
             return (y_BTD * dy_BTD).sum() + after.sum() + (last_BD * dy_BTD[:, 0]).sum(), (y_BTD, mean, last_BD)
 

@@ -43,7 +43,7 @@ def test_wkv4_without_masks_or_state_follows_eq_16(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("T", [1, 2, 128, 1000])
 def test_wkv4_follows_eq_16_at_any_length(form, T):
-    following = 3  # tokens of a second call, through which the gradient reaches the state of the first
+    following = 3  # tokens of a second call: the gradient reaches the state of the first through them
     inputs = case(T + following)
     check_case(*run(wkv4, form, (T, following), *inputs), inputs)
 

@@ -1,4 +1,4 @@
-"""The form that `ops.wkv4` takes, by name or by platform, and what it says of arguments that do not fit."""
+"""The form that `ops.wkv4` takes, by name or by platform, and its errors for arguments that do not fit."""
 
 import functools
 import importlib
@@ -23,14 +23,14 @@ def arguments(T, dtype=np.float32):
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """The form that a call asks for, without computing anything."""
+    """The form that a call takes, without computing it."""
     monkeypatch.setattr(OPERATOR, "_applied", lambda impl, *operands: impl)
     return lambda T=20, dtype=np.float32, impl=None: wkv4(*arguments(T, dtype), impl=impl)
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """JAX's default backend and devices, as they would be on another machine."""
+    """Sets JAX's default backend and devices to those of another machine."""
 
     def pretend(platform, capability=None):
         device = types.SimpleNamespace(platform=platform)
@@ -45,11 +45,11 @@ def machine(monkeypatch):
 
 
 def mesh_of(platform):
-    """What `jax.sharding.get_abstract_mesh` returns under `jax.set_mesh` of such devices."""
+    """The result of `jax.sharding.get_abstract_mesh` under `jax.set_mesh` of such devices."""
     return lambda: types.SimpleNamespace(abstract_device=types.SimpleNamespace(platform=platform))
 
 
-def test_target_platform_is_that_of_the_mesh_then_of_the_default_device_then_of_the_backend(machine, monkeypatch):
+def test_target_platform_is_of_the_mesh_then_default_device_then_backend(machine, monkeypatch):
     cpu, mesh = jax.devices("cpu")[0], jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     assert target_platform() == "cpu"
     machine("tpu")
@@ -72,11 +72,11 @@ def test_target_platform_is_that_of_the_mesh_then_of_the_default_device_then_of_
         ("gpu", "9.0", "gpu"),
         ("gpu", "12.0", "gpu"),
         ("gpu", "8.0", "associative"),
-        ("gpu", "gfx942", "associative"),  # of AMD
+        ("gpu", "gfx942", "associative"),  # an AMD GPU
         ("metal", None, "associative"),
     ],
 )
-def test_wkv4_takes_the_named_form_or_that_of_platform_T_and_dtype(chosen, machine, x64, platform, capability, form):
+def test_wkv4_takes_the_named_form_or_that_for_platform_T_and_dtype(chosen, machine, x64, platform, capability, form):
     machine(platform, capability)
     assert chosen() == form and chosen(T=1) == "scan"
     assert chosen(dtype=np.float64) == ("associative" if form == "gpu" else form)
@@ -91,7 +91,7 @@ def test_wkv4_computes_on_the_cpu_of_a_machine_with_an_accelerator(machine, plat
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-def test_wkv4_without_a_named_form_is_the_program_of_the_form_itself():
+def test_wkv4_without_a_named_form_traces_the_program_of_the_form_itself():
     trace = lambda impl: str(jax.make_jaxpr(functools.partial(wkv4, impl=impl))(*arguments(20)))
     assert trace(None) == trace("scan") != trace("associative")
 
@@ -102,8 +102,8 @@ def test_wkv4_without_a_named_form_is_lowered_to_the_kernel_on_a_tpu(machine):
     assert text.count("custom_call @tpu_custom_call") == 1 and "stablehlo.while" not in text
 
 
-def test_wkv4_kernel_by_name_is_left_to_the_lowering(monkeypatch, x64):
-    """Whatever this machine is: each platform gets its own kernel, a CPU the interpreter."""
+def test_wkv4_kernel_by_name_is_chosen_at_lowering(monkeypatch, x64):
+    """On any machine each platform gets its own kernel, and a CPU the interpreter."""
     asked = []
     forms = lambda kernels: {platform: kernel.args[0] for platform, kernel in kernels.items()}
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, **kernels: asked.append(forms(kernels)))

@@ -1,4 +1,4 @@
-"""The GPU kernels: interpreted on a CPU, and lowered for a GPU that is not here.
+"""The GPU kernels: interpreted on a CPU, and lowered for a GPU that is not attached.
 
 conftest.py keeps tests off accelerators. On a machine with a GPU, `python -m pytest --noconftest
 tests/ops/test_wkv4_gpu.py -m ""` judges the compiled kernels instead of interpreted ones.
@@ -38,7 +38,7 @@ def interpreted(monkeypatch):
 
 
 def wkv4(w_D, u_D, k_BTD, v_BTD, state, *, impl, reset_BT=None, valid_BT=None):
-    """`ops.wkv4` by the kernel alone, interpreted where there is no GPU."""
+    """`ops.wkv4` by the kernel alone, interpreted on machines without a GPU."""
     reset_BT = None if reset_BT is None else reset_BT & valid_BT
     return OPERATOR._wkv4(impl, w_D[None], u_D[None], k_BTD, v_BTD, state, reset_BT, valid_BT)
 
@@ -49,7 +49,7 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state, *, impl, reset_BT=None, valid_BT=None):
 @computed
 @pytest.mark.parametrize("seed", range(4))
 def test_wkv4_gpu_follows_eq_16_in_packed_and_padded_rows(seed):
-    inputs, masks = random_case(seed, 23, B=32 if ON_GPU else 16)  # the interpreter takes its time for each row
+    inputs, masks = random_case(seed, 23, B=32 if ON_GPU else 16)  # the interpreter is slow in each row
     check_random(*run(wkv4, "gpu", (20, 3), *inputs, masks), inputs, masks, 23)
 
 
@@ -73,8 +73,9 @@ def test_wkv4_gpu_accumulates_bfloat16_in_float32():
 @pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="a GPU has these errors itself")
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_wkv4_gpu_approximations_of_the_hardware_stay_within_the_budget(monkeypatch, sign):
-    """ex2.approx.ftz of x log2(e) and rsqrt.approx, always off by what is taken as their largest error."""
+def test_wkv4_gpu_stays_within_the_budget_under_hardware_approximations(monkeypatch, sign):
+    """Replaces exp and rsqrt by ex2.approx.ftz of x log2(e) and rsqrt.approx, always off by their largest assumed
+    error."""
     exp2, rsqrt = jnp.exp2, jax.lax.rsqrt
     off = lambda x, error: x * np.float32(1 + sign * error)
     monkeypatch.setattr(jnp, "exp", lambda x: off(exp2(x * np.float32(np.log2(np.e))), 2**-22.5))
@@ -89,7 +90,7 @@ def test_wkv4_gpu_approximations_of_the_hardware_stay_within_the_budget(monkeypa
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_wkv4_gpu_computes_every_block_of_channels_alike():
-    """1,000 tokens of 300 channels, each a copy of one that the formula judges."""
+    """1,000 tokens of 300 channels, each a copy of one that is compared with the formula."""
     inputs, copies = case(1000), 50
     results = jax.tree.map(np.asarray, run(wkv4, "gpu", (1000,), *jax.tree.map(lambda x: np.tile(x, copies), inputs)))
     first = jax.tree.map(lambda x: x[..., : x.shape[-1] // copies], results)
@@ -101,7 +102,7 @@ def test_wkv4_gpu_computes_every_block_of_channels_alike():
 
 
 def shapes(direction, B, T, D, dtype, masks, sharding=None):
-    """What `forward` or `backward` takes."""
+    """Shapes of the arguments of `forward` or `backward`."""
     array = lambda *shape, dtype="float32": jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     vector, tokens, state = array(1, D), array(B, T, D, dtype=dtype), array(B, D)
     mask = array(B, T, dtype=bool) if masks else None
@@ -131,5 +132,5 @@ def test_wkv4_gpu_is_lowered_to_one_kernel(direction, dtype, shape, masks):
 
 
 def test_wkv4_gpu_refuses_float64(x64):
-    with pytest.raises(ValueError, match="does not take float64"):
+    with pytest.raises(ValueError, match="does not support float64"):
         jax.eval_shape(wkv4_gpu.forward, *shapes("forward", 1, 16, 128, "float64", False))

@@ -19,8 +19,8 @@ from rwkv_jax.ops.wkv4 import FORMS
         *(pytest.param(form, seed, marks=pytest.mark.slow) for form in FORMS for seed in range(4, 24)),
     ],
 )
-def test_wkv4_is_the_average_of_eq_16_with_its_gradients_in_packed_and_padded_rows(form, seed):
-    """Outputs, final state and all gradients, the state carried between two calls, in every regime."""
+def test_wkv4_and_its_gradients_follow_eq_16_in_packed_and_padded_rows(form, seed):
+    """Compares outputs, final state and all gradients in every regime, with the state carried between two calls."""
     pieces = PIECES[form]
     inputs, masks = random_case(seed, sum(pieces))
     steps = sum(STEPS[form][1](piece) for piece in pieces)
@@ -29,7 +29,8 @@ def test_wkv4_is_the_average_of_eq_16_with_its_gradients_in_packed_and_padded_ro
 
 @pytest.mark.parametrize("form", FORMS_AND_SLOWLY_PALLAS)
 def test_wkv4_derivatives_by_the_matrices_are_a_mean_and_a_covariance(form, x64):
-    """Appendix H: of k = x W_k and v = x W_v, under the weights of Eq. 16; hence bounded, however long the past."""
+    """Appendix H, for k = x W_k and v = x W_v under the weights of Eq. 16: the derivatives are bounded for any
+    past."""
     length, D, rng = 100, 3, np.random.default_rng(0)
     x_TJ, by_k_JD, by_v_JD = rng.normal(size=(length, 4)), rng.normal(size=(4, D)), rng.normal(size=(4, D))
     w_D, u_D = -np.exp(rng.normal(-3, 2, D)), rng.normal(size=D)

@@ -14,7 +14,7 @@ from rwkv_jax import models
 from rwkv_jax.ops import WKV4State, wkv4
 from rwkv_jax.train import rehearse
 
-# A whole machine's library of 480 MB, beside the environment: in it, jax would look for a TPU at every start.
+# A library of 480 MB for the whole machine, outside the environment: in it, jax would look for a TPU at every start.
 needs_libtpu = pytest.mark.skipif(
     "TPU_LIBRARY_PATH" not in os.environ, reason="libtpu (Linux on x86-64 only) is installed by `make test-all`"
 )

@@ -54,7 +54,8 @@ def _over_time(token, state, operands_BT):
 
 @functools.cache
 def case(name, tokens=T):
-    """(operator, operands, state, dy) in float32; decays of channels from none to all at once, a token without key."""
+    """(operator, operands, state, dy) in float32; channels forget nothing, everything at once, or in between; one
+    token has no key."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape, np.float32)
     r, k, v, dy = normal(ROWS, tokens, H, K), normal(ROWS, tokens, H, K), *normal(2, ROWS, tokens, H, V)
@@ -77,7 +78,7 @@ def case(name, tokens=T):
 
 @functools.cache
 def expected(name, tokens=T, masked=False):
-    """Results of `run` in float64, by the recurrence; `masked` with `MASKS`."""
+    """Results of `run` in float64, by the recurrence; `masked` uses `MASKS`."""
     op, operands, state, dy = case(name, tokens)
     recurrence = recurrence6 if op is wkv6 else recurrence7
     plain = lambda *args, impl, reset_BT, valid_BT: recurrence(*args, reset_BT, valid_BT)
@@ -88,7 +89,7 @@ def expected(name, tokens=T, masked=False):
 
 
 def heads_last(name, dtype):
-    """(the judge of a `case`, its arguments): [T, K, B H], those with an axis of time rounded to `dtype`."""
+    """(the judge of a `case`, its arguments): [T, K, B H]; arrays with an axis of time are rounded to `dtype`."""
     op, operands, state, dy = case(name)
     over_time = lambda x: np.asarray(x.astype(dtype), np.float32).transpose(1, 3, 0, 2).reshape(T, x.shape[3], -1)
     for_all = lambda x: np.tile(x.T, ROWS)
@@ -103,8 +104,8 @@ def heads_last(name, dtype):
     ("name", "dtype"),
     [*((name, jnp.float32) for name in CASES), ("constant decay", jnp.bfloat16), ("wkv7", jnp.bfloat16)],
 )
-def test_form_is_within_its_stated_bound(name, dtype, form):
-    """Every element, in two calls; experiments/precision has inputs of 100,000 tokens."""
+def test_wkv6_and_wkv7_are_within_their_stated_bounds(name, dtype, form):
+    """Checks every element, in two calls; experiments/precision has inputs of 100,000 tokens."""
     op, operands, state, dy = case(name)
     nothing = {"reset_BT": np.zeros((ROWS, T), bool), "valid_BT": np.ones((ROWS, T), bool)}
     narrow = [x.astype(dtype) if x.ndim == 4 else x for x in operands]
@@ -126,7 +127,7 @@ def test_form_is_within_its_stated_bound(name, dtype, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)
-def test_form_follows_the_recurrence_through_documents_padding_and_splits(name, form):
+def test_wkv6_and_wkv7_follow_the_recurrence_over_masks_and_splits(name, form):
     op, operands, state, dy = case(name)
     y, after, (grads, dstate) = run(op, form, (21, 16), operands, state, dy, MASKS)
     want_y, want_after, (want_grads, want_dstate) = expected(name, masked=True)
@@ -141,7 +142,7 @@ def test_form_follows_the_recurrence_through_documents_padding_and_splits(name, 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["constant decay", "wkv7"])
-def test_form_accumulates_bfloat16_in_float32(name, form):
+def test_wkv6_and_wkv7_accumulate_bfloat16_in_float32(name, form):
     op, operands, state, dy = case(name)
     narrow = [x.astype(jnp.bfloat16) if x.ndim == 4 else x for x in operands]
     wide = [x.astype(np.float32) for x in narrow]
@@ -152,14 +153,14 @@ def test_form_accumulates_bfloat16_in_float32(name, form):
     assert [x.dtype for x in grads] == [x.dtype for x in narrow]
     assert error_ratio(after, want_after) < 1e-6
     for x, want in zip((y, *grads), (want_y, *want_grads), strict=True):
-        rounding = jnp.finfo(x.dtype).eps / 2 * np.abs(want)  # one, at the end
+        rounding = jnp.finfo(x.dtype).eps / 2 * np.abs(want)  # a single rounding, at the end
         assert (np.abs(np.float32(x) - want) <= 1.01 * rounding + 2e-6 * np.abs(want).max()).all()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 64, 1000])
 @pytest.mark.parametrize("name", CASES)
-def test_form_follows_the_recurrence_at_any_length(name, tokens):
+def test_wkv6_and_wkv7_follow_the_recurrence_at_any_length(name, tokens):
     op, operands, state, dy = case(name, tokens)
     want = jax.tree.leaves(expected(name, tokens))
     # the scan rounds exp(w), by the same amount in each step where w is constant
@@ -189,7 +190,7 @@ SINES = {
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("op", SINES)
-def test_form_computes_the_numbers_of_an_independent_float64_program(op, form):
+def test_wkv6_and_wkv7_have_the_numbers_of_an_independent_program(op, form):
     t, j = np.arange(7)[:, None], np.arange(4)[None]
     sines = lambda s: np.sin(1 + s + 0.7 * t + 1.3 * j)[None, :, None]
     unit = sines(3) / np.linalg.norm(sines(3), axis=-1, keepdims=True)
@@ -225,7 +226,7 @@ def test_form_computes_the_numbers_of_an_independent_float64_program(op, form):
         ("wkv7", 1, "scan", "scan"),
     ],
 )
-def test_operator_on_a_cpu_takes_the_form_that_suits_the_length_and_the_pass(name, tokens, plain, trained):
+def test_wkv6_and_wkv7_on_a_cpu_take_the_suited_form_for_length_and_pass(name, tokens, plain, trained):
     op, operands, state, _ = case(name, tokens)
     value = lambda impl: lambda *args: op(*args, impl=impl)[0]
     grads = lambda impl: jax.grad(lambda *args: value(impl)(*args).sum())
@@ -235,7 +236,7 @@ def test_operator_on_a_cpu_takes_the_form_that_suits_the_length_and_the_pass(nam
         assert text(program(None)) == text(program(form)) != text(program(other))
 
 
-def test_inverse_is_exact_where_keys_repeat():
+def test_chunks_inverse_is_exact_for_repeated_keys():
     C = 64
     rng = np.random.default_rng(0)
     key = rng.standard_normal(8) + 0.05 * rng.standard_normal((C, 8))
@@ -245,7 +246,7 @@ def test_inverse_is_exact_where_keys_repeat():
     assert error_ratio(found, np.linalg.inv(np.eye(C) - np.float32(m))) < 1e-6
 
 
-def test_operators_name_what_does_not_fit():
+def test_wkv6_and_wkv7_name_arguments_that_do_not_fit():
     x, v = np.zeros((1, 2, H, K), np.float32), np.zeros((1, 2, H, V), np.float32)
     u, state = np.zeros((H, K), np.float32), np.zeros((1, H, V, K), np.float32)
     with pytest.raises(ValueError, match="impl is 'associative', expected None or one of scan, chunked"):
@@ -260,7 +261,7 @@ def test_operators_name_what_does_not_fit():
         wkv6(x[0], x[0], x[0], v[0], u)
 
 
-def test_operators_without_tokens_leave_the_state_unchanged():
+def test_wkv6_and_wkv7_without_tokens_leave_the_state_unchanged():
     state = np.ones((1, H, K, V), np.float32)
     x, v, u = np.zeros((1, 0, H, K), np.float32), np.zeros((1, 0, H, V), np.float32), np.zeros((H, K), np.float32)
     for y, after in (wkv6(x, x, x, v, u, state), wkv7(x, x, x, v, x, x, state)):
@@ -270,7 +271,7 @@ def test_operators_without_tokens_leave_the_state_unchanged():
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("B, heads, size", [(0, H, K), (1, 0, K), (1, H, 0)])
-def test_operators_take_an_axis_of_no_elements(form, B, heads, size):
+def test_wkv6_and_wkv7_accept_axes_of_no_elements(form, B, heads, size):
     x, v = (jax.ShapeDtypeStruct((B, 5, heads, n), jnp.float32) for n in (size, V))
     u = jax.ShapeDtypeStruct((heads, size), jnp.float32)
     for op, operands in ((wkv6, (x, x, x, v, u)), (wkv7, (x, x, x, v, x, x))):

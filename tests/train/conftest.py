@@ -1,4 +1,4 @@
-"""Runs of the toy of tests/training.py, once for each file that asks for them."""
+"""Runs of the toy of tests/training.py, once for each file that requests them."""
 
 import pytest
 import training
@@ -6,7 +6,7 @@ import training
 
 @pytest.fixture(scope="module")
 def toy(module_patch):
-    """Runs of this file train the toy."""
+    """Makes runs of this file train the toy."""
     training.install_toy(module_patch)
 
 

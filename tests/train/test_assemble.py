@@ -1,4 +1,4 @@
-"""What a config may ask for, checked before the workdir is touched."""
+"""Checks of a config before the workdir is touched."""
 
 import pytest
 import training
@@ -15,7 +15,7 @@ from rwkv_jax.train.assemble import assembled
         ("finetune.targets", "(" * 5000), ("finetune.targets", "a{99999999999}"),
     ],
 )  # fmt: skip
-def test_value_out_of_range_is_refused_by_its_field(field, value, text, tmp_path):
+def test_assembled_names_the_field_of_a_value_out_of_range(field, value, text, tmp_path):
     config = training.config(text)
     section, _, name = field.rpartition(".")
     with config.unlocked():
@@ -34,7 +34,7 @@ def test_value_out_of_range_is_refused_by_its_field(field, value, text, tmp_path
         ({"model": {"vocab_size": 200}}, "model.vocab_size is 200, expected at least 256, .* tokenizer 'bytes'"),
     ],
 )
-def test_fields_that_do_not_fit_each_other_are_refused(changes, line, text, tmp_path):
+def test_assembled_refuses_fields_that_contradict_each_other(changes, line, text, tmp_path):
     config = training.config(text, carry_state=True, segments=2, data={"order": "documents"})
     config.update(changes)
     with pytest.raises(ValueError, match=line):

@@ -1,4 +1,4 @@
-"""Diagnostics of the versions of RWKV beside what NumPy finds in parameters, updates and logits."""
+"""Diagnostics of the versions of RWKV against NumPy's values from parameters, updates and logits."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ SLOW = ("rwkv5", "rwkv6")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in DECAYS])
-def test_diagnostics_are_those_of_the_parameters_and_the_next_step(kind):
+def test_make_diagnose_agrees_with_numpy_on_parameters_and_the_next_step(kind):
     model, params = small.drawn(small.make(kind))
     tx, zero, ids = optim.optimiser(), np.zeros((), np.int32), small.tokens(B, T + 1)
     batch, lr = {"tokens": ids, "mask": np.ones((B, T), bool)}, np.float32(1e-2)
@@ -37,7 +37,7 @@ def test_diagnostics_are_those_of_the_parameters_and_the_next_step(kind):
         decays = [x.ravel() for path, x in flatten_dict(tree).items() if path[-1] in DECAYS[kind]]
         assert values[name]["decays"] == pytest.approx(np.linalg.norm(np.concatenate(decays)), rel=1e-5)
         whole = np.linalg.norm([np.linalg.norm(x) for x in jax.tree.leaves(tree)])
-        assert np.linalg.norm([*values[name].values()]) == pytest.approx(whole, rel=1e-5)  # each in one group
+        assert np.linalg.norm([*values[name].values()]) == pytest.approx(whole, rel=1e-5)  # every leaf is in one group
     assert np.linalg.norm([*values["gradient_norm"].values()]) == pytest.approx(grad_norm, rel=1e-5)
     assert values["logit_max"] == pytest.approx(logits.max(), rel=1e-5)
     assert values["k_max"].shape == (small.L,) and (values["k_max"] > 0).all()

@@ -21,12 +21,12 @@ from rwkv_jax.train import hosts, metrics, optim, run_config
 
 ROOT = Path(__file__).parents[2]
 STEPS = 36
-PATIENCE = 240  # seconds that anything here may take, except an end that is due within a minute
+PATIENCE = 240  # limit in seconds for every wait, except for ends that are due within a minute
 
 
 @pytest.fixture(scope="module")
 def place(text):
-    """The folder of a text."""
+    """A folder with a text."""
     return Path(text).parent
 
 
@@ -44,7 +44,7 @@ def _config(place, strategy, *more):
 
 
 def _start(command, **environment):
-    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # which gives this process four devices
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # XLA_FLAGS gives this process four devices
     inherited["PYTHONWARNINGS"] = "error"
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=inherited | environment, **pipes)
@@ -56,7 +56,7 @@ def _launch(arguments, hosts=2, devices=2):
 
 
 def _pair(first, second):
-    """Two hosts of two devices as a cluster starts them: nobody watches both."""
+    """Two hosts of two devices started as on a cluster, without a launcher."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -78,7 +78,7 @@ def _ended(process, timeout=PATIENCE):
 
 
 def _reached(workdir, step, *processes):
-    """Wait until the log has `step`."""
+    """Wait until the log contains `step`."""
     deadline, path = time.monotonic() + PATIENCE, workdir / "metrics.jsonl"
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
         if path.exists() and any(row["step"] >= step for row in metrics.logged(path)):
@@ -98,7 +98,7 @@ def _state(workdir, step=STEPS):
 
 
 def _errors(lines):
-    """Error lines of hosts, among what libraries print."""
+    """Error lines of the hosts, filtered from the output of libraries."""
     return [line for line in lines if line.startswith("error: ")]
 
 
@@ -120,7 +120,7 @@ def test_join_names_a_wrong_combination_of_flags(distributed, told, expected):
 
 
 def test_run_on_an_unconnected_host_of_a_pod_asks_for_distributed(monkeypatch, tmp_path):
-    """On a pod JAX counts all hosts by itself."""
+    """On a pod JAX reports the number of all hosts without `jax.distributed`."""
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(ValueError, match="this is one of 4 hosts, expected --distributed on each"):
         train.run(run_config.default(), tmp_path / "run")
@@ -156,7 +156,7 @@ def alone(place):
 
 
 def _check_close(workdir, other, state):
-    """The same batches; losses and parameters to rounding."""
+    """Check for equal batches, and for losses and parameters that agree up to rounding."""
     assert _column(workdir, "batch_hash") == _column(other, "batch_hash")
     for name in ("loss_nats", "valid_loss_nats"):
         assert _column(workdir, name) == pytest.approx(_column(other, name), rel=1e-6)
@@ -167,10 +167,10 @@ def _check_close(workdir, other, state):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
 def test_two_hosts_train_as_one_host_with_their_devices(strategy, whole, alone):
-    """Their sums over devices come in another order."""
+    """Only the order of the sums over devices differs."""
     workdir, lines = whole(strategy)
     _check_close(workdir, *alone(strategy))
-    # one of them logs
+    # only one host logs
     assert _column(workdir, "tokens") == [128 * step for step in range(1, STEPS + 1)]
     assert len(_column(workdir, "valid_loss_nats")) == 2
     assert sorted(path.name for path in workdir.iterdir()) == [".lock", "checkpoints", "config.json", "metrics.jsonl"]
@@ -179,7 +179,7 @@ def test_two_hosts_train_as_one_host_with_their_devices(strategy, whole, alone):
 
 
 @pytest.mark.slow
-def test_launch_ends_all_hosts_where_one_is_killed_and_resumes_exactly(place, whole):
+def test_launch_ends_all_hosts_when_one_is_killed_and_resumes_exactly(place, whole):
     workdir = place / "killed"
     launcher = _launch(_arguments(place, workdir, "pmap"))
     _reached(workdir, 20, launcher)
@@ -196,8 +196,9 @@ def test_launch_ends_all_hosts_where_one_is_killed_and_resumes_exactly(place, wh
 
 
 @pytest.mark.slow
-def test_hosts_stop_together_end_together_and_resume_exactly(place, whole):
-    """Without a launcher: SIGTERM to the second host, SIGKILL to the first, the second frozen; then to the end."""
+def test_hosts_stop_and_end_together_and_resume_exactly(place, whole):
+    """SIGTERM to the second host, SIGKILL to the first, SIGSTOP to the second, all without a launcher; then a run to
+    the end."""
     workdir = place / "disturbed"
     arguments = _arguments(place, workdir)
 
@@ -227,7 +228,7 @@ def test_hosts_stop_together_end_together_and_resume_exactly(place, whole):
 
 @pytest.mark.slow
 def test_run_resumes_with_fewer_hosts_and_devices(place, alone):
-    """Two hosts with eight devices, one with four, one with one: only the order of sums differs."""
+    """Two hosts with eight devices, one with four, one with one; only the order of the sums differs."""
     workdir = place / "shrinking"
     for num_hosts, devices in ((2, 4), (1, 4)):
         before = max(checkpoint.steps(workdir / "checkpoints"), default=0)
@@ -245,7 +246,7 @@ def test_run_resumes_with_fewer_hosts_and_devices(place, alone):
 
 
 @pytest.mark.slow
-def test_second_run_in_a_workdir_is_refused_in_one_line(place):
+def test_launch_refuses_a_workdir_in_use_in_one_line(place):
     workdir = place / "taken"
     with train.claimed(workdir):
         code, lines = _ended(_launch(_arguments(place, workdir)))
@@ -266,7 +267,7 @@ def test_second_run_in_a_workdir_is_refused_in_one_line(place):
         ),
     ],
 )
-def test_hosts_that_do_not_fit_each_other_are_reported_once(other, more, speaker, expected, place):
+def test_hosts_with_contradicting_arguments_report_them_once(other, more, speaker, expected, place):
     pair = _pair(_arguments(place, place / "here"), _arguments(place, place / other, "fsdp", more))
     ends = [_ended(host) for host in pair]
     assert [code for code, _ in ends] == [2, 2]
@@ -277,8 +278,8 @@ def test_hosts_that_do_not_fit_each_other_are_reported_once(other, more, speaker
 
 
 @pytest.mark.slow
-def test_host_that_fails_alone_says_why_and_does_not_wait(place):
-    """The first host cannot write its log; the second learns that it is gone."""
+def test_host_that_fails_alone_reports_why_and_ends_at_once(place):
+    """The first host cannot write its log; the second is told that the first is gone."""
     workdir = place / "unwritable"
     workdir.mkdir()
     (workdir / "metrics.jsonl").symlink_to("/nowhere/metrics.jsonl")

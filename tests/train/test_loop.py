@@ -1,4 +1,4 @@
-"""The loop around a step that costs nothing: its order of events, its log, and a run that is killed at any row."""
+"""The loop around a step that costs nothing: its order of events, its log, and runs killed at any row."""
 
 import contextlib
 import itertools
@@ -25,7 +25,7 @@ def config(text):
 
 @pytest.fixture
 def events(monkeypatch):
-    """What the loop does, in order, with a program whose loss is the number of its step."""
+    """The events of the loop, in order, with a program whose loss is the number of its step."""
     events, real = [], jax.device_get
 
     def programs(*_, **__):
@@ -57,9 +57,9 @@ def events(monkeypatch):
     return events
 
 
-def test_log_row_has_the_speed_and_the_share_of_the_peak_of_all_devices(config, events, tmp_path, monkeypatch):
+def test_log_row_has_the_speed_and_the_share_of_peak_of_all_devices(config, events, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "peak_flops", lambda device: 1e9)  # CPUs have no data sheet
-    monkeypatch.setattr(progress.Clock, "lap", lambda self, part: 0.5)  # seconds a step
+    monkeypatch.setattr(progress.Clock, "lap", lambda self, part: 0.5)  # seconds of a step
     config.strategy = "pmap"  # four devices
     train.run(config, tmp_path / "run")
     row = metrics.logged(tmp_path / "run" / "metrics.jsonl")[-1]
@@ -69,7 +69,7 @@ def test_log_row_has_the_speed_and_the_share_of_the_peak_of_all_devices(config, 
 
 
 def test_loop_reads_the_metrics_of_a_step_after_dispatching_the_next(config, events, tmp_path):
-    """Except after the first, which compiles, before saving (step 4), and at the end."""
+    """Exceptions: after the first step, which compiles, before saving (step 4), and at the end."""
     train.run(config, tmp_path / "run")
     assert ", ".join(events) == (
         "put 1, step 1, look 1, put 2, step 2, put 3, step 3, look 2, "
@@ -79,7 +79,7 @@ def test_loop_reads_the_metrics_of_a_step_after_dispatching_the_next(config, eve
     assert [(row["step"], row["loss_nats"]) for row in rows] == [(2, 2), (4, 4), (6, 6)]
 
 
-def test_profile_of_a_workdir_whose_name_is_no_utf8_has_a_plain_path(config, events, tmp_path, monkeypatch):
+def test_profile_of_a_workdir_with_a_name_that_is_not_utf8_has_a_plain_path(config, events, tmp_path, monkeypatch):
     def trace(path):
         traced.append(path.encode().decode())  # as JAX's profiler does when the trace ends
         return contextlib.nullcontext()
@@ -90,9 +90,9 @@ def test_profile_of_a_workdir_whose_name_is_no_utf8_has_a_plain_path(config, eve
     assert len(traced) == 1 and traced[0].endswith("/profile")
 
 
-def test_goodput_counts_every_moment_since_the_first_start(config, events, tmp_path, monkeypatch):
-    """Dies before row 8 with the checkpoint of step 4: the logged steps 5 and 6 are redone, and what was not logged
-    counts as down. The first step of a start is the one that compiles."""
+def test_goodput_counts_all_time_since_the_first_start(config, events, tmp_path, monkeypatch):
+    """Dies before row 8 with the checkpoint of step 4: the logged steps 5 and 6 are redone, and unlogged time counts
+    as down. The first step of each start compiles."""
     seconds, look = [1e9], jax.device_get
 
     def after(number, function):
@@ -124,7 +124,7 @@ def test_goodput_counts_every_moment_since_the_first_start(config, events, tmp_p
 # ------------------------------------------------------------------------------------------ with the toy
 
 
-def test_log_row_tells_the_rate_batch_and_tokens_of_its_own_step(runs, text):
+def test_log_row_has_the_rate_batch_and_tokens_of_its_own_step(runs, text):
     config = training.config(text)
     lr = train.learning_rate(config, models.build("rwkv4", vocab_size=256, num_layers=2, dim=32))
     corpus = mixture.prepare(text, "bytes")
@@ -135,15 +135,16 @@ def test_log_row_tells_the_rate_batch_and_tokens_of_its_own_step(runs, text):
         step = row["step"]
         assert row["lr"] == lr(step - 1) and row["tokens"] == step * 4 * 16
         assert row["batch_hash"] == batches.batch_hash(stream[step - 1])
-        assert row["grad_norm"] == stream[step - 1]["tokens"][:, 1:].mean() / 256  # of the batch it was taken on
+        assert row["grad_norm"] == stream[step - 1]["tokens"][:, 1:].mean() / 256  # computed on this batch
     assert len({row["batch_hash"] for row in rows}) == training.STEPS
     held_out, counts = corpus.held_out(256)
     nats_N = training.toy_windows(None, runs.state.params, held_out, 16, 4)
     assert training.losses(runs.whole, "valid_loss_nats")[6] == pytest.approx(nats_N[1:][counts[1:]].mean(), rel=1e-6)
 
 
-def test_log_is_complete_and_in_order_whichever_row_a_run_died_before(toy, text, tmp_path):
-    """Rows of start, steps and evaluations; step 3 is saved before it is evaluated, and may lack its evaluation."""
+def test_log_is_complete_and_in_order_after_a_death_before_any_row(toy, text, tmp_path):
+    """Rows are starts, steps and evaluations. Step 3 is saved before its evaluation, which may therefore be
+    missing."""
     config = lambda: training.config(text, save_every=3)
     state = train.run(config(), tmp_path / "whole")
     expected, num_rows = training.numbers(tmp_path / "whole"), training.STEPS + 3
@@ -170,7 +171,7 @@ def test_step_is_traced_once_over_interruption_and_resume(toy, text, tmp_path, m
 
     monkeypatch.setattr(assemble, "make_step", counting)
     config = training.config(text)
-    config.optim.eps = 1e-7  # of its own: its program is not compiled yet
+    config.optim.eps = 1e-7  # a value used only here: no other test has compiled this program
     with pytest.MonkeyPatch.context() as patch, pytest.raises(training.DiedError):
         training.die_before(patch, lambda row: row["step"] == 5)
         train.run(config, tmp_path)
@@ -179,7 +180,7 @@ def test_step_is_traced_once_over_interruption_and_resume(toy, text, tmp_path, m
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signal_ends_the_run_after_its_step_saved(signum, runs, text, tmp_path, monkeypatch, capfd):
+def test_run_saves_its_step_and_ends_on_a_signal(signum, runs, text, tmp_path, monkeypatch, capfd):
     append = metrics.append
 
     def signalled(path, row):
@@ -202,7 +203,7 @@ def test_signal_ends_the_run_after_its_step_saved(signum, runs, text, tmp_path, 
 
 
 @pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
-def test_run_resumes_under_another_strategy_with_what_its_rows_remember(strategy, toy, text, tmp_path):
+def test_run_resumes_under_another_strategy_with_the_carry_of_its_rows(strategy, toy, text, tmp_path):
     config = lambda **changes: training.config(text, carry_state=True, data={"order": "documents"}, **changes)
     state = train.run(config(), tmp_path / "whole")
     assert np.any(np.asarray(state.carry[0]))

@@ -1,4 +1,4 @@
-"""What can go wrong with a run from outside: full disks, failing writes, and kills. See docs/faults.md."""
+"""Faults from outside a run: full disks, failing writes, and kills. See docs/faults.md."""
 
 import contextlib
 import multiprocessing
@@ -21,7 +21,7 @@ from rwkv_jax import checkpoint, train
 from rwkv_jax.train import metrics
 from rwkv_jax.train.__main__ import main
 
-# Where one array cannot be written, Orbax closes the event loop that its writes of the others still report to.
+# If one array cannot be written, Orbax closes the event loop that its other writes still report to.
 ORBAX = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 NOT_SAVED = r"error: .*/checkpoints/6: not saved: .*; the newest checkpoint is of step 4"
 
@@ -41,7 +41,7 @@ def mounted(folder, *options):
 
 @contextlib.contextmanager
 def files_limited(num_bytes):
-    """No file may grow beyond; more fails in the middle of a write, as on a full disk."""
+    """Limits the size of every file: larger ones fail in the middle of a write, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -51,14 +51,14 @@ def files_limited(num_bytes):
 
 
 def newest(workdir):
-    """The step of the newest checkpoint, whose files are as they were written."""
+    """The step of the newest checkpoint, after a check that its files are undamaged."""
     step = checkpoint.steps(workdir / "checkpoints")[-1]
     checkpoint.verify(workdir / "checkpoints", step)
     return step
 
 
 @ORBAX
-def test_failed_last_save_ends_the_run_and_leaves_the_checkpoint_before(half, runs, text, capsys):
+def test_run_ends_after_a_failed_last_save_and_keeps_the_previous_checkpoint(half, runs, text, capsys):
     with files_limited(30_000):
         assert main(training.arguments(text, half)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
@@ -70,7 +70,7 @@ def test_failed_last_save_ends_the_run_and_leaves_the_checkpoint_before(half, ru
 
 
 @ORBAX
-def test_failed_save_is_reported_and_the_next_save_succeeds(runs, text, tmp_path, monkeypatch, capsys):
+def test_run_reports_a_failed_save_and_the_next_save_succeeds(runs, text, tmp_path, monkeypatch, capsys):
     save = checkpoint.save_async
 
     def fails_at_2(folder, step, *args, **kwargs):
@@ -82,11 +82,11 @@ def test_failed_save_is_reported_and_the_next_save_succeeds(runs, text, tmp_path
     monkeypatch.setattr(checkpoint, "save_async", fails_at_2)
     assert same(train.run(training.config(text), tmp_path), runs.state)
     told = [line for line in capsys.readouterr().err.splitlines() if "not saved" in line]
-    assert len(told) == 1 and "/checkpoints/2: not saved: " in told[0] and "training goes on" in told[0]
+    assert len(told) == 1 and "/checkpoints/2: not saved: " in told[0] and "training continues" in told[0]
     assert checkpoint.steps(tmp_path / "checkpoints") == [4, 6]
 
 
-def test_full_disk_is_noticed_before_a_save(half, runs, text, tmp_path, capsys):
+def test_run_detects_a_full_disk_before_a_save(half, runs, text, tmp_path, capsys):
     with mounted(tmp_path / "disk") as disk:
         subprocess.run(["cp", "-r", f"{half}/.", disk], check=True)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 50_000))
@@ -98,7 +98,7 @@ def test_full_disk_is_noticed_before_a_save(half, runs, text, tmp_path, capsys):
         assert same(train.run(training.config(text), disk), runs.state)
 
 
-def test_read_only_workdir_is_refused(toy, text, tmp_path, capsys):
+def test_run_refuses_a_read_only_workdir(toy, text, tmp_path, capsys):
     with mounted(tmp_path / "disk", "ro") as disk:
         assert main(training.arguments(text, disk)) == 2
         line = capsys.readouterr().err
@@ -126,8 +126,8 @@ def start(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_run_killed_20_times_ends_as_if_nothing_had_happened(start, text, tmp_path):
-    """SIGKILL at random moments: among steps and saves (one a step), every fourth from the start of the command on."""
+def test_run_killed_20_times_ends_bit_equal_to_an_undisturbed_run(start, text, tmp_path):
+    """SIGKILL at random moments among steps and saves (one a step); every fourth from the start of the command on."""
     command = lambda name, save_every: training.arguments(
         text, tmp_path / name, steps=400, eval_every=50, save_every=save_every
     )

@@ -21,7 +21,7 @@ def _config(kind, text, **changes):
 
 @pytest.mark.slow
 @LATER
-def test_run_goes_on_with_longer_windows_from_its_trunk(kind, text, tmp_path):
+def test_run_continues_its_trunk_with_longer_windows(kind, text, tmp_path):
     trunk = train.run(_config(kind, text), tmp_path / "trunk")
     branch = {"branch_from": str(tmp_path / "trunk" / "checkpoints" / "4"), "seq_len": 32, "batch_size": 2}
     longer = _config(kind, text, steps=6, diagnostics_every=1, **branch)
@@ -29,7 +29,7 @@ def test_run_goes_on_with_longer_windows_from_its_trunk(kind, text, tmp_path):
     state = train.run(longer, tmp_path / "longer")
     losses, before = training.losses(tmp_path / "longer"), training.losses(tmp_path / "trunk")
     assert list(losses) == [5, 6] and int(state.step) == 6
-    assert all(loss < before[1] for loss in losses.values())  # it begins with what the trunk has learned
+    assert all(loss < before[1] for loss in losses.values())  # it starts from the trained parameters of the trunk
     assert not training.same(state.params, trunk.params)
 
 

@@ -1,4 +1,4 @@
-"""Whole runs of RWKV-4, of one model and recipe, so that all of them share one compiled program."""
+"""Whole runs of RWKV-4 with one model and recipe, so that all share one compiled program."""
 
 import json
 import re
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
-    """(workdir, end) of a run that nothing disturbed."""
+    """(workdir, final state) of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     state = train.run(training.config(text), workdir)
     return workdir, jax.device_get(state)
 
 
-def test_workdir_holds_config_log_checkpoints_and_a_model_to_load(finished):
+def test_run_leaves_config_log_checkpoints_and_a_loadable_model(finished):
     workdir, state = finished
     config = json.loads((workdir / "config.json").read_text())
     assert config["tokenizer"] == "bytes" and len(config["corpus"]["sha256"]) == 64 and "jax" in config["versions"]
@@ -46,8 +46,9 @@ def test_workdir_holds_config_log_checkpoints_and_a_model_to_load(finished):
     assert model.dim == 32 and same(params, state.params)
 
 
-def test_resume_is_bit_exact_and_cuts_the_log_back(finished, text, tmp_path):
-    """Dies before row 6 with the checkpoint of step 4: row 5 and a torn row are cut, and both come again."""
+def test_resume_is_bit_exact_and_truncates_the_log(finished, text, tmp_path):
+    """Dies before row 6 with the checkpoint of step 4: row 5 and a torn row are removed, and both steps are logged
+    again."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(training.DiedError):
         training.die_before(patch, lambda row: row["step"] == 6)
         train.run(training.config(text), tmp_path / "run")
@@ -63,7 +64,7 @@ def test_resume_is_bit_exact_and_cuts_the_log_back(finished, text, tmp_path):
 
 
 def test_run_ends_after_too_many_steps_that_are_not_finite(finished, text, tmp_path, capsys):
-    """A learning rate that throws the parameters away in step 1: nothing after it is finite."""
+    """The learning rate destroys the parameters in step 1: no later step is finite."""
     lost = {"optim.lr": 1e30, "max_skipped": 2, "save_every": 1}
     assert main(training.arguments(text, tmp_path, **lost)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
@@ -75,7 +76,7 @@ def test_run_ends_after_too_many_steps_that_are_not_finite(finished, text, tmp_p
     ]  # fmt: skip
 
 
-def test_batches_without_a_target_are_counted_and_do_not_end_a_run(finished, tmp_path, capsys):
+def test_run_counts_batches_without_a_target_and_continues(finished, tmp_path, capsys):
     rows = [{"prompt": "x" * 2000, "text": f"answer {i}"} for i in range(40)]
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     fields = {"data.prompt": "prompt", "max_skipped": 1}
@@ -88,10 +89,8 @@ def test_batches_without_a_target_are_counted_and_do_not_end_a_run(finished, tmp
     assert all(np.isfinite(loss) for loss in losses(tmp_path / "run", "valid_loss_nats").values())
 
 
-def test_leap_of_the_loss_ends_the_run_and_its_batch_is_replayed_as_documented(
-    finished, text, tmp_path, capsys, monkeypatch
-):
-    """The learning rate grows until the loss leaps; the lines of docs/faults.md then fetch the batch of that step."""
+def test_run_ends_at_a_leap_of_the_loss_whose_batch_can_be_replayed(finished, text, tmp_path, capsys, monkeypatch):
+    """The learning rate grows until the loss leaps; then the code in docs/faults.md fetches the batch of that step."""
     window = 4
     monkeypatch.setattr(divergence, "WINDOW", window)
     wild = {"steps": 30, "optim.lr": 3.0, "optim.warmup": 1.0, "max_loss_rise": 0.5, "save_every": 1, "eval_every": 0}
@@ -115,19 +114,19 @@ def test_leap_of_the_loss_ends_the_run_and_its_batch_is_replayed_as_documented(
 
 
 @pytest.mark.slow
-def test_run_in_segments_resumes_with_what_its_rows_remember(text, tmp_path):
+def test_run_in_segments_resumes_with_the_carry_of_its_rows(text, tmp_path):
     carried = {"carry_state": True, "segments": 2, "stop_gradient": True, "data": {"order": "documents"}}
     config = lambda: training.config(text, strategy="pmap", eval_tokens=0, **carried)
     whole = train.run(config(), tmp_path / "whole")
     assert any(np.any(np.asarray(x)) for x in jax.tree.leaves(whole.carry))
     cut = training.copied(tmp_path / "whole", tmp_path / "cut")
-    (cut / "checkpoints" / "6" / "manifest.json").unlink()  # as if killed in this save
+    (cut / "checkpoints" / "6" / "manifest.json").unlink()  # as after a kill during this save
     again = train.run(config(), cut)
     assert checkpoint.steps(cut / "checkpoints")[-1] == STEPS
     assert same(whole, again)
 
 
-def test_model_that_finds_no_memory_is_one_line(text, tmp_path, capsys):
+def test_train_command_reports_a_model_without_memory_in_one_line(text, tmp_path, capsys):
     assert main(training.arguments(text, tmp_path / "run", **{"model.dim": 2**20})) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: out of memory; raise --config.accumulation, or lower")

@@ -26,15 +26,15 @@ def temporaries(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rwkv4", "rwkv5", "rwkv6"])
-def test_memory_of_a_training_step_is_linear_in_its_length(kind):
-    """Each doubling adds twice what the one before added."""
+def test_training_step_takes_memory_linear_in_its_length(kind):
+    """Each doubling of the length adds twice as much memory as the one before."""
     added = np.diff(temporaries(kind))
     assert added[0] > 0
     np.testing.assert_allclose(added[1:] / added[:-1], 2, rtol=0.03)
 
 
 @pytest.mark.slow
-def test_memory_of_an_rwkv7_step_has_no_square_of_its_length():
-    """8 times the tokens take 8 times the memory, as XLA packs it; one [T, T] array of float32 would make it 10."""
+def test_training_step_of_rwkv7_takes_no_memory_quadratic_in_its_length():
+    """In XLA's plan 8 times the tokens take 8 times the memory; one [T, T] array of float32 would make it 10."""
     first, *_, last = temporaries("rwkv7")
     assert last < 8.4 * first

@@ -1,4 +1,4 @@
-"""The log of a run: rows that survive a kill, and what TensorBoard and W&B show of them."""
+"""The log of a run: rows that survive a kill, and their copies in TensorBoard and W&B."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ import pytest
 from rwkv_jax.train import metrics
 
 
-def test_append_writes_arrays_as_numbers_and_what_is_not_finite_as_null(tmp_path):
+def test_append_writes_arrays_as_numbers_and_non_finite_ones_as_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = {"step": 0, "a": jnp.float32(0.5), "b": np.int64(3), "c": np.float32("nan"), "d": jnp.bool(True)}
     metrics.append(path, first)
@@ -48,15 +48,15 @@ def test_scalars_names_nested_numbers_by_their_path():
     assert dict(metrics.scalars(row)) == {"loss": 2.5, "norm/head": 0.5, "k_max/0": 1.0, "k_max/1": 2.0}
 
 
-def test_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+def test_check_installed_names_a_missing_package_and_its_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # simulates a missing package
     metrics.check_installed()
     with pytest.raises(ValueError, match=r"logging.wandb_project .*: pip install wandb$"):
         metrics.check_installed(wandb_project="x")
 
 
 def _events(folder):
-    """(step, name, value) as TensorBoard reads them: what precedes a restart is dropped from its step on."""
+    """(step, name, value) as TensorBoard reads them: a restart drops earlier events from its step on."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     shown = []
@@ -71,8 +71,8 @@ def _events(folder):
     return shown
 
 
-def test_tensorboard_resumes_where_the_run_does(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)  # tensorboardX imports it where it is installed, for seconds
+def test_opened_resumes_tensorboard_at_the_step_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # if torch is installed, tensorboardX imports it for seconds
     row = lambda step: {"step": step, "loss_nats": step / 2, "k_max": [1.0], "batch_hash": "a"}
     with metrics.opened(tmp_path, tensorboard=True) as write:
         for step in (1, 2, 3):
@@ -87,8 +87,8 @@ def test_tensorboard_resumes_where_the_run_does(tmp_path, monkeypatch):
 
 
 @pytest.mark.live
-@pytest.mark.filterwarnings("default")  # those of wandb's own dependencies
-def test_wandb_offline_keeps_its_run_over_a_restart(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("default")  # wandb's dependencies warn
+def test_opened_keeps_the_offline_wandb_run_over_a_restart(tmp_path, monkeypatch):
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -1,4 +1,4 @@
-"""Rules of `optim.groups`: factors of leaves and of layers, and what a factor of 0 freezes."""
+"""Rules of `optim.groups`: factors of leaves and layers, and freezing by a factor of 0."""
 
 import re
 
@@ -14,12 +14,12 @@ from rwkv_jax.train.methods import Method
 
 
 def _zeros(num_layers):
-    """Parameters of that many layers, stacked, as NumPy arrays."""
+    """Parameters of a stack of that many layers, as NumPy arrays."""
     shapes = models.parameter_shapes(small.make("rwkv4", num_layers=num_layers))
     return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
 
 
-def test_factors_are_those_of_the_first_rule_that_matches_a_leaf_or_a_layer():
+def test_factors_come_from_the_first_rule_that_matches_a_leaf_or_layer():
     params = _zeros(12)
     rules = [(r"^emb", 0), (r"blocks\.2-10/att", 0.5), (r"blocks.1/", 0.0), (r"ffn/", 3.0)]
     factors = optim.factors(params, rules)
@@ -32,8 +32,8 @@ def test_factors_are_those_of_the_first_rule_that_matches_a_leaf_or_a_layer():
     assert optim.factors(params, optim.released_groups())["blocks"]["att"]["time_first"] == 3.0
 
 
-def test_factors_number_layers_alike_where_the_first_stands_apart():
-    """That of RWKV-7, which hands its values up, is `blocks_0` in both layouts."""
+def test_factors_number_layers_alike_when_the_first_is_stored_separately():
+    """The first layer of RWKV-7, which passes its values up, is `blocks_0` in both layouts."""
     model = small.make("rwkv7", num_layers=4)
     shapes = [models.parameter_shapes(model), models.parameter_shapes(model.clone(scan=False))]
     stacked, apart = (jax.tree.map(lambda x: np.zeros(x.shape, np.float32), its) for its in shapes)
@@ -43,7 +43,7 @@ def test_factors_number_layers_alike_where_the_first_stands_apart():
     found = optim.factors(stacked, rules)
     assert of_layers == [0, 0, 1, 0.5]
     assert [found["blocks_0"]["att"]["key"]["kernel"], *found["blocks"]["att"]["key"]["kernel"].ravel()] == of_layers
-    for params in (stacked, apart):  # the name of all layers is that of the first too
+    for params in (stacked, apart):  # a rule for all layers includes the first
         rules = ((r"^blocks_0/ffn", 3.0), (r"^blocks/(att|ffn)/key", 0.0))
         optim.check_groups(params, rules)
         found = optim.factors(params, rules)
@@ -54,7 +54,7 @@ def test_factors_number_layers_alike_where_the_first_stands_apart():
     assert adapters.keys() == {"blocks_0", "blocks"}
 
 
-def test_frozen_part_is_not_moved_by_decay_and_has_no_moments():
+def test_optimiser_keeps_frozen_leaves_without_decay_or_moments():
     one = lambda *shape: np.ones(shape, np.float32)
     params = {"emb": {"embedding": one(3, 2)}, "blocks": {"att": {"key": {"kernel": one(2, 2, 2)}}}}
     tx = optim.optimiser(weight_decay=0.1, groups=((r"^emb/", 0.0), (r"blocks.0/", 0.0)))
@@ -75,7 +75,7 @@ def test_frozen_part_is_not_moved_by_decay_and_has_no_moments():
     ("kind", "decay"),
     [("rwkv7", "w0"), *(pytest.param(kind, "time_decay", marks=pytest.mark.slow) for kind in ("rwkv5", "rwkv6"))],
 )
-def test_step_moves_nothing_of_a_later_version_that_a_path_freezes(kind, decay):
+def test_step_keeps_frozen_paths_of_later_versions(kind, decay):
     model, params = small.drawn(small.make(kind, num_layers=3))
     groups = ((r"^emb/", 0.0), (r"blocks\.0-1/", 0.0), (rf"/{decay}$", 0.0), (r"/ffn/key/", 0.5))
     tx, zero, ids = optim.optimiser(weight_decay=0.1, groups=groups), np.zeros((), np.int32), small.tokens(2, 9)
@@ -106,8 +106,8 @@ def test_frozen_stopped_stops_gradients_of_frozen_leaves_and_layers():
 
 
 @pytest.mark.parametrize("name", [name for name in small.KINDS if not name.startswith("hybrid")])
-def test_rules_of_all_kinds_together_mean_for_a_kind_what_its_own_mean(name):
-    """`models.block.Kind`: a parameter's name means the same in all kinds."""
+def test_released_groups_of_all_kinds_equal_those_of_each_kind_alone(name):
+    """A parameter's name means the same in all kinds, as `models.block.Kind` demands."""
     model = small.make(name, token_shift=True) if name == "transformer" else small.make(name)
     ((_, own, _),) = model.unit
     tree = {"blocks": models.parameter_shapes(model)["blocks"]}

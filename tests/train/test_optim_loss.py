@@ -1,4 +1,4 @@
-"""`optim.losses_of_head`, the loss in chunks of tokens: the same numbers, without logits of all tokens at one time."""
+"""`optim.losses_of_head`, the loss in chunks of tokens: equal numbers, without the logits of all tokens at once."""
 
 import re
 
@@ -33,13 +33,13 @@ def _objective(x_BTD, kernel_DV, targets_BT, mask_BT, **options):
 
 
 def _value_and_gradients(*operands, **options):
-    """((objective, nll), gradients of the objective, twice, to x and the kernel)."""
+    """((objective, nll), gradients of twice the objective by x and the kernel)."""
     (_, losses), gradients = jax.value_and_grad(_objective, (0, 1), has_aux=True)(*operands, **options)
     return losses, gradients
 
 
 def _expected(x_BTD, kernel_DV, targets_BT, mask_BT):
-    """The same by the definition and its derivative, in NumPy."""
+    """The expected values by the definition and its derivative, in NumPy."""
     logits_BTV, one_hot_BTV = x_BTD @ kernel_DV, np.eye(V)[targets_BT]
     largest_BT1 = logits_BTV.max(-1, keepdims=True)
     log_p_BTV = logits_BTV - largest_BT1
@@ -52,8 +52,8 @@ def _expected(x_BTD, kernel_DV, targets_BT, mask_BT):
 
 
 @pytest.mark.usefixtures("x64")
-def test_losses_of_head_equal_the_definition_whatever_the_chunk():
-    """A token's gradient is a sum over V alone; the others sum N tokens in another order, off by at most N rounding
+def test_losses_of_head_equal_the_definition_for_every_chunk():
+    """A token's gradient is a sum over V alone. The others sum N tokens in another order, off by at most N rounding
     errors of their largest partial sum."""
     operands = _drawn(np.float64)
     by_chunk = jax.jit(lambda *operands: [_value_and_gradients(*operands, chunk=chunk) for chunk in CHUNKS])
@@ -71,8 +71,8 @@ def test_losses_of_head_without_the_penalty_have_the_loss_as_objective():
     assert total == nll == pytest.approx(float(_expected(*operands)[0][1]), rel=1e-6)
 
 
-def test_gradients_of_a_narrow_head_are_summed_over_chunks_in_float32():
-    """36 chunks of a token each: in bfloat16 the sum would lose what is below 2^-8 of it at every step."""
+def test_losses_of_head_sum_gradients_of_a_bfloat16_head_in_float32():
+    """36 chunks of a token each: in bfloat16 every step of the sum would lose the part below 2^-8 of it."""
     x_BTD, kernel_DV, targets_BT, mask_BT = _drawn(jnp.bfloat16)
 
     @jax.jit
@@ -91,7 +91,7 @@ def test_gradients_of_a_narrow_head_are_summed_over_chunks_in_float32():
 
 
 def _tokens_with_logits(jaxpr, vocab_size):
-    """Tokens of every array with a vocabulary axis, but the head and the embedding [D, V]."""
+    """Numbers of tokens of all arrays with a vocabulary axis, except the head and the embedding [D, V]."""
     shapes = set(re.findall(rf"\[([\d,]+),{vocab_size}\]", str(jaxpr))) - {str(D)}
     return {int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes}
 
@@ -106,12 +106,12 @@ def test_losses_of_head_split_a_large_vocabulary_into_chunks(vocab_size, chunk, 
     shape = jax.ShapeDtypeStruct
     operands = shape((8, 1024, D), jnp.float32), shape((D, vocab_size), jnp.float32), shape((8, 1024), jnp.int32)
     jaxpr = jax.make_jaxpr(jax.grad(objective, argnums=(0, 1)))(*operands)
-    assert _tokens_with_logits(jaxpr, vocab_size) - {1} == {expected}  # and one [1, V] of taking targets
+    assert _tokens_with_logits(jaxpr, vocab_size) - {1} == {expected}  # and one [1, V], from taking the targets
     assert str(jaxpr).count("= dot_general") == 3  # logits are computed once
 
 
 def test_step_has_logits_of_one_chunk_with_a_multiple_of_8_columns():
-    """A step on 2,048 tokens, the loss of 128 at a time."""
+    """A step on 2,048 tokens, with the loss of 128 at a time."""
     fields = {"num_layers": 1, "dim": D, "receptance": False, "token_shift": False}
     model, tx = models.build("rwkv4", vocab_size=117, **fields), optim.optimiser()
     state = jax.eval_shape(train.make_init(model, tx), jax.random.key(0))

@@ -10,7 +10,7 @@ from rwkv_jax.models import KINDS
 from rwkv_jax.train import optim
 
 
-def test_schedules_rise_to_their_rate_and_end_at_lr_end():
+def test_schedule_rises_to_lr_and_ends_at_lr_end():
     fields = {"lr": 1e-3, "lr_end": 1e-5, "steps": 100, "warmup": 10}
     lr = optim.schedule("exponential", **fields, decay_start=80)
     assert lr(0) == pytest.approx(1e-4) and lr(9) == lr(50) == lr(79 - 1) == 1e-3
@@ -21,18 +21,18 @@ def test_schedules_rise_to_their_rate_and_end_at_lr_end():
     assert [constant(i) for i in (0, 4, 9, 99)] == pytest.approx([1e-4, 5e-4, 1e-3, 1e-3])
 
 
-def test_default_lr_lies_on_a_line_between_those_of_the_table_in_log_log():
+def test_default_lr_interpolates_the_table_in_log_log():
     (d1, lr1), (d2, lr2) = KINDS["rwkv4"].learning_rates[:2]
     assert [optim.default_lr("rwkv4", dim) for dim in (1, d1, d2)] == pytest.approx([lr1, lr1, lr2])
     assert optim.default_lr("rwkv4", d1**0.75 * d2**0.25) == pytest.approx(lr1**0.75 * lr2**0.25)
 
 
 @pytest.mark.parametrize("kind", ["rwkv5", "rwkv6", "rwkv7"])
-def test_default_lr_of_later_versions_falls_with_the_width_from_that_of_the_smallest(kind):
+def test_default_lr_of_later_versions_falls_with_the_width(kind):
     rates = [optim.default_lr(kind, dim) for dim in (8, 32, 100, 128, 512, 768, 1000, 2048, 3000, 4096, 8192)]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] == rates[1] and rates[-2] == rates[-1] and 5e-5 < rates[-1] < 20e-5
-    assert 1e-3 < rates[3] < 2e-2  # of 128 channels
+    assert 1e-3 < rates[3] < 2e-2  # at 128 channels
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,8 @@ def test_default_lr_of_later_versions_falls_with_the_width_from_that_of_the_smal
         ("rwkv7", {"w0": 2}),
     ],
 )
-def test_optimiser_applies_rates_and_decay_to_the_parameters_they_name(kind, own):
-    """Multipliers for decays and bonuses, 5 for the head; decoupled decay for matrices, nothing else: none for the
+def test_optimiser_applies_rates_and_decay_to_the_named_parameters(kind, own):
+    """Multipliers for decays and bonuses, 5 for the head. Decoupled decay applies to matrices only, and not to the
     matrices of low-rank maps."""
     _, params = drawn(make(kind))
     ones = jax.tree.map(np.ones_like, params)
@@ -61,7 +61,7 @@ def test_optimiser_applies_rates_and_decay_to_the_parameters_they_name(kind, own
 
 
 def test_l2wrap_has_the_released_gradient():
-    """1e-4 / (B T) * max_logit on the largest logit of each token, nothing elsewhere."""
+    """1e-4 / (B T) * max_logit on the largest logit of each token, zero elsewhere."""
     logits = 4 * np.random.default_rng(0).standard_normal((2, 3, 5), np.float32)
     grad = jax.jit(jax.grad(lambda x: optim.l2wrap(x).mean()))(logits)
     top = logits.max(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""SPMD strategies on four virtual devices: they agree with one another, compile once, and split what they should."""
+"""SPMD strategies on four virtual devices: they agree with one another, compile once, and split their arrays."""
 
 import functools
 import re
@@ -19,7 +19,7 @@ B, T, V, D = 16, 8, 64, 16
 
 @pytest.fixture(scope="module", autouse=True)
 def leaves_of_512_elements_are_split():
-    """Else a model this small has none that `fsdp` splits."""
+    """Lowers the limit of `fsdp`: at its default no leaf of this small model would be split."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "MIN_SHARDED", 2**9)
         yield
@@ -42,7 +42,7 @@ def _batches(steps=2):
 
 @dataclass
 class Run:
-    """Two steps, and a third with nothing to learn from: its loss is 0 / 0."""
+    """Two steps, and a third without targets: its loss is 0 / 0."""
 
     born: train.TrainState  # donated to the first step
     states: list  # after the second step and the third, on the host
@@ -59,7 +59,7 @@ def _run(strategy, accumulation, replicas, model=MODEL):
 
 @functools.cache
 def _run_once(strategy, accumulation, replicas, model):
-    """One program for every test that looks at it. A large eps keeps Adam from turning rounding into +-lr."""
+    """One program for all tests of a strategy. A large eps keeps Adam from turning rounding into +-lr."""
     (model, params), tx, traces = drawn(model), optim.optimiser(eps=1e-3), []
     step = train.make_step(model, tx, accumulation=accumulation)
     zero = np.zeros((), np.int32)
@@ -84,7 +84,7 @@ def _run_once(strategy, accumulation, replicas, model):
     return Run(born, states[1:], rows, len(traces), state, program)
 
 
-# Accumulation is the same code under every strategy, and so is everything else of one where it accumulates.
+# Accumulation is the same code under every strategy, so one combination with it is enough.
 SINGLE, PMAP, FSDP = ("single", 1, 1), ("pmap", 4, 1), ("fsdp", 1, 2)
 
 
@@ -97,7 +97,7 @@ def test_single_runs_on_the_default_device_and_commits_its_state_to_it():
 
 
 def _later(kind):
-    """In float64: the norm of a head amplifies the rounding of a small y."""
+    """Computed in float64: the norm of a head amplifies the rounding of a small y."""
     return models.build(kind, vocab_size=V, num_layers=3, dim=D, head_size=8, dtype="float64", param_dtype="float64")
 
 
@@ -109,7 +109,7 @@ MODELS = [
 
 @pytest.mark.parametrize("run", [PMAP, FSDP], ids=str)
 @pytest.mark.parametrize("model", MODELS)
-def test_strategies_and_accumulation_agree_under_ragged_masks(model, run):
+def test_strategies_agree_with_and_without_accumulation_under_ragged_masks(model, run):
     of_loss, of_rest = (1e-6, 1e-5) if model is MODEL else (1e-12, 1e-12)
     run, reference = _run(*run, model), _run(*SINGLE, model)
     for row, wanted in zip(run.rows[:2], reference.rows[:2], strict=True):
@@ -120,7 +120,7 @@ def test_strategies_and_accumulation_agree_under_ragged_masks(model, run):
 
 
 @pytest.mark.parametrize("run", [SINGLE, PMAP, FSDP], ids=str)
-def test_step_is_traced_once_donates_the_state_and_changes_nothing_that_is_not_finite(run):
+def test_strategies_trace_once_donate_the_state_and_skip_non_finite_steps(run):
     run = _run(*run)
     assert run.traces == 1
     assert all(x.is_deleted() for x in jax.tree.leaves(run.born))
@@ -130,7 +130,7 @@ def test_step_is_traced_once_donates_the_state_and_changes_nothing_that_is_not_f
     assert int(after.step) == 3 and int(run.rows[-1]["skipped"]) == 1
 
 
-def test_loss_is_the_mean_over_all_masked_in_targets():
+def test_step_loss_is_the_mean_over_all_targets_of_the_mask():
     """A mean of per-row means would give every row the same weight."""
     run, batch = _run(*SINGLE), _batches(1)[0]
     logits_BTV = np.asarray(forward(*drawn(MODEL), batch["tokens"][:, :-1])[0], np.float64)
@@ -139,18 +139,18 @@ def test_loss_is_the_mean_over_all_masked_in_targets():
     assert run.rows[0]["loss_nats"] == pytest.approx(nll_BT[batch["mask"]].mean(), rel=1e-6)
 
 
-def test_pmap_devices_hold_the_same_bits():
+def test_pmap_keeps_bit_equal_state_on_all_devices():
     for x in jax.tree.leaves(_run(*PMAP).state):
         first, *others = (np.asarray(s.data) for s in x.addressable_shards)
         assert len(others) == 3
         assert all(np.array_equal(first, other) for other in others)
 
 
-# ---------------------------------------------------------------------------------------------- what fsdp splits
+# ---------------------------------------------------------------------------------------------- fsdp
 
 
 def test_fsdp_splits_parameters_and_moments_over_the_devices_of_a_replica():
-    """4 D channels over 2 of the 4 devices."""
+    """Splits 4 D channels over 2 of the 4 devices."""
     state = _run(*FSDP).state
     for tree in (state.params, state.opt_state[1].mu):
         kernel = tree["blocks_0"]["ffn"]["key"]["kernel"]
@@ -159,7 +159,7 @@ def test_fsdp_splits_parameters_and_moments_over_the_devices_of_a_replica():
 
 
 @pytest.mark.parametrize("replicas, first", [(1, 16), (2, 32)])
-def test_fsdp_splits_the_largest_axis_but_never_that_of_layers(replicas, first):
+def test_fsdp_splits_the_largest_axis_but_never_the_axis_of_layers(replicas, first):
     leaves = {"emb": (64, 12), "blocks": (64, 12, 5), "odd": (65, 63), "small": (64,)}
     init, _, _ = parallel.fsdp(
         lambda key: {name: np.zeros(shape) for name, shape in leaves.items()}, lambda *args: args, None, replicas
@@ -184,7 +184,7 @@ def test_fsdp_gathers_weights_and_leaves_the_batch_split(model):
 
 
 class Device:
-    """Slices cannot be had on one machine: a device that only says which one it is in."""
+    """A stand-in device with a slice index, since one machine has no slices."""
 
     platform = device_kind = "cpu"
 
@@ -193,7 +193,7 @@ class Device:
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4, 8])
-def test_grid_lets_a_replica_hold_as_few_slices_as_can_be(replicas):
+def test_grid_gives_a_replica_as_few_slices_as_possible(replicas):
     grid = parallel._grid([Device(i % 4) for i in range(8)], replicas)
     slices = np.array([[device.slice_index for device in row] for row in grid])
     np.testing.assert_array_equal(slices, np.repeat(np.arange(4), 2).reshape(replicas, -1))
@@ -209,6 +209,6 @@ def test_grid_lets_a_replica_hold_as_few_slices_as_can_be(replicas):
         (8, 1, "ddp", 1, "strategy is 'ddp', expected one of single, pmap, fsdp"),
     ],
 )
-def test_check_divisible_names_what_cannot_be_split(batch_size, accumulation, strategy, replicas, expected):
+def test_check_divisible_names_a_batch_that_cannot_be_split(batch_size, accumulation, strategy, replicas, expected):
     with pytest.raises(ValueError, match=expected):
         parallel.check_divisible(batch_size, accumulation, strategy, replicas)

@@ -1,4 +1,4 @@
-"""Where a run's time went, and what its user sees of it."""
+"""The time of a run by part, and its progress line."""
 
 import itertools
 import time
@@ -7,7 +7,7 @@ from rwkv_jax.train import progress
 
 
 def test_clock_resumes_from_a_log_without_lost_seconds(monkeypatch):
-    """A workdir of an older version knows its training time alone."""
+    """Workdirs of older versions have the training time alone."""
     clock = progress.Clock([{"step": 10, "train_seconds": 5.0}, {"step": 20, "train_seconds": 9.0}], 10, 1000.0)
     monkeypatch.setattr(time, "time", lambda: 1001.0)
     clock.lap("startup")
@@ -16,8 +16,8 @@ def test_clock_resumes_from_a_log_without_lost_seconds(monkeypatch):
     assert {part: s for part, s in row["lost_seconds"].items() if s} == {"redone": 4.0, "startup": 1.0}
 
 
-def test_progress_without_a_terminal_is_a_line_every_ten_seconds(monkeypatch, capsys):
-    clock = itertools.count(0, 1.0)  # a second a step
+def test_shown_prints_a_line_every_ten_seconds_without_a_terminal(monkeypatch, capsys):
+    clock = itertools.count(0, 1.0)  # one second for each step
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with progress.shown(100, 135) as show:
         for step in range(101, 136):

@@ -1,4 +1,4 @@
-"""Rehearsals: bytes and times against the programs that XLA compiles, mistakes, and runs with libtpu."""
+"""Rehearsals: bytes and times against programs compiled by XLA, mistakes, and runs with libtpu."""
 
 import importlib.util
 import json
@@ -34,16 +34,21 @@ def _collectives(program):
         if op := re.search(r" = (\(.*\)|\S+) (all-gather|all-reduce)(?:-start)?\(.*channel_id=(\d+)", line):
             arrays = re.findall(r"\b(f32|bf16|s32)\[([\d,]*)\]", op[1])
             size = sum(sizes[dtype] * math.prod(map(int, filter(None, shape.split(",")))) for dtype, shape in arrays)
-            found.add((op[2], op[3], size))  # once, though it may come in several pieces
+            found.add((op[2], op[3], size))  # counted once, even if it comes in several pieces
     return sum(size for _, _, size in found)
 
 
 def test_interconnect_bytes_equal_those_of_a_compiled_step():
-    """Each of four devices receives three quarters: XLA for CPUs sums whole gradients, but each once."""
+    """Each of four devices receives three quarters. XLA for CPUs sums whole gradients, each of them once."""
     B, T, V, D = 16, 128, 512, 128
-    fields = {"vocab_size": V, "num_layers": 1, "dim": D, "scan": False}  # a program says once what its loops do often
+    fields = {
+        "vocab_size": V,
+        "num_layers": 1,
+        "dim": D,
+        "scan": False,
+    }  # a program shows a loop body once
     model = models.build("transformer", remat="block", **fields)
-    tx = optax.identity()  # what an optimiser does moves no bytes, and takes half of the time to compile
+    tx = optax.identity()  # an optimiser moves no bytes, and takes half of the time to compile
     init, step, _ = parallel.fsdp(make_init(model, tx), make_step(model, tx))
     state = jax.eval_shape(init, jax.random.key(0))
     batch = {"tokens": jax.ShapeDtypeStruct((B, T + 1), jnp.int32), "mask": jax.ShapeDtypeStruct((B, T), bool)}
@@ -67,7 +72,7 @@ def test_interconnect_bytes_equal_those_of_a_compiled_step():
     (2, 2, 1 / 2 * (2 + 1), 2 * 1 / 2 / 2),  # the replicas are slices
     (4, 2, 2 * 1 / 2, 2 * 1 / 2 / 2),
 ])  # fmt: skip
-def test_interconnect_bytes_of_one_weight_on_four_chips_equal_those_by_hand(replicas, slices, within, between):
+def test_interconnect_bytes_of_one_weight_on_four_chips_agree_by_hand(replicas, slices, within, between):
     init, _, _ = parallel.fsdp(lambda key: {"w": jnp.zeros((2**14, 4))}, lambda *args: args, None, replicas)
     params = jax.eval_shape(init, jax.random.key(0))
     counted = rehearse.interconnect_bytes(models.build("rwkv4", size="169m"), params, replicas, slices)
@@ -85,10 +90,10 @@ def test_step_seconds_follow_the_data_sheet():
     assert seconds["compute"] == pytest.approx(weights * 16 * 1024 / 459e12, rel=0.01)
 
 
-def test_table_of_the_committed_rows_is_in_the_page_on_scale():
+def test_rehearsal_table_of_the_committed_rows_is_in_docs_scale():
     results = json.loads((ROOT / "experiments/rehearsal/results.json").read_text())
     assert table.render(results) in (ROOT / "docs/scale.md").read_text()
-    assert all(row["fits"] and row["bound"] == "compute" for row in results["rows"])  # what the claim says
+    assert all(row["fits"] and row["bound"] == "compute" for row in results["rows"])  # the claim of the page
 
 
 # ------------------------------------------------------------------------------------------ mistakes
@@ -106,8 +111,8 @@ def test_table_of_the_committed_rows_is_in_the_page_on_scale():
         ("2xv5e:4x4", [], "replicas is 1, expected a multiple of the 2 slices"),
     ],
 )
-def test_rehearse_names_what_a_slice_cannot_share(target, flags, message, monkeypatch):
-    monkeypatch.setattr(rehearse, "_devices", None)  # it is not asked for the compiler
+def test_rehearse_names_a_batch_that_a_slice_cannot_share(target, flags, message, monkeypatch):
+    monkeypatch.setattr(rehearse, "_devices", None)  # refused before the compiler is needed
     config = run_config.read("configs/pile.py:169m", [f"--config.{flag}" for flag in flags])
     with pytest.raises(ValueError, match=message):
         rehearse.rehearse(config, target)
@@ -121,7 +126,7 @@ def _refused(capsys, *arguments):
     return printed.err
 
 
-def test_rehearse_without_a_compiler_says_how_to_install_it(capsys, monkeypatch, tmp_path):
+def test_rehearse_without_libtpu_says_how_to_install_it(capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     found = importlib.util.find_spec
@@ -167,7 +172,7 @@ def test_rehearse_reports_the_memory_of_a_chip(name, target, replicas):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_rehearse_of_a_step_that_does_not_fit_ends_with_exit_code_1(capsys):
+def test_rehearse_ends_with_exit_code_1_if_the_step_does_not_fit(capsys):
     large = ["--config.batch_size=4096", "--config.seq_len=4096", "--rehearse=v5e:2x2"]
     assert main([*SMALL, *large]) == 1
     out = capsys.readouterr().out
@@ -178,7 +183,7 @@ def test_rehearse_of_a_step_that_does_not_fit_ends_with_exit_code_1(capsys):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_rehearsal_experiment_makes_each_row_once(tmp_path):
+def test_rehearsal_experiment_computes_each_row_once(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "experiments.rehearsal.run", "--smoke", f"--out={tmp_path}"]
     run = lambda: subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert "v5e:2x2: 4 chips" in run()

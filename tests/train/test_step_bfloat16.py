@@ -1,4 +1,4 @@
-"""Parameters in bfloat16: what adds up stays float32, and an update is rounded once. Steps that are not finite."""
+"""Parameters in bfloat16: sums stay float32, and an update is rounded once. Steps that are not finite."""
 
 import functools
 
@@ -18,8 +18,8 @@ def _dtypes(tree):
     return {x.dtype for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
-def test_step_keeps_moments_and_sums_of_gradients_in_float32_and_parameters_in_bfloat16():
-    """But for time_decay and time_first, which are float32 in every model: rounded, they forget at other rates."""
+def test_step_of_bfloat16_parameters_keeps_moments_and_gradients_in_float32():
+    """time_decay and time_first are float32 in every model: rounded, they would decay at other rates."""
     fields = FIELDS | {"scan": False, "receptance": False}
     model, tx = models.build("rwkv4", param_dtype="bfloat16", **fields), optim.optimiser()
     state = jax.eval_shape(train.make_init(model, tx), jax.random.key(0))
@@ -56,7 +56,7 @@ def _start(rng, dtype=jnp.bfloat16):
     return train.TrainState(zero, params, jax.jit(TX.init)(params), zero)
 
 
-def test_update_of_bfloat16_parameters_is_that_of_float32_rounded_once():
+def test_apply_gradient_rounds_an_update_of_bfloat16_parameters_once():
     rng = np.random.default_rng(0)
     state, zero = _start(rng), np.float32(0)
     for grads in (_draw(rng), _draw(rng)):
@@ -67,7 +67,7 @@ def test_update_of_bfloat16_parameters_is_that_of_float32_rounded_once():
 
 
 @pytest.mark.parametrize("loss, gradient", [(0, np.inf), (0, np.nan), (np.nan, 1), (np.inf, 1)])
-def test_step_with_a_loss_or_gradient_that_is_not_finite_changes_nothing(loss, gradient):
+def test_apply_gradient_skips_a_loss_or_gradient_that_is_not_finite(loss, gradient):
     rng = np.random.default_rng(0)
     state, grads = _start(rng, np.float32), _draw(rng, np.float32)
     grads["kernel"][1, 2] *= gradient

@@ -1,4 +1,4 @@
-"""State carried over segments and steps: gradients against a loop by hand, every strategy, steps that are skipped.
+"""State carried over segments and steps: gradients against a loop by hand, every strategy, skipped steps.
 
 The fast tests differentiate a model that decays its past, which compiles in a second, and RWKV-4 once.
 """
@@ -37,7 +37,7 @@ class Recurrence(nn.Module):
 
 
 class Decaying(nn.Module):
-    """h_t = decay h_{t-1} + tanh(embedding of token t), with a linear head: what a step asks of a language model."""
+    """h_t = decay h_{t-1} + tanh(embedding of token t), with a linear head and the interface of a language model."""
 
     vocab_size: int = V
     dim: int = 4
@@ -91,7 +91,7 @@ def precision(request):
 
 @functools.cache
 def _params(model):
-    """Parameters that remember, so that a gradient over a border is not lost in rounding."""
+    """Parameters with a long memory, so that a gradient across a border is not lost in rounding."""
     if model not in EXACTLY.values():
         return drawn(model)[1]
     return jax.tree.map(lambda x: x.astype(np.float64), made(model.layers[0])[1])
@@ -108,14 +108,14 @@ def _batch(seed=0, reset=0.1):
 
 
 def _carry(model, seed=9):
-    """A past for every row: above 0, as the sum of weights in a state of WKV has to be."""
+    """A past for every row, above 0 like the sum of weights in a state of WKV."""
     rng, shapes = np.random.default_rng(seed), jax.eval_shape(lambda: model.init_state(B))
     return jax.tree.map(lambda x: 0.5 + np.abs(rng.standard_normal(x.shape, np.float32)).astype(x.dtype), shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(model, params, batch, state):
-    """(nats [B, T], end) without segments or gradients."""
+    """(nats [B, T], final state) without segments or gradients."""
     logits_BTV, end = model.apply({"params": params}, batch["tokens"][:, :-1], state, reset_BT=batch["reset"])
     return optim.cross_entropy(logits_BTV, batch.get("targets", batch["tokens"][:, 1:])), end
 
@@ -132,7 +132,7 @@ def _gradient(model, carry=None, batch=None, **options):
 
 
 def _by_hand(model, state, batch):
-    """Gradient, loss and end of a plain Python loop over segments, each with a gradient of its own."""
+    """Gradient, loss and final state by a plain Python loop over segments, each with a gradient of its own."""
 
     def loss(params, rows, mask_BT, state):
         nll_BT, state = _forward(model, params, rows, state)
@@ -160,7 +160,7 @@ def _assert_close(actual, expected, bound=1e-5):
         *(pytest.param(EXACTLY[kind], True, marks=pytest.mark.slow, id=f"{kind}-carried") for kind in LATER),
     ],
 )
-def test_segments_without_stop_have_the_gradient_of_the_whole(model, carried):
+def test_mean_gradient_over_segments_without_stop_equals_the_whole(model, carried):
     carry = _carry(model) if carried else None
     segments, whole = _gradient(model, carry, **EXACT), _gradient(model, carry)
     _assert_close(segments, whole)
@@ -168,7 +168,7 @@ def test_segments_without_stop_have_the_gradient_of_the_whole(model, carried):
 
 
 @ALL
-def test_segments_with_stop_have_the_gradient_of_a_loop_by_hand(model):
+def test_mean_gradient_over_segments_with_stop_equals_a_loop_by_hand(model):
     carry = _carry(model)
     grads, loss, end = _gradient(model, carry, **TRUNCATED)
     _assert_close((grads, loss, end), _by_hand(model, carry, _batch()))
@@ -178,13 +178,13 @@ def test_segments_with_stop_have_the_gradient_of_a_loop_by_hand(model):
 
 
 @ALL
-def test_accumulation_of_segments_has_the_gradient_and_carry_of_all_rows(model):
+def test_mean_gradient_and_carry_of_accumulated_segments_equal_all_rows(model):
     carry = _carry(model)
     _assert_close(_gradient(model, carry, accumulation=2, **TRUNCATED), _gradient(model, carry, **TRUNCATED))
 
 
 @pytest.mark.parametrize("model", [DECAYING])
-def test_targets_of_a_batch_replace_the_tokens_that_follow(model):
+def test_mean_gradient_takes_the_targets_of_a_batch_over_its_next_tokens(model):
     carry, batch = _carry(model), _batch()
     batch["targets"] = np.random.default_rng(1).integers(0, V, (B, T)).astype(np.int32)
     nll_BT = np.asarray(_forward(model, _params(model), batch, carry)[0])
@@ -192,12 +192,13 @@ def test_targets_of_a_batch_replace_the_tokens_that_follow(model):
     assert loss == pytest.approx(float(nll_BT[batch["mask"]].mean()), rel=1e-6)
     _assert_close(grads, _gradient(model, carry, batch)[0])
     batch["tokens"] = np.concatenate([batch["tokens"][:, :-1], batch["tokens"][:, :1]], axis=1)
-    assert _gradient(model, carry, batch)[1] == pytest.approx(float(loss), rel=1e-6)  # the last token is not read
+    assert _gradient(model, carry, batch)[1] == pytest.approx(float(loss), rel=1e-6)  # the last token is no input
 
 
 @ALL
-def test_carry_continues_rows_and_a_reset_forgets_it(model):
-    """Two steps of T with the state handed on are one of 2·T; a reset of a row's first token drops its past alone."""
+def test_mean_gradient_carry_continues_rows_until_a_reset(model):
+    """Two steps of T with the state carried over equal one of 2·T. A reset at a row's first token drops the past of
+    that row alone."""
     first, second = _batch(1), _batch(2)
     second["tokens"][:, 0] = first["tokens"][:, -1]
     empty = jax.device_get(model.init_state(B))
@@ -236,7 +237,7 @@ def _steps(model, strategy, **options):
 
 @ALL
 @pytest.mark.parametrize(("strategy", "accumulation"), [("pmap", 1), ("fsdp", 2)])
-def test_strategies_carry_the_rows_state_alike(strategy, accumulation, model):
+def test_strategies_carry_the_state_of_rows_alike(strategy, accumulation, model):
     state, losses = _steps(model, strategy, accumulation=accumulation, **TRUNCATED)
     reference, expected = _steps(model, "single", **TRUNCATED)
     assert losses == pytest.approx(expected, rel=1e-5)
@@ -246,7 +247,7 @@ def test_strategies_carry_the_rows_state_alike(strategy, accumulation, model):
 
 
 @ALL
-def test_step_that_is_not_finite_leaves_the_carry(model):
+def test_step_that_is_not_finite_keeps_the_carry(model):
     tx, carry, zero = optim.optimiser(), _carry(model), np.zeros((), np.int32)
     moments = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, _params(model)))
     state = TrainState(zero, _params(model), moments, zero, carry=carry)
@@ -256,7 +257,7 @@ def test_step_that_is_not_finite_leaves_the_carry(model):
     assert bad.skipped == 1 and jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(bad.carry), carry))
     good, _ = step(state, _batch(), 1e-2)
     assert not np.array_equal(jax.tree.leaves(good.carry)[0], jax.tree.leaves(carry)[0])
-    # a batch without targets, such as a long prompt, trains nothing and is read all the same
+    # a batch without targets, such as a long prompt, updates the carry but not the parameters
     silent, _ = step(state, _batch() | {"mask": np.zeros((B, T), bool)}, 1e-2)
     assert silent.skipped == 1
     jax.tree.map(

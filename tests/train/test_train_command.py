@@ -1,4 +1,4 @@
-"""python -m rwkv_jax.train: a mistake is one line and exit code 2, before the workdir is touched."""
+"""`python -m rwkv_jax.train`: a mistake is one line and exit code 2, before the workdir is touched."""
 
 import pytest
 import training
@@ -21,7 +21,7 @@ from rwkv_jax.train.__main__ import main
         ({}, ["--profile=3:3"], "--profile is '3:3', expected FIRST:END"),
     ],
 )
-def test_mistake_is_one_line_and_exit_code_2(changes, stray, expected, toy, text, tmp_path, capsys):
+def test_train_command_reports_mistakes_in_one_line(changes, stray, expected, toy, text, tmp_path, capsys):
     assert main([*training.arguments(text, tmp_path / "run", **changes), *stray]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ") and expected in lines[-1]
@@ -37,7 +37,7 @@ def test_mistake_is_one_line_and_exit_code_2(changes, stray, expected, toy, text
         ("import nowhere", "ModuleNotFoundError"),
     ],
 )
-def test_config_file_that_has_no_config_is_one_line(program, expected, tmp_path, capsys):
+def test_train_command_reports_a_config_file_without_a_config(program, expected, tmp_path, capsys):
     (tmp_path / "config.py").write_text(program)
     assert main([f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run"]) == 2
     err = capsys.readouterr().err
@@ -45,7 +45,7 @@ def test_config_file_that_has_no_config_is_one_line(program, expected, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_config_path_may_hold_colons(tmp_path):
+def test_train_command_accepts_a_config_path_with_colons(tmp_path):
     program = (
         "def get_config(arg):\n    config = run_config.default()\n    config.corpus = arg or 'none'\n    return config"
     )

@@ -1,4 +1,4 @@
-"""What a workdir accepts: its own run again, one run at a time, undamaged files; and branches of a trunk."""
+"""Workdirs: they accept their own run again, one run at a time and undamaged files; branches of a trunk."""
 
 import json
 
@@ -14,12 +14,12 @@ from rwkv_jax.train.__main__ import main
 pytestmark = pytest.mark.usefixtures("toy")
 
 
-def test_workdir_serves_one_run_at_a_time(text, tmp_path):
+def test_claimed_admits_one_run_at_a_time(text, tmp_path):
     with train.claimed(tmp_path), pytest.raises(ValueError, match="is in use by another run"):
         train.run(training.config(text), tmp_path)
 
 
-def test_workdir_is_not_claimed_by_a_start_that_failed(runs, text, tmp_path):
+def test_run_that_fails_to_start_leaves_its_workdir_unclaimed(runs, text, tmp_path):
     config = training.config(text)
     config.branch_from = "nothing"
     with pytest.raises(ValueError, match="branch_from is 'nothing'"):
@@ -28,14 +28,14 @@ def test_workdir_is_not_claimed_by_a_start_that_failed(runs, text, tmp_path):
     assert same(train.run(config, tmp_path), runs.state)
 
 
-def test_workdir_of_another_config_is_refused_by_its_fields(runs, text):
+def test_run_names_the_fields_of_a_workdir_of_another_config(runs, text):
     config = training.config(text)
     config.model.dim, config.steps = 64, 7
     with pytest.raises(ValueError, match=r"run of another config: model\.dim was 32, now 64; steps was 6, now 7$"):
         train.run(config, runs.whole)
 
 
-def test_workdir_without_a_younger_field_resumes_with_its_default(half, runs, text):
+def test_run_resumes_an_older_workdir_with_the_defaults_of_new_fields(half, runs, text):
     record = json.loads((half / "config.json").read_text())
     del record["config"]["strategy"], record["config"]["optim"]["l2wrap"], record["config"]["model"]["dropout"]
     record["config"]["model"]["embedding_init"] = "v4neo"  # None since kinds have defaults of their own
@@ -56,7 +56,7 @@ def test_workdir_without_a_younger_field_resumes_with_its_default(half, runs, te
         ("metrics.jsonl", lambda content: b"{\n" + content),
     ],
 )
-def test_damaged_file_is_named_and_the_workdir_stays_as_it_is(file, damage, half, text, capsys):
+def test_run_names_a_damaged_file_and_leaves_the_workdir_unchanged(file, damage, half, text, capsys):
     (half / file).write_bytes(damage((half / file).read_bytes()))
     before = {path: path.read_bytes() for path in half.rglob("*") if path.is_file()}
     assert main(training.arguments(text, half)) == 2
@@ -65,7 +65,7 @@ def test_damaged_file_is_named_and_the_workdir_stays_as_it_is(file, damage, half
     assert {path: path.read_bytes() for path in half.rglob("*") if path.is_file()} == before
 
 
-def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(runs, text, tmp_path, capsys):
+def test_run_reports_a_damaged_checkpoint_and_resumes_from_the_previous(runs, text, tmp_path, capsys):
     workdir = training.copied(runs.whole, tmp_path / "run")
     (workdir / "checkpoints" / "6" / "_METADATA").write_bytes(b"{}")
     again = train.run(training.config(text), workdir)
@@ -76,27 +76,27 @@ def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(runs, text, t
 # ------------------------------------------------------------------------------------------ branches
 
 
-def test_branch_starts_where_its_trunk_was(runs, text, tmp_path):
+def test_branch_starts_from_the_state_of_its_trunk(runs, text, tmp_path):
     trunk = runs.whole / "checkpoints" / "4"
     state = train.run(training.config(text, branch_from=str(trunk)), tmp_path)
     assert [r["step"] for r in numbers(tmp_path) if "loss_nats" in r] == [5, 6]
     assert same(state, runs.state)  # the same schedule, hence the same end
 
 
-def test_branch_must_go_beyond_its_trunk(runs, text, tmp_path):
+def test_branch_is_refused_unless_it_is_longer_than_its_trunk(runs, text, tmp_path):
     config = training.config(text, branch_from=str(runs.whole / "checkpoints" / "6"))
     with pytest.raises(ValueError, match="steps is 6, expected more than the 6 of branch_from"):
         train.run(config, tmp_path)
 
 
-def test_branch_begins_with_empty_rows_of_its_own_number(text, tmp_path):
+def test_branch_begins_with_an_empty_carry_of_its_own_batch_size(text, tmp_path):
     carried = {"carry_state": True, "data": {"order": "documents"}, "save_every": 1}
     train.run(training.config(text, steps=4, **carried), tmp_path / "trunk")
     trunk = str(tmp_path / "trunk" / "checkpoints" / "4")
     more = {"steps": 5, "batch_size": 2, "seq_len": 32, "branch_from": trunk}
     state = train.run(training.config(text, **carried, **more), tmp_path / "branch")
     (carry,) = jax.device_get(state.carry)
-    assert len(carry) == 2 and np.array_equal(carry, np.round(carry)) and carry.any()  # of one step: no halves
+    assert len(carry) == 2 and np.array_equal(carry, np.round(carry)) and carry.any()  # after one step: whole numbers
     plain = training.config(text, **carried | {"carry_state": False, "steps": 5, "branch_from": trunk})
     assert train.run(plain, tmp_path / "plain").carry is None
     assert checkpoint.steps(tmp_path / "plain" / "checkpoints") == [5]

@@ -2,11 +2,11 @@
 recomputed.
 
 One warpgroup handles one row of the batch and `BLOCK_D` channels, a thread each, with the state, or in the backward
-pass its cotangent, in registers. It goes through time in blocks of `BLOCK_T` tokens which the copy engine fetches into
-shared memory `STAGES` ahead. The tokens of a block are written out one after the other without a loop: only the few
-instructions that carry the state have to wait for the token before, and there are too few warps to hide the rest in.
-For the same reason the states that the backward pass recomputes stay in registers, and exponentials and reciprocals
-are the hardware's own (about 2 units in the last place).
+pass its cotangent, in registers. It goes through time in blocks of `BLOCK_T` tokens, fetched into shared memory
+`STAGES` ahead by the copy engine. The loop over the tokens of a block is unrolled: only the few instructions that
+carry the state wait for the previous token, and there are too few warps to hide the latency of the rest. For the same
+reason the states that the backward pass recomputes stay in registers, and exponentials and reciprocals are the
+hardware's approximations (about 2 units in the last place).
 
 The forward pass keeps the state (num, den, log_scale) at the start of each block, 12 bytes a channel for every
 `BLOCK_T` tokens. Everything is computed in float32. `interpret` runs the kernels on a CPU (jax 0.11 and later).
@@ -26,7 +26,7 @@ BLOCK_D = 128  # threads of a warpgroup
 STAGES = 4
 
 
-# Lowering takes seconds: jit has the layers of a model share it.
+# Lowering takes seconds: under jit the layers of a model share it.
 @partial(jax.jit, static_argnames="interpret")
 def forward(w_1D, u_1D, k_BTD, v_BTD, state, reset_BT, valid_BT, interpret=False):
     """(y [B, T, D] in the dtype of v, final `WKV4State`, states [B, M, 3, D] at the start of each block)."""
@@ -68,7 +68,7 @@ def backward(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, reset_BT, valid_BT, dy_BTD, 
 
 def _refuse_float64(*arrays):
     if any(x.dtype == jnp.float64 for x in arrays):
-        raise ValueError("the WKV kernel for GPUs computes in float32 and does not take float64: name another impl")
+        raise ValueError("the WKV kernel for GPUs does not support float64, expected float32 or another impl")
 
 
 def _kernel(body, name, outputs, interpret):
@@ -82,7 +82,7 @@ def _kernel(body, name, outputs, interpret):
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             # Barriers around every store would serialise the tokens. None is needed: a thread's stores go to global
-            # memory, which no one reads, and `commit_smem` ends the reading of a block before the next is fetched.
+            # memory, which no thread reads, and `commit_smem` ends the reading of a block before the next is fetched.
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
@@ -92,7 +92,7 @@ def _kernel(body, name, outputs, interpret):
 
 def _whole_blocks(w_1D, u_1D, k_BTD, v_BTD, reset_BT, valid_BT):
     """(masks, w, u, k, v) rounded up to whole blocks. Masks is () or one array [B, M, 2 BLOCK_T]: for each token of a
-    block whether it starts a document, then for each whether it counts."""
+    block whether it starts a document, then for each whether it is valid."""
     B, T, _ = k_BTD.shape
     whole_T = -(-T // BLOCK_T) * BLOCK_T
     masks = ()
@@ -110,7 +110,7 @@ def _to(x_BTD, T):
 
 
 def _lanes(x):
-    """Channels rounded up to whole warpgroups; the added ones hold zeros and are cut off in the end."""
+    """Channels zero-padded to whole warpgroups; callers cut the padding off."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK_D)])
 
 
@@ -125,7 +125,7 @@ def _place():
 
 
 def _over_blocks(block, masks, tokens, starts, b, d, init, reverse=False):
-    """What `block(m, *references to block m in shared memory, carry)` makes of `init`, over all blocks of time."""
+    """Fold `block(m, *references to block m in shared memory, carry)` over all blocks of time, from `init`."""
     M = tokens[0].shape[1] // BLOCK_T
     at = (lambda m: M - 1 - m) if reverse else (lambda m: m)
 
@@ -148,7 +148,7 @@ def _over_blocks(block, masks, tokens, starts, b, d, init, reverse=False):
 
 
 def _token(masks, t, state):
-    """(the state that token t of a block reads, whether the token counts, None without masks)."""
+    """(the state that token t of a block reads, whether the token is valid or None without masks)."""
     if not masks:
         return state, None
     first, valid = (jnp.broadcast_to(masks[0][i] != 0, state[0].shape) for i in (t, BLOCK_T + t))
@@ -178,7 +178,7 @@ def _inverse(x):
 
 
 def _write(w, k, v, state, valid):
-    """(state after a token, weights of the past and of the token in it). One that does not count changes nothing."""
+    """(state after a token, weights of the past and of the token in it). An invalid token changes nothing."""
     num, den, p = state
     q = jnp.maximum(p + w, k)
     past, now = jnp.exp((p - q) + w), jnp.exp(k - q)
@@ -234,7 +234,7 @@ def _backward_kernel(*refs):
             dk_BTD[b, m * BLOCK_T + t, channels] = (du_t + a2 * (G * v + H)).astype(dk_BTD.dtype)
             dv_BTD[b, m * BLOCK_T + t, channels] = (e2 * g + a2 * G).astype(dv_BTD.dtype)
             dw, du = dw + _where(valid, dw_t, jnp.zeros_like(dw_t)), du + du_t
-            # a document's first token read the empty state: its e1 and a1 are 0, and nothing passes
+            # a document's first token read the empty state: its e1 and a1 are 0, which stops the cotangents
             G, H = a1 * G + e1 * g, a1 * H - e1 * g * y
         return dw, du, G, H
 

@@ -1,14 +1,14 @@
 """WKV of RWKV-4 as Pallas kernels for TPU: forward, and backward with the states recomputed.
 
-One program handles one row of the batch and `BLOCK_D` channels, and goes through time in blocks of `BLOCK_T` tokens
-that are fetched while the block before is computed; the state, or in the backward pass its cotangent, stays in float32
-scratch between them. A vector register holds 8 tokens of 128 channels, so tokens are taken eight at a time: all
+One program handles one row of the batch and `BLOCK_D` channels, and goes through time in blocks of `BLOCK_T` tokens,
+each fetched while the previous one is computed; the state, or in the backward pass its cotangent, stays in float32
+scratch between them. A vector register holds 8 tokens of 128 channels, so tokens are processed eight at a time: all
 prefixes of the eight in three rounds of merging, then the carry merged into each. One token at a time would leave
 seven of eight sublanes idle.
 
-States travel as one array [..., 3, D] of (num, den, log_scale), cotangents as [..., 2, D] of (num, den). The forward
-pass keeps the state at the start of each block, 12 bytes a channel for every `BLOCK_T` tokens; the backward pass
-recomputes those in between.
+States are passed as one array [..., 3, D] of (num, den, log_scale), cotangents as [..., 2, D] of (num, den). The
+forward pass keeps the state at the start of each block, 12 bytes a channel for every `BLOCK_T` tokens; the backward
+pass recomputes the states in between.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ ROWS = 8  # sublanes of a register
 BLOCK_T = 256
 BLOCK_D = 256
 
-PADDING, TOKEN, DOCUMENT = 0, 1, 2  # kinds of token in `kind_BT1`: left out, ordinary, first of a document
+PADDING, TOKEN, DOCUMENT = 0, 1, 2  # kinds of token in `kind_BT1`: masked, ordinary, first of a document
 
 
 def forward(w_1D, u_1D, k_BTD, v_BTD, state, reset_BT, valid_BT, interpret=False):
@@ -94,7 +94,7 @@ _COMPILER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "a
 
 
 class _Blocks:
-    """Grid (row, block of channels, block of time) and what each program sees of every kind of array."""
+    """Grid (row, block of channels, block of time), and the block of every kind of array that each program sees."""
 
     def __init__(self, k_BTD, reverse):
         B, T, D = k_BTD.shape
@@ -113,7 +113,7 @@ class _Blocks:
 
 
 def _padded(w_1D, u_1D, k_BTD, v_BTD, reset_BT, valid_BT):
-    """Operands rounded up to whole registers and blocks, and the kind of each token, None where all are ordinary."""
+    """Operands padded to whole registers and blocks, and the kind of each token, None where all are ordinary."""
     B, T, _ = k_BTD.shape
     whole = -(-T // BLOCK_T) * BLOCK_T if T > BLOCK_T else -(-T // 16) * 16  # 16 rows of bfloat16 share a tile
     kind_BT1 = None
@@ -130,7 +130,7 @@ def _to(x_BTD, T):
 
 
 def _lanes(x):
-    """Channels rounded up to a multiple of 128; the added ones hold zeros and are cut off in the end."""
+    """Channels zero-padded to a multiple of 128; callers cut the padding off."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 128)])
 
 
@@ -142,8 +142,8 @@ def _given(x):
 
 
 def _prefixes(decay, states, carry):
-    """For each of eight rows the merge of `carry` and the states up to it, each decayed by the rows that follow it.
-    `decay` [8, D] is what each row does to the states before it."""
+    """Merges, for eight rows, of `carry` and the states up to each row, each state decayed by the rows after it.
+    `decay` [8, D] is each row's log decay of the states before it."""
     row = jax.lax.broadcasted_iota(jnp.int32, decay.shape, 0)
     for distance in (1, 2, 4):
         earlier = jax.tree.map(lambda x, by=distance: pltpu.roll(x, by, 0), (decay, states))
@@ -154,7 +154,7 @@ def _prefixes(decay, states, carry):
 
 
 def _suffixes(factor, terms, carry):
-    """c[r] = factor[r] c[r + 1] + term[r] for eight rows, beyond which c is `carry`, and c[r + 1]."""
+    """(c[r], c[r + 1]) for eight rows, with c[r] = factor[r] c[r + 1] + term[r] and c[8] = `carry`."""
     row = jax.lax.broadcasted_iota(jnp.int32, factor.shape, 0)
     later = lambda x, distance: pltpu.roll(x, ROWS - distance, 0)
     for distance in (1, 2, 4):
@@ -175,7 +175,7 @@ def _empty(states):
 
 
 def _group(w, kind_ref, rows, shape):
-    """(decay [8, D] by each row, masks [8, 1] of documents' first tokens and of tokens that count; None: no masks)."""
+    """(decay [8, D] by each row, masks [8, 1] of documents' first tokens and of valid tokens, None without masks)."""
     if kind_ref is None:
         return jnp.broadcast_to(w, shape), None, None
     kind = kind_ref[0, rows, :]
@@ -259,7 +259,7 @@ def _backward_kernel(w_ref, u_ref, k_ref, v_ref, starts_ref, dy_ref, dfinal_ref,
         _, reset, valid = _group(w, kind_ref, rows, k.shape)
         *before, after_scale = (states_ref[j, rows, :] for j in range(4))
         before = WKV4State(*before)
-        # padding leaves the state as it is, but merged in another order, perhaps at another scale
+        # merging padding leaves the value of a state as it is, but may change its log_scale
         decay = w if valid is None else jnp.where(valid, w, 0.0)
         past, now = jnp.exp((before.log_scale - after_scale) + decay), jnp.exp(k - after_scale)
         now = now if valid is None else jnp.where(valid, now, 0.0)
