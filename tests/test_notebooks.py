@@ -47,7 +47,7 @@ def test_notebook_is_committed_with_its_output(path):
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
     assert not outputs(notebook, "error")
-    assert len([x for x in outputs(notebook) if "image/png" in x.get("data", {})]) >= 4
+    assert len([x for x in outputs(notebook) if "image/png" in x.get("data", {})]) >= 2
     assert not re.search(r"/(home|root|tmp|Users|usr|var)/", text_of(notebook))
     assert "warning" not in text_of(notebook).lower()
 
@@ -75,6 +75,7 @@ def test_notebook_uses_public_names_only(path):
 def test_notebook_runs_in_an_empty_folder(path, tmp_path, monkeypatch):
     """Runs with JAX's default options; the other tests compile without optimisations."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # the second notebook loads runs that it finds in this folder
     for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
         monkeypatch.delenv(name, raising=False)
     notebook = nbformat.read(path, as_version=4)
