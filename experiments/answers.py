@@ -3,7 +3,7 @@
 import re
 
 from experiments.engineering import fastest_steps, percent, read, table, three_digits
-from experiments.statistics import told
+from experiments.statistics import at_most, told
 
 HEADS = {"en": ("question", "answer", "evidence"), "zh": ("问题", "回答", "证据")}
 
@@ -11,18 +11,22 @@ HEADS = {"en": ("question", "answer", "evidence"), "zh": ("问题", "回答", "�
 ANSWERS = (
     ("trajectory", {
         "en": ("Does it train like the released code?",
-               "RWKV-4, 5.2, 6, 7, 150 steps in float64: losses within {trajectory} nats"),
-        "zh": ("训练与官方代码一致吗？", "RWKV-4、5.2、6、7 各 150 步（float64）：损失相差不到 {trajectory} nats"),
+               "RWKV-4, 5.2, 6, 7, {steps} steps in float64: losses within {trajectory} nats"),
+        "zh": ("训练与官方代码一致吗？", "RWKV-4、5.2、6、7 各 {steps} 步（float64）：损失相差不到 {trajectory} nats"),
     }),
     ("perplexity", {
-        "en": ("Does it beat a transformer? ({size}, {tokens} M tokens of books, one seed)",
-               "RWKV-4: {rwkv4_transformer} bits a byte; against one with token shift {rwkv4_shift}"),
-        "zh": ("优于 Transformer 吗？（{size}，{tokens} M token 的书，一个种子）",
-               "RWKV-4 每字节 {rwkv4_transformer} 比特；与带 token shift 的相比 {rwkv4_shift}"),
+        "en": ("Does it beat a transformer? ({size}, {tokens} M tokens of books, seeds: {seeds})",
+               "RWKV-4: {rwkv4_transformer} bits a byte ({first_gap} at {first_tokens} M); "
+               "against one with token shift {rwkv4_shift}"),
+        "zh": ("优于 Transformer 吗？（{size}，{tokens} M token 的书，种子数 {seeds}）",
+               "RWKV-4 每字节 {rwkv4_transformer} 比特（{first_tokens} M 时 {first_gap}）；"
+               "与带 token shift 的相比 {rwkv4_shift}"),
     }),
     ("scaling", {
-        "en": ("How much compute does RWKV-7 need for RWKV-4's loss?", "{gain} times as much, at these small budgets"),
-        "zh": ("达到 RWKV-4 的损失，RWKV-7 需要多少计算量？", "在这样小的预算下为其 {gain} 倍"),
+        "en": ("How much compute does RWKV-7 need for RWKV-4's loss? ({models} runs each, to {tokens} M tokens)",
+               "{gain} times as much; {lowest} at the lowest loss"),
+        "zh": ("达到 RWKV-4 的损失，RWKV-7 需要多少计算量？（各 {models} 次训练，至 {tokens} M token）",
+               "为其 {gain} 倍；在最低的损失处 {lowest} 倍"),
     }),
     ("perplexity", {
         "en": ("What is token shift worth to a transformer?", "{shift} bits a byte"),
@@ -30,16 +34,17 @@ ANSWERS = (
     }),
     ("recall", {
         "en": ("What does a state of fixed size cost?",
-               "RWKV-4 learns recall from {recall} times the examples of a transformer with token shift"),
+               "RWKV-4 needs {recall} times the examples of a transformer with token shift to learn recall"),
         "zh": ("固定大小的状态有何代价？", "学会回忆，RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍"),
     }),
     ("speed", {
         "en": ("How fast is training?",
-               "RWKV-4 on a CPU {training_4} times transformers; 169M on an H100 {h100} tokens/s, {mfu} of the peak"),
+               "RWKV-4 on a CPU: {training_4} times Hugging Face's; "
+               "169M on an H100: {h100} tokens/s, {mfu} of the peak"),
         "zh": ("训练有多快？",
-               "RWKV-4 在 CPU 上是 transformers 的 {training_4} 倍；169M 在 H100 上 {h100} token/s，峰值的 {mfu}"),
+               "RWKV-4 在 CPU 上是 Hugging Face 实现的 {training_4} 倍；169M 在 H100 上 {h100} token/s，峰值的 {mfu}"),
     }),
-    ("inference", {
+    ("speed", {
         "en": ("Does a token cost the same after a long context? (12 x 768, CPU)",
                "{first} ms at first, {last} ms after {context} tokens"),
         "zh": ("长上下文之后每个 token 的代价不变吗？（12 x 768，CPU）",
@@ -61,17 +66,26 @@ def numbers() -> dict[str, str]:
     base, pairs = perplexity["study"]["base"], perplexity["pairs"]
     first, *_, last = speed["generation"]["contexts"]
     training = {row["theirs"]: row["ratio"] for row in speed["train"]["rows"]}
-    gain = read("scaling/results.json")["compute_at_equal_loss"]["rwkv7 over rwkv4"]
+    trajectory, scaling = read("trajectory/results.json"), read("scaling/results.json")
+    gain = scaling["compute_at_equal_loss"]["rwkv7 over rwkv4"]
     recall = re.findall(r"((?:at least )?[\d.]+) times", read("recall/results.json")["ledger"][0]["ours"])
     step = fastest_steps()["169m", "rwkv4", 32, 1024]
+    apart = [its["from kept"]["loss_nats"] for name, its in trajectory["cells"].items() if name.endswith("float64")]
+    first_budget = min(map(int, pairs["rwkv4 minus transformer"]))
     return {
-        "trajectory": max((row["ours"].split()[2] for row in read("trajectory/results.json")["ledger"]), key=float),
+        "steps": f"{trajectory['fields']['steps']}",
+        "trajectory": at_most(max(apart)),
         "size": f"{base['model.num_layers']} x {base['model.dim']}",
         "tokens": f"{max(map(int, pairs['rwkv4 minus transformer'])) / 1e6:.2g}",
         "rwkv4_transformer": _difference(pairs["rwkv4 minus transformer"]),
+        "first_tokens": f"{first_budget / 1e6:.2g}",
+        "first_gap": f"{pairs['rwkv4 minus transformer'][str(first_budget)]['difference']:+.3f}",
         "rwkv4_shift": _difference(pairs["rwkv4 minus transformer+shift"]),
+        "seeds": f"{_largest(pairs['rwkv4 minus transformer'])['seeds']}",
         "shift": _difference(pairs["transformer+shift minus transformer"]),
         "gain": "{:.2f} [{:.2f}, {:.2f}]".format(gain["ratio"], *gain["interval"]),
+        "lowest": f"{gain['at_lowest_loss']:.2f}",
+        "models": f"{len(scaling['arms']['rwkv7']['flops'])}",
         "training_4": f"{training['transformers RwkvForCausalLM']:.1f}",
         "h100": three_digits(step["tokens_per_second"]),
         "mfu": percent(step["mfu"]),
@@ -82,13 +96,12 @@ def numbers() -> dict[str, str]:
     }
 
 
-def losses() -> str:
+def others_better() -> str:
     """Return what others do better, as a table."""
     speed, compare = read("speed/results.json"), read("compare/results.json")["arms"]
     h100 = lambda name: three_digits(fastest_steps()["169m", name, 32, 1024]["tokens_per_second"])
     starts = next(row["seconds"] for row in speed["startup"]["commands"] if row["what"].startswith("generate"))
     training = {row["theirs"]: row["ratio"] for row in speed["rwkv7"]["rows"] if row["what"].startswith("training")}
-    recall = read("recall/results.json")["ledger"][0]["ours"]
     minus = lambda arm, other: f"{compare[arm]['minus'][other]['bits_per_byte']:+.3f} bits a byte"
     rows = [
         ("training of 169M on an H100", f"RWKV-4 {h100('rwkv4')} tokens/s", f"our transformer {h100('transformer')}"),
@@ -98,19 +111,26 @@ def losses() -> str:
          f"`rwkv` package {starts['rwkv package']:.1f} s"),
         ("bits a byte after few tokens, `make compare`", f"RWKV-7 {minus('rwkv7', 'transformer+shift')}",
          "minus a transformer with token shift"),
-        ("recall", recall, ""),
     ]  # fmt: skip
     return table(("where", "ours", "beside it"), rows)
 
 
 def _difference(rows: dict) -> str:
     """Return the paired difference at the largest budget, with its interval."""
-    row = max(rows.items(), key=lambda item: int(item[0]))[1]
+    row = _largest(rows)
     return told(*(row[name] for name in ("difference", "low", "high")))
+
+
+def _largest(rows: dict) -> dict:
+    return max(rows.items(), key=lambda item: int(item[0]))[1]
 
 
 def _link(folder: str) -> str:
     return f"[{folder}](experiments/{folder})"
 
 
-BLOCKS = {"answers": lambda: answers("en"), "answers in chinese": lambda: answers("zh"), "losses": losses}
+BLOCKS = {
+    "answers": lambda: answers("en"),
+    "answers in chinese": lambda: answers("zh"),
+    "where we lose": others_better,
+}

@@ -126,10 +126,10 @@ def not_run() -> str:
     rows = [
         [
             f"[{len(its['missing'])} of {len(its['missing']) + len(its['cells'])} cells of {name}]({name})",
-            f"`python -m experiments.{name}.run --resume --publish`",
-            "2 CPU cores",
+            f"{command_of(name, its)[:-1]} --resume --publish`",
+            where(its)[0],
             "see its header",
-            "longer budgets, second seeds, other arms: still to run",
+            f"still to run, {its['missing'][0]} first",
         ]
         for name, its in results()
         if its.get("missing")

@@ -58,10 +58,13 @@ def identity_of(function: Callable) -> dict:
     """
     parameters = [function.args, function.keywords] if isinstance(function, partial) else []
     function = getattr(function, "func", function)
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    if ast.get_docstring(tree.body[0]):
-        del tree.body[0].body[0]
-    source = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+    text = textwrap.dedent(inspect.getsource(function))
+    if text.startswith(("def ", "@")):  # not a lambda, whose source is a line of another statement
+        tree = ast.parse(text)
+        if ast.get_docstring(tree.body[0]):
+            del tree.body[0].body[0]
+        text = ast.unparse(tree)
+    source = hashlib.sha256(text.encode()).hexdigest()[:16]
     return json.loads(json.dumps({"name": function.__qualname__, "source": source, "parameters": parameters}))
 
 
@@ -87,15 +90,21 @@ def kept(name: str, cell: Cell, folder: Path) -> dict:
     return numbers
 
 
-def restore(cells: dict[str, Cell], results: dict, folder: Path) -> None:
-    """Copy the cells that published results already have into `folder`, for example those of another machine.
+def restore(cells: dict[str, Cell], results: dict, folder: Path) -> int:
+    """Copy the cells that published results already have into `folder`; return how many are the same.
 
-    A cell is copied only if its hash is the same, that is if nothing its numbers depend on has changed.
+    A cell is the same if its hash is: nothing that its numbers depend on has changed.
     """
-    for name, cell in cells.items():
-        path, numbers = path_of_kept(cell, folder), results["cells"].get(name, {})
-        if numbers.get("hash") == path.stem and not path.exists():
-            write_json(path, {"name": name, **cell.identity, "numbers": numbers})
+    same = {name: cell for name, cell in cells.items() if _hash_in(results, name) == hash_of(cell.identity)}
+    for name, cell in same.items():
+        path = path_of_kept(cell, folder)
+        if not path.exists():
+            write_json(path, {"name": name, **cell.identity, "numbers": results["cells"][name]})
+    return len(same)
+
+
+def _hash_in(results: dict, name: str) -> str | None:
+    return results["cells"].get(name, {}).get("hash")
 
 
 def stages(config, budgets: Sequence[int], budget: int) -> list:

@@ -1,5 +1,6 @@
 """Intervals of paired differences, verdicts on them, and corrections for multiple comparisons."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -70,6 +71,12 @@ def told(mean: float, low: float | None, high: float | None, digits: int = 3) ->
     """Format a difference and its interval: "+0.041 [+0.030, +0.052]"; without an interval that is None or NaN."""
     interval = "" if low is None or np.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"{mean:+.{digits}f}{interval}"
+
+
+def at_most(x: float) -> str:
+    """Format an upper bound of one digit, rounded up: "2e-09" for 1.4e-9."""
+    unit = 10.0 ** math.floor(math.log10(x)) if x else 1.0
+    return f"{math.ceil(round(x / unit, 9)) * unit:.0e}"
 
 
 def verdict(low: float | None, high: float | None, sign: int, paper: float | None = None) -> str:

@@ -23,6 +23,7 @@ clone has no cached runs, but published results contain their hashes and numbers
 import argparse
 import inspect
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -343,6 +344,8 @@ def _main(script: Path, doc: str, study: Study) -> None:
         )
     if args["kept"] and (args["sweep"] or not study.budgets):
         raise ValueError("--kept is for studies with budgets, and excludes --sweep")
+    if args["resume"] and (args["sweep"] or is_smoke):
+        raise ValueError("--resume is for the runs of published results, and excludes --sweep and --smoke")
     if unknown := [name for name, measure in measures_of(study).items() if not (measure or study.run)]:
         raise ValueError(
             f"no measure {unknown[0]!r} in experiments/measures.py, expected a name from there or a function"
@@ -358,7 +361,8 @@ def _main(script: Path, doc: str, study: Study) -> None:
             return
         asked = cells(study, folder, script.with_name("sweep.json"), **options)
         if args["resume"]:
-            restore(asked, read_json(path_of(script, label, publish=True)), folder)
+            same = restore(asked, read_json(path_of(script, label, publish=True)), folder)
+            print(f"resumed: {same} of {len(asked)} are published", file=sys.stderr)
         missing = []
         if args["kept"]:
             done = study.also(**options).keys() | {n for n, its in asked.items() if path_of_kept(its, folder).exists()}

@@ -32,7 +32,7 @@ EXTRAS = {
 # Device files of an accelerator, and the package that JAX needs for it.
 DRIVERS = {"/dev/nvidia[0-9]*": "jax[cuda13]", "/dev/accel[0-9]*": "jax[tpu]", "/dev/vfio/[0-9]*": "jax[tpu]"}
 LENGTHS = (1, 1024)  # tokens of a decoding step and of a training window
-KERNELS = {"tpu": "TPU kernel", "gpu": "GPU kernel"}  # forms whose names do not say what they are
+KERNELS = dict.fromkeys(("tpu", "gpu"), "pallas")  # forms that a caller asks for by another name
 BATCH, TOKENS, STEPS = 2, 32, 3  # of the tiny model's training
 TOLERANCE = 1e-3  # of decoding against one pass over all tokens, as a share of the largest logit
 
@@ -236,8 +236,8 @@ def _operator_rows(platform, hopper, forms):
             both = forward if forward == backward else f"{forward} forward, {backward} backward"
             texts.append(f"{both} at T {T:,}")
         yield name, "; ".join(texts)
-    gpu = "with" if hopper else "without"
-    yield "chosen for", f"{platform}, {gpu} a GPU from Hopper on; reasons: suited_form in rwkv_jax/ops/wkv*.py"
+    gpu = " of Hopper or later" if hopper else ""
+    yield "chosen for", f"{platform}{gpu}; the reasons are at suited_form in rwkv_jax/ops/wkv*.py"
 
 
 def _cache_rows(**caches):

@@ -58,7 +58,7 @@ def test_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     its = config(write_text(tmp_path / "text.txt"))
     its.update_from_flattened_dict(fields)
     train.run(its, Path("runs/compare/rwkv7"))
-    code = blocks(ENGLISH, "python")[0]
+    code = "".join(blocks(ENGLISH, "python")[:2])
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["logits_BTV"].shape == (2, 1, 256) and names["lm"].model.vocab_size == 256

@@ -59,11 +59,15 @@ def told(its: dict) -> list[str]:
     value, reaches = its["reaches"]["value"], its["reaches"]
     found = {side: tokens for side, tokens in its["decided"].items() if tokens}
     decided = " and ".join(f"{side} 0 at {m(tokens)}" for side, tokens in found.items())
+    earliest = reaches["earliest"]
+    everywhere = earliest is not None and earliest <= its["tokens"][0]
+    band = "its 95 % band " + ("holds" if everywhere else "first holds") + " that value "
+    band += "everywhere" if everywhere else f"at {m(earliest)}"
     return [
         f"From {first} to {last} million tokens the difference changes by {slope:+.4f} [{low:+.4f}, {high:+.4f}] bits "
         "a byte with each doubling.",
         f"On a straight line it is first 0 or above at {m(its['reaches_0'])}, and first the paper's {value:+.3f} or "
-        f"above at {m(reaches['tokens'])}; its 95 % band first holds that value at {m(reaches['earliest'])}.",
+        f"above at {m(reaches['tokens'])}; {band}.",
         f"The band is wholly {decided}: such a run decides the sign at this width."
         if found
         else "No budget decides the sign at this width: the band holds 0 everywhere.",

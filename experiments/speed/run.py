@@ -24,7 +24,7 @@ Claims, on 2 CPU cores in float32:
 
 On a GPU, with flash-linear-attention and torch for CUDA installed and RWKV-LM cloned to PATH, `--suite=ops` measures
 WKV against the released CUDA kernel, that package's Triton kernel and fused attention, in at most 8 minutes; `pile`
-measures training. Both ran once on an H100, see experiments/README.md. No TPU has run this yet.
+measures training. Both ran once on an H100, see docs/results.md. No TPU has run this yet.
 
     python -m experiments.speed.run --suite=ops --rwkv-lm=PATH
     python -m experiments.speed.pile

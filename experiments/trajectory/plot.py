@@ -4,6 +4,7 @@ import numpy as np
 
 from experiments.figures import label_ends, panels, saved, titled
 from experiments.results import redraw
+from experiments.statistics import at_most
 
 STYLES = {
     "float64": {"color": "#d55e00"},
@@ -37,7 +38,7 @@ def draw(results, path) -> None:
         label_ends(axis)
     apart = {name: max(cells[name]["from kept"]["loss_by_step"]) for name in FLOAT64 if name in cells}
     largest = max(apart, key=apart.get)
-    finding = f"In float64 losses differ by at most {apart[largest]:.0e} nats from the released trainer's"
+    finding = f"In float64 losses differ by at most {at_most(apart[largest])} nats from the released trainer's"
     titled(figure, results, finding, f"{len(steps)} steps; the largest: {_told(largest)}")
     saved(figure, path)
 

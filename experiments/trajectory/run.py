@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import command
+from experiments.statistics import at_most
 from experiments.trajectory import released
 from rwkv_jax import train
 from rwkv_jax.command import end
@@ -158,7 +159,7 @@ def _row(preset, name, values, clones):
     return {
         "artefact": f"The released trainer{'' if name == 'float64' else ' of ' + name.split(',')[0]}, step for step",
         "paper": f"{preset.steps} steps of its model.py, float64",
-        "ours": f"losses within {judged['the kept trajectory']['loss_nats']:.0e} nats",
+        "ours": f"losses within {at_most(judged['the kept trajectory']['loss_nats'])} nats",
         "details": "; ".join(f"from {source}: {_said(its)}" for source, its in judged.items()) + others,
         "verdict": "reproduced" if held else "contradicted",
     }
@@ -169,13 +170,15 @@ def rounded(losses) -> list[float]:
 
 
 def _said(its) -> str:
-    said = f"losses within {its['loss_nats']:.0e} nats, gradient norms within {its['grad_norm_relative']:.0e}"
-    return said + (f", final tensors within {its['final_tensors']:.0e}" if "final_tensors" in its else "")
+    said = (
+        f"losses within {at_most(its['loss_nats'])} nats, gradient norms within {at_most(its['grad_norm_relative'])}"
+    )
+    return said + (f", final tensors within {at_most(its['final_tensors'])}" if "final_tensors" in its else "")
 
 
 def _others(preset, values) -> str:
     others = [
-        f"{name} {values[name]['from kept']['loss_nats']:.0e}" for name in preset.compared if name not in VERSIONS
+        f"{name} {at_most(values[name]['from kept']['loss_nats'])}" for name in preset.compared if name not in VERSIONS
     ]
     return f" (largest difference of a loss: {', '.join(others)})"
 

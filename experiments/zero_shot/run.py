@@ -36,6 +36,7 @@ from tqdm import tqdm
 import rwkv_jax
 from experiments import command
 from experiments.command import not_run
+from experiments.statistics import at_most
 from rwkv_jax import evaluate, harness
 from rwkv_jax.command import end
 from rwkv_jax.data import SEPARATOR, tokenizers
@@ -158,14 +159,15 @@ def conclude(preset: Preset, values: dict) -> dict:
             cell = values[name]
             flags = "all greedy flags equal" if cell["flags_equal"] else "greedy flags differ"
             long = cell.get("long_text", {"nats": 0.0})
-            told = "; a text of {tokens} tokens within {nats:.0e}, {nats_as_answered:.0e} as lm_eval rounds it"
+            bounds = {key: at_most(long[key]) for key in ("nats", "nats_as_answered") if key in long}
+            told = "; a text of {tokens} tokens within {nats}, {nats_as_answered} as lm_eval rounds it"
             rows.append(
                 {
                     "artefact": f"Zero-shot scorer against {paper}",
                     "paper": "no number: a check of the scorer",
-                    "ours": f"within {max(cell['nats'], long['nats']):.0e} nats",
+                    "ours": f"within {at_most(max(cell['nats'], long['nats']))} nats",
                     "run": f"{size}, {cell['requests']} continuations",
-                    "details": flags + (told.format(**long) if "long_text" in cell else ""),
+                    "details": flags + (told.format(**long | bounds) if "long_text" in cell else ""),
                     "verdict": "reproduced"
                     if max(cell["nats"], long["nats"]) < NATS and cell["flags_equal"]
                     else "contradicted",

@@ -7,6 +7,7 @@ without it, or changed since, is somebody's own text and is never replaced.
 import contextlib
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -34,19 +35,29 @@ FIELDS = {
 LICENSE = "Apache-2.0"  # of the code; nobody has said which one the weights have
 _LAST = re.compile(rb"<!-- model card of rwkv_jax, SHA-256 of the lines above: ([0-9a-f]{64}) -->\n\Z")
 _TRAINING = re.compile(rb"\n```json\n(.*)\n```\n", re.DOTALL)
+_FOLDERS = re.compile(r"(?<![^,\s])(?:~|\.{1,2})?/(?:[^,:/]+/)*")  # of paths that begin with /, ~, . or ..
 _UNKNOWN = "unknown"
 
 
 def known(training: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a training run that have the type of their field."""
-    return {name: training[name] for name, kind in FIELDS.items() if isinstance(training.get(name), kind)}
+    fits = lambda x, kind: type(x) is kind or (kind is float and type(x) is int)
+    found = {name: training[name] for name, kind in FIELDS.items() if fits(training.get(name), kind)}
+    return {name: x for name, x in found.items() if not isinstance(x, float) or math.isfinite(x)}
+
+
+def public(value: Any) -> Any:
+    """A JSON value without folders of this machine and without the fields of loggers."""
+    if isinstance(value, dict):
+        return {name: public(x) for name, x in value.items() if name != "logging"}
+    return _FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
 def read(folder: Path) -> dict[str, Any] | None:
     """The facts of training in the unchanged card of a folder; None where it has none."""
-    content = _own(folder / NAME)
-    found = content and _TRAINING.search(content)
-    with contextlib.suppress(ValueError):  # anybody can compute a SHA-256
+    with contextlib.suppress(ValueError, OSError):  # anybody can compute a SHA-256; a card may be unreadable
+        content = _own(folder / NAME)
+        found = content and _TRAINING.search(content)
         return known(files.parse_json(found[1])) if found else None
     return None
 
@@ -79,7 +90,7 @@ def text(name: str, model, params_by_name: Mapping[str, Any], training: Mapping 
         training: facts as from `known`; None: unknown.
         tokenizer: a `data.tokenizers.Tokenizer`, or None.
     """
-    training = known(training or {})
+    training = public(known(training or {}))
     kind, released = model.layers[0], model.unit[0][1].released
     arrays = params_by_name.values()
     dtypes = ", ".join(sorted({x.dtype.name for x in arrays}))

@@ -109,6 +109,7 @@ def test_t_interval_p_value_and_over_documents_agree_with_values_by_hand():
         [*nothing, *statistics.t_interval([1.0])[1:], *statistics.t_interval([]), *statistics.wider(nothing, nothing)]
     ).all()
     assert statistics.wider((0, 1), (-1, 1)) == (-1, 1) and statistics.wider((0, 1), nothing) == (0, 1)
+    assert [statistics.at_most(x) for x in (0.0, 1.4e-9, 2e-5, 9.1e-3)] == ["0e+00", "2e-09", "2e-05", "1e-02"]
     assert statistics.told(0.5, -1, 2, 1) == "+0.5 [-1.0, +2.0]" and statistics.told(-0.5, *nothing) == "-0.500"
 
 

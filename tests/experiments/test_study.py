@@ -134,8 +134,11 @@ def test_study_resumes_from_published_results_with_the_same_identity(script, cap
     assert script("--resume") == 2
     assert "results.json" in capsys.readouterr().err
     assert script() == 0 and len(ran) == 4
+    assert script("--resume", "--smoke") == 2
+    assert "excludes --sweep and --smoke" in capsys.readouterr().err
     shutil.rmtree(script.runs)
     assert script("--resume", b={"cost": 0.5}, c={"cost": 0.1}) == 0 and [c.get("cost") for c in ran[4:]] == [0.1] * 2
+    assert "resumed: 4 of 6 are published" in capsys.readouterr().err
     shutil.rmtree(script.runs)
     assert script("--resume", b={"cost": 0.6}) == 0 and [c["cost"] for c in ran[6:]] == [0.6] * 2
     shutil.rmtree(script.runs)
@@ -249,6 +252,9 @@ def test_identity_of_a_run_depends_on_all_that_its_numbers_depend_on(tmp_path, m
     monkeypatch.setattr(runs.inspect, "getsource", lambda function: next(sources))
     first, second, third = (runs.identity_of(its) for _ in range(3))
     assert first == second != third
+    monkeypatch.undo()
+    in_a_call = runs.identity_of(lambda model, params, corpus: {"loss": 1})  # its source is not a statement by itself
+    assert in_a_call != runs.identity_of(lambda model, params, corpus: {"loss": 2})
     weights = tmp_path / "a.safetensors"
     weights.write_bytes(b"a")
     config.finetune.model = str(weights)

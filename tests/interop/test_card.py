@@ -109,3 +109,14 @@ def test_card_never_replaces_the_readme_of_somebody_else(change, tmp_path, capsy
 def test_card_takes_facts_of_their_type_only():
     given = {"steps": "3", "tokens": 4, "loss_nats": None, "config": [], "corpus": "c", "else": 1}
     assert card.known(given) == {"tokens": 4, "corpus": "c"}
+    given = {"steps": True, "loss_nats": float("nan"), "valid_loss_nats": 2}
+    assert card.known(given) == {"valid_loss_nats": 2}
+
+
+def test_card_names_no_folder_of_this_machine_and_no_logger():
+    corpus = "/home/me/a.txt:0.7,~/texts/b.jsonl:0.3,hf:owner/name,./c.txt"
+    given = {"corpus": corpus, "config": {"logging": {"wandb_project": "mine"}, "finetune": {"model": "../runs/base"}}}
+    assert card.public(given) == {
+        "corpus": "a.txt:0.7,b.jsonl:0.3,hf:owner/name,c.txt",
+        "config": {"finetune": {"model": "base"}},
+    }
