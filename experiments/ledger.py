@@ -36,6 +36,8 @@ FIRST = (
     "The released trainer of RWKV-7, step for step",
     "Table 5: RWKV-4 minus transformer, bits a byte",
     "Parts of the model, one taken away at a time",
+    "RWKV-7, parts taken away one at a time",
+    "RWKV-7 from fla's start values of March 2025",
     "10 times as fast at 4,096 tokens",
     "Table 1: training against T, at equal B T",
     "The released trainer, step for step",
