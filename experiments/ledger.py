@@ -38,7 +38,6 @@ FIRST = (
     "Parts of the model, one taken away at a time",
     "RWKV-7, parts taken away one at a time",
     "RWKV-7 from fla's start values of March 2025",
-    "10 times as fast at 4,096 tokens",
     "Table 1: training against T, at equal B T",
     "The released trainer, step for step",
     "rwkv4 minus transformer+shift, bits a byte",
