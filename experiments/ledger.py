@@ -135,6 +135,18 @@ def not_run() -> str:
         for name, its in results()
         if its.get("missing")
     ]
+    started = {name for name, _ in results()}
+    rows += [
+        [
+            f"[all of {f.name}]({f.name})",
+            f"`python -m experiments.{f.name}.run --publish`",
+            "2 CPU cores",
+            "see its header",
+            "still to run",
+        ]
+        for f in reproductions()
+        if f.name not in started
+    ]
     rows += [
         [f"[{row['artefact']}]({name})", f"`{row['command']}`", row["hardware"], str(row["hours"]), row["why"]]
         for name, its in results()

@@ -22,6 +22,7 @@ Claims, each about a small model of bytes trained here on windows of T:
     python -m experiments.context.copying             learning rates of the copy task -> sweep.json
     python -m experiments.context.run --smoke
 
+RWKV-4 alone has run so far.
 Cost, estimated: 35 minutes on 2 cores, of which RWKV-4 took 11, later versions 10 more, copying by version 14; `gpu`:
 16 minutes on one H200.
 

@@ -13,7 +13,8 @@ which shares its runs of 4 x 128.
     python -m experiments.scaling.run --preset=paper --text=PILE     45 models an arm, to 1e20 FLOP
     python -m experiments.scaling.run --sweep --preset=gpu           learning rates that compare's sweep lacks
 
-Cost, estimated: cpu 8 to 28 hours on 2 cores beside those of experiments/perplexity; gpu 22 minutes an arm of one
+Only the runs of 4 x 128 to 8.4 M tokens have run so far: `missing` in results.json lists the others.
+Cost, estimated: cpu 19 hours on 2 cores beside those of experiments/perplexity; gpu 22 minutes an arm of one
 H200, paper a month of one.
 Rules, for RWKV-4 with at least 5 runs on the frontier before the last decade and 3 in it, else "not comparable":
   reproduced     the interval of E contains 0, and the line is off by no more than 5 % anywhere in the last decade

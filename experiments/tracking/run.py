@@ -8,7 +8,7 @@ of A5, A4 x Z5 and Z60: fewer for RWKV-7 than for a transformer, Mamba and S4. R
     python -m experiments.tracking.run --sweep        learning rate of each model and size
     python -m experiments.tracking.run --smoke
 
-Cost, estimated from single steps: 30 minutes on 2 cores, `--sweep` 10.
+Not run yet but for its sweep. Cost, estimated from single steps: 30 minutes on 2 cores, `--sweep` 10.
 
 Tokens are elements, and the label at each position is the product so far (Merrill et al. 2024, arXiv:2404.08819).
 Training uses words of T = 16 tokens, the test words of 4 T. Models are causal and tokens independent, so the accuracy
