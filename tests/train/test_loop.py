@@ -152,7 +152,7 @@ def test_log_is_complete_and_in_order_after_a_death_before_any_row(toy, text, tm
     for number in range(num_rows):
         workdir, written = tmp_path / str(number), itertools.count()
         with pytest.MonkeyPatch.context() as patch:
-            training.die_before(patch, lambda row: next(written) == number)  # noqa: B023
+            training.die_before(patch, lambda row: next(written) == number)  # noqa: B023 (used in this turn of the loop only)
             with pytest.raises(training.DiedError):
                 train.run(config(), workdir)
         if (workdir / "metrics.jsonl").exists():
