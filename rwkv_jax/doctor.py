@@ -5,7 +5,6 @@ with 1. JAX is imported inside functions: an installation that cannot import it 
 """
 
 import argparse
-import contextlib
 import glob
 import importlib.metadata
 import os
@@ -13,7 +12,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import rwkv_jax
 from rwkv_jax import command, files
@@ -130,16 +128,7 @@ def caches() -> dict:
     from rwkv_jax import data
 
     paths = {"corpora": str(data.cache_dir()), "programs": jax.config.jax_compilation_cache_dir}
-    return {name: {"path": path, "bytes": path and _size(path)} for name, path in paths.items()}
-
-
-def _size(folder: str) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # another process may clear it away
-                total += Path(parent, name).lstat().st_size
-    return total
+    return {name: {"path": path, "bytes": path and files.num_bytes(path)} for name, path in paths.items()}
 
 
 def extras() -> dict:

@@ -129,6 +129,16 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def num_bytes(path) -> int:
+    """Return the size of a file, or of all files in a folder; 0 if there is none."""
+    parts = [path, *(Path(parent, name) for parent, _, names in os.walk(path) for name in names)]
+    total = 0
+    for part in parts:
+        with contextlib.suppress(FileNotFoundError):  # another process may clear it away
+            total += 0 if os.path.isdir(part) else os.lstat(part).st_size
+    return total
+
+
 def read_json(path, expected: type = dict) -> Any:
     """Return the object in a JSON file, or the list if `expected` is `list`.
 

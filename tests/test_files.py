@@ -20,6 +20,14 @@ def test_user_path_takes_text_and_path_objects_and_expands_the_home_folder(tmp_p
     assert {given: files.user_path(Path(given)) for given in expected} == expected
 
 
+def test_num_bytes_is_that_of_a_file_or_of_all_files_in_a_folder(tmp_path):
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "folder" / "a").write_bytes(b"1" * 5)
+    (tmp_path / "folder" / "inner" / "b").write_bytes(b"1" * 7)
+    found = [files.num_bytes(tmp_path / name) for name in ("folder/a", "folder", "none")]
+    assert found == [5, 12, 0]
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -1,6 +1,7 @@
 """Fine-tuning runs: trained parameters, loading, export, merge and resume, and mistakes."""
 
 import functools
+import re
 import shutil
 from pathlib import Path
 
@@ -74,11 +75,13 @@ def test_lora_run_loads_with_adapters_merged(runs, base):
     assert training.same(params, lora.merge(jax.device_put(base[1]), state.params, LORA.alpha))
 
 
-def test_finetune_export_and_merge_of_a_lora_run_equal_loading_it(runs, base, tmp_path):
+def test_finetune_export_and_merge_of_a_lora_run_equal_loading_it(runs, base, tmp_path, capsys):
     workdir, _ = runs("lora")
     adapters, merged = str(tmp_path / "adapters.safetensors"), str(tmp_path / "merged.safetensors")
     assert finetune.main(["export", str(workdir), adapters]) == 0
     assert finetune.main(["merge", base[2], adapters, merged]) == 0
+    written = re.findall("^wrote (.*), [0-9,]+ bytes$", capsys.readouterr().err, re.MULTILINE)
+    assert written == [adapters, merged]
     assert training.same(rwkv_jax.load(merged)[1], rwkv_jax.load(workdir)[1])
 
 

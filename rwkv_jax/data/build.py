@@ -181,7 +181,8 @@ def _write(folder: Path, found: Source, source: str, encoder: Tokenizer, encoder
                 out.add(piece, tokens)
     if not all(out.starts for out in outs):
         num_documents = sum(len(out.starts) for out in outs)
-        raise ValueError(f"{source} holds {num_documents} documents with text: too few for train, valid and test")
+        found = f"{source} holds {num_documents} documents with text"
+        raise ValueError(f"{found}: too few for train, valid and test; copies count as one")
     sha256 = hashlib.sha256()
     for kind in ("bin", "mask") if found.has_prompts else ("bin",):
         for split in SPLITS:

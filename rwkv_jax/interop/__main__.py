@@ -24,6 +24,7 @@ def main(argv=None) -> None:
     save(path, model, params, format, training=training, tokenizer=tokenizer)
     if tokenizer is not None:
         tokenizers.save(tokenizer, path)
+    command.say_written(path)
 
 
 def _tokenizer(source, vocab_size):

@@ -56,6 +56,12 @@ def test_jsonl_fills_three_splits_from_three_texts_and_refuses_two(tmp_path):
         prepare(source)
 
 
+def test_jsonl_of_copies_says_that_they_count_as_one(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "always the same"}] * 300)
+    with pytest.raises(ValueError, match=r"holds 300 documents with text: .*; copies count as one"):
+        prepare(source)
+
+
 def test_jsonl_prompt_is_masked(tmp_path):
     records = [{"question": f"Q{i}?", "answer": i, "more": None} for i in range(60)]
     source = write_jsonl(tmp_path / "a.jsonl", records)

@@ -18,6 +18,7 @@ def test_interop_command_writes_every_format(tmp_path, capsys):
         arguments = ["--format", format] if format == "rwkv.cpp" else []
         assert main([str(source), str(tmp_path / name), *arguments]) == 0
         assert_same_params(rwkv_jax.load(tmp_path / name)[1], params)
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"wrote {tmp_path / name}, ")
     assert main([str(source), str(tmp_path / "m.bin")]) == 2
     assert "cannot write format 'bin'" in capsys.readouterr().err
 

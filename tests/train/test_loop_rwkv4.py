@@ -60,6 +60,13 @@ def test_resume_is_bit_exact_and_truncates_the_log(finished, text, tmp_path):
     assert numbers(tmp_path / "run") == numbers(finished[0])
 
 
+def test_run_that_is_done_says_so_and_changes_nothing(finished, text, capsys):
+    workdir, before = finished[0], numbers(finished[0])
+    assert same(train.run(training.config(text), workdir), finished[1])
+    assert capsys.readouterr().err == f"step {STEPS} of {STEPS} is done: raise --config.steps to go on\n"
+    assert numbers(workdir) == before
+
+
 # ------------------------------------------------------------------------------------------ divergence
 
 
