@@ -1,12 +1,13 @@
-"""Context extension (section 5.3): from 1,024 tokens to 2,048, 4,096 and 8,192, each stage resumes the last.
+"""Context extension (section 5.2): windows of 2,048, 4,096 and 8,192 tokens, each stage after the previous one.
 
     python -m rwkv_jax.train --config=configs/extend.py:14b-2048 --workdir=runs/pile-14b-2048 --config.corpus=PATH
     python -m rwkv_jax.train --config=configs/extend.py:14b-4096 --workdir=runs/pile-14b-4096 --config.corpus=PATH
     python -m rwkv_jax.train --config=configs/extend.py:14b-8192 --workdir=runs/pile-14b-8192 --config.corpus=PATH
 
-continue `configs/pile.py:14b` in runs/pile-14b for 10, 100 and 100 billion tokens; "169m" to "7b" likewise. The paper
-gives neither the learning rate nor the batch of these stages: here the final rate of pre-training, constant, and its
-tokens a step. Cost: 1.75e22 FLOP for 14b, 9.1e21 for 7b. Not run here.
+These commands continue the run of `configs/pile.py:14b` in runs/pile-14b for 10, 100 and 100 billion tokens. "169m" to
+"7b" work likewise. The paper gives neither the learning rate nor the batch size of these stages. Here the rate stays
+at the last one of pre-training, and a step has as many tokens as in pre-training. Cost: 1.75e22 FLOP for 14b, 9.1e21
+for 7b. Not run here.
 
 `:rwkv7-169m-8192` likewise, and other models of RWKV-5, 6 and 7 in `configs/pile.py`: their windows start at 4,096.
 

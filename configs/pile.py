@@ -4,9 +4,9 @@
         --config.tokenizer=20B_tokenizer.json
     python -m rwkv_jax.train --config=configs/pile.py:14b --rehearse=v5p:4x4x8         its memory: docs/scale.md
 
-The Pile is one epoch of 332.1 billion GPT-NeoX-20B tokens in windows of 1,024; a constant learning rate for W of 8,043
-mini-epochs of 40,320 windows, then exponential decay. The batch was "128 or 256" windows, switched at a point that the
-paper does not give; 128 here, hence 2.5 million steps.
+Training is one epoch of the Pile: 332.1 billion GPT-NeoX-20B tokens in windows of 1,024, which are 8,043 mini-epochs
+of 40,320 windows. The learning rate is constant for the mini-epochs in `TABLE`, then decays exponentially. The batch
+was "128 or 256" windows, switched at a point that the paper does not give. Here it is 128, hence 2.5 million steps.
 Cost: 2.6e20 FLOP for 169m (8 days on one H200 at 40 % of its peak), 2.8e22 for 14b.
 Expected: training loss 2.533, 2.260, 2.040, 1.945, 1.839, 1.757 nats a token at the end, read off the author's figure
 (+-0.005). Not run here.

@@ -1,4 +1,4 @@
-"""The command line of the paper's experiments, with results that survive a kill.
+"""Command line of the paper's experiments that are not studies (`study.py`); results survive a kill.
 
     python -m experiments.NAME.run                    the preset `cpu` -> experiments/NAME/results.json, and the ledger
     python -m experiments.NAME.run --preset=gpu       -> gpu.json beside it
@@ -47,7 +47,7 @@ def main(
             returns them; its "not_run" a list of rows as `not_run` returns them.
         sweep: (preset, path of sweep.json) -> None.
         options: help of additional options by name, such as {"model": "released weights"} for `--model`. `cells` gets
-            each value by name ("_" for "-"), None if not given; name the cells that a value adds after it.
+            each value by name ("_" for "-"), None if not given. Cells that a value adds need names that depend on it.
     """
     name = folder.name
     parser = argparse.ArgumentParser(

@@ -1,4 +1,4 @@
-"""Tables of this project's pages, read from committed results: no number of theirs is typed.
+"""Tables of the README files and docs/results.md, generated from committed results.
 
     python -m experiments.ledger                      rewrites the blocks of FILES
     python -m experiments.ledger --run                runs the `cpu` presets first, but the long ones: make reproduce
@@ -77,7 +77,7 @@ def results() -> list[tuple[str, dict]]:
 
 
 def _is_published(file: Path) -> bool:
-    """Whether a file has rows of the ledger and is no draft; others are sweeps and expectations."""
+    """Return True for a file of published results: it has ledger rows (sweeps have none) and is no draft."""
     its = read_json(file)
     return "ledger" in its and not its.get("draft")
 
@@ -193,7 +193,7 @@ BLOCKS = {
 
 
 def filled(text: str) -> str:
-    """A file with its blocks as the results have them."""
+    """Return the text of a page with its generated blocks filled from the committed results."""
 
     def block(found):
         name = found[1]
@@ -205,7 +205,7 @@ def filled(text: str) -> str:
 
 
 def refresh() -> None:
-    """Write the blocks of both files as the results now have them."""
+    """Rewrite the generated blocks of all `FILES` from the committed results."""
     for path in FILES:
         path.write_text(filled(path.read_text()))
 

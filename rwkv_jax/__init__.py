@@ -6,7 +6,8 @@ Importing this module imports nothing else, not even jax; names are loaded on fi
 Dimension key, used in every array name of the project (`x_BTD` is [batch, time, width]):
 
     B batch    T time    L layers    D model width    H heads    K channels of a head
-    F hidden width of channel mixing or of the MLP    V vocabulary    S cache slots    C chunk    M chunks
+    F hidden width of channel mixing or of the MLP    S cache slots    C chunk    M chunks    R low-rank width
+    V vocabulary; in `ops`, the value channels of a head
 """
 
 import importlib

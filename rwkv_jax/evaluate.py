@@ -122,8 +122,9 @@ def windows(model, params, tokens, seq_len: int, batch_size: int, state=None) ->
 
 
 def sliding(model, params, tokens, starts, seq_len: int, batch_size: int) -> np.ndarray:
-    """Nats of each token [N], from windows half of `seq_len` apart, scored in their second half, the first in both.
+    """Nats of each token [N], from windows that begin half of `seq_len` apart.
 
+    The second half of each window is scored; of the first window, both halves are.
     Each token is predicted from at least half a window, or from all of its document, which begins at one of `starts`.
     """
     _check(model, tokens, starts, seq_len, batch_size)

@@ -64,6 +64,9 @@ class RWKVForCausalLM:
                 vocabulary. A line on stderr names the guess, or says that there is no tokenizer.
             dtype: "float32", "bfloat16" or "float16"; None: the file's.
             sharding: of the parameters, see `rwkv_jax.load`.
+
+        Raises:
+            OSError, ValueError: as from `rwkv_jax.load`, or the tokenizer that was named cannot be read.
         """
         path = interop.locate(path_or_name)
         model, params, training = runs.load_with_training(path, dtype=dtype, sharding=sharding, scan=False)
@@ -81,6 +84,10 @@ class RWKVForCausalLM:
         """Write weights, sizes and tokenizer to a folder that `from_pretrained` and transformers read.
 
         A README.md, the model card, has what is known of the model. Somebody else's README.md stays.
+
+        Raises:
+            ValueError: the model is not a released form of RWKV-4 or 7, see `interop.save`.
+            OSError: the folder cannot be written, or holds something else.
         """
         about = {"training": self.training, "tokenizer": self.tokenizer}
         interop.save(folder, self.model, self.params, format="huggingface", **about)
@@ -93,10 +100,10 @@ class RWKVForCausalLM:
         Args:
             prompt: if empty, the text continues the context, or begins a document.
             context: a `Context` that the prompt continues; it is not changed.
-            max_new_tokens: 100; one number, or one for each prompt.
-            temperature: 1; 0 is greedy. Further settings: those of `generate.sampling.sampler`, and penalty_decay; or
-                `sampler`, a function of your own.
-            seed: 0; one number, or one for each prompt.
+            max_new_tokens: most new tokens, by default 100; one number, or one for each prompt.
+            temperature: by default 1; 0 is greedy. Further settings: those of `generate.sampling.sampler`, and
+                penalty_decay; or `sampler`, a function of your own.
+            seed: by default 0; one number, or one for each prompt.
             stop: strings that end the text; they are not part of it.
             stop_tokens: ids that do the same. By default the separator, 0, after which another document begins.
             return_context: whether to return (the result, the context after the prompt and exactly the result).
@@ -121,7 +128,7 @@ class RWKVForCausalLM:
         return generate.read(self.model, self.params, prompts, context)
 
     def logits(self, text, context: Context | None = None) -> tuple[Any, Context]:
-        """Return the logits [T, V] after each token of a text, float32 NumPy, and the context after it.
+        """Return the logits [T, V] after each token of a text, NumPy, float32 at least, and the context after it.
 
         Compiled, unlike `model.apply`. A list for a list. An empty text without a context is the separator.
         """

@@ -31,7 +31,10 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
 def load_with_training(
     path, dtype: str | None = None, sharding: Any = None, scan: bool = True
 ) -> tuple[nn.Module, Any, dict[str, Any] | None]:
-    """`load`, and the facts of `interop.card.FIELDS` that a workdir, or the model card of a folder, has; else None."""
+    """Return what `load` returns, and the known facts of training (`interop.card.FIELDS`), None if there are none.
+
+    Facts come from a training workdir, or from the model card of a folder.
+    """
     path = interop.locate(path)
     if _is_workdir(path):
         model, params, step = _load_run(read_run(path), dtype, sharding, scan)
@@ -60,7 +63,7 @@ class Run(NamedTuple):
     path: Path
     name: str
     fields: dict[str, Any]
-    finetune: dict[str, Any]  # that section of the run's config; empty if training began from scratch
+    finetune: dict[str, Any]  # that section of the run's config; no `model` in it: training began from scratch
     fingerprint: str | None  # of the base weights of a fine-tuning run
 
     @property

@@ -214,7 +214,7 @@ def test_unknown_verb_is_one_line(arguments, names, capsys):
     assert out == "" and err.startswith("error: ") and names in err and err.count("\n") == 1
 
 
-def test_interrupt_while_a_verb_is_imported_ends_as_of_its_module(monkeypatch):
+def test_interrupt_handler_is_replaced_while_a_verb_is_imported(monkeypatch):
     handlers = []
 
     def imported(name):
@@ -261,7 +261,7 @@ def script(tmp_path):
     return path
 
 
-def test_script_and_package_end_with_the_exit_code_of_the_verb(script):
+def test_script_and_package_give_the_same_exit_code_and_output(script):
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     for program in (["-m", "rwkv_jax"], [str(script)]):
         for arguments, code, out in ((["trian"], 2, ""), (["--version"], 0, f"rwkv-jax {rwkv_jax.__version__}\n")):

@@ -17,7 +17,7 @@ Measured: bits per byte of held-out text, changed minus released, in pairs (`stu
   contradicted   one is resolved as better; for the printed initialiser: it is resolved as worse
   not resolved   otherwise
 
-Deviations: byte-level models a thousandth of the paper's in size, after half a million tokens. `cpu` trains every arm
+Deviations: byte-level models a thousandth of the paper's in size, after 655,360 tokens. `cpu` trains every arm
 at the best learning rate of the released model (1.6e-2, from experiments/compare/sweep.json), so an arm is not
 credited with what its own best rate would gain.
 """

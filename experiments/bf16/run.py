@@ -11,7 +11,7 @@ parameter. Two runs with the same seed are equal, bit for bit on a CPU.
 
 Held-out text is scored in float32 for all arms, so differences come from training alone.
 
-Cost: 8 minutes on 2 CPU cores; `gpu` about 10 minutes on one H100.
+Cost: 6 minutes on 2 CPU cores; `gpu`, estimated: 10 minutes on one H100.
 
 Paper: trained in bfloat16 (released code), without a float32 run beside it.
   reproduced     the interval of the paired difference lies below +0.01 bits a byte

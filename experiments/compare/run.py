@@ -1,9 +1,10 @@
 """RWKV-4 and RWKV-7 against a transformer of equal size, and against that transformer with RWKV's token shift.
 
-Claim: on the same batches, each at its own learning rate, at equal size and tokens, the table gives the differences in
-bits per byte between the four models on held-out text, with 95 % intervals over files. It is a demonstration for the
-tokens it names and for one seed: small byte-level runs measure token shift more than recurrence against attention, and
-the paper's own difference at 12 x 512 has the other sign (+0.041 bits per character, RWKV-4 worse; Table 5).
+Claim: none. At equal size, on the same batches and each at its own learning rate, the table gives the difference of
+every model from both transformers, in bits per byte of held-out text, with 95 % intervals over files. It demonstrates
+one budget of tokens and one seed. Such small byte-level runs measure the effect of token shift more than that of
+recurrence against attention, and the paper's difference at 12 x 512 has the other sign (+0.041 bits per character,
+RWKV-4 worse; Table 5).
 
     make compare                                      (DURATION=minutes, SEED=, TEXT=file or folder)
     python -m experiments.compare.run --duration=6

@@ -10,7 +10,7 @@ and finds pass keys 35,000 tokens back (arXiv:2503.14456, second-hand).
 
 Claims, each about a small model of bytes trained here on windows of T:
   context     the same 64 bytes cost less after 4,096 bytes of context than after T
-  carrying    a state carried to 64 T bytes of a text is safe, and worth what a warm window is worth
+  carrying    a state carried over 64 T bytes of a text saves as many bits at the end as just beyond T
   extension   stages of 2 T, 4 T and 8 T, as 1:10:10, lower the loss after 4,096 bytes below that of a control that
               trained on as many tokens more at T
   copy        a symbol kept over generated symbols: the longest lag solved grows with extension, not with the control

@@ -1,9 +1,10 @@
 """A small model of source code, adapted to prose by every fine-tuning method.
 
-Claim: after the same few batches of the new text, full fine-tuning comes closest to it and forgets most of the old.
-LoRA comes near with a fraction of the parameters. A tuned initial state, 4 numbers a channel and layer, gains a
-little. Contradicted where an interval of the table says otherwise. A demonstration: one seed, a base trained for
-minutes, and the better of two learning rates.
+Claim: after the same few batches, full fine-tuning predicts the new text best and loses the most on the old text.
+LoRA comes near it on the new text with a fraction of the parameters. A tuned initial state, 4 numbers per channel and
+layer, gains a little. A part of the claim is contradicted if the intervals of the table say otherwise. This holds for
+the loss on the old text: LoRA of rank 8 loses more there (+0.255 bits per byte) than full fine-tuning (+0.178). A
+demonstration: one seed, a base trained for minutes, and the better of two learning rates.
 
     python -m experiments.finetune.run                (--text=PATH: other text; --base=PATH: another base, of bytes)
     python -m experiments.finetune.run --smoke

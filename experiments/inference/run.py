@@ -32,8 +32,15 @@ Constant time and memory of RWKV-4:
                    after a spread of 1.26)
 The two factors:
   no claim         they are not the paper's; reported is the ratio at batch 1 against the cached transformer
-Seconds for 1,000 tokens:
+Seconds for 1,000 tokens, of the preset's first size:
   not comparable   for anything smaller than 3B, because the law above gives small models another ratio
+  at 3B            reproduced if the cached transformer takes at least 3 times as long, same sign if it takes longer,
+                   else contradicted
+Memory for 512 tokens, of the preset's first size:
+  reproduced       RWKV-4 needs the least; else contradicted
+Training against T:
+  reproduced       RWKV-4 keeps 0.75 or more of its tokens/s from the shortest to the longest T, the transformer less
+                   than RWKV-4; same sign if only the latter; else contradicted
 
 Deviations: byte vocabulary and small shapes on a CPU; our transformer, not BLOOM, OPT, GPT-Neo or Pythia; the paper
 does not say whether its baselines used a cache.

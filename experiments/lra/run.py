@@ -10,7 +10,8 @@ right which look at the root's operator alone, or evaluate so many levels of an 
     python -m experiments.lra.run --sweep             learning rate of each arm, at the lengths of the preset
     python -m experiments.lra.run --smoke
 
-Cost: 4 minutes on 2 cores; `gpu`: 22 minutes an arm on one H200, one arm a slice, as cells are kept (estimates).
+Cost: 7 minutes on 2 cores; `gpu`, estimated: 22 minutes an arm on one H200. Finished arms are kept, so each may run
+alone.
 
 The paper (Table 4): RWKV 55.88, S4 59.60; Transformer 36.37, Reformer 37.27, BigBird 36.05, FNet 35.33,
 Nystroemformer 37.15, Luna 37.25, Hrrformer 39.98; Linear Transformer 16.13, Performer 18.01. Depth, width and rates of
@@ -67,7 +68,7 @@ def expressions_of(config) -> files.Splits:
 
 
 def judge(config, folder) -> dict:
-    """Rules on what the models are tried on, answers counted in what they are trained on."""
+    """Return the accuracy of the rules on the models' test set; most frequent answers are from their training set."""
     train, _, test = expressions_of(config)
     return {"right": listops.rules(train, test, range(1, 7)), "examples": len(test.labels)}
 
@@ -88,7 +89,7 @@ def learn(config, folder, task: files.Task = files.TASKS["listops"], splits=None
 
 
 def learn_files(name: str, path: str, arm: str, config, folder) -> dict:
-    """The same on a task by the folder of its public files."""
+    """Return the result of `learn` for a task that is read from the folder of its public files."""
     task = files.TASKS[name]
     config.update_from_flattened_dict(arm_of(arm, config))
     config.buckets = tuple(task.longest * n // 4 for n in (1, 2, 3, 4))

@@ -12,11 +12,16 @@ from experiments.precision import bounds, judge, judge_matrices, matrices, vecto
 class Operator(NamedTuple):
     """One operator under test.
 
-    inputs:    (T, dtype) -> a tuple exact:     the inputs -> {name: (value, magnitude)} sides:     (T, dtype) ->
-    {side: the inputs -> {name: value}}; forms of the operator, and peers allowed:   (form, name, the inputs) ->
-    largest error of a float32 result, relative to its magnitude rounded:   names of results in the dtype of the inputs
-    channels:  names along the last axis, kind of input by kind decays:    number of decays of each kind; the first
-    kind is the mild one bound:     `allowed` in words steps:     of each form in words
+    Attributes:
+        inputs: (T, dtype) -> tuple of arrays.
+        exact: (*inputs) -> {name: (value, magnitude)} in float64.
+        sides: (T, dtype) -> {side: function (*inputs) -> {name: value}}, for the forms of the operator and its peers.
+        allowed: (form, name, *inputs) -> largest error of a float32 result, relative to its magnitude.
+        rounded: names of the results that have the dtype of the inputs.
+        channels: names along the last axis, kind of input by kind.
+        decays: number of decays of each kind; the first kind is the mild one.
+        bound: `allowed` in words.
+        steps: the steps of each form in words.
     """
 
     inputs: Callable

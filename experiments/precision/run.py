@@ -28,7 +28,7 @@ Peers of WKV-4's forms, without a bound: "plain scan", Eqs. 23-28 as they stand,
 in the dtype of the inputs (in bfloat16, the effect of writing the recurrence in the dtype of the activations); and
 transformers' loop for CPUs by autograd. That loop and "pallas", interpreted here, are skipped beyond T 1,024.
 
-Needs requirements-live.txt (transformers). Cost: 8 minutes on 2 busy cores, most of it compiling. Writes results.json
+Needs requirements-live.txt (transformers). Cost: 11 minutes on 2 busy cores, most of it compiling. Writes results.json
 and figure.png.
 """
 

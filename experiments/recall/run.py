@@ -24,10 +24,10 @@ Measured: the number of examples until 0.9 of the answers are right. Accuracy af
 at 1 / n, one of the n values in sight. An arm that does not reach 0.9 counts as later than the last example, the
 128,000th at T 32 and the 64,000th at T 64. A row has the ratio of two models' examples: its geometric mean over the
 cases in which at least one model reaches 0.9, and its range over them, or a bound if a model does not reach it.
-  cpu: *same sign* if RWKV-4 needs more than the transformer with token shift (RWKV-5, RWKV-6) at every n above 1 of
-  the row's T, *contradicted* if it needs fewer at every one, *not comparable* if neither reaches 0.9 anywhere, else
-  *not resolved*. One seed cannot say more. The hybrid, and RWKV-7 against RWKV-6, are in no paper at these sizes: *no
-  claim*.
+  cpu: a row compares RWKV-4 with one other model: the transformer with token shift, RWKV-5 or RWKV-6. *Same sign* if
+  RWKV-4 needs more examples in every case of the row's T with more than one pair, *contradicted* if it needs fewer in
+  every one, *not comparable* if neither model reaches 0.9 in any, else *not resolved*. One seed cannot say more. The
+  hybrid, and RWKV-7 against RWKV-6, are in no paper at these sizes: *no claim*.
   gpu: *reproduced* if RWKV-4's best rate is within 0.1 of the four numbers and the transformer with token shift
   reaches 0.9 everywhere; *same sign* if it is only behind that transformer; *contradicted* if it is not.
 

@@ -13,7 +13,7 @@ rows of 48 tokens, with the optimisers of `RECIPES`, the released groups and cli
 entropy before each step, their gradient norms those before clipping, their final tensors float32. A clone needs torch
 (requirements-live.txt), no GPU: see released.py.
 
-Cost: five minutes on 2 CPU cores.
+Cost: three minutes on 2 CPU cores.
 
   reproduced     every loss within 1e-6 nats, every gradient norm within 1e-6 of its own size, every number of the
                  final tensors within 1e-6, against the kept trajectories and the clone, if one is given

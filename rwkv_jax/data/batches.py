@@ -34,7 +34,7 @@ def dataset(
     """Return a dataset whose item `step` is the batch of that step, or some of its rows; no others are read.
 
     Args:
-        source: tokens [N] unsigned integers, memory-mapped or not; or a `data.Split`, with its documents and mask of
+        source: tokens [N], integers >= 0, memory-mapped or not; or a `data.Split`, with its documents and mask of
             targets; or a list of (either, weight): of every M samples, M a common denominator of the shares, each
             part has exactly its share, evenly spread. In the order "documents" a row belongs to one part.
         seq_len: T.

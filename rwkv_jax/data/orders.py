@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 
 class Text(NamedTuple):
-    tokens: np.ndarray  # [N] unsigned integers
+    tokens: np.ndarray  # [N] integers >= 0; int32 in Megatron files of large vocabularies
     starts: np.ndarray  # [documents] where each begins
     mask: np.ndarray | None  # [N] whether a token counts as a target; None: all do
 
@@ -55,7 +55,7 @@ def _shuffled(text: Text, seq_len: int, rows: int, seed: int):
 
 
 def _released(text: Text, seq_len: int, rows: int, seed: int):
-    """Follow RWKV-LM, RWKV-v4neo/src/dataset.py, in Python's integers: f·n³ reaches 5e33 within the Pile."""
+    """Follow RWKV-LM, RWKV-v4neo/src/dataset.py, in Python's integers: f·n³ reaches 7e33 within the Pile."""
     prime = next((p for p in range(_windows(text, seq_len), 1, -1) if p % 3 == 2 and _is_prime(p)), None)
     if prime is None:
         raise ValueError(f"corpus has {len(text.tokens)} tokens: expected two windows of {seq_len} and one more")

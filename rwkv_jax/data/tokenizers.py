@@ -4,7 +4,7 @@ A tokenizer is a frozen value with
 
     name                          "bytes", "world", or the path it was read from, as `get_tokenizer` takes it
     vocab_size                    ids lie in [0, vocab_size)
-    encode(text)                  list of ids; ValueError where the text has none
+    encode(text)                  list of ids; ValueError if the text cannot be encoded
     decode(ids)                   text; bytes that are not UTF-8 become U+FFFD, ids without an entry ""
     encode_documents(documents)   the same as `encode` for many or long texts, each an iterable of blocks of
                                   UTF-8 bytes: pairs of document index and array of ids, in order

@@ -38,6 +38,9 @@ def read(model, params, prompts, context: Context | None = None) -> Context:
         prompts: ids in [0, V): [T], [B, T], or B lists of any lengths. An empty one adds nothing to a context;
             without a context it is the separator, token 0, after which documents begin.
         context: of as many texts, which the prompts continue; it is not changed. None: the prompts begin documents.
+
+    Raises:
+        ValueError: no prompts, an id outside [0, V), or a context of another model or another number of texts.
     """
     model, params = per_layer(model, params)
     prompts, _ = as_prompts(prompts, model.vocab_size, context)
@@ -237,6 +240,10 @@ def generate(model, params, prompt_ids, **settings) -> list[int] | list[list[int
         stop_tokens: ids that end a row. They are not part of the result. By default the separator, 0, after which
             another document begins.
         penalty_decay: factor on the counts of the penalties at every token, see `sampling.History`.
+
+    Raises:
+        ValueError: as from `read`; an invalid setting; or a row without a token to draw, because all are banned or its
+            logits are not finite.
     """
     return generate_with_context(model, params, prompt_ids, **settings)[0]
 

@@ -55,7 +55,7 @@ class HarnessLM(TemplateLM):
         batch_size: texts read at one time.
         max_length: tokens that the model reads of a text, the last ones; None: no limit if all layers are recurrent.
         prefix_token_id: precedes texts without a context.
-        add_bos_token: whether it precedes all other contexts, too.
+        add_bos_token: whether `prefix_token_id` also precedes all other contexts.
         max_batch_size, device: ignored; `lm_eval run` always gives them. JAX_PLATFORMS chooses the device.
     """
 

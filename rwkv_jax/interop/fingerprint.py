@@ -16,7 +16,8 @@ SAMPLES = 64  # values of a parameter that its fingerprint includes
 def fingerprint(model, params) -> str:
     """Return the SHA-256, in hex, of names, shapes and some values of the parameters, and of the ablation switches.
 
-    It is the same for both layouts of the parameters and for all dtypes: values are rounded to bfloat16 first.
+    It is the same for both layouts of the parameters, and in float32 and bfloat16: values are rounded to bfloat16
+    first. Weights rounded from float32 to float16 usually have another one, as their values are rounded twice.
     """
     layers = "blocks" in params
     stacked = lambda path: layers and path[0].key == "blocks"

@@ -52,8 +52,9 @@ def from_official(
 
     Args:
       tensors: arrays by official name, perhaps memory-mapped: each is read once, into its final place.
-      dtype: of the parameters; None keeps each tensor's own. Decays and bonuses are float32 at
-        least. Activations have the parameters' dtype (the head's, where they differ), but float32 for float16:
+      dtype: of the parameters; None keeps each tensor's own. Decays, and the bonuses of RWKV-4, 5 and 6, are
+        float32 at least.
+        Activations have the parameters' dtype (the head's, where they differ), but float32 for float16:
         a residual stream exceeds float16's range (the released code halves it every 6 layers).
       sharding: None for the default device, one `jax.sharding.Sharding`, or a tree of them like the parameters.
       scan: layers stacked [L, ...], or one set of parameters a layer.

@@ -55,8 +55,8 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 def write(path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write `tensors` with `metadata`; values may be NumPy or JAX arrays. The file is written atomically.
 
-    One tensor is copied at a time: 16 MiB for 512 MiB of transposed matrices, which take safetensors' own `save_file`
-    another 496 MiB.
+    One tensor is copied at a time: writing 512 MiB of transposed matrices takes 16 MiB of memory for copies.
+    safetensors' own `save_file` takes 496 MiB more.
 
     Raises:
       ValueError: a tensor has a dtype that the format does not know.

@@ -1,7 +1,7 @@
 """The transformer baseline: pre-LN, rotary, GELU, zero-initialised output projections, no biases.
 
 Equal in size to RWKV-4 by construction: attention 4 D^2 and an MLP of hidden width 4.5 D make 13 D^2 a layer, RWKV-4's
-own count. With `token_shift`, a comparison at small scale does not mostly measure RWKV's token shift.
+own count. Without `token_shift`, a comparison at small scale mostly measures RWKV's token shift.
 """
 
 import math
@@ -271,7 +271,11 @@ def head_size(config: BlockConfig) -> int:
 
 
 def init_state(config: BlockConfig, batch: int, max_length: int | None = None) -> LayerState:
-    """An empty cache for `max_length` tokens (rounded up to whole blocks)."""
+    """Return an empty cache for `max_length` tokens; more than `CACHE_BLOCK` are rounded up to a multiple of it.
+
+    Raises:
+        ValueError: `max_length` is None.
+    """
     if max_length is None:
         raise ValueError("an attention layer needs init_state(batch, max_length=...): its cache has a fixed size")
     K = head_size(config)

@@ -87,9 +87,10 @@ ACTIVATIONS = {"relu2": lambda x: jnp.square(nn.relu(x)), "relu": nn.relu, "gelu
 
 
 def embedding_init(scheme: str, scale: float | None):
-    """The three released embedding initialisers, and the one that they were to replace.
+    """Return an embedding initialiser: one of the three released schemes, or "normal", which they replace.
 
-    They differ in the scale of the residual stream after LN0, whose epsilon 1e-5 outweighs so small a variance:
+    `scale` replaces the standard deviation or bound of a scheme; None keeps the one below. The schemes differ in
+    the scale of the residual stream after LN0, because the epsilon of LN0, 1e-5, exceeds so small a variance:
 
     "v4"      orthogonal, entries of standard deviation 1e-4 (RWKV-LM, RWKV-v4): 0.032 after LN0
     "v4neo"   uniform in +-lr_init, 6e-4 for the 169M model (RWKV-LM, RWKV-v4neo): 0.109 after LN0

@@ -22,9 +22,9 @@ from rwkv_jax.models.kinds import kind_of, kind_of_model
 from rwkv_jax.models.layers import LayerNorm, Linear, dropout, embedding_init, matmul, orthogonal
 
 # Values of a layer's forward pass saved for the backward pass, by `checkpoint_name`; the rest is recomputed.
-# Temporary memory of a step in MiB, 12 layers of D 256 on 4 windows of 1,024 tokens, float32, beside a state of 119
-# (compiled.memory_analysis(), CPU, jax 0.10.2, 2026-11-26), and values saved a token and layer of RWKV-4: from D to
-# 4 D are 144 MiB, from there to 12 D 384.
+# Temporary memory of a training step in MiB, beside a train state of 119 MiB, and the number of values that RWKV-4
+# saves for each token and layer. 12 layers of D 256, 4 windows of 1,024 tokens, float32 (compiled.memory_analysis(),
+# CPU, jax 0.10.2, 2026-11-26). 4 D instead of D values should take 144 MiB more, 12 D instead of 4 D 384 MiB more.
 #                RWKV-4   transformer   saved
 #   "none"        1,762         2,185   all
 #   "matmuls"       774           731   12 D
@@ -34,7 +34,7 @@ OUTPUTS = ("mixed", "att", "ffn_value")
 REMAT = {
     "none": None,  # everything is saved
     "block": (),  # the input of each layer: the whole layer runs twice
-    "outputs": OUTPUTS,  # reruns 8 D^2 of 13 D^2 of matrix products, no recurrence or attention
+    "outputs": OUTPUTS,  # RWKV-4 reruns 8 D^2 of its 13 D^2 of products, no recurrence; only an LSTM reruns its own
     "matmuls": (
         *OUTPUTS,
         "query",
@@ -45,7 +45,7 @@ REMAT = {
         "low_rank",
         "ffn_key",
         "ffn_receptance",
-    ),  # reruns no matrix product
+    ),  # reruns no matrix product, except that of an LSTM's recurrence
 }
 # The loss pads logits to a multiple of 8 columns: with an odd number, such as 50,277, only the first row is aligned
 # for a GPU's 16-byte loads, and the product ran at 216 TFLOP/s on an H100, not at 600.
@@ -71,9 +71,10 @@ LARGEST = {"vocab_size": 2**31 - 1, "num_layers": 2**16, "dim": 2**20, "hidden_d
 
 
 def build(name: str, size: str | None = None, **overrides: Any) -> "LM":
-    """A model by name, "rwkv4" to "rwkv7", "transformer" or "lstm", with the fields of `LM`.
+    """Return a model by name, "rwkv4" to "rwkv7", "transformer" or "lstm"; `overrides` are fields of `LM`.
 
-    `size` is one of the released sizes.
+    `size` names a released size, such as "169m" (see docs/models.md). Without it, `vocab_size`, `num_layers` and `dim`
+    are required.
 
     `build("rwkv4", layers=("rwkv4", "attention"), ...)` is a hybrid of alternating layers. A switch of a kind of layer
     may be given by its own name: `build("rwkv4", receptance=False, ...)` is `variant={"receptance": False}`.
@@ -198,11 +199,11 @@ class LM(nn.Module):
 
     @property
     def layers_apart(self) -> int:
-        """Number of first layers with their own parameters, `blocks_0`, ...; `blocks` stacks the rest.
+        """Number of first layers with parameters of their own, `blocks_0`, ...; `blocks` stacks the others.
 
-        All without `scan`. With it none, or the first unit if one of its layers passes values to later ones: carried
-        through the scan they would be saved once a layer for the backward pass, as an input to all they are saved
-        once.
+        Without `scan` it counts every layer. With `scan` it is 0, or one repeating unit if a layer of the unit passes
+        values to later layers. These values are then an input of the scan, saved once for the backward pass; as part
+        of the scan's carry they would be saved once a layer.
         """
         if not self.scan:
             return self.num_layers
@@ -355,15 +356,22 @@ class LM(nn.Module):
         return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((self.variables, operands)))
 
     def logits(self, x_BTD):
-        """Logits [B, T, V], float32, of activations from `hidden`. Prefill needs them for the last position only."""
+        """Return logits [B, T, V], float32 at least, of activations from `hidden`; prefill needs only the last."""
         return self.head(x_BTD)
 
     def __call__(self, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
+        """Return logits [B, T, V], float32 at least, and the state after the last token; arguments of `hidden`."""
         x_BTD, state = self.hidden(tokens_BT, state, reset_BT=reset_BT, valid_BT=valid_BT)
         return self.logits(x_BTD), state
 
     def init_state(self, batch: int, max_length: int | None = None) -> tuple:
-        """The empty state. `max_length` tokens is the capacity of a KV cache; a recurrent state has no limit."""
+        """Return the empty state, a tuple with one entry a layer, leaves [batch, ...].
+
+        `max_length` is the capacity of the KV caches in tokens; a recurrent state has no limit and ignores it.
+
+        Raises:
+            ValueError: a layer of attention needs `max_length`, and it is None.
+        """
         return tuple(kind.init_state(config, batch, max_length) for _, kind, config in self.every_layer)
 
 

@@ -98,7 +98,10 @@ class Block(nn.Module):
 
 
 def low_ranks(config: BlockConfig) -> tuple[int, int]:
-    """Widths of the low-rank maps of the mixes and of the decay: 32 and 64, doubled from 7B on."""
+    """Widths of the low-rank maps of the mixes and of the decay: `config.low_ranks`, or 32 and 64.
+
+    Released models from 7B on have twice these widths, which `SIZES` sets.
+    """
     return given_ranks(config, (32, 64))
 
 

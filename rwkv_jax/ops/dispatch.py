@@ -28,7 +28,7 @@ def accumulator_dtype(*arrays):
 
 @cache
 def hopper_at_hand() -> bool:
-    """Return whether JAX's devices are NVIDIA GPUs of compute capability 9.0 or later."""
+    """Return whether JAX's first device is an NVIDIA GPU of compute capability 9.0 or later."""
     capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; of an AMD GPU "gfx942"
     return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 9
 

@@ -26,7 +26,7 @@ adds at most |dL/dy| times the state's share in its average (|y| times that for 
 needs no exponents of its own, and no exponentials beyond those of the forward pass.
 
 Both directions have two forms here: `scan`, token by token, and `associative`, all prefixes at once in log T rounds.
-`pallas` (ops/kernels) is a fused kernel. Everything is computed in float32, or in float64 for float64 inputs.
+`pallas` (ops/kernels) is a fused kernel. Everything is computed in float32, or in float64 if k or v is float64.
 """
 
 from functools import partial
@@ -78,7 +78,11 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
             "pallas" or trace under `jax.set_mesh` of the TPU's devices.
 
     Returns:
-        y_BTD in the dtype of v, inside [min v, max v] of the tokens seen, and the `WKV4State` after the last token.
+        y_BTD in the dtype of v, inside [min v, max v] of the tokens seen, and the `WKV4State` after the last token,
+        in the accumulators' dtype: float32, or float64 if k or v is.
+
+    Raises:
+        ValueError: an unknown form, or a mismatched shape.
     """
     check_form(impl, FORMS)
     if k_BTD.ndim != 3 or k_BTD.shape != v_BTD.shape:
@@ -92,15 +96,16 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
 
 
 def suited_form(platform: str, T: int, dtype) -> str:
-    """The fastest form on a platform for T tokens and a dtype of the accumulators.
+    """Return the fastest form on a platform, for T tokens and a dtype of the accumulators.
 
-    A single token takes "scan" everywhere. Otherwise, as of 2026-11-24:
+    "tpu" and "gpu" are the two kernels behind "pallas". A single token takes "scan" everywhere. Otherwise:
 
     CPU: measured on 2 cores, scan is the fastest at every length and size (experiments/speed/results.json).
-    TPU: compiled for v5e and v5p, not run. Forward and backward at B 8, T 4,096, D 1,024, bfloat16: associative
-      accesses 66 to 70 times the bytes of inputs and outputs and takes 2.0 GB beside them, the kernel 0.07 GB.
+    TPU: compiled for v5e, v5p and v6e, not run. On v5e and v5p, forward and backward at B 8, T 4,096, D 1,024,
+      bfloat16: associative accesses 66 to 70 times the bytes of inputs and outputs and takes 2.0 GB beside them, the
+      kernel 0.07 GB.
     CUDA: measured on an H100, forward and backward at B 8, T 4,096, D 4,096, bfloat16: the kernel 1.2 ms,
-      associative 11.7, scan 113, the released CUDA kernel 4.2. The kernel needs Hopper.
+      associative 11.6, scan 118, the released CUDA kernel 4.2 (experiments/speed/wkv.json). The kernel needs Hopper.
     """
     if T == 1 or platform == "cpu":
         return "scan"

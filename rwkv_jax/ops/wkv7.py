@@ -6,8 +6,10 @@ For each head, with receptance r, key k, log decay w <= 0 and the pair a, b in R
     read    y_t = S_t^T r_t
 
 The token is written before it is read. RWKV-7 passes a = -kappa and b = kappa * alpha, kappa a key of length 1 and
-alpha the in-context learning rate of each channel: alpha of the value found at kappa is removed. Nothing here needs
-that form. With s_t = S_{t-1}^T a_t and dS = dL/dS_t, to which the read at t has added r_t dy_t^T, backward in time
+alpha, from 0 to 1, the in-context learning rate of each channel: the share of the value found at kappa that is
+removed. The operator accepts any a and b.
+
+With s_t = S_{t-1}^T a_t and dS = dL/dS_t, to which the read at t has added r_t dy_t^T, backward in time
 
     dr_t = exp(w_t) * S_{t-1} dy_t + b_t (s_t . dy_t) + k_t (v_t . dy_t)
     dw_t = exp(w_t) * sum_V dS * S_{t-1}        dk_t = dS v_t         dv_t = dS^T k_t

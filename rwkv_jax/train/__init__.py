@@ -3,7 +3,8 @@
     python -m rwkv_jax.train --config=configs/tiny.py --workdir=runs/tiny [--config.optim.lr=6e-4 ...]
 
 A workdir holds `config.json` (model, tokenizer, corpus hash, versions, the whole config), `metrics.jsonl` (one
-object a log step) and `checkpoints/`. The same command resumes it, bit for bit on a CPU or TPU.
+object a log step) and `checkpoints/`. The same command resumes it: bit for bit on a CPU, and on a GPU with
+deterministic operations. TPUs are untested.
 """
 
 from rwkv_jax.train.assemble import learning_rate

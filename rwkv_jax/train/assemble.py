@@ -124,7 +124,7 @@ def _programs(model, method, recipe, strategy_and_replicas, carry_rows, **option
 
 
 def learning_rate(config, model):
-    """The schedule of a run: learning rate of each step."""
+    """Return the schedule of a run: a function from a step, counted from 0, to its learning rate."""
     o, steps = config.optim, config.steps
     lr = optim.default_lr(model.layers[0], model.dim) if o.lr is None else o.lr
     lr_end = lr / 10 if o.lr_end is None else o.lr_end

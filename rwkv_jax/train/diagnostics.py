@@ -35,8 +35,8 @@ def make_diagnose(model, tx, **options):
     and observations of the kinds of layers (`Kind.observe`), NaN for layers that lack them:
 
         k_max [L]
-            largest |k| of each layer over the batch: WKV works with exp(k) kept as differences of exponents, other
-            programs overflow near 88 in float32 and 11 in float16. Of attention the keys, before rotation
+            largest |k| of each layer over the batch. WKV here takes differences of exponents; programs that compute
+            exp(k) overflow near 88 in float32 and 11 in float16. In attention, k is the key before rotation
         dead_channels
             "forgetting" [L]: share of time-mixing channels that nearly lose their sums from one token to the next;
             they see the current and the previous token only

@@ -20,7 +20,16 @@ from rwkv_jax.train.workdir import claimed, restore, write_config
 def run(config, workdir, profile: range | None = None) -> TrainState:
     """Train to `config.steps`, resuming from `workdir`; SIGINT and SIGTERM save and return early.
 
-    A trace of the steps in `profile`, numbered as in the log, goes to `workdir/profile`.
+    A trace of the steps in `profile`, numbered as in the log, goes to `workdir/profile`. Signals are handled only if
+    this runs in the main thread.
+
+    Returns:
+        the state after the last step taken; its `step` is below `config.steps` if a signal ended the run.
+
+    Raises:
+        ValueError: a field of the config is invalid or does not fit the workdir, or no checkpoint in it is valid.
+        OSError: a file cannot be read or written, or the last save failed.
+        DivergedError: the run has diverged, see `divergence.Watch`.
     """
     workdir, began = files.user_path(workdir), time.time()
     hosts.check_joined()

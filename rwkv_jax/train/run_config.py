@@ -81,7 +81,7 @@ def default():
             "branch_from": "",  # <workdir>/checkpoints/<step> of a trunk to start from, its step included
             "log_every": 10,
             "logging": {"tensorboard": False, "wandb_project": ""},  # beside metrics.jsonl: see `metrics.opened`
-            "diagnostics_every": 0,  # see `diagnostics.make_diagnose`; each costs about a step
+            "diagnostics_every": 0,  # see `diagnostics.make_diagnose`; each costs about a step and a half
             "eval_every": 250,
             "eval_tokens": 65536,
             "save_every": 250,

@@ -66,10 +66,13 @@ def make_init(model, tx, method=FULL, carry_rows=None):
 
 
 def make_step(model, tx, **options):
-    """`step(state, batch, lr, axis_name=None) -> (state, metrics)` on tokens [B, T+1], a loss mask [B, T] and, where
-    documents matter, `reset` [B, T]. Options are the fields of `Objective`.
+    """Return `step(state, batch, lr, axis_name=None) -> (state, metrics)`. Options are the fields of `Objective`.
 
-    Targets are the tokens that follow the inputs, or the batch's `targets` [B, T] if it has them.
+    A batch is a dict of `tokens` [B, T+1], `mask` [B, T], True for targets that count, and, where documents matter,
+    `reset` [B, T]. Targets are the tokens that follow the inputs, or the batch's `targets` [B, T] if it has them.
+
+    Metrics are scalars: `loss_nats`, the mean over the targets; `grad_norm`, the L2 norm before clipping; `skipped`,
+    the skipped steps so far; `targets`, the number of targets of this step.
     """
     objective = Objective(**options)
 

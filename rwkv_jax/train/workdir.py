@@ -28,7 +28,7 @@ FREE_FIELDS = (
 
 @contextlib.contextmanager
 def claimed(workdir):
-    """Lock a workdir for one run at a time, on its first host."""
+    """Lock a workdir for one run at a time, on its first host; ValueError if another run holds the lock."""
     if jax.process_index() != 0:
         yield
         return
