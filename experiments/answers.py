@@ -30,12 +30,12 @@ ANSWERS = (
     }),
     ("perplexity", {
         "en": ("What is token shift worth to a transformer?", "{shift} bits a byte"),
-        "zh": ("token shift 对 Transformer 值多少？", "每字节 {shift} 比特"),
+        "zh": ("token shift 能给 Transformer 带来多少提升？", "每字节 {shift} 比特"),
     }),
     ("recall", {
         "en": ("What does a state of fixed size cost?",
                "RWKV-4 needs {recall} times the examples of a transformer with token shift to learn recall"),
-        "zh": ("固定大小的状态有何代价？", "学会回忆，RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍"),
+        "zh": ("固定大小的状态有何代价？", "学会联想回忆，RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍"),
     }),
     ("speed", {
         "en": ("How fast is training?",

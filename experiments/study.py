@@ -124,6 +124,12 @@ class Study:
 # ------------------------------------------------------------------------------------------------- runs
 
 
+def size_of(study: Study) -> str:
+    """Return layers and width of the base, such as "4 x 128"."""
+    base = flat(study.base)
+    return f"{base['model.num_layers']} x {base['model.dim']}"
+
+
 def config_of(study: Study, changes: dict | None = None, seed: int = 0):
     """Return the config of the base with the changes of an arm."""
     fields = flat(study.base) | flat(changes or {})

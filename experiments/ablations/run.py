@@ -54,6 +54,7 @@ def conclude(its, values: dict) -> dict:
     resolved = sorted({*worse, *better} & set(parts), key=lambda arm: -rows[arm]["difference"])
     signs = "contradicted" if set(better) & set(parts) else "same sign" if set(worse) & set(parts) else "not resolved"
     pairs = len(study.seeds_of(its, RELEASED))
+    size = study.size_of(its)
     return {
         "ledger": [
             claim(
@@ -61,7 +62,7 @@ def conclude(its, values: dict) -> dict:
                 "each is argued for; no numbers",
                 f"{', '.join(map(told, resolved[:1])) or 'none resolved'} bits a byte",
                 signs,
-                run=f"2 x 64, {pairs} pairs",
+                run=f"{size}, {pairs} pairs",
                 details=f"{len(resolved)} of {len(parts)} resolved (Holm over {len(rows) - 1}): "
                 f"{', '.join(map(told, resolved))}",
             ),
@@ -70,7 +71,7 @@ def conclude(its, values: dict) -> dict:
                 "how the models were initialised",
                 f"{told(PRINTED)} bits a byte beside the released values",
                 "contradicted" if PRINTED in worse else "not resolved",
-                run=f"2 x 64, {pairs} pairs",
+                run=f"{size}, {pairs} pairs",
                 details="channel mixing gets no gradient",
             ),
         ],

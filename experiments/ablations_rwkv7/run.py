@@ -108,6 +108,7 @@ def conclude(its, values: dict) -> dict:
     worse, better = ([arm for arm in taken if resolved(arm, sign)] for sign in (1, -1))
     largest = max(taken, key=lambda arm: rows[arm]["difference"])
     parts = "contradicted" if better else "same sign" if worse else "not resolved"
+    size, pairs = study.size_of(its), len(study.seeds_of(its, RELEASED))
     start = "same sign" if resolved(START, 1) else "contradicted" if resolved(START, -1) else "not resolved"
     return {
         "ledger": [
@@ -116,7 +117,7 @@ def conclude(its, values: dict) -> dict:
                 "each is argued for; no numbers in the main text",
                 f"{largest} {of(largest)} bits a byte",
                 parts,
-                run="2 x 64, 3 pairs",
+                run=f"{size}, {pairs} pairs",
                 details=f"{len(worse)} of {len(taken)} resolved as worse, {len(better)} as better",
             ),
             claim("RWKV-7 without the delta rule", SAID[DELTA], f"{of(DELTA)} bits a byte", "not comparable"),

@@ -127,6 +127,7 @@ def verdict_of(right: dict, low: float, high: float, rule: float) -> str:
 def conclude(its, values: dict) -> dict:
     """Rows of the ledger: ListOps, what rules reach there, and other tasks that were run."""
     above, below = its.base["above"], its.base["below"]
+    size = study.size_of(its)
     is_public = (above, below) == (listops.PUBLIC.above, listops.PUBLIC.below)
     rules, public = values["rules"]["right"], values["rules, 500 to 2,000"]
     share = lambda arm: np.mean([run["right"] for run in study.runs_of(its, values, arm)])
@@ -140,7 +141,7 @@ def conclude(its, values: dict) -> dict:
             "RWKV 0.559; attention 0.353 to 0.400; S4 0.596",
             f"{right['rwkv4']:.3f} [{low:.3f}, {high:.3f}]",
             verdict_of(right, low, high, rules["root operator alone"]) if is_public else "not comparable",
-            run=f"4 x 64, lengths {above} to {below}",
+            run=f"{size}, lengths {above} to {below}",
             details=f"{arms}; RWKV-4 {between}",
         ),
         claim(

@@ -121,6 +121,7 @@ def conclude(its, values) -> dict:
     told = lambda arm, n: " and ".join(f"{np.mean(at(arm, n)[order]):.2f}" for order in ORDERS)
     line = lambda arm: f"{arm} " + ", ".join(f"{told(arm, n)} at n {n}" for n in told_pairs)
     most = told_pairs[-1]
+    size = study.size_of(its)
     by_seed = lambda arm: f"{arm} {', '.join(f'{x:+.2f}' for x in at(arm, most)['difference'])}"
     chance = ", ".join(f"{1 / n:.2f}" for n in told_pairs)
     learned = any(np.mean(at(arm, most)[order]) > 1 / most + SMALLEST for arm in ARMS[1:] for order in ORDERS)
@@ -133,7 +134,7 @@ def conclude(its, values) -> dict:
                 "Raven-14B, data first and question first: RTE 44.2 and 74.8, WNLI 47.9 and 49.3",
                 f"first minus last {at(ARMS[0], most)['mean']:+.2f} right",
                 verdict(at(ARMS[0], most)["difference"], at(ARMS[1], most)["difference"]),
-                run=f"{most} pairs, 2 x 64",
+                run=f"{most} pairs, {size}",
                 details=f"accuracy asked first and last (chance {chance}): {'; '.join(map(line, ARMS))}; first minus "
                 f"last at n {most} by seed: {'; '.join(map(by_seed, ARMS[:2]))}" + remark,
             )

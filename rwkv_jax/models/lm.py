@@ -64,7 +64,7 @@ CHOICES = {
 NUMBERS = {
     "dropout": (lambda x: 0 <= x < 1, "a fraction from 0 to below 1"),
     "head_norm_epsilon": (lambda x: 0 < x < math.inf, "a finite number above 0"),
-    "embedding_scale": (lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
+    "embedding_scale": (lambda x: 0 < x < math.inf, "a finite number above 0"),
 }
 # Far beyond any model; parameters of these sizes have fewer bytes than an int64 counts, past which XLA aborts.
 LARGEST = {"vocab_size": 2**31 - 1, "num_layers": 2**16, "dim": 2**20, "hidden_dim": 2**22, "head_size": 2**20}

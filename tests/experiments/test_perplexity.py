@@ -17,6 +17,10 @@ def test_perplexity_configs_have_the_fields_of_their_preset():
     assert config.model.variant.token_shift and config.model.dropout == 0.1 and config.model.dim == 512
     assert config.optim.weight_decay == 0.1 and config.seq_len == 1024
     assert configs_of("paper")["transformer"].optim.lr_end == 1e-5
+    for preset, epochs in {"gpu": 1.7, "paper": 40}.items():  # as the header says
+        its = study.chosen(study.Study(**run.STUDY), preset)
+        config = study.config_of(its)
+        assert its.budgets[-1] * config.batch_size * config.seq_len == pytest.approx(epochs * run.EPOCH, rel=0.02)
     arms = configs_of("cpu")
     assert arms["rwkv4"].optim.lr == 8e-3 and arms["rwkv7"].optim.lr == 4e-3  # from compare's sweep
     assert all(1e-4 < config.optim.lr < 0.1 for config in arms.values())
