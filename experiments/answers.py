@@ -2,6 +2,8 @@
 
 import re
 
+import numpy as np
+
 from experiments.engineering import fastest_steps, percent, read, table, three_digits
 from experiments.statistics import at_most, told
 
@@ -35,20 +37,24 @@ ANSWERS = (
     ("recall", {
         "en": ("What does a state of fixed size cost?",
                "RWKV-4 needs {recall} times the examples of a transformer with token shift to learn recall"),
-        "zh": ("固定大小的状态有何代价？", "学会联想回忆，RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍"),
+        "zh": ("固定大小的状态有何代价？",
+               "学会联想回忆，RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍"),
+    }),
+    ("tracking", {
+        "en": ("Who tracks a state? (product of {elements} elements of A5 right)",
+               "RWKV-5.2, 6 and 7: {rwkv5}, {rwkv6}, {rwkv7}, and {removal} if RWKV-7 may remove twice as much; "
+               "transformer {transformer}, with token shift {shifted}"),
+        "zh": ("谁能跟踪状态？（A5 中 {elements} 个元素之积的正确率）",
+               "RWKV-5.2、6、7：{rwkv5}、{rwkv6}、{rwkv7}；RWKV-7 的移除量可达两倍时 {removal}；"
+               "Transformer {transformer}，带 token shift {shifted}"),
     }),
     ("speed", {
-        "en": ("How fast is training?",
-               "RWKV-4 on a CPU: {training_4} times Hugging Face's; "
-               "169M on an H100: {h100} tokens/s, {mfu} of the peak"),
-        "zh": ("训练有多快？",
-               "RWKV-4 在 CPU 上是 Hugging Face 实现的 {training_4} 倍；169M 在 H100 上 {h100} token/s，峰值的 {mfu}"),
-    }),
-    ("speed", {
-        "en": ("Does a token cost the same after a long context? (12 x 768, CPU)",
-               "{first} ms at first, {last} ms after {context} tokens"),
-        "zh": ("长上下文之后每个 token 的代价不变吗？（12 x 768，CPU）",
-               "开始 {first} ms，{context} 个 token 之后 {last} ms"),
+        "en": ("How fast is it?",
+               "training RWKV-4 on a CPU: {training_4} times Hugging Face's; 169M on an H100: {h100} tokens/s, {mfu} "
+               "of the peak; a token of 12 x 768 on a CPU: {first} ms, after {context} tokens {last} ms"),
+        "zh": ("有多快？",
+               "训练：RWKV-4 在 CPU 上是 Hugging Face 实现的 {training_4} 倍；169M 在 H100 上 {h100} token/s，"
+               "峰值的 {mfu}；生成：12 x 768 在 CPU 上每个 token {first} ms，{context} 个 token 之后 {last} ms"),
     }),
 )  # fmt: skip
 
@@ -70,6 +76,9 @@ def numbers() -> dict[str, str]:
     gain = scaling["compute_at_equal_loss"]["rwkv7 over rwkv4"]
     recall = re.findall(r"((?:at least )?[\d.]+) times", read("recall/results.json")["ledger"][0]["ours"])
     step = fastest_steps()["169m", "rwkv4", 32, 1024]
+    tracking = read("tracking/results.json")
+    elements = str(tracking["study"]["base"]["seq_len"])
+    right = {arm.removeprefix("A5 x 2, "): np.mean(its[elements]) for arm, its in tracking["last_token"].items()}
     apart = [its["from kept"]["loss_nats"] for name, its in trajectory["cells"].items() if name.endswith("float64")]
     first_budget = min(map(int, pairs["rwkv4 minus transformer"]))
     return {
@@ -90,6 +99,10 @@ def numbers() -> dict[str, str]:
         "h100": three_digits(step["tokens_per_second"]),
         "mfu": percent(step["mfu"]),
         "recall": recall[0].replace("at least ", "≥ "),
+        "elements": elements,
+        **{name: f"{right[name]:.2f}" for name in ("rwkv5", "rwkv6", "rwkv7", "transformer")},
+        "removal": f"{right['rwkv7 (removal 2)']:.2f}",
+        "shifted": f"{right['transformer+shift']:.2f}",
         "first": f"{1e3 * first['seconds']:.1f}",
         "last": f"{1e3 * last['seconds']:.1f}",
         "context": f"{last['context']:,}",

@@ -44,7 +44,6 @@ FIRST = (
     "rwkv7 minus rwkv4, bits a byte",
     "Compute at equal loss, rwkv7 over rwkv4",
     "Compute at equal loss, rwkv4 over transformer",
-    "Fig. 4: a line through loss against compute, in the decade beyond it",
     "Fig. 4: that r2 0.994 shows a straight line",
     "Section 5.2, longer windows 1:10:10",
     "Table 1: a token's time and memory against context",
@@ -54,9 +53,10 @@ FIRST = (
     "Fig. 10, learned or given",
     "Fig. 11, a fact goes deeper after its subject (small model)",
     "Recall (section 9; Tables 6, 7)",
+    "State tracking, A5: rwkv7 minus transformer, token 16 (trained on 16)",
+    "State tracking, S3: rwkv7 (removal 2) minus rwkv7, token 32 (trained on 16)",
     "Question first or last (Tables 6, 7)",
     "Appendix E, initial values as printed",
-    "Training with bfloat16 activations",
 )
 
 

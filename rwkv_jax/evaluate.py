@@ -221,7 +221,7 @@ def _at(starts, lengths, positions):
 def perplexity(nats) -> float:
     """exp(mean of `nats`), per token, inf beyond 709 nats; ValueError where there are none."""
     if np.size(nats) == 0:
-        raise ValueError("no tokens to take a perplexity of")
+        raise ValueError("no tokens: expected at least one to take a perplexity of")
     with np.errstate(over="ignore"):
         return float(np.exp(np.mean(nats, dtype=np.float64)))
 

@@ -55,7 +55,7 @@ def load_adapters(path, model, params) -> tuple[dict, float]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected saved adapters")
     if formats.format_of(path) != "safetensors":
-        raise ValueError(f"{path} holds no adapters")
+        raise ValueError(f"{path} holds no adapters: expected a .safetensors by `finetune export`")
     arrays, metadata = safetensors_file.read(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds no adapters, or those of another version: expected {FORMAT!r}")

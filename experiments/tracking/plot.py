@@ -30,10 +30,10 @@ def draw(results: dict, path: Path) -> None:
             axis.fill_between(length_T, right_ST.min(0), right_ST.max(0), color=its["color"], alpha=0.1, linewidth=0)
             marked = np.unique(np.geomspace(1, len(length_T), 7).astype(int)) - 1
             axis.plot(length_T, right_ST.mean(0), **its | {"label": model, "markevery": marked.tolist()})
-        figures.mark(axis, trained, "trained to here")
+        axis.axvline(trained, color="#888888", linewidth=0.8)
         axis.axhline(results["chance"][group], color="#888888", linewidth=0.8, linestyle=":", label="chance")
-        title = f"{group}, {depth} layer{'s' * (depth != '1')}"
-        axis.set(title=title, xlabel="elements of the word", ylabel="last product right, share", ylim=(0, 1.03))
+        title, xlabel = f"{group}, {depth} layer{'s' * (depth != '1')}", f"elements of the word (trained on {trained})"
+        axis.set(title=title, xlabel=xlabel, ylabel="last product right, share", ylim=(0, 1.03))
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         figures.label_ends(axis)
@@ -42,15 +42,11 @@ def draw(results: dict, path: Path) -> None:
 
 
 def _finding(panels: dict, trained: int) -> str:
-    """Compare RWKV-7 with the transformers at the length of training, where one panel has all of them."""
-    compared = ("rwkv7", "transformer", "transformer+shift")
-    found = next(((panel, models) for panel, models in panels.items() if set(compared) <= models.keys()), None)
-    if not found:
-        return "Products of a group's elements, by their number"
-    panel, models = found
-    share = {model: np.mean([cell["right"][trained - 1] for cell in models[model]]) for model in compared}
+    """Return the accuracy of each model at the length of training, of the panel with the most models."""
+    panel, models = max(panels.items(), key=lambda item: len(item[1]))
+    share = {model: np.mean([cell["right"][trained - 1] for cell in cells]) for model, cells in models.items()}
     told = ", ".join(f"{model} {right:.2f}" for model, right in share.items())
-    return f"{panel.partition(' x ')[0]}, product of {trained} elements right: {told}"
+    return f"{panel.partition(' x ')[0]}, {trained} elements: {told}"
 
 
 if __name__ == "__main__":

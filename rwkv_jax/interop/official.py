@@ -252,7 +252,7 @@ def activation_dtype(param_dtype: str) -> str:
 
 def _matrix_shape(tensors, name) -> tuple[int, int]:
     if name not in tensors and name.startswith("blocks."):
-        raise ValueError(f"key {name!r} is missing among {len(tensors)}")
+        raise ValueError(f"key {name!r} is missing among {len(tensors)} tensors")
     if name not in tensors:
         raise ValueError(f"not RWKV weights: {name!r} is not among the {len(tensors)} keys {list(tensors)[:3]}")
     if tensors[name].ndim != 2:

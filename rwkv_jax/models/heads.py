@@ -16,8 +16,8 @@ LARGEST_RANK = 2**20  # far beyond any model, like `lm.LARGEST`
 SMALL = orthogonal(0.1, widened=False)  # of the outer matrix of a low-rank map
 # (width, rate): of the World models of RWKV-5 and 6 (arXiv:2404.05892); at 768 of RWKV-LM's train.py
 RELEASED_RATES = ((768, 6e-4), (1024, 4e-4), (2048, 3e-4), (2560, 2e-4), (4096, 1.5e-4))
-# RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh. With an epsilon of 1e-8 the inner matrices barely move
-# at first: while the matrices after them are nearly zero, their gradients are tiny.
+# RWKV-LM, RWKV-v7/train_temp/demo-training-run-v7-pile.sh. Output matrices start at zero, so gradients of
+# the matrices before them are tiny at first: with an epsilon of 1e-8 these would barely move.
 RECIPE = {"schedule": "cosine", "eps": 1e-18, "weight_decay": 0.1}
 
 

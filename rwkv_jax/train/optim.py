@@ -151,9 +151,10 @@ def schedule(
 ) -> Callable[[int], float]:
     """Learning rate of a step in [0, steps), after a linear warm-up.
 
-    "exponential": constant, then from step `decay_start` on lr * (lr_end / lr)^progress, which reaches lr_end in the
-    last step (appendix G). Before its decay such a run is a trunk, from which runs of other lengths can branch off
-    where their own decay starts. "cosine": half a cosine from lr to lr_end. "constant".
+    "exponential": constant, then from step `decay_start` on (None: from the end of the warm-up) lr * (lr_end /
+    lr)^progress, which reaches lr_end in the last step (appendix G). Before its decay such a run is a trunk, from
+    which runs of other lengths can branch off where their own decay starts. "cosine": half a cosine from lr to lr_end.
+    "constant".
     """
     if kind not in ("exponential", "cosine", "constant"):
         raise ValueError(f"schedule is {kind!r}, expected exponential, cosine or constant")

@@ -121,9 +121,9 @@ def step_seconds(model, config, params, chip: hardware.Chip, slices: int = 1) ->
     Compute: the FLOPs of `hardware`. Memory, at least: the optimiser reads and writes parameters and two moments and
     reads gradients, the products read gathered weights three times a micro-batch, and a layer's activations pass
     through memory `Kind.memory_traffic` D times a token (RWKV-4: 120, 20 in and out of its products, as much again
-    between them, three times over for forward, backward and weight gradient). XLA's count, which includes fast on-chip
-    memory, is 286 D (one layer of D 768 without remat on 8 windows of 1,024 a chip, bfloat16, v5e; libtpu 0.0.52,
-    2026-11-26).
+    between them, three times over for forward, backward and weight gradient), and logits 6 V times a token. XLA's
+    count, which includes fast on-chip memory, is 286 D (one layer of D 768 without remat on 8 windows of 1,024 a chip,
+    bfloat16, v5e; libtpu 0.0.52, 2026-11-26).
     """
     num_chips = _mesh_of(params).size
     tokens, size = config.batch_size * config.seq_len / num_chips, jnp.dtype(model.dtype).itemsize
