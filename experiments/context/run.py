@@ -22,9 +22,7 @@ Claims, each about a small model of bytes trained here on windows of T:
     python -m experiments.context.copying             learning rates of the copy task -> sweep.json
     python -m experiments.context.run --smoke
 
-RWKV-4 alone has run so far.
-Cost, estimated: 35 minutes on 2 cores, of which RWKV-4 took 11, later versions 10 more, copying by version 14; `gpu`:
-16 minutes on one H200.
+Cost: 36 minutes of one core of a Xeon, learning rates of the copy task 15; `gpu`, estimated: 16 minutes on one H200.
 
 Verdicts:
   context, extension   same sign: the paired difference is below 0 with its interval over documents, or over seeds if
