@@ -18,6 +18,7 @@ __all__ = [
     "COLOURS",
     "draw",
     "label_ends",
+    "mark",
     "panels",
     "plt",
     "saved",
@@ -97,6 +98,13 @@ def titled(figure, results: dict, finding: str, condition: str = "") -> None:
     characters = int(9.8 * figure.get_figwidth())
     figure.suptitle(textwrap.fill(finding, characters), x=0.01, ha="left")
     figure.supxlabel(textwrap.fill(text, 130), x=0.99, ha="right", fontsize=SMALLEST, color="#666666")
+
+
+def mark(axis, x: float, text: str, ha: str = "left") -> None:
+    """Draw a vertical line with a text at its foot, to the right of the line unless `ha` is "right"."""
+    axis.axvline(x, color="#888888", linewidth=0.8)
+    where = {"xycoords": axis.get_xaxis_transform(), "xytext": (3 if ha == "left" else -3, 2)}
+    axis.annotate(text, (x, 0), textcoords="offset points", ha=ha, color="#666666", fontsize=SMALLEST, **where)
 
 
 def within_decades(of_axis, text="{x:g}") -> None:
