@@ -35,10 +35,12 @@ ANSWERS = (
         "zh": ("token shift 能给 Transformer 带来多少提升？", "每字节 {shift} 比特"),
     }),
     ("recall", {
-        "en": ("What does a state of fixed size cost?",
-               "RWKV-4 needs {recall} times the examples of a transformer with token shift to learn recall"),
-        "zh": ("固定大小的状态有何代价？",
-               "学会联想回忆，RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍"),
+        "en": ("Does a state of fixed size recall?",
+               "2 and 3 pairs: RWKV-4 needs {recall} times the examples of a transformer with token shift; "
+               "8 pairs: learned by {learned}, not in {most} k by {failed}"),
+        "zh": ("固定大小的状态能做联想回忆吗？",
+               "2 对和 3 对：RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍；"
+               "8 对：{learned} 学会，{most} k 个样本内未学会的有 {failed}"),
     }),
     ("tracking", {
         "en": ("Who tracks a state? (product of {elements} elements of A5 right)",
@@ -74,7 +76,9 @@ def numbers() -> dict[str, str]:
     training = {row["theirs"]: row["ratio"] for row in speed["train"]["rows"]}
     trajectory, scaling = read("trajectory/results.json"), read("scaling/results.json")
     gain = scaling["compute_at_equal_loss"]["rwkv7 over rwkv4"]
-    recall = re.findall(r"((?:at least )?[\d.]+) times", read("recall/results.json")["ledger"][0]["ours"])
+    recall = read("recall/results.json")
+    times = re.findall(r"((?:at least )?[\d.]+) times", recall["ledger"][0]["ours"])
+    by_version = recall["examples_to_0.9"]["T 64, n 8, D 64"]
     step = fastest_steps()["169m", "rwkv4", 32, 1024]
     tracking = read("tracking/results.json")
     elements = str(tracking["study"]["base"]["seq_len"])
@@ -98,7 +102,10 @@ def numbers() -> dict[str, str]:
         "training_4": f"{training['transformers RwkvForCausalLM']:.1f}",
         "h100": three_digits(step["tokens_per_second"]),
         "mfu": percent(step["mfu"]),
-        "recall": recall[0].replace("at least ", "≥ "),
+        "recall": times[0].replace("at least ", "≥ "),
+        "learned": ", ".join(f"{arm} ({n / 1000:.0f} k)" for arm, n in by_version.items() if n),
+        "failed": ", ".join(arm for arm, n in by_version.items() if not n),
+        "most": f"{recall['cells']['rwkv4, T 64, n 8, D 64, seed 0']['curve'][-1][0] / 1000:.0f}",
         "elements": elements,
         **{name: f"{right[name]:.2f}" for name in ("rwkv5", "rwkv6", "rwkv7", "transformer")},
         "removal": f"{right['rwkv7 (removal 2)']:.2f}",

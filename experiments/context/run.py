@@ -22,7 +22,7 @@ Claims, each about a small model of bytes trained here on windows of T:
     python -m experiments.context.copying             learning rates of the copy task -> sweep.json
     python -m experiments.context.run --smoke
 
-Cost: 36 minutes of one core of a Xeon, learning rates of the copy task 15; `gpu`, estimated: 16 minutes on one H200.
+Cost: 37 minutes of one core of a Xeon, learning rates of the copy task 15; `gpu`, estimated: 16 minutes on one H200.
 
 Verdicts:
   context, extension   same sign: the paired difference is below 0 with its interval over documents, or over seeds if

@@ -11,7 +11,7 @@ recall as in Zoology (Arora et al. 2023), with two layers.
     python -m experiments.recall.run --sweep          learning rates, at 2 pairs of T 32 and 8 of T 64
     python -m experiments.recall.run --smoke
 
-Cost: 25 minutes of one core of a Xeon, `--sweep` 90; `gpu`, estimated: 21 minutes on one H200.
+Cost: 27 minutes of one core of a Xeon, `--sweep` 90; `gpu`, estimated: 21 minutes on one H200.
 
 The paper has no numbers. Finch's, accuracy at (T, pairs) after 100 thousand examples read many times, RWKV-4, 5 and 6:
     width 64    (64, 4) .93, 1, 1    (128, 8) .31, 1, 1    (256, 16) .13, .99, 1    (512, 64) 0, .03, .97
