@@ -44,7 +44,7 @@ FIRST = (
     "rwkv7 minus rwkv4, bits a byte",
     "Compute at equal loss, rwkv7 over rwkv4",
     "Compute at equal loss, rwkv4 over transformer",
-    "Fig. 4: that r2 0.994 shows a straight line",
+    "Longest lag of a copied symbol, RWKV-7",
     "Section 5.2, longer windows 1:10:10",
     "Table 1: a token's time and memory against context",
     "Fig. 13: memory for 512 tokens, without parameters",
@@ -157,9 +157,13 @@ def not_run() -> str:
 
 
 def hours() -> str:
-    """Total time of what the ledger lists."""
-    seconds = sum(its["wall_seconds"] for _, its in results())
-    return f"{seconds / 3600:.1f} hours in all, of the runs that the ledger keeps."
+    """Return the total time of all cells; runs that several experiments share count once."""
+    cells = {
+        cell.get("hash") or (i, name): cell["wall_seconds"]
+        for i, (_, its) in enumerate(results())
+        for name, cell in its["cells"].items()
+    }
+    return f"{sum(cells.values()) / 3600:.1f} hours in all, where runs that scaling and perplexity share count once."
 
 
 def command_of(name: str, its: dict) -> str:

@@ -33,8 +33,8 @@ Verdicts:
   copy                 same sign: extension solves a longer lag than both start and control; contradicted: a shorter
                        one; else not resolved
   versions             by the rule of context: the change of RWKV-5's and RWKV-6's loss from T to 4,096 bytes minus
-                       RWKV-4's, and RWKV-7's own change. Documents resolve about 0.001 bits a byte, and RWKV-4 itself
-                       did not move by that. The longest lag copied, as a ratio to RWKV-4's over three seeds, is *not
+                       RWKV-4's, *not comparable* unless RWKV-4's loss rises with its interval, as in the paper; and
+                       RWKV-7's own change. The longest lag copied, as a ratio to RWKV-4's over three seeds, is *not
                        comparable*: no paper has a number that a model of 2 x 64 could meet
 
 Deviations: T 256 and bytes of source code instead of 1,024 tokens of the Pile. The extension trains on as many tokens

@@ -128,7 +128,11 @@ def times(slow: list, fast: list, last: list) -> str:
     ratios = [min(a, most) / min(b, most) for a, b, most in cases]
     bound = {(True, False): "at least ", (False, True): "at most "}.get(late)
     spread = "" if bound or len(ratios) == 1 else f" ({min(ratios):.2g} to {max(ratios):.2g})"
-    return f"{bound or ''}{np.exp(np.mean(np.log(ratios))):.2g} times{spread}"
+    mean = np.exp(np.mean(np.log(ratios)))
+    if bound:  # a bound must not promise more than the runs do
+        unit = 10.0 ** (np.floor(np.log10(mean)) - 1)
+        mean = (np.floor if late[0] else np.ceil)(round(mean / unit, 9)) * unit
+    return f"{bound or ''}{mean:.2g} times{spread}"
 
 
 def conclude(its, values) -> dict:
