@@ -37,10 +37,10 @@ ANSWERS = (
     ("recall", {
         "en": ("Does a state of fixed size recall?",
                "2 and 3 pairs: RWKV-4 needs {recall} times the examples of a transformer with token shift; "
-               "8 pairs: learned after {learned} examples, not in {most} k by {failed}"),
+               "8 pairs: it takes {learned} examples, and more than {most} k with {failed}"),
         "zh": ("固定大小的状态能做联想回忆吗？",
                "2 对和 3 对：RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍；"
-               "8 对：学会所需样本 {learned}，{most} k 个样本内未学会的有 {failed}"),
+               "8 对：所需样本 {learned}；超过 {most} k 的有 {failed}"),
     }),
     ("tracking", {
         "en": ("Who tracks a state? (share right, product of {elements} elements of A5; chance {chance})",
@@ -105,7 +105,7 @@ def numbers() -> dict[str, str]:
         "h100": three_digits(step["tokens_per_second"]),
         "h100_transformer": three_digits(fastest_steps()["169m", "transformer", 32, 1024]["tokens_per_second"]),
         "recall": times[0].replace("at least ", "≥ "),
-        "learned": ", ".join(f"{arm} ({n / 1000:.0f} k)" for arm, n in by_version.items() if n),
+        "learned": ", ".join(f"{n / 1000:.0f} k ({arm})" for arm, n in by_version.items() if n),
         "failed": ", ".join(arm for arm, n in by_version.items() if not n and arm != "hybrid"),
         "most": f"{recall['cells']['rwkv4, T 64, n 8, D 64, seed 0']['curve'][-1][0] / 1000:.0f}",
         "elements": elements,
