@@ -60,11 +60,10 @@ def conclude(its, values: dict) -> dict:
             claim(
                 "Parts of the model, one taken away at a time",
                 "each is argued for; no numbers",
-                f"{', '.join(map(told, resolved[:1])) or 'none resolved'} bits a byte",
+                f"{len(resolved)} of {len(parts)} resolved: {told(resolved[0]) if resolved else 'none'} bits a byte",
                 signs,
                 run=f"{size}, {pairs} pairs",
-                details=f"{len(resolved)} of {len(parts)} resolved (Holm over {len(rows) - 1}): "
-                f"{', '.join(map(told, resolved))}",
+                details=f"Holm over {len(rows) - 1}: {', '.join(map(told, resolved))}",
             ),
             claim(
                 "Appendix E, initial values as printed",

@@ -133,7 +133,7 @@ def conclude(its, values: dict) -> dict:
         claim(
             "Section 5.2, longer windows 1:10:10",
             "loss falls in every stage; no control",
-            f"to {factor} T, minus as many tokens more at T: {told(*extension, 4)} bits a byte after {longest} bytes",
+            f"to {factor} T, minus a control at T: {told(*extension, 4)} bits a byte after {longest} bytes",
             verdict(*extension[1:], sign=-1),
         ),
         claim(

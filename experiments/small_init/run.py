@@ -107,10 +107,10 @@ def conclude(its, values: dict) -> dict:
             claim(
                 "Fig. 9, small initial embedding with LN0",
                 "loss falls earlier; no numbers",
-                f"{told(EARLY, both)} nats a token",
+                f"{told(EARLY, both)} nats a token; the small values alone {told(EARLY, 'small')}",
                 statistics.verdict(low, high, sign=-1),
                 run=f"{config.model.num_layers} x {config.model.dim}, after {tokens:,.0f} tokens",
-                details=f"LN0 {told(EARLY, 'LN0')}, small values {told(EARLY, 'small')}; at the end {told(1, both)}",
+                details=f"LN0 alone {told(EARLY, 'LN0')}; at the end both {told(1, both)}",
             )
         ],
         "not_run": [

@@ -38,13 +38,14 @@ def test_asked_gives_both_orders_the_same_question_data_and_answer():
 
 
 @pytest.mark.parametrize(
-    "differences, control, verdict",
+    "differences, control, is_learned, verdict",
     [
-        ([0.2, 0.1], [0.0, 0.01], "same sign"),
-        ([0.2, 0.1], [0.3, 0.2], "not resolved"),  # the control depends on the order more
-        ([0.2, 0.01], [0.0, 0.0], "not resolved"),
-        ([-0.2, -0.1], [0.0, 0.0], "contradicted"),
+        ([0.2, 0.1], [0.0, 0.01], True, "same sign"),
+        ([0.2, 0.1], [0.0, 0.01], False, "not comparable"),
+        ([0.2, 0.1], [0.3, 0.2], True, "not resolved"),  # the control depends on the order more
+        ([0.2, 0.01], [0.0, 0.0], True, "not resolved"),
+        ([-0.2, -0.1], [0.0, 0.0], True, "contradicted"),
     ],
 )
-def test_order_verdict_needs_every_seed_and_the_control(differences, control, verdict):
-    assert run.verdict(differences, control) == verdict
+def test_order_verdict_needs_every_seed_and_a_control_that_learned(differences, control, is_learned, verdict):
+    assert run.verdict(differences, control, is_learned) == verdict
