@@ -19,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from rwkv_jax import files
-
 SCRIPT = "rwkv-jax"  # see `rwkv_jax.__main__`
 STDOUT, STDERR = 1, 2  # file descriptors
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
@@ -29,11 +27,6 @@ ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 def unescaped(text: str) -> str:
     r"""Return an option's text with \n, \t and \\ expanded, which shells pass on unchanged."""
     return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], text)
-
-
-def say_written(path) -> None:
-    """Tell on stderr what a command has written: a path, and its size."""
-    print(f"wrote {path}, {files.num_bytes(path):,} bytes", file=sys.stderr)
 
 
 def program(module: str) -> str:

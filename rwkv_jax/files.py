@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,6 +138,11 @@ def num_bytes(path) -> int:
         with contextlib.suppress(FileNotFoundError):  # another process may clear it away
             total += 0 if os.path.isdir(part) else os.lstat(part).st_size
     return total
+
+
+def say_written(path) -> None:
+    """Print on stderr what a command has written: a path, and its size."""
+    print(f"wrote {path}, {num_bytes(path):,} bytes", file=sys.stderr)
 
 
 def read_json(path, expected: type = dict) -> Any:

@@ -116,7 +116,7 @@ def main(argv=None) -> None:
     args = vars(parser.parse_args(argv))
     call = args.pop("call")
     call(**args)
-    command.say_written(files.user_path(args["destination"]))
+    files.say_written(files.user_path(args["destination"]))
 
 
 if __name__ == "__main__":

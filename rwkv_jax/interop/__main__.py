@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from rwkv_jax import command, runs
+from rwkv_jax import command, files, runs
 from rwkv_jax.data import tokenizers
 from rwkv_jax.interop import FORMATS, check_format, destination, locate, save
 
@@ -24,7 +24,7 @@ def main(argv=None) -> None:
     save(path, model, params, format, training=training, tokenizer=tokenizer)
     if tokenizer is not None:
         tokenizers.save(tokenizer, path)
-    command.say_written(path)
+    files.say_written(path)
 
 
 def _tokenizer(source, vocab_size):
