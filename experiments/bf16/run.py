@@ -70,7 +70,7 @@ def verdict(low, high) -> str:
 def conclude(its, values) -> dict:
     """Return the rows of the ledger: the cost of each arm, and whether runs of one seed are equal."""
     config, compared = study.config_of(its), study.compared(its, values)
-    size = f"{config.model.num_layers} x {config.model.dim}, {config.steps} steps, "
+    size = f"{study.size_of(its)}, {config.steps} steps, "
     size += f"{len(study.seeds_of(its, BASE))} paired seeds"
     rows = []
     for arm in list(compared)[1:]:

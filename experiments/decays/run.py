@@ -134,7 +134,7 @@ def conclude(its, values: dict) -> dict:
     given, (mean, low, high) = released["contrast_before"][0], flat["contrast_learned"]
     worth = flat["bits_per_byte"] - released["bits_per_byte"]
     learned = statistics.told(mean, low, high)
-    size = f"{config.model.num_layers} x {config.model.dim}"
+    size = study.size_of(its)
     return {
         "ledger": [
             claim(

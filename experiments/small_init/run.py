@@ -109,7 +109,7 @@ def conclude(its, values: dict) -> dict:
                 "loss falls earlier; no numbers",
                 f"{told(EARLY, both)} nats a token; the small values alone {told(EARLY, 'small')}",
                 statistics.verdict(low, high, sign=-1),
-                run=f"{config.model.num_layers} x {config.model.dim}, after {tokens:,.0f} tokens",
+                run=f"{study.size_of(its)}, after {tokens:,.0f} tokens",
                 details=f"LN0 alone {told(EARLY, 'LN0')}; at the end both {told(1, both)}",
             )
         ],
