@@ -61,7 +61,8 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
             write = held.enter_context(metrics.opened(workdir, start, config.to_dict(), **config.logging))
             show = held.enter_context(progress.shown(start, config.steps))
         if start >= config.steps and jax.process_index() == 0:
-            print(f"step {start} of {config.steps} is done: raise --config.steps to go on", file=sys.stderr)
+            more = "for more steps, another workdir and --config.branch_from"
+            print(f"step {start} of {config.steps} is done; {more}", file=sys.stderr)
         skipped = int(jax.device_get(state.skipped))
         return _loop(
             this, workdir, state, start, profile, Log(this, workdir, start, skipped, clock, write, show), stop

@@ -63,7 +63,8 @@ def test_resume_is_bit_exact_and_truncates_the_log(finished, text, tmp_path):
 def test_run_that_is_done_says_so_and_changes_nothing(finished, text, capsys):
     workdir, before = finished[0], numbers(finished[0])
     assert same(train.run(training.config(text), workdir), finished[1])
-    assert capsys.readouterr().err == f"step {STEPS} of {STEPS} is done: raise --config.steps to go on\n"
+    expected = f"step {STEPS} of {STEPS} is done; for more steps, another workdir and --config.branch_from\n"
+    assert capsys.readouterr().err == expected
     assert numbers(workdir) == before
 
 
