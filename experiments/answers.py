@@ -18,28 +18,32 @@ ANSWERS = (
     }),
     ("perplexity", {
         "en": ("Does it beat a transformer? ({size}, {tokens} M tokens of books, seeds: {seeds})",
-               "RWKV-4 minus transformer: {rwkv4_transformer} bits a byte ({first_gap} at {first_tokens} M); "
-               "minus one with token shift: {rwkv4_shift}"),
+               "RWKV-4 minus transformer: {rwkv4_transformer} bits a byte ({first_gap} at {first_tokens} M), "
+               "minus one with token shift: {rwkv4_shift}; RWKV-7: {rwkv7_transformer} and {rwkv7_shift}"),
         "zh": ("优于 Transformer 吗？（{size}，{tokens} M token 的书，种子数 {seeds}）",
-               "RWKV-4 减 Transformer：每字节 {rwkv4_transformer} 比特（{first_tokens} M 时 {first_gap}）；"
-               "减带 token shift 的：{rwkv4_shift}"),
+               "RWKV-4 减 Transformer：每字节 {rwkv4_transformer} 比特（{first_tokens} M 时 {first_gap}），"
+               "减带 token shift 的：{rwkv4_shift}；RWKV-7：{rwkv7_transformer} 与 {rwkv7_shift}"),
     }),
     ("scaling", {
-        "en": ("How much compute does RWKV-7 need for RWKV-4's loss? ({models} runs each, to {tokens} M tokens)",
+        "en": ("How much compute does RWKV-7 need for RWKV-4's loss? ({models} runs each, to {flops} FLOP)",
                "{gain} times as much over all losses that both reach, {lowest} at the lowest"),
-        "zh": ("达到 RWKV-4 的损失，RWKV-7 需要多少计算量？（各 {models} 次训练，至 {tokens} M token）",
+        "zh": ("达到 RWKV-4 的损失，RWKV-7 需要多少计算量？（各 {models} 次训练，至 {flops} FLOP）",
                "在两者都达到的损失范围内平均为其 {gain} 倍，在最低的损失处 {lowest} 倍"),
     }),
     ("perplexity", {
-        "en": ("What does token shift do for a transformer?", "{shift} bits a byte"),
-        "zh": ("token shift 使 Transformer 的损失改变多少？", "每字节 {shift} 比特"),
+        "en": ("Who overtakes whom? ({size}, up to {tokens} M tokens)", "{crossings}"),
+        "zh": ("谁超过了谁？（{size}，{tokens} M token 以内）", "{crossings_zh}"),
+    }),
+    ("perplexity", {
+        "en": ("What does token shift do for a transformer? ({size}, {tokens} M tokens)", "{shift} bits a byte"),
+        "zh": ("token shift 使 Transformer 的损失改变多少？（{size}，{tokens} M token）", "每字节 {shift} 比特"),
     }),
     ("recall", {
         "en": ("Does a state of fixed size recall?",
-               "2 and 3 pairs: RWKV-4 needs {recall} times the examples of a transformer with token shift; "
-               "8 pairs: it takes {learned} examples, and more than {most} k with {failed}"),
+               "2 and 3 pairs: RWKV-4 needs {recall} times the examples of a transformer with token shift, and one "
+               "without does not learn them; 8 pairs: {learned} examples, and more than {most} k with {failed}"),
         "zh": ("固定大小的状态能做联想回忆吗？",
-               "2 对和 3 对：RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍；"
+               "2 对和 3 对：RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍，不带的未能学会；"
                "8 对：所需样本 {learned}；超过 {most} k 的有 {failed}"),
     }),
     ("tracking", {
@@ -61,6 +65,16 @@ ANSWERS = (
                "{context} 个 token 之后 {last} ms"),
     }),
 )  # fmt: skip
+
+
+# Names in braces, and the pairs of experiments/perplexity that they stand for.
+MAIN = {
+    "rwkv4_transformer": "rwkv4 minus transformer",
+    "rwkv4_shift": "rwkv4 minus transformer+shift",
+    "rwkv7_transformer": "rwkv7 minus transformer",
+    "rwkv7_shift": "rwkv7 minus transformer+shift",
+    "shift": "transformer+shift minus transformer",
+}
 
 
 def answers(language: str) -> str:
@@ -86,27 +100,32 @@ def numbers() -> dict[str, str]:
     elements = str(tracking["study"]["base"]["seq_len"])
     right = {arm.removeprefix("A5 x 2, "): np.mean(its[elements]) for arm, its in tracking["last_token"].items()}
     apart = [its["from kept"]["loss_nats"] for name, its in trajectory["cells"].items() if name.endswith("float64")]
-    first_budget = min(map(int, pairs["rwkv4 minus transformer"]))
+    table_5 = pairs["rwkv4 minus transformer"]
+    behind = max(perplexity["behind_the_6-gram_until"][arm] for arm in ("rwkv4", "transformer"))
+    overtaking, overtaking_zh = _crossings(perplexity["overtakes"])
+    first_budget = min((at for at in table_5 if int(at) > behind), key=int)
+    tokens, main = at_common_budget(pairs, MAIN)
     return {
         "steps": f"{trajectory['fields']['steps']}",
         "trajectory": at_most(max(apart)),
         "size": f"{base['model.num_layers']} x {base['model.dim']}",
-        "tokens": f"{max(map(int, pairs['rwkv4 minus transformer'])) / 1e6:.2g}",
-        "rwkv4_transformer": _difference(pairs["rwkv4 minus transformer"]),
-        "first_tokens": f"{first_budget / 1e6:.2g}",
-        "first_gap": f"{pairs['rwkv4 minus transformer'][str(first_budget)]['difference']:+.3f}",
-        "rwkv4_shift": _difference(pairs["rwkv4 minus transformer+shift"]),
-        "seeds": f"{_largest(pairs['rwkv4 minus transformer'])['seeds']}",
-        "shift": _difference(pairs["transformer+shift minus transformer"]),
+        "tokens": _millions(tokens),
+        "first_tokens": _millions(first_budget),
+        "first_gap": f"{table_5[first_budget]['difference']:+.3f}",
+        "seeds": f"{table_5[tokens]['seeds']}",
+        **main,
+        "crossings": overtaking,
+        "crossings_zh": overtaking_zh,
         "gain": "{:.2f} [{:.2f}, {:.2f}]".format(gain["ratio"], *gain["interval"]),
         "lowest": f"{gain['at_lowest_loss']:.2f}",
         "models": f"{len(scaling['arms']['rwkv7']['flops'])}",
+        "flops": f"{max(scaling['arms']['rwkv7']['flops']):.1e}".replace("e+", "e"),
         "training_4": f"{training['transformers RwkvForCausalLM']:.1f}",
         "h100": three_digits(step["tokens_per_second"]),
         "h100_transformer": three_digits(fastest_steps()["169m", "transformer", 32, 1024]["tokens_per_second"]),
         "recall": times[0].replace("at least ", "≥ "),
         "learned": ", ".join(f"{n / 1000:.0f} k ({arm})" for arm, n in by_version.items() if n),
-        "failed": ", ".join(arm for arm, n in by_version.items() if not n and arm != "hybrid"),
+        "failed": ", ".join(arm for arm, n in by_version.items() if not n),
         "most": f"{recall['cells']['rwkv4, T 64, n 8, D 64, seed 0']['curve'][-1][0] / 1000:.0f}",
         "elements": elements,
         "chance": f"{tracking['chance']['A5']:.2f}",
@@ -139,14 +158,28 @@ def others_better() -> str:
     return table(("where", "ours", "beside it"), rows)
 
 
-def _difference(rows: dict) -> str:
-    """Return the paired difference at the largest budget, with its interval."""
-    row = _largest(rows)
-    return told(*(row[name] for name in ("difference", "low", "high")))
+def at_common_budget(pairs: dict, names: dict) -> tuple[str, dict]:
+    """Return the largest budget that all named pairs have, in tokens, and their differences at it."""
+    tokens = max(set.intersection(*(set(pairs[pair]) for pair in names.values())), key=int)
+    rows = {name: pairs[pair][tokens] for name, pair in names.items()}
+    return tokens, {name: told(*(row[x] for x in ("difference", "low", "high"))) for name, row in rows.items()}
 
 
-def _largest(rows: dict) -> dict:
-    return max(rows.items(), key=lambda item: int(item[0]))[1]
+def _crossings(overtakes: dict) -> tuple[str, str]:
+    """Return who overtakes whom, and after how many tokens, in English and Chinese."""
+    found = {"en": [], "zh": []}
+    for pair, its in overtakes.items():
+        for at in its:
+            ahead, behind = pair.split(" minus ")[:: -1 if at["then_above"] else 1]
+            found["en"].append(f"{ahead} overtakes {behind} at {at['tokens'] / 1e6:.2g} M")
+            found["zh"].append(f"{ahead} 在 {at['tokens'] / 1e6:.2g} M 处超过 {behind}")
+    last = {"en": "no other arm overtakes another", "zh": "此外没有别的超越"}
+    between = {"en": "; ", "zh": "；"}
+    return tuple(between[language].join([*its, last[language]]) for language, its in found.items())
+
+
+def _millions(tokens: str) -> str:
+    return f"{int(tokens) / 1e6:.3g}"
 
 
 def _link(folder: str) -> str:

@@ -37,6 +37,7 @@ FIRST = (
     "The released trainer of RWKV-7, step for step",
     "Table 5: RWKV-4 minus transformer, bits a byte",
     "rwkv4 minus transformer+shift, bits a byte",
+    "rwkv7 minus transformer+shift, bits a byte",
     "rwkv7 minus rwkv4, bits a byte",
     "Compute at equal loss, rwkv7 over rwkv4",
     "Compute at equal loss, rwkv4 over transformer",
@@ -53,7 +54,6 @@ FIRST = (
     "Fig. 9, small initial embedding with LN0",
     "Fig. 10, learned or given",
     "Fig. 11, a fact goes deeper after its subject (small model)",
-    "Question first or last (Tables 6, 7)",
     "Table 1: training against T, at equal B T",
     "Table 1: a token's time and memory against context",
     "Fig. 13: memory for 512 tokens, without parameters",
@@ -186,6 +186,7 @@ BLOCKS = {
     "claims": claims,
     "more claims": more_claims,
     "runs": runs,
+    "levels": lambda: perplexity.levels(read_json(PERPLEXITY)),
     "differences": lambda: perplexity.differences(read_json(PERPLEXITY)),
     "trend": lambda: perplexity.sentences(read_json(PERPLEXITY)),
     "samples": lambda: perplexity.samples(read_json(PERPLEXITY)),
@@ -230,7 +231,10 @@ def main(argv=None) -> int:
     refresh()
     for name, its in results() if args.run else ():
         if name in LONG:
-            print(f"left out, {where(its)[1]} where it was run: {command_of(name, its).strip('`')} --publish")
+            missing = len(its.get("missing", ()))
+            so_far = f" for {len(its['cells'])} of {len(its['cells']) + missing} cells" if missing else ""
+            command = f"{command_of(name, its)[1:-1]} --resume --publish"
+            print(f"left out, {where(its)[1]}{so_far} where it was run: {command}")
     if failed:
         print(f"error: failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
     return 2 if failed else 0

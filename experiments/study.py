@@ -371,9 +371,8 @@ def _main(script: Path, doc: str, study: Study) -> None:
             print(f"resumed: {same} of {len(asked)} are published", file=sys.stderr)
         missing = []
         if args["kept"]:
-            done = study.also(**options).keys() | {n for n, its in asked.items() if path_of_kept(its, folder).exists()}
-            missing = [name for name in asked if name not in done]
-            if not done - study.also(**options).keys():
+            missing = [name for name, its in asked.items() if not path_of_kept(its, folder).exists()]
+            if not asked.keys() - study.also(**options).keys() - set(missing):
                 raise ValueError(f"no run of this study is in {folder}: --kept needs at least one finished run")
         values = {name: kept(name, cell, folder) for name, cell in asked.items() if name not in missing}
         results = concluded(study, label, values) | {"missing": missing} | ({} if args["publish"] else {"draft": True})

@@ -1,17 +1,44 @@
-"""Text from results.json: differences at each budget, crossings, the trend, and samples."""
+"""Text from results.json: levels and differences at each budget, crossings, the trend, and samples."""
 
 from experiments.engineering import table
 from experiments.perplexity import trend
 from experiments.statistics import told
 
 
+def levels(results: dict) -> str:
+    """Return a table with a row per arm and reference level and a column per budget, and each arm's level at best
+    practice (`measures.best_practice`) at its largest budget."""
+    tokens = {point["budget"]: point["tokens"] for its in results["points"].values() for point in its}
+    told_level = lambda bits: "" if bits is None else f"{bits:.3f}"
+    cells = lambda of: [told_level(of.get(budget)) for budget in sorted(tokens)]
+    rows = [
+        (arm, *cells({point["budget"]: point["bits_per_byte"] for point in its}), told_level(its[-1]["best_practice"]))
+        for arm, its in results["points"].items()
+        if its
+    ]
+    counted = {int(budget): row for budget, row in results["cells"]["counted"]["budgets"].items()}
+    for name in ("6-gram", "xz"):
+        rows.append((name, *cells({budget: row[name] for budget, row in counted.items()}), ""))
+    return table(("bits a byte", *(millions(tokens[budget]) for budget in sorted(tokens)), "best practice"), rows)
+
+
+def millions(tokens: float) -> str:
+    return f"{tokens / 1e6:.3g} M tokens"
+
+
 def differences(results: dict) -> str:
-    """Return a table with a row per pair of arms, a column per budget, and the tokens of each change of sign."""
+    """Return a table with a row per pair of arms, a column per budget, and the tokens of each change of sign.
+
+    A dagger marks the differences where an arm of the two is behind the 6-gram.
+    """
     tokens = sorted({int(at) for rows in results["pairs"].values() for at in rows})
-    head = ("bits a byte", *(f"{at / 1e6:.3g} M tokens" for at in tokens), "overtaken at")
-    rows = []
+    head, rows = ("bits a byte", *map(millions, tokens), "overtaken at"), []
     for pair, its in ((pair, its) for pair, its in results["pairs"].items() if its):
-        of = {int(at): told(*(row[x] for x in ("difference", "low", "high"))) for at, row in its.items()}
+        behind = max(results["behind_the_6-gram_until"][arm] for arm in pair.split(" minus "))
+        of = {
+            int(at): told(*(row[x] for x in ("difference", "low", "high"))) + " †" * (int(at) <= behind)
+            for at, row in its.items()
+        }
         crossed = ", ".join(f"{where['tokens'] / 1e6:.2g} M" for where in results["overtakes"][pair])
         rows.append((pair, *(of.get(at, "") for at in tokens), crossed))
     return table(head, rows)

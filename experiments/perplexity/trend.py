@@ -70,5 +70,5 @@ def told(its: dict) -> list[str]:
         f"above at {m(reaches['tokens'])}; {band}.",
         f"The band is wholly {decided}: such a run decides the sign at this width."
         if found
-        else "No budget decides the sign at this width: the band holds 0 everywhere.",
+        else "The line decides the sign of no budget: its band holds 0 everywhere.",
     ]

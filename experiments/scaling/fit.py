@@ -156,6 +156,7 @@ def ratio(these: dict, those: dict, samples: int = 1000, seed: int = 0) -> dict 
     found = np.array([log_ratio(paired_2N2[:, i])[0] for i in drawn])
     low, high = np.quantile(found[~np.isnan(found)], (0.025, 0.975))
     return {
+        "pairs": len(both),
         "ratio": float(np.exp(mean)),
         "interval": np.exp([low, high]).tolist(),
         "at_lowest_loss": np.exp(at_lowest),

@@ -11,7 +11,7 @@ which shares its runs of 4 x 128.
     python -m experiments.scaling.run --kept               the same from the finished runs
     python -m experiments.scaling.run --preset=gpu --text=enwik8     36 models an arm, 1.6e13 to 2.3e16 FLOP
     python -m experiments.scaling.run --preset=paper --text=PILE     45 models an arm, to 1e20 FLOP
-    python -m experiments.scaling.run --sweep --preset=gpu           learning rates that compare's sweep lacks
+    python -m experiments.scaling.run --sweep          learning rates that sweep.json lacks; also for a preset
 
 Only the runs of 4 x 128 to 8.4 M tokens have run so far: `missing` in results.json lists the others.
 Cost, estimated: cpu 19 hours on 2 cores beside those of experiments/perplexity; gpu 22 minutes an arm of one
@@ -27,8 +27,10 @@ Intervals are a bootstrap over runs. Exponents in nats per byte are not the pape
 Compute at equal loss is the ratio of the compute that two frontiers need, as a geometric mean over the losses that
 both reach. Its interval is over runs, in pairs of equal size and tokens, and has no variance of seeds.
 Deviations: bytes instead of tokens, and novels instead of the Pile; compute is 6 FLOPs a weight and token plus
-attention's own, without the embedding's look-up; one seed a run; learning rates by width from sweeps of short runs,
-interpolated at 96 and 192 from the widths beside, although longer runs may need lower ones.
+attention's own, without the embedding's look-up; one seed a run; learning rates by width from sweeps of short runs on
+source code, of `sweep.json` here and in experiments/compare, although longer runs may need lower ones. At 4 x 192, and
+for RWKV-7 at 3 x 96, they are interpolated from the widths beside. Half of the transformer's runs are behind a 6-gram
+of the same bytes (see experiments/perplexity).
 """
 
 import itertools
@@ -138,7 +140,11 @@ def _row(arms) -> dict:
 def _ratio_row(pair: str, its: dict) -> dict:
     low, high = its["interval"]
     return claim(
-        f"Compute at equal loss, {pair}", "no number", f"{its['ratio']:.2f} [{low:.2f}, {high:.2f}]", "no claim"
+        f"Compute at equal loss, {pair}",
+        "no number",
+        f"{its['ratio']:.2f} [{low:.2f}, {high:.2f}]",
+        "no claim",
+        run=f"{its['pairs']} pairs of runs, 1 seed",
     )
 
 
@@ -180,6 +186,7 @@ STUDY = {
     **{name: PERPLEXITY[name] for name in ("base", "measure", "budgets", "held_out")},
     "arms": arms_of(SIZES, MAIN),
     "against": None,
+    "sweep": study.Sweep(name=lambda arm: arm.split()[0]),
     "conclude": conclude,
     "presets": {
         "smoke": {

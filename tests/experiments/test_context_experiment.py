@@ -66,6 +66,14 @@ def test_gain_by_distance_uses_documents_that_cover_all_distances():
         reading.gain_by_distance(reset_N, carried_N, text, (2, 10))
 
 
+def test_a_fall_beyond_the_window_is_comparable_only_if_the_model_reads_a_window():
+    after = lambda far: {"16": [3.0, 3.0], "256": [2.0, 2.0], "4096": [far, far]}
+    cells = lambda far: [{"targets": [10, 10], "after": after(far)}]
+    change = (-0.1, -0.2, -0.05)
+    assert run.falls(change, cells(1.0), T=256) == "same sign"
+    assert run.falls(change, cells(1.99), T=256) == "not comparable"  # 256 bytes give 99 % of the gain
+
+
 def test_reach_interpolates_in_log_context():
     assert reading.reach((1, 10, 100), [3.0, 2.05, 2.0]) == pytest.approx(10)
     assert reading.reach((1, 10, 100), [3.0, 2.5, 2.0], 0.75) == pytest.approx(10**1.5)

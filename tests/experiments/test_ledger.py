@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments import command, engineering, ledger, study
+from experiments import answers, command, engineering, ledger, study
 
 NO_NUMBER = ("none", "no number", "no such arm", "not in the paper")
 SLOW = {"scaling"}  # seconds of bootstrap
@@ -47,6 +47,14 @@ def test_conclude_reproduces_committed_conclusions_from_committed_cells(name, it
         assert command.fields(about) == its["fields"]
     found = json.loads(json.dumps(conclude(about, command.bare(its["cells"]))))
     assert (found["ledger"], found.get("not_run")) == (its["ledger"], its.get("not_run"))
+
+
+def test_answers_take_the_largest_budget_that_all_pairs_have():
+    row = lambda value: {"difference": value, "low": value - 0.01, "high": value + 0.01}
+    pairs = {"a minus b": {"9000000": row(0.1), "10000000": row(0.2), "20000000": row(0.3)}}
+    pairs |= {"c minus b": {"9000000": row(0.4), "10000000": row(0.5)}}
+    found = answers.at_common_budget(pairs, {"ab": "a minus b", "cb": "c minus b"})
+    assert found == ("10000000", {"ab": "+0.200 [+0.190, +0.210]", "cb": "+0.500 [+0.490, +0.510]"})
 
 
 def test_ledger_is_complete_with_short_and_consistent_rows():

@@ -41,7 +41,7 @@ def test_budgets_of_gives_main_arms_all_budgets_and_all_others_one(tmp_path):
 def cell(tokens, bits):
     nats = [bits * 1000 * np.log(2), bits * 3000 * np.log(2)]
     level = {"bits_per_byte": bits, "bits_per_byte_nats": nats, "bits_per_byte_bytes": [1000, 3000]}
-    return {"tokens": tokens, "flops_per_token": 7, **level}
+    return {"tokens": tokens, "flops_per_token": 7, "best_practice": bits - 0.01, **level}
 
 
 def concluded(levels, num_layers=2, steps=(10, 20), **values):
@@ -69,17 +69,27 @@ def test_conclude_pairs_arms_at_every_common_budget():
     [overtaken] = found["overtakes"]["rwkv4 minus transformer"]
     assert overtaken == {"tokens": pytest.approx(1e8 * 2 ** (0.1 / 0.13)), "then_above": True}
     of_run = {"budget": 20, "seeds": 1, "tokens": 2e8, "flops": 14e8, "seconds": 2e6, "bits_per_byte": 1.53}
-    assert found["points"]["rwkv4"][1] == of_run
+    assert found["points"]["rwkv4"][1] == of_run | {"best_practice": 1.52}
     assert found["points"]["transformer"][1]["seconds"] is None
     assert len(found["points"]["transformer+shift"]) == 1
 
 
 def test_perplexity_table_has_a_row_a_pair_and_the_last_sample_of_each_arm():
-    found = concluded(LEVELS)
+    counted = {"budgets": {"10": {"6-gram": 1.95, "xz": 2.4}, "20": {"6-gram": 1.6, "xz": 2.3}}}
+    found = concluded(LEVELS, counted=counted) | {"cells": {"counted": counted}}
     head, _, first, *_ = table.differences(found).splitlines()
     assert head == "| bits a byte | 100 M tokens | 200 M tokens | overtaken at |"
-    row = "| rwkv4 minus transformer | -0.100 [-0.100, -0.100] | +0.030 [+0.030, +0.030] | 1.7e+02 M |"
+    row = "| rwkv4 minus transformer | -0.100 [-0.100, -0.100] † | +0.030 [+0.030, +0.030] | 1.7e+02 M |"
     assert first == row
+    assert table.levels(found).splitlines() == [
+        "| bits a byte | 100 M tokens | 200 M tokens | best practice |",
+        "| --- | --- | --- | --- |",
+        "| rwkv4 | 1.900 | 1.530 | 1.520 |",
+        "| transformer | 2.000 | 1.500 | 1.490 |",
+        "| transformer+shift | 1.800 |  | 1.790 |",
+        "| 6-gram | 1.950 | 1.600 |  |",
+        "| xz | 2.400 | 2.300 |  |",
+    ]
     cells = {f"a, seed 0, {n} steps": {"tokens": n * 10**6, "sample": f"`{n}`\n|"} for n in (1, 2)} | {"speed": {}}
     assert table.samples({"cells": cells}).splitlines()[2:] == ["| a | 2 M | `'2' \\|` |"]
 
@@ -127,4 +137,4 @@ def test_trend_reports_a_crossing_within_the_budgets_and_a_decided_sign():
         "The band is wholly below 0 at 2 million tokens"
     )
     noise = {at: gap for at, gap in zip(tokens, (0.1, -0.1, 0.1, -0.1, 0.1), strict=True)}
-    assert trend.told(trend.trend(noise, 0.041))[2].startswith("No budget decides the sign")
+    assert trend.told(trend.trend(noise, 0.041))[2].startswith("The line decides the sign of no budget")
