@@ -59,6 +59,7 @@ OTHERS = {
     START: {"finetune.model": START},
     EMBEDDING: {"model.embedding_init": "v4neo"},
 }
+UNCLAIMED = {SWAPS: "RWKV-7 with twice the removal", EMBEDDING: "RWKV-7 from RWKV-4's embedding"}
 # Published statements on each arm.
 SAID = {
     DELTA: "argued for by recall and state tracking",
@@ -128,7 +129,11 @@ def conclude(its, values: dict) -> dict:
                 details=f"{len(worse)} of {len(taken)} resolved as worse, {len(better)} as better",
             ),
             claim("RWKV-7 without the delta rule", SAID[DELTA], f"{of(DELTA)} bits a byte", "not comparable"),
-            claim("RWKV-7 with twice the removal", SAID[SWAPS], f"{of(SWAPS)} bits a byte", "no claim"),
+            *(
+                claim(changed, SAID[arm], f"{of(arm)} bits a byte", "no claim")
+                for arm, changed in UNCLAIMED.items()
+                if arm in rows
+            ),
             claim("RWKV-7 from fla's start values of March 2025", SAID[START], f"{of(START)} bits a byte", start),
         ],
         "beside": {arm: {"said": said, "here": of(arm)} for arm, said in SAID.items() if arm in rows},
