@@ -10,7 +10,7 @@ than from the released ones. They show a picture, no number.
     python -m experiments.ablations_rwkv7.run         2 x 64, 9 changes, 3 seeds each
     python -m experiments.ablations_rwkv7.run --smoke
 
-Cost: 27 runs on one core of a Xeon, 26 of them of 45 to 91 seconds; one was timed at 20 minutes. 46 minutes in all.
+Cost: 30 runs on one core of a Xeon, most of them of 45 to 91 seconds; one was timed at 20 minutes. 54 minutes in all.
 
 Measured: bits per byte of held-out text, changed minus released, in pairs (`study.compared`). *Resolved* means p below
 0.05 after Holm's correction for 9 comparisons, which at three pairs requires effects of a dozen standard errors.

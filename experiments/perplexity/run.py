@@ -29,8 +29,9 @@ budgets of 2 M tokens and more. It says which budget would decide the sign at th
 Deviations: classic-books, not enwik8; bytes, not characters; learning rates of each arm from sweeps of 120 to 160
 steps on source code (experiments/compare; the LSTM's is here), not 6e-4 for all, and beyond 4 x 128 interpolated down
 to the released model's; one Adam for all (RWKV-7's own epsilon of 1e-18 changed it by +0.013 at 2 x 64); LN0 in all
-arms, after RWKV-4's small embedding or, in RWKV-5, 6 and 7, their own smaller one; less than an epoch. `gpu` and
-`paper` have Table 5's weight decay and dropout, the latter on the embedding and the residual stream, as in RWKV-v4neo.
+arms, after RWKV-4's small embedding or, in RWKV-5, 6 and 7, their own smaller one (RWKV-4's changed RWKV-7 by -0.008
+[-0.018, +0.003] at 2 x 64, see experiments/ablations_rwkv7); less than an epoch. `gpu` and `paper` have Table 5's
+weight decay and dropout, the latter on the embedding and the residual stream, as in RWKV-v4neo.
 Seconds are of training steps alone, timed apart from the runs on the hardware of the cell `speed`.
 """
 
