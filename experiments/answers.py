@@ -24,6 +24,12 @@ ANSWERS = (
                "RWKV-4 减 Transformer：每字节 {rwkv4_transformer} 比特（{first_tokens} M 时 {first_gap}），"
                "减带 token shift 的：{rwkv4_shift}；RWKV-7：{rwkv7_transformer} 与 {rwkv7_shift}"),
     }),
+    ("perplexity", {
+        "en": ("What did each version bring? ({size}, {versions_tokens} M tokens of books)",
+               "RWKV-5.2 minus 4: {rwkv5_4} bits a byte; 6 minus 5.2: {rwkv6_5}; 7 minus 6: {rwkv7_6}"),
+        "zh": ("每一代带来了什么？（{size}，{versions_tokens} M token 的书）",
+               "RWKV-5.2 减 4：每字节 {rwkv5_4} 比特；6 减 5.2：{rwkv6_5}；7 减 6：{rwkv7_6}"),
+    }),
     ("scaling", {
         "en": ("How much compute does RWKV-7 need for RWKV-4's loss? ({models} runs each, to {flops} FLOP)",
                "{gain} times as much over all losses that both reach, {lowest} at the lowest"),
@@ -75,6 +81,7 @@ MAIN = {
     "rwkv7_shift": "rwkv7 minus transformer+shift",
     "shift": "transformer+shift minus transformer",
 }
+VERSIONS = {"rwkv5_4": "rwkv5 minus rwkv4", "rwkv6_5": "rwkv6 minus rwkv5", "rwkv7_6": "rwkv7 minus rwkv6"}
 
 
 def answers(language: str) -> str:
@@ -105,6 +112,7 @@ def numbers() -> dict[str, str]:
     overtaking, overtaking_zh = _crossings(perplexity["overtakes"])
     first_budget = min((at for at in table_5 if int(at) > behind), key=int)
     tokens, main = at_common_budget(pairs, MAIN)
+    versions_tokens, versions = at_common_budget(pairs, VERSIONS)
     return {
         "steps": f"{trajectory['fields']['steps']}",
         "trajectory": at_most(max(apart)),
@@ -116,6 +124,8 @@ def numbers() -> dict[str, str]:
         **main,
         "crossings": overtaking,
         "crossings_zh": overtaking_zh,
+        "versions_tokens": _millions(versions_tokens),
+        **versions,
         "gain": "{:.2f} [{:.2f}, {:.2f}]".format(gain["ratio"], *gain["interval"]),
         "lowest": f"{gain['at_lowest_loss']:.2f}",
         "models": f"{len(scaling['arms']['rwkv7']['flops'])}",

@@ -53,12 +53,13 @@ def trend(gaps: dict, value: float) -> dict | None:
 
 def told(its: dict) -> list[str]:
     """Return the results of `trend` in three sentences."""
-    m = lambda tokens: "no budget" if tokens is None else f"{tokens / 1e6:,.3g} million tokens"
+    millions = lambda tokens: f"{tokens / 1e6:,.0f}" if tokens >= 1e9 else f"{tokens / 1e6:.3g}"
+    m = lambda tokens: "no budget" if tokens is None else f"{millions(tokens)} million tokens"
     low, slope, high = its["per_doubling"]
     first, last = (f"{tokens / 1e6:.3g}" for tokens in its["tokens"])
     value, reaches = its["reaches"]["value"], its["reaches"]
-    found = {side: tokens for side, tokens in its["decided"].items() if tokens}
-    decided = " and ".join(f"{side} 0 at {m(tokens)}" for side, tokens in found.items())
+    where = lambda tokens: f"first at {m(tokens)}" if tokens else "nowhere"
+    decided = " and ".join(f"wholly {side} 0 {where(tokens)}" for side, tokens in its["decided"].items())
     earliest = reaches["earliest"]
     everywhere = earliest is not None and earliest <= its["tokens"][0]
     band = "its 95 % band " + ("holds" if everywhere else "first holds") + " that value "
@@ -68,7 +69,7 @@ def told(its: dict) -> list[str]:
         "a byte with each doubling.",
         f"On a straight line it is first 0 or above at {m(its['reaches_0'])}, and first the paper's {value:+.3f} or "
         f"above at {m(reaches['tokens'])}; {band}.",
-        f"The band is wholly {decided}: such a run decides the sign at this width."
-        if found
+        f"The band is {decided}: such a budget decides the sign at this width."
+        if any(its["decided"].values())
         else "The line decides the sign of no budget: its band holds 0 everywhere.",
     ]
