@@ -13,7 +13,8 @@ which shares its runs of 4 x 128.
     python -m experiments.scaling.run --preset=paper --text=PILE     45 models an arm, to 1e20 FLOP
     python -m experiments.scaling.run --sweep          learning rates that sweep.json lacks; also for a preset
 
-Only the runs of 4 x 128 to 8.4 M tokens have run so far: `missing` in results.json lists the others.
+Only the runs of 2 x 64 to 8.4 M tokens and of 4 x 128 to 16.8 M have run so far: `missing` in results.json lists the
+others.
 Cost, estimated: cpu 19 hours on 2 cores beside those of experiments/perplexity; gpu 22 minutes an arm of one
 H200, paper a month of one.
 Rules, for RWKV-4 with at least 5 runs on the frontier before the last decade and 3 in it, else "not comparable":
@@ -29,8 +30,8 @@ both reach. Its interval is over runs, in pairs of equal size and tokens, and ha
 Deviations: bytes instead of tokens, and novels instead of the Pile; compute is 6 FLOPs a weight and token plus
 attention's own, without the embedding's look-up; one seed a run; learning rates by width from sweeps of short runs on
 source code, of `sweep.json` here and in experiments/compare, although longer runs may need lower ones. At 4 x 192, and
-for RWKV-7 at 3 x 96, they are interpolated from the widths beside. Half of the transformer's runs are behind a 6-gram
-of the same bytes (see experiments/perplexity).
+for RWKV-7 at 3 x 96, they are interpolated from the widths beside. All runs of 2 x 64 so far, and those of 4 x 128
+that experiments/perplexity marks, are behind a 6-gram of the same bytes.
 """
 
 import itertools
