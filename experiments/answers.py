@@ -18,36 +18,32 @@ ANSWERS = (
     }),
     ("perplexity", {
         "en": ("Does it beat a transformer? ({size}, {tokens} M tokens of books, seeds: {seeds})",
-               "RWKV-4 minus transformer: {rwkv4_transformer} bits a byte ({first_gap} at {first_tokens} M), "
-               "minus one with token shift: {rwkv4_shift}; RWKV-7: {rwkv7_transformer} and {rwkv7_shift}"),
+               "RWKV-4 minus transformer: {rwkv4_transformer} bits a byte, minus one with token shift: {rwkv4_shift}; "
+               "RWKV-7: {rwkv7_transformer} and {rwkv7_shift}; {crossings}"),
         "zh": ("优于 Transformer 吗？（{size}，{tokens} M token 的书，种子数 {seeds}）",
-               "RWKV-4 减 Transformer：每字节 {rwkv4_transformer} 比特（{first_tokens} M 时 {first_gap}），"
-               "减带 token shift 的：{rwkv4_shift}；RWKV-7：{rwkv7_transformer} 与 {rwkv7_shift}"),
+               "RWKV-4 减 Transformer：每字节 {rwkv4_transformer} 比特，减带 token shift 的：{rwkv4_shift}；"
+               "RWKV-7：{rwkv7_transformer} 与 {rwkv7_shift}；{crossings_zh}"),
     }),
     ("perplexity", {
-        "en": ("What did each version bring? ({size}, {versions_tokens} M tokens of books)",
+        "en": ("What did each version bring? ({versions_tokens} M tokens)",
                "RWKV-5.2 minus 4: {rwkv5_4} bits a byte; 6 minus 5.2: {rwkv6_5}; 7 minus 6: {rwkv7_6}"),
-        "zh": ("每一代带来了什么？（{size}，{versions_tokens} M token 的书）",
+        "zh": ("每一代带来了什么？（{versions_tokens} M token）",
                "RWKV-5.2 减 4：每字节 {rwkv5_4} 比特；6 减 5.2：{rwkv6_5}；7 减 6：{rwkv7_6}"),
     }),
     ("scaling", {
-        "en": ("How much compute does RWKV-7 need for RWKV-4's loss? ({models} runs each, to {flops} FLOP)",
-               "{gain} times as much over all losses that both reach, {lowest} at the lowest"),
-        "zh": ("达到 RWKV-4 的损失，RWKV-7 需要多少计算量？（各 {models} 次训练，至 {flops} FLOP）",
+        "en": ("How much compute does RWKV-7 need for RWKV-4's loss? ({models} runs each)",
+               "{gain} times as much in the mean, {lowest} at the lowest loss"),
+        "zh": ("达到 RWKV-4 的损失，RWKV-7 需要多少计算量？（各 {models} 次训练）",
                "在两者都达到的损失范围内平均为其 {gain} 倍，在最低的损失处 {lowest} 倍"),
     }),
     ("perplexity", {
-        "en": ("Who overtakes whom? ({size}, up to {tokens} M tokens)", "{crossings}"),
-        "zh": ("谁超过了谁？（{size}，{tokens} M token 以内）", "{crossings_zh}"),
-    }),
-    ("perplexity", {
-        "en": ("What does token shift do for a transformer? ({size}, {tokens} M tokens)", "{shift} bits a byte"),
-        "zh": ("token shift 使 Transformer 的损失改变多少？（{size}，{tokens} M token）", "每字节 {shift} 比特"),
+        "en": ("What does token shift do for a transformer? ({tokens} M tokens)", "{shift} bits a byte"),
+        "zh": ("token shift 使 Transformer 的损失改变多少？（{tokens} M token）", "每字节 {shift} 比特"),
     }),
     ("recall", {
         "en": ("Does a state of fixed size recall?",
-               "2 and 3 pairs: RWKV-4 needs {recall} times the examples of a transformer with token shift, and one "
-               "without does not learn them; 8 pairs: {learned} examples, and more than {most} k with {failed}"),
+               "2 and 3 pairs: RWKV-4 needs {recall} times the examples of a transformer with token shift "
+               "(without it: never); 8 pairs: {learned}, and more than {most} k with {failed}"),
         "zh": ("固定大小的状态能做联想回忆吗？",
                "2 对和 3 对：RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍，不带的未能学会；"
                "8 对：所需样本 {learned}；超过 {most} k 的有 {failed}"),
@@ -107,10 +103,7 @@ def numbers() -> dict[str, str]:
     elements = str(tracking["study"]["base"]["seq_len"])
     right = {arm.removeprefix("A5 x 2, "): np.mean(its[elements]) for arm, its in tracking["last_token"].items()}
     apart = [its["from kept"]["loss_nats"] for name, its in trajectory["cells"].items() if name.endswith("float64")]
-    table_5 = pairs["rwkv4 minus transformer"]
-    behind = max(perplexity["behind_the_6-gram_until"][arm] for arm in ("rwkv4", "transformer"))
     overtaking, overtaking_zh = _crossings(perplexity["overtakes"])
-    first_budget = min((at for at in table_5 if int(at) > behind), key=int)
     tokens, main = at_common_budget(pairs, MAIN)
     versions_tokens, versions = at_common_budget(pairs, VERSIONS)
     return {
@@ -118,9 +111,7 @@ def numbers() -> dict[str, str]:
         "trajectory": at_most(max(apart)),
         "size": f"{base['model.num_layers']} x {base['model.dim']}",
         "tokens": _millions(tokens),
-        "first_tokens": _millions(first_budget),
-        "first_gap": f"{table_5[first_budget]['difference']:+.3f}",
-        "seeds": f"{table_5[tokens]['seeds']}",
+        "seeds": f"{pairs['rwkv4 minus transformer'][tokens]['seeds']}",
         **main,
         "crossings": overtaking,
         "crossings_zh": overtaking_zh,
@@ -129,7 +120,6 @@ def numbers() -> dict[str, str]:
         "gain": "{:.2f} [{:.2f}, {:.2f}]".format(gain["ratio"], *gain["interval"]),
         "lowest": f"{gain['at_lowest_loss']:.2f}",
         "models": f"{len(scaling['arms']['rwkv7']['flops'])}",
-        "flops": f"{max(scaling['arms']['rwkv7']['flops']):.1e}".replace("e+", "e"),
         "training_4": f"{training['transformers RwkvForCausalLM']:.1f}",
         "h100": three_digits(step["tokens_per_second"]),
         "h100_transformer": three_digits(fastest_steps()["169m", "transformer", 32, 1024]["tokens_per_second"]),
@@ -183,7 +173,7 @@ def _crossings(overtakes: dict) -> tuple[str, str]:
             ahead, behind = pair.split(" minus ")[:: -1 if at["then_above"] else 1]
             found["en"].append(f"{ahead} overtakes {behind} at {at['tokens'] / 1e6:.2g} M")
             found["zh"].append(f"{ahead} 在 {at['tokens'] / 1e6:.2g} M 处超过 {behind}")
-    last = {"en": "no other arm overtakes another", "zh": "此外没有别的超越"}
+    last = {"en": "nobody else", "zh": "此外没有别的超越"}
     between = {"en": "; ", "zh": "；"}
     return tuple(between[language].join([*its, last[language]]) for language, its in found.items())
 
