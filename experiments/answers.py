@@ -43,9 +43,9 @@ ANSWERS = (
     ("recall", {
         "en": ("Does a state of fixed size recall?",
                "2 and 3 pairs: RWKV-4 needs {recall} times the examples of a transformer with token shift "
-               "(without it: never); 8 pairs: {learned}, and more than {most} k with {failed}"),
+               "(without: {without}); 8 pairs: {learned}, and more than {most} k with {failed}"),
         "zh": ("固定大小的状态能做联想回忆吗？",
-               "2 对和 3 对：RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍，不带的未能学会；"
+               "2 对和 3 对：RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍（不带的：{without}）；"
                "8 对：所需样本 {learned}；超过 {most} k 的有 {failed}"),
     }),
     ("tracking", {
@@ -98,6 +98,8 @@ def numbers() -> dict[str, str]:
     recall = read("recall/results.json")
     times = re.findall(r"((?:at least )?[\d.]+) times", recall["ledger"][0]["ours"])
     by_version = recall["examples_to_0.9"]["T 64, n 8, D 64"]
+    without = [recall["examples_to_0.9"][f"T 32, n {n}, D 64"]["transformer"] for n in (2, 3)]
+    limit = recall["study"]["base"]["examples"] // 1000
     step = fastest_steps()["169m", "rwkv4", 32, 1024]
     tracking = read("tracking/results.json")
     elements = str(tracking["study"]["base"]["seq_len"])
@@ -124,6 +126,7 @@ def numbers() -> dict[str, str]:
         "h100": three_digits(step["tokens_per_second"]),
         "h100_transformer": three_digits(fastest_steps()["169m", "transformer", 32, 1024]["tokens_per_second"]),
         "recall": times[0].replace("at least ", "≥ "),
+        "without": ", ".join(dict.fromkeys(f"{n / 1000:.0f} k" if n else f"> {limit} k" for n in without)),
         "learned": ", ".join(f"{n / 1000:.0f} k ({arm})" for arm, n in by_version.items() if n),
         "failed": ", ".join(arm for arm, n in by_version.items() if not n),
         "most": f"{recall['cells']['rwkv4, T 64, n 8, D 64, seed 0']['curve'][-1][0] / 1000:.0f}",
