@@ -21,11 +21,11 @@ No number in the paper.
 """
 
 from experiments import study
-from test_study import computed, conclude
+from test_study import computed, conclude, never
 
 study.main(
     base={base}, arms={arms}, seeds={seeds}, measure="loss", run=computed, conclude=conclude, swept={swept},
-    budgets={budgets},
+    budgets={budgets}, also={also},
     sweep=study.Sweep(field="lr", value=lambda run: run["loss"]),
     presets={{"gpu": {{"base": {{"model.dim": 256}}}}}}, options={options},
 )
@@ -50,6 +50,10 @@ def computed(config, folder) -> dict:
     return {"loss": 2 + 0.1 * config["seed"] + config.get("cost", 0.0) + off_rate, "curve": CURVE, "tokens": 1}
 
 
+def never(config, folder):
+    raise AssertionError("computed")
+
+
 CURVE = {"tokens": [1, 2], "loss_nats": [3.0, 2.0]}
 
 
@@ -68,7 +72,7 @@ def script(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "end", sys.exit)
     ran.clear()
 
-    def call(*argv, name="run.py", seeds=2, swept=False, base=BASE, options=(), budgets=(), **arms):
+    def call(*argv, name="run.py", seeds=2, swept=False, base=BASE, options=(), budgets=(), also="dict", **arms):
         path = tmp_path / "v_shift" / name
         path.parent.mkdir(exist_ok=True)
         fields = {
@@ -77,6 +81,7 @@ def script(tmp_path, monkeypatch):
             "seeds": seeds,
             "swept": swept,
             "budgets": budgets,
+            "also": also,
         }
         path.write_text(SCRIPT.format(options=dict.fromkeys(options, "help"), **fields))
         monkeypatch.setattr("sys.argv", [str(path), *argv])
@@ -121,12 +126,14 @@ def test_study_concludes_from_the_finished_runs(script, capsys):
     assert "--kept is for studies with budgets" in capsys.readouterr().err
     optim = {"schedule": "exponential", "warmup": 0.1, "decay": 0.1}
     some = {"base": BASE | {"optim": optim, "dies": 20}, "budgets": (10, 20)}
+    some["also"] = "lambda: {'speed': never}"
     assert script("--kept", **some) == 2
     assert "no run of this study is in" in capsys.readouterr().err.splitlines()[-1]
     assert script(**some) == 130 and len(ran) == 4
     assert script("--kept", **some) == 0 and len(ran) == 4
     results = script.results()
-    assert len(results["cells"]) == len(results["missing"]) == 4 and "20 steps" in results["missing"][0]
+    assert len(results["cells"]) == 4 and "20 steps" in results["missing"][0]
+    assert len(results["missing"]) == 5 and results["missing"][-1] == "speed"  # --kept computes nothing
     assert results["table"]["b"]["difference"] == pytest.approx(0.5) and list(results["by_budget"]) == ["10"]
 
 
