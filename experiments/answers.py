@@ -1,11 +1,10 @@
 """The README's questions, answered by committed numbers, in English and Chinese; and where others are better."""
 
-import re
-
 import numpy as np
 
 from experiments.engineering import fastest_steps, read, table, three_digits
-from experiments.statistics import at_most, told
+from experiments.scaling import fit
+from experiments.statistics import at_most, millions, told_row
 
 HEADS = {"en": ("question", "answer", "evidence"), "zh": ("问题", "回答", "证据")}
 
@@ -17,28 +16,28 @@ ANSWERS = (
         "zh": ("训练与官方代码一致吗？", "RWKV-4、5.2、6、7 各 {steps} 步（float64）：损失相差不到 {trajectory} nats"),
     }),
     ("perplexity", {
-        "en": ("Does it beat a transformer? ({size}, {tokens} M tokens of books, seeds: {seeds})",
+        "en": ("Does it beat a transformer? ({size}, {tokens} tokens of books, seeds: {seeds})",
                "RWKV-4 minus transformer: {rwkv4_transformer} bits a byte, minus one with token shift: {rwkv4_shift}; "
                "RWKV-7: {rwkv7_transformer} and {rwkv7_shift}; {crossings}"),
-        "zh": ("优于 Transformer 吗？（{size}，{tokens} M token 的书，种子数 {seeds}）",
+        "zh": ("优于 Transformer 吗？（{size}，{tokens} token 的书，种子数 {seeds}）",
                "RWKV-4 减 Transformer：每字节 {rwkv4_transformer} 比特，减带 token shift 的：{rwkv4_shift}；"
                "RWKV-7：{rwkv7_transformer} 与 {rwkv7_shift}；{crossings_zh}"),
     }),
     ("perplexity", {
-        "en": ("What did each version bring? ({versions_tokens} M tokens)",
+        "en": ("What did each version bring? ({versions_tokens} tokens, seeds: {versions_seeds})",
                "RWKV-5.2 minus 4: {rwkv5_4} bits a byte; 6 minus 5.2: {rwkv6_5}; 7 minus 6: {rwkv7_6}"),
-        "zh": ("每一代带来了什么？（{versions_tokens} M token）",
+        "zh": ("每一代带来了什么？（{versions_tokens} token，种子数 {versions_seeds}）",
                "RWKV-5.2 减 4：每字节 {rwkv5_4} 比特；6 减 5.2：{rwkv6_5}；7 减 6：{rwkv7_6}"),
     }),
     ("scaling", {
         "en": ("How much compute does RWKV-7 need for RWKV-4's loss? ({models} runs each)",
-               "{gain} times as much in the mean, {lowest} at the lowest loss"),
+               "{gain} times as much, at the lowest loss of both ({lowest} bits a byte)"),
         "zh": ("达到 RWKV-4 的损失，RWKV-7 需要多少计算量？（各 {models} 次训练）",
-               "在两者都达到的损失范围内平均为其 {gain} 倍，在最低的损失处 {lowest} 倍"),
+               "在两者都达到的最低损失处（每字节 {lowest} 比特）为其 {gain} 倍"),
     }),
     ("perplexity", {
-        "en": ("What does token shift do for a transformer? ({tokens} M tokens)", "{shift} bits a byte"),
-        "zh": ("token shift 使 Transformer 的损失改变多少？（{tokens} M token）", "每字节 {shift} 比特"),
+        "en": ("What does token shift do for a transformer? ({tokens} tokens)", "{shift} bits a byte"),
+        "zh": ("token shift 使 Transformer 的损失改变多少？（{tokens} token）", "每字节 {shift} 比特"),
     }),
     ("recall", {
         "en": ("Does a state of fixed size recall?",
@@ -87,7 +86,7 @@ def answers(language: str) -> str:
     return table(HEADS[language], rows)
 
 
-def numbers() -> dict[str, str]:
+def numbers() -> dict:
     """Return what stands in the braces of the answers."""
     perplexity, speed = read("perplexity/results.json"), read("speed/results.json")
     base, pairs = perplexity["study"]["base"], perplexity["pairs"]
@@ -96,7 +95,6 @@ def numbers() -> dict[str, str]:
     trajectory, scaling = read("trajectory/results.json"), read("scaling/results.json")
     gain = scaling["compute_at_equal_loss"]["rwkv7 over rwkv4"]
     recall = read("recall/results.json")
-    times = re.findall(r"((?:at least )?[\d.]+) times", recall["ledger"][0]["ours"])
     by_version = recall["examples_to_0.9"]["T 64, n 8, D 64"]
     without = [recall["examples_to_0.9"][f"T 32, n {n}, D 64"]["transformer"] for n in (2, 3)]
     limit = recall["study"]["base"]["examples"] // 1000
@@ -106,26 +104,27 @@ def numbers() -> dict[str, str]:
     right = {arm.removeprefix("A5 x 2, "): np.mean(its[elements]) for arm, its in tracking["last_token"].items()}
     apart = [its["from kept"]["loss_nats"] for name, its in trajectory["cells"].items() if name.endswith("float64")]
     overtaking, overtaking_zh = _crossings(perplexity["overtakes"])
-    tokens, main = at_common_budget(pairs, MAIN)
-    versions_tokens, versions = at_common_budget(pairs, VERSIONS)
+    tokens, seeds, main = at_common_budget(pairs, MAIN)
+    versions_tokens, versions_seeds, versions = at_common_budget(pairs, VERSIONS)
     return {
         "steps": f"{trajectory['fields']['steps']}",
         "trajectory": at_most(max(apart)),
         "size": f"{base['model.num_layers']} x {base['model.dim']}",
-        "tokens": _millions(tokens),
-        "seeds": f"{pairs['rwkv4 minus transformer'][tokens]['seeds']}",
+        "tokens": millions(tokens),
+        "seeds": seeds,
         **main,
         "crossings": overtaking,
         "crossings_zh": overtaking_zh,
-        "versions_tokens": _millions(versions_tokens),
+        "versions_tokens": millions(versions_tokens),
+        "versions_seeds": versions_seeds,
         **versions,
-        "gain": "{:.2f} [{:.2f}, {:.2f}]".format(gain["ratio"], *gain["interval"]),
-        "lowest": f"{gain['at_lowest_loss']:.2f}",
+        "gain": fit.told(gain),
+        "lowest": f"{gain['loss_nats'] / np.log(2):.2f}",
         "models": f"{len(scaling['arms']['rwkv7']['flops'])}",
         "training_4": f"{training['transformers RwkvForCausalLM']:.1f}",
         "h100": three_digits(step["tokens_per_second"]),
         "h100_transformer": three_digits(fastest_steps()["169m", "transformer", 32, 1024]["tokens_per_second"]),
-        "recall": times[0].replace("at least ", "≥ "),
+        "recall": recall["rwkv4 over transformer+shift"].removesuffix(" times").replace("at least ", "≥ "),
         "without": ", ".join(dict.fromkeys(f"{n / 1000:.0f} k" if n else f"> {limit} k" for n in without)),
         "learned": ", ".join(f"{n / 1000:.0f} k ({arm})" for arm, n in by_version.items() if n),
         "failed": ", ".join(arm for arm, n in by_version.items() if not n),
@@ -161,11 +160,12 @@ def others_better() -> str:
     return table(("where", "ours", "beside it"), rows)
 
 
-def at_common_budget(pairs: dict, names: dict) -> tuple[str, dict]:
-    """Return the largest budget that all named pairs have, in tokens, and their differences at it."""
+def at_common_budget(pairs: dict, names: dict) -> tuple[str, int, dict]:
+    """Return the largest budget that all named pairs have, in tokens, the fewest seeds and the differences at it."""
     tokens = max(set.intersection(*(set(pairs[pair]) for pair in names.values())), key=int)
     rows = {name: pairs[pair][tokens] for name, pair in names.items()}
-    return tokens, {name: told(*(row[x] for x in ("difference", "low", "high"))) for name, row in rows.items()}
+    differences = {name: told_row(row) for name, row in rows.items()}
+    return tokens, min(row["seeds"] for row in rows.values()), differences
 
 
 def _crossings(overtakes: dict) -> tuple[str, str]:
@@ -174,15 +174,11 @@ def _crossings(overtakes: dict) -> tuple[str, str]:
     for pair, its in overtakes.items():
         for at in its:
             ahead, behind = pair.split(" minus ")[:: -1 if at["then_above"] else 1]
-            found["en"].append(f"{ahead} overtakes {behind} at {at['tokens'] / 1e6:.2g} M")
-            found["zh"].append(f"{ahead} 在 {at['tokens'] / 1e6:.2g} M 处超过 {behind}")
+            found["en"].append(f"{ahead} overtakes {behind} at about {millions(at['tokens'], 2)}")
+            found["zh"].append(f"{ahead} 约在 {millions(at['tokens'], 2)} 处超过 {behind}")
     last = {"en": "nobody else", "zh": "此外没有别的超越"}
     between = {"en": "; ", "zh": "；"}
     return tuple(between[language].join([*its, last[language]]) for language, its in found.items())
-
-
-def _millions(tokens: str) -> str:
-    return f"{int(tokens) / 1e6:.3g}"
 
 
 def _link(folder: str) -> str:

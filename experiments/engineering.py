@@ -72,7 +72,7 @@ def costs() -> str:
         ("WKV in a training step, 6 x 512", percent(models["rwkv4"]["parts"]["WKV"]), "of the step's time"),
         ("WKV forward and backward, B 4, T 1,024, D 512", _ms(ours), f"{_ms(plain)}, autodiff of a plain scan"),
         ("its temporary memory", percent(ours["temporary_bytes"] / plain["temporary_bytes"]), "of the plain scan's"),
-        ("its error, any form, to 100,000 tokens", f"{worst():.2f}", "of its stated bound, at most"),
+        ("its error, to 100,000 tokens", f"{worst():.2f}", "of its stated bound, at most"),
         ("a token of 12 x 768, the first", _ms(first), ""),
         (f"a token of 12 x 768, after {last['context']:,}", _ms(last), ""),
         ("its speed", percent(generation["bound"]["share"]), "of reading the parameters alone"),

@@ -151,14 +151,14 @@ def trained(configs: Sequence, folder: Path):
     return model, state.params, workdirs
 
 
-def curve(workdirs: Sequence[Path], points: int = 40) -> dict:
-    """Return the loss along consecutive runs: training loss in at most `points` points, and every evaluation.
+def curve(workdirs: Sequence[Path]) -> dict:
+    """Return the loss along consecutive runs: training loss in at most 40 points, and every evaluation.
 
     A point is a mean over logged steps.
     """
     rows = [row for workdir in workdirs for row in metrics.logged(workdir / "metrics.jsonl")]
     logged = [row for row in rows if "loss_nats" in row]
-    groups = [[logged[i] for i in group] for group in np.array_split(np.arange(len(logged)), min(points, len(logged)))]
+    groups = [[logged[i] for i in group] for group in np.array_split(np.arange(len(logged)), min(40, len(logged)))]
     mean = lambda group: round(float(np.mean([row["loss_nats"] for row in group])), 5)
     found = {"tokens": [group[-1]["tokens"] for group in groups], "loss_nats": list(map(mean, groups))}
     judged = [row for row in rows if "valid_loss_nats" in row]

@@ -2,28 +2,63 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from rwkv_jax.evaluate import tail
 
-def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Return the mean of paired differences, one per seed, and its Student t interval; NaN for too few seeds."""
+
+class Spread(NamedTuple):
+    """The standard deviation of paired differences over seeds, and its degrees of freedom."""
+
+    deviation: float
+    freedom: int
+
+
+def pooled(levels_AS) -> Spread:
+    """Return the spread of the difference of any two arms, estimated from the levels of all arms [A, S] by seed.
+
+    The analysis of variance of a randomised block design, with seeds as blocks: two times the variance that is left
+    after the mean of each arm and each seed, with (A - 1) (S - 1) degrees of freedom. Assumes that seeds move all arms
+    alike, up to noise of one variance.
+    """
+    x = np.asarray(levels_AS, float)
+    left_AS = x - x.mean(axis=0) - x.mean(axis=1, keepdims=True) + x.mean()
+    freedom = (x.shape[0] - 1) * (x.shape[1] - 1)
+    return Spread(float(np.sqrt(2 * np.square(left_AS).sum() / freedom)), freedom)
+
+
+def t_interval(differences: Sequence[float], spread: Spread | None = None) -> tuple[float, float, float]:
+    """Return the mean of paired differences, one per seed, and its 95 % interval by Student's t; NaN for one seed.
+
+    Args:
+        spread: by default that of `differences`.
+    """
     x = np.asarray(differences, float)
     if len(x) < 2:
         return float(x[0]) if len(x) else np.nan, np.nan, np.nan
-    half = stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    deviation, freedom = spread or _spread(x)
+    half = stats.t.ppf(0.975, freedom) * deviation / np.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
 
-def p_value(differences: Sequence[float]) -> float:
-    """Return the two-sided p of a mean of 0 under Student's t; NaN for one seed, 0 for equal nonzero differences."""
+def p_value(differences: Sequence[float], spread: Spread | None = None) -> float:
+    """Return the two-sided p of a mean of 0 under Student's t; NaN for one seed, 0 for nonzero differences without
+    spread."""
     x = np.asarray(differences, float)
     if len(x) < 2:
         return np.nan
-    if np.ptp(x) == 0:
-        return float(x[0] == 0)
-    return float(2 * stats.t.sf(abs(x.mean()) * np.sqrt(len(x)) / x.std(ddof=1), len(x) - 1))
+    deviation, freedom = spread or _spread(x)
+    if deviation == 0:
+        return float(x.mean() == 0)
+    return float(2 * stats.t.sf(abs(x.mean()) * np.sqrt(len(x)) / deviation, freedom))
+
+
+def _spread(differences_S: np.ndarray) -> Spread:
+    is_equal = np.ptp(differences_S) == 0  # whose rounded mean gives a deviation above 0
+    return Spread(0.0 if is_equal else float(differences_S.std(ddof=1)), len(differences_S) - 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -36,15 +71,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def bootstrap(statistic: Callable, documents: int, samples: int = 2000) -> tuple[float, float]:
-    """Return the 95 % percentile interval over documents of `statistic(their indices)`; NaN for one document."""
+def bootstrap(statistic: Callable, documents: int) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval over documents of `statistic(their indices)`; NaN for one document.
+
+    Its percentiles are those of `evaluate.tail`.
+    """
     if documents < 2:
         return np.nan, np.nan
     of_drawn = lambda drawn: statistic(drawn.astype(int))
     found = stats.bootstrap(
         (np.arange(documents),),
         of_drawn,
-        n_resamples=samples,
+        n_resamples=2000,
+        confidence_level=1 - 2 * tail(documents),
         vectorized=False,
         method="percentile",
         random_state=np.random.default_rng(0),
@@ -71,6 +110,16 @@ def told(mean: float, low: float | None, high: float | None, digits: int = 3) ->
     """Format a difference and its interval: "+0.041 [+0.030, +0.052]"; without an interval that is None or NaN."""
     interval = "" if low is None or np.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"{mean:+.{digits}f}{interval}"
+
+
+def millions(tokens: float, digits: int = 3) -> str:
+    """Format a number of tokens: "8.39 M"."""
+    return f"{float(tokens) / 1e6:.{digits}g} M"
+
+
+def told_row(row: dict, digits: int = 3) -> str:
+    """Format the difference of a row of `study.compared` or `study.paired`, as `told`."""
+    return told(row["difference"], row["low"], row["high"], digits)
 
 
 def at_most(x: float) -> str:

@@ -83,7 +83,7 @@ class Study:
         base: overrides of `run_config.default()`; "tokens" may replace "steps".
         arms: overrides of the base by arm, or a function of the base's config that returns them, or a list of
             overrides, one per stage: each stage branches from the end of the previous one.
-        seeds: the number of seeds, or the seeds; or either by arm.
+        seeds: the number of seeds, or the seeds.
         measure: the name of a function in `measures`, any other function (model, params, corpus) -> numbers, or
             several of them. Arms are compared by the number with the first one's name; with `run`, the name of a
             number is enough.
@@ -160,9 +160,8 @@ def arms_of(study: Study) -> dict:
     return found
 
 
-def seeds_of(study: Study, arm: str) -> tuple[int, ...]:
-    seeds = study.seeds.get(arm, 1) if isinstance(study.seeds, dict) else study.seeds
-    return tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+def seeds_of(study: Study) -> tuple[int, ...]:
+    return tuple(range(study.seeds)) if isinstance(study.seeds, int) else tuple(study.seeds)
 
 
 def name_of(arm: str, seed: int, budget: int | None = None) -> str:
@@ -212,10 +211,8 @@ def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> d
     """Return the cells of all runs by name, small budgets and first seeds first, then the cells of `also`."""
     found, arms = {}, arms_of(study)
     rates = {arm: {study.sweep.field: swept_lr(study, arm, sweep, folder)} for arm in arms if study.swept}
-    seeds = dict.fromkeys(seed for arm in arms for seed in seeds_of(study, arm))
-    for budget, seed, arm in itertools.product(study.budgets or (None,), seeds, arms):
-        is_run = not (budget and study.budgets_of) or budget in study.budgets_of(arm, seed)
-        if is_run and seed in seeds_of(study, arm):
+    for budget, seed, arm in itertools.product(study.budgets or (None,), seeds_of(study), arms):
+        if not (budget and study.budgets_of) or budget in study.budgets_of(arm, seed):
             configs = [config_of(study, rates.get(arm, {}) | flat(changes), seed) for changes in arms[arm]]
             configs = stages(configs[-1], study.budgets, budget) if budget else configs
             found[name_of(arm, seed, budget)] = cell_of(study, configs, folder)
@@ -232,11 +229,14 @@ def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> d
 def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
     """Return the best learning rate of an arm at the study's size, from the sweep at `path`.
 
-    If `path` lacks the arm, search with the first seed and the smallest budget.
+    If `path` lacks the arm, search with the first seed and the smallest budget. Arms that take their rates from
+    `sweeps.lr` are not searched if compare's sweep has them, which comes first there.
     """
     its, changes = study.sweep, flat(arms_of(study)[arm][-1])
     base = config_of(study, changes)
     name = f"{its.name(arm)} {base.model.num_layers}x{base.model.dim}"
+    if not study.swept and (found := sweeps.best(sweeps.COMPARE, name)):
+        return found
     centre = flat(base.to_dict()).get(its.field)
     centre = centre or optim.default_lr(run_config.model_of(base).layers[0], base.model.dim)
 
@@ -254,7 +254,7 @@ def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
 
 def runs_of(study: Study, values: dict, arm: str, budget: int | None = None) -> list[dict]:
     """Return the numbers of an arm's runs at a budget, one per seed."""
-    names = (name_of(arm, seed, budget) for seed in seeds_of(study, arm))
+    names = (name_of(arm, seed, budget) for seed in seeds_of(study))
     return [values[name] for name in names if name in values]
 
 
@@ -263,13 +263,15 @@ def budgets_done(study: Study, values: dict) -> list[int]:
     return [budget for budget in study.budgets if any(runs_of(study, values, arm, budget) for arm in arms_of(study))]
 
 
-def compared(study: Study, values: dict, number: str | None = None, budget=None, against: str | None = None) -> dict:
-    """Return, by arm, the mean over seeds of a number, and its paired difference from the arm `against`.
+def compared(study: Study, values: dict, number: str | None = None, budget=None) -> dict:
+    """Return, by arm, the mean over seeds of a number, and its paired difference from the study's arm `against`.
 
     The 95 % interval is the wider of Student's t over seeds and a bootstrap over documents. `p` is Student's, `p_holm`
-    is corrected for the number of arms, and `resolved` is true if `p_holm` is below 0.05.
+    is corrected for the number of arms, and `resolved` is true if `p_holm` is below 0.05 and the interval excludes 0.
+    The spread over two seeds is pooled over all arms (`statistics.pooled`): with that of two pairs alone, the interval
+    reaches nine standard deviations to either side.
     """
-    number, against = number or next(iter(measures_of(study))), against or study.against
+    number, against = number or next(iter(measures_of(study))), study.against
     budget = budget or (max(budgets_done(study, values)) if study.budgets else None)
     rows = {}
     for arm in arms_of(study):
@@ -280,25 +282,29 @@ def compared(study: Study, values: dict, number: str | None = None, budget=None,
                 rows[arm] |= paired(study, values, arm, against, number, budget)
     changed = [row for row in rows.values() if row.get("p") is not None]
     for row, p in zip(changed, statistics.holm([row["p"] for row in changed]), strict=True):
-        row |= {"p_holm": p, "resolved": p < 0.05}
+        row |= {"p_holm": p, "resolved": p < 0.05 and not row["low"] <= 0 <= row["high"]}
     return rows
 
 
 def paired(study: Study, values: dict, arm: str, against: str, number: str | None = None, budget=None) -> dict:
     """Return the paired difference of two arms over their common seeds, as in `compared`; {} if there are none."""
     number = number or next(iter(measures_of(study)))
-    names = [(name_of(arm, seed, budget), name_of(against, seed, budget)) for seed in seeds_of(study, arm)]
-    both = [(values[name], values[other]) for name, other in names if name in values and other in values]
-    if not both:
+    of_seed = lambda arm, seed: values.get(name_of(arm, seed, budget))
+    seeds = [seed for seed in seeds_of(study) if of_seed(arm, seed) and of_seed(against, seed)]
+    if not seeds:
         return {}
-    runs, others = zip(*both, strict=True)
+    runs, others = ([of_seed(name, seed) for seed in seeds] for name in (arm, against))
     of = lambda of_runs, name: np.array([run[name] for run in of_runs])
     by_seed = of(runs, number) - of(others, number)
-    mean, *interval = statistics.t_interval(by_seed)
+    spread = None
+    if len(seeds) == 2:
+        levels_A2 = [[of_seed(name, seed) for seed in seeds] for name in arms_of(study)]
+        spread = statistics.pooled([[run[number] for run in runs_2] for runs_2 in levels_A2 if all(runs_2)])
+    mean, *interval = statistics.t_interval(by_seed, spread)
     if f"{number}_nats" in runs[0]:
         nats_SD = of(runs, f"{number}_nats") - of(others, f"{number}_nats")
         interval = statistics.wider(interval, statistics.over_documents(nats_SD, runs[0][f"{number}_bytes"]))
-    found = {"difference": mean, "low": interval[0], "high": interval[1], "p": statistics.p_value(by_seed)}
+    found = {"difference": mean, "low": interval[0], "high": interval[1], "p": statistics.p_value(by_seed, spread)}
     known = {name: None if np.isnan(x) else float(x) for name, x in found.items()}
     return known | {"by_seed": by_seed.round(5).tolist(), "seeds": len(runs)}
 
@@ -342,7 +348,8 @@ def _main(script: Path, doc: str, study: Study) -> None:
     options = {name: args[name] for name in study.options if name not in study.base}
     given = {name: args[name] for name in study.options if name in study.base and args[name]}
     study = replace(study, base=study.base | given)
-    if any(args[name] for name in ("arm", "seed", "steps")):
+    is_part = any(args[name] for name in ("arm", "seed", "steps"))
+    if is_part:
         study = replace(study, conclude=None)  # it may need runs that were left out
     if args["publish"] and (study.conclude is None or is_smoke):
         raise ValueError(
@@ -378,7 +385,8 @@ def _main(script: Path, doc: str, study: Study) -> None:
         results = concluded(study, label, values) | {"missing": missing} | ({} if args["publish"] else {"draft": True})
         path = path_of(out / script.name, label, args["publish"])
         write_json(path, results | {"stamp": stamp.stamp()})
-        draw(script.parent.name if script.parents[1] == ledger.HERE else "", path)
+        if not (is_part and script.with_name("plot.py").exists()):  # which draws what `conclude` adds
+            draw(script.parent.name if script.parents[1] == ledger.HERE else "", path)
     if study.measure:
         print(table(study, results["table"]))
     for row in results.get("ledger", ()):
@@ -418,6 +426,8 @@ def chosen(study: Study, preset: str = "cpu", arms=None, seeds=None, steps=None,
         if not isinstance(changes.get("arms", {}), dict):  # names
             changes["arms"] = {arm: study.arms[arm] for arm in changes["arms"]}
         study = replace(study, **changes)
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps={steps}, expected 1 or more")
     wanted = {name: value for name, value in (("steps", steps), ("corpus", text)) if value is not None}
     if study.run and (unknown := wanted.keys() - flat(study.base).keys()):
         raise ValueError(f"the base of this study has no {min(unknown)!r}")

@@ -56,15 +56,15 @@ def search(
 
 
 def lr(path: Path, arm: str, num_layers: int, dim: int) -> float | None:
-    """Return the best rate of an arm at a size in `path` or in compare's sweep; None for an arm that neither has.
+    """Return the best rate of an arm at a size in compare's sweep, or else in `path`; None if neither has the arm.
 
     Between the widths of compare's sweep, interpolate linearly in log-log; the line ends at the released rate.
     """
-    for sweep in (path, COMPARE):
-        runs = swept(sweep)
-        if f"{arm} {num_layers}x{dim}" in runs:
-            return best(sweep, f"{arm} {num_layers}x{dim}")
-    points = [(int(name.split("x")[-1]), best(COMPARE, name)) for name in runs if name.split(" ")[0] == arm]
+    for sweep in (COMPARE, path):
+        if found := best(sweep, f"{arm} {num_layers}x{dim}"):
+            return found
+    swept_by_compare = (name for name in swept(COMPARE) if name.split(" ")[0] == arm)
+    points = [(int(name.split("x")[-1]), best(COMPARE, name)) for name in swept_by_compare]
     if not points:
         return None
     dims, rates = np.log(np.array(sorted([*points, RELEASED]))).T

@@ -47,13 +47,13 @@ OTHERS = {"exponent n": {"model.variant.previous_token": "decayed"}, PRINTED: {"
 def conclude(its, values: dict) -> dict:
     """Return the rows of the ledger: the parts, and the printed initialiser."""
     rows = study.compared(its, values)
-    told = lambda arm: f"{arm} {statistics.told(*map(rows[arm].get, ('difference', 'low', 'high')))}"
+    told = lambda arm: f"{arm} {statistics.told_row(rows[arm])}"
     worse = [arm for arm, row in rows.items() if row.get("resolved") and row["difference"] > 0]
     better = [arm for arm, row in rows.items() if row.get("resolved") and row["difference"] < 0]
     parts = [arm for arm in rows if arm in PARTS]
     resolved = sorted({*worse, *better} & set(parts), key=lambda arm: -rows[arm]["difference"])
     signs = "contradicted" if set(better) & set(parts) else "same sign" if set(worse) & set(parts) else "not resolved"
-    pairs = len(study.seeds_of(its, RELEASED))
+    pairs = len(study.seeds_of(its))
     size = study.size_of(its)
     return {
         "ledger": [

@@ -110,13 +110,13 @@ def prepare(config, folder: Path) -> None:
 def conclude(its, values: dict) -> dict:
     """Return the rows of the ledger (parts, delta rule, removal 2, start), and every arm beside SAID."""
     rows = study.compared(its, values)
-    of = lambda arm: statistics.told(*(rows[arm][name] for name in ("difference", "low", "high")))
+    of = lambda arm: statistics.told_row(rows[arm])
     resolved = lambda arm, sign: rows[arm]["resolved"] and sign * rows[arm]["difference"] > 0
     taken = [arm for arm in ARGUED_FOR if arm in rows]  # a smoke run lacks some
     worse, better = ([arm for arm in taken if resolved(arm, sign)] for sign in (1, -1))
     largest = max(taken, key=lambda arm: rows[arm]["difference"])
     parts = "contradicted" if better else "same sign" if worse else "not resolved"
-    size, pairs = study.size_of(its), len(study.seeds_of(its, RELEASED))
+    size, pairs = study.size_of(its), len(study.seeds_of(its))
     start = "same sign" if resolved(START, 1) else "contradicted" if resolved(START, -1) else "not resolved"
     return {
         "ledger": [

@@ -71,7 +71,7 @@ def conclude(its, values) -> dict:
     """Return the rows of the ledger: the cost of each arm, and whether runs of one seed are equal."""
     config, compared = study.config_of(its), study.compared(its, values)
     size = f"{study.size_of(its)}, {config.steps} steps, "
-    size += f"{len(study.seeds_of(its, BASE))} paired seeds"
+    size += f"{len(study.seeds_of(its))} paired seeds"
     rows = []
     for arm in list(compared)[1:]:
         difference, low, high = (compared[arm][name] for name in ("difference", "low", "high"))

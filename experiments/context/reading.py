@@ -104,17 +104,17 @@ def gain_by_distance(reset_N, best_N, text: data.Split, edges) -> list[list[floa
 
 
 def bootstrap(statistic: Callable, documents: int) -> tuple[float, float, float]:
-    """Return `statistic(indices of documents)` and its 95 % percentile interval; NaN for one document."""
+    """Return `statistic(indices of documents)` and its 95 % bootstrap interval; NaN for one document."""
     return float(statistic(np.arange(documents))), *statistics.bootstrap(statistic, documents)
 
 
-def reach(contexts, bits_C, share: float = 0.95) -> float:
-    """Return the bytes of context that give `share` of what the longest context gains over the shortest.
+def reach(contexts, bits_C) -> float:
+    """Return the bytes of context that give 95 % of what the longest context gains over the shortest.
 
     Between two contexts, interpolate linearly in log context.
     """
     gained_C = bits_C[0] - np.asarray(bits_C)
-    wanted = share * gained_C[-1]
+    wanted = 0.95 * gained_C[-1]
     i = int(np.argmax(gained_C >= wanted)) if gained_C[-1] > 0 else 0
     if i == 0:
         return float(contexts[0])

@@ -4,7 +4,8 @@ Claim: after the same few batches, full fine-tuning predicts the new text best a
 LoRA comes near it on the new text with a fraction of the parameters. A tuned initial state, 4 numbers per channel and
 layer, gains a little. A part of the claim is contradicted if the intervals of the table say otherwise. This holds for
 the loss on the old text: LoRA of rank 8 loses more there (+0.255 bits per byte) than full fine-tuning (+0.178). A
-demonstration: one seed, a base trained for minutes, and the better of two learning rates.
+demonstration: one seed, a base trained for minutes, and the better of two learning rates, which was the higher one in
+every arm: higher ones may be better still.
 
     python -m experiments.finetune.run                (--text=PATH: other text; --base=PATH: another base, of bytes)
     python -m experiments.finetune.run --smoke

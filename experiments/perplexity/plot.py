@@ -5,7 +5,7 @@ from matplotlib.ticker import EngFormatter
 
 from experiments.figures import COLOURS, MARKERS, label_ends, panels, saved, style, titled, within_decades
 from experiments.results import redraw
-from experiments.statistics import told
+from experiments.statistics import millions, told_row
 
 AXES = {
     "tokens": (1e6, "training tokens, millions"),
@@ -72,8 +72,8 @@ def _finding(pairs) -> str:
     if not rows:
         return "Bits per byte against training tokens, FLOPs and seconds"
     tokens, row = max(rows.items(), key=lambda item: int(item[0]))
-    after = f"RWKV-4 minus transformer after {int(tokens) / 1e6:.3g} M tokens"
-    return f"{after}: {told(row['difference'], row['low'], row['high'])} bits per byte"
+    after = f"RWKV-4 minus transformer after {millions(tokens)} tokens"
+    return f"{after}: {told_row(row)} bits per byte"
 
 
 if __name__ == "__main__":

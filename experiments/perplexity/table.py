@@ -2,7 +2,7 @@
 
 from experiments.engineering import table
 from experiments.perplexity import trend
-from experiments.statistics import told
+from experiments.statistics import millions, told_row
 
 
 def levels(results: dict) -> str:
@@ -19,11 +19,11 @@ def levels(results: dict) -> str:
     counted = {int(budget): row for budget, row in results["cells"]["counted"]["budgets"].items()}
     for name in ("6-gram", "xz"):
         rows.append((name, *cells({budget: row[name] for budget, row in counted.items()}), ""))
-    return table(("bits a byte", *(millions(tokens[budget]) for budget in sorted(tokens)), "best practice"), rows)
+    return table(("bits a byte", *(_column(tokens[budget]) for budget in sorted(tokens)), "best practice"), rows)
 
 
-def millions(tokens: float) -> str:
-    return f"{tokens / 1e6:.3g} M tokens"
+def _column(tokens: float) -> str:
+    return f"{millions(tokens)} tokens"
 
 
 def differences(results: dict) -> str:
@@ -32,14 +32,11 @@ def differences(results: dict) -> str:
     A dagger marks the differences where an arm of the two is behind the 6-gram.
     """
     tokens = sorted({int(at) for rows in results["pairs"].values() for at in rows})
-    head, rows = ("bits a byte", *map(millions, tokens), "overtaken at"), []
+    head, rows = ("bits a byte", *map(_column, tokens), "overtaken at"), []
     for pair, its in ((pair, its) for pair, its in results["pairs"].items() if its):
         behind = max(results["behind_the_6-gram_until"][arm] for arm in pair.split(" minus "))
-        of = {
-            int(at): told(*(row[x] for x in ("difference", "low", "high"))) + " †" * (int(at) <= behind)
-            for at, row in its.items()
-        }
-        crossed = ", ".join(f"{where['tokens'] / 1e6:.2g} M" for where in results["overtakes"][pair])
+        of = {int(at): told_row(row) + " †" * (int(at) <= behind) for at, row in its.items()}
+        crossed = ", ".join(millions(where["tokens"], 2) for where in results["overtakes"][pair])
         rows.append((pair, *(of.get(at, "") for at in tokens), crossed))
     return table(head, rows)
 
@@ -55,6 +52,6 @@ def samples(results: dict) -> str:
     found = {}
     for name, cell in results["cells"].items():
         if "sample" in cell:
-            arm, budget = name.split(", seed ")[0], f"{cell['tokens'] / 1e6:.3g} M"
+            arm, budget = name.split(", seed ")[0], millions(cell["tokens"])
             found[arm] = (arm, budget, f"`{' '.join(cell['sample'].split()).replace('`', chr(39))}`")
     return table(("arm", "tokens", "text"), found.values())

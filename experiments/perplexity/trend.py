@@ -23,7 +23,8 @@ def crossings(gaps: dict) -> list[dict]:
 
 
 def trend(gaps: dict, value: float) -> dict | None:
-    """Return the least-squares line of a difference against log2 tokens, and where it reaches `value`.
+    """Return the least-squares line of a difference against log2 tokens, where it reaches `value`, and the stretch
+    beyond the budgets where its band holds 0.
 
     None for fewer than three budgets. The 95 % intervals are Student's for one more run. They assume that budgets are
     independent, although runs that branch from one trunk are not, and that the line stays straight beyond them.
@@ -42,11 +43,13 @@ def trend(gaps: dict, value: float) -> dict | None:
     at = np.linspace(x[0], x[-1] + 30, 4001)  # 30 doublings: to a billion times as many tokens
     low, line, high = bits(at)
     first = lambda where: float(2 ** at[np.argmax(where)]) if where.any() else None
+    holds_0 = (at > x[-1]) & (low <= 0) & (high >= 0)
+    no_longer = np.maximum.accumulate(holds_0) & ~holds_0
     return {
         "per_doubling": [its.slope - t * its.stderr, its.slope, its.slope + t * its.stderr],
         "tokens": [float(2 ** x[0]), float(2 ** x[-1])],
         "reaches_0": first(line >= 0),
-        "decided": {"above": first(low > 0), "below": first(high < 0)},
+        "holds_0": [first(holds_0), first(no_longer)],
         "reaches": {"value": value, "tokens": first(line >= value), "earliest": first(high >= value)},
     }
 
@@ -56,20 +59,26 @@ def told(its: dict) -> list[str]:
     millions = lambda tokens: f"{tokens / 1e6:,.0f}" if tokens >= 1e9 else f"{tokens / 1e6:.3g}"
     m = lambda tokens: "no budget" if tokens is None else f"{millions(tokens)} million tokens"
     low, slope, high = its["per_doubling"]
-    first, last = (f"{tokens / 1e6:.3g}" for tokens in its["tokens"])
+    start, end = map(millions, its["tokens"])
     value, reaches = its["reaches"]["value"], its["reaches"]
-    where = lambda tokens: f"first at {m(tokens)}" if tokens else "nowhere"
-    decided = " and ".join(f"wholly {side} 0 {where(tokens)}" for side, tokens in its["decided"].items())
+    open_from, open_to = its["holds_0"]
+    beyond = "Beyond these budgets the band "
+    if not open_from:
+        decided = beyond + "excludes 0 everywhere: one larger run decides the sign."
+    elif not open_to:
+        decided = beyond + f"holds 0 from {m(open_from)} on: on this line no budget decides the sign."
+    else:
+        decided = (
+            beyond + f"holds 0 from {m(open_from)} to {m(open_to)}: a run of more decides the sign at this width."
+        )
     earliest = reaches["earliest"]
     everywhere = earliest is not None and earliest <= its["tokens"][0]
     band = "its 95 % band " + ("holds" if everywhere else "first holds") + " that value "
     band += "everywhere" if everywhere else f"at {m(earliest)}"
     return [
-        f"From {first} to {last} million tokens the difference changes by {slope:+.4f} [{low:+.4f}, {high:+.4f}] bits "
+        f"From {start} to {end} million tokens the difference changes by {slope:+.4f} [{low:+.4f}, {high:+.4f}] bits "
         "a byte with each doubling.",
         f"On a straight line it is first 0 or above at {m(its['reaches_0'])}, and first the paper's {value:+.3f} or "
         f"above at {m(reaches['tokens'])}; {band}.",
-        f"The band is {decided}: such a budget decides the sign at this width."
-        if any(its["decided"].values())
-        else "The line decides the sign of no budget: its band holds 0 everywhere.",
+        decided,
     ]

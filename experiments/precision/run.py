@@ -1,9 +1,10 @@
-"""Errors of every form of WKV against float64, forward and backward, from one token to 100,000.
+"""Errors of every form of WKV against float64, forward and backward, from one token to 100,000 (`pallas`: to 1,024).
 
 Claim: every form of WKV-4, of WKV-5 and 6 (`ops.wkv6`) and of WKV-7 computes in float32, whatever the input dtype. No
-element of y, of the state or of any gradient is further from its equation than its bound, a multiple of eps of its
-magnitude. `claims` has the largest measured share of that bound; at most 1 is claimed. bfloat16 inputs add the
-rounding of their results and nothing else. `bounds` derives each bound, and names the inputs of WKV-7 that have none.
+element of y, of a gradient or, but for WKV-4, of the state is further from its equation than its bound, a multiple of
+eps of its magnitude. `claims` has the largest measured share of that bound; at most 1 is claimed. bfloat16 inputs add
+the rounding of their results and nothing else. `bounds` derives each bound, and names the inputs of WKV-7 that have
+none.
 
     make precision
     python -m experiments.precision.run [--smoke] [--out=DIR]

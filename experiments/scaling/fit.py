@@ -10,7 +10,10 @@ The line is a least-squares fit of log L; the saturating law one of relative res
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 from scipy.optimize import minimize_scalar
+
+from experiments.statistics import bootstrap
 
 
 class Law(NamedTuple):
@@ -85,13 +88,13 @@ def errors(law: Law, compute, loss) -> dict:
 def judged(compute, loss, until: float) -> dict | None:
     """Return both laws, fitted to the frontier's runs of at most `until` FLOP, and their errors there and beyond.
 
-    None if the frontier has fewer than 3 runs up to `until`, or none beyond.
+    None if the frontier has fewer than 4 runs up to `until`, one more than a law has parameters, or none beyond.
     """
     compute, loss = np.asarray(compute, float), np.asarray(loss, float)
     frontier = pareto(compute, loss)
     c, y = compute[frontier], loss[frontier]
     fitted, beyond = c <= until, c > until
-    if fitted.sum() < 3 or not beyond.any():
+    if fitted.sum() < 4 or not beyond.any():
         return None
     found = {"points": [int(fitted.sum()), int(beyond.sum())]}
     for name, fit in LAWS.items():
@@ -104,63 +107,66 @@ def judged(compute, loss, until: float) -> dict | None:
     return found
 
 
-def bootstrap(compute, loss, until: float, samples: int = 1000, seed: int = 0) -> dict:
-    """Return 95 % intervals of the results of `judged`, from runs drawn with replacement.
+def intervals(compute, loss, until: float) -> dict:
+    """Return 95 % intervals of the results of `judged`, by a jackknife over runs and Student's t.
 
-    Runs are resampled, not points of the frontier. Those are order statistics, and resampling them would hide that
-    another run might have been on the frontier.
+    Runs are left out, not points of the frontier, because another run may then be on the frontier. {} if a run is left
+    out without which `judged` is None.
     """
-    compute, loss, rng = np.asarray(compute, float), np.asarray(loss, float), np.random.default_rng(seed)
-    chosen = (np.unique(rng.integers(len(loss), size=len(loss))) for _ in range(samples))
-    found = [its for i in chosen if (its := judged(compute[i], loss[i], until))]
-    if not found:
-        return {"samples": 0}
-    drawn = {
-        "line exponent": [its["line"]["exponent"] for its in found],
-        "floor": [its["saturating"]["floor"] for its in found],
-        "line minus saturating, rms beyond": [
-            its["line"]["beyond"]["rms"] - its["saturating"]["beyond"]["rms"] for its in found
-        ],
+    compute, loss = np.asarray(compute, float), np.asarray(loss, float)
+    every, n = judged(compute, loss, until), len(loss)
+    without = [judged(np.delete(compute, i), np.delete(loss, i), until) for i in range(n)]
+    if not all([every, *without]):
+        return {}
+    numbers = {
+        "line exponent": lambda its: its["line"]["exponent"],
+        "floor": lambda its: its["saturating"]["floor"],
+        "line minus saturating, rms beyond": lambda its: (
+            its["line"]["beyond"]["rms"] - its["saturating"]["beyond"]["rms"]
+        ),
     }
-    intervals = {name: np.quantile(values, (0.025, 0.975)).tolist() for name, values in drawn.items()}
-    return {"samples": len(found)} | intervals
+    found = {}
+    for name, of in numbers.items():
+        half = stats.t.ppf(0.975, n - 1) * np.sqrt((n - 1) * np.var(list(map(of, without))))
+        found[name] = [of(every) - half, of(every) + half]
+    return found
 
 
-def ratio(these: dict, those: dict, samples: int = 1000, seed: int = 0) -> dict | None:
-    """Return the compute that one model needs for a loss over what another needs; None if they have no loss in common.
+def ratio(these, those, bytes_D) -> dict | None:
+    """Return the compute that one model needs for the lowest loss that both reach, over what the other needs.
 
-    The ratio is a geometric mean over the losses that both frontiers reach; the ratio at the lowest of them is
-    returned too. The 95 % interval is a bootstrap over runs, drawn in pairs: it has no variance of seeds, because each
-    run has one.
+    That loss is the end of one frontier, and a point between two runs of the other, interpolated in log-log. None if
+    the frontiers have no loss in common. The 95 % interval is a bootstrap over documents, which are the same for both
+    models; it has no variance of seeds, because each run has one. None for one document.
 
     Args:
-        these, those: (compute, loss) of the runs of each model, keyed by what pairs them; unpaired runs are ignored.
+        these, those: (compute [N], nats [N, D] of each document) of the runs of each model.
+        bytes_D: bytes of each document.
     """
-    both = sorted(these.keys() & those.keys())
-    paired_2N2 = np.array([[its[name] for name in both] for its in (these, those)], float)
 
-    def log_ratio(runs_2N2):
-        found = [runs[pareto(*runs.T)].T for runs in runs_2N2]
-        lowest, highest = max(y.min() for _, y in found), min(y.max() for _, y in found)
-        if lowest >= highest:
-            return np.nan, np.nan
-        levels = np.geomspace(lowest, highest, 50)
-        a, b = (np.interp(np.log(levels), np.log(y[::-1]), np.log(c[::-1])) for c, y in found)
-        return (a - b).mean(), (a - b)[0]
+    def at_lowest(drawn):
+        found = []
+        for compute_N, nats_ND in (these, those):
+            loss_N = np.sum(np.asarray(nats_ND)[:, drawn], axis=1) / np.sum(np.asarray(bytes_D)[drawn])
+            frontier = pareto(compute_N, loss_N)[::-1]  # by loss
+            found.append(np.log([loss_N[frontier], np.asarray(compute_N, float)[frontier]]))
+        lowest = max(loss[0] for loss, _ in found)
+        a, b = (np.interp(lowest, loss, compute, right=np.nan) for loss, compute in found)
+        return lowest, a - b
 
-    mean, at_lowest = log_ratio(paired_2N2)
-    if np.isnan(mean):
+    documents = len(bytes_D)
+    lowest, log_ratio = at_lowest(np.arange(documents))
+    if np.isnan(log_ratio):
         return None
-    rng = np.random.default_rng(seed)
-    drawn = (np.unique(rng.integers(len(both), size=len(both))) for _ in range(samples))
-    found = np.array([log_ratio(paired_2N2[:, i])[0] for i in drawn])
-    low, high = np.quantile(found[~np.isnan(found)], (0.025, 0.975))
-    return {
-        "pairs": len(both),
-        "ratio": float(np.exp(mean)),
-        "interval": np.exp([low, high]).tolist(),
-        "at_lowest_loss": np.exp(at_lowest),
-    }
+    low, high = bootstrap(lambda drawn: at_lowest(drawn)[1], documents)
+    of_logs = {"loss_nats": lowest, "ratio": log_ratio, "low": low, "high": high}
+    return {name: None if np.isnan(log) else float(np.exp(log)) for name, log in of_logs.items()}
+
+
+def told(its: dict) -> str:
+    """Format the result of `ratio`: "1.67 [1.50, 1.80]"; without an interval that is None."""
+    interval = "" if its["low"] is None else f" [{its['low']:.2f}, {its['high']:.2f}]"
+    return f"{its['ratio']:.2f}{interval}"
 
 
 def chinchilla(compute):

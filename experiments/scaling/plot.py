@@ -49,10 +49,7 @@ def draw(results: dict, path: Path) -> None:
 
 
 def _finding(ratios: dict) -> str:
-    told = [
-        f"{pair.replace(' over ', ' / ')} {its['ratio']:.2f} [{its['interval'][0]:.2f}, {its['interval'][1]:.2f}]"
-        for pair, its in ratios.items()
-    ]
+    told = [f"{pair.replace(' over ', ' / ')} {fit.told(its)}" for pair, its in ratios.items()]
     return f"Compute at equal loss: {', '.join(told)}" if told else "Held-out loss against training compute"
 
 

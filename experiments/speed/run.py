@@ -8,16 +8,16 @@ Claims, on 2 CPU cores in float32:
   decode       Over contexts of 0 to 131,072 tokens (6 x 768) a token of RWKV-4 takes constant time, and the
                transformer with its cache reads at 0.6 of the measured bandwidth or more at 8,192.
   generation   A 12 x 768 RWKV-4 with V 50,277 decodes at least 2 times as fast, and reads 1,024 tokens 1.6 times as
-               fast, as the `rwkv` package's "cpu fp32". A token takes at most 1 / 0.75 of the time of reading its
-               parameters alone.
+               fast, as the `rwkv` package's "cpu fp32". A token in at most 1 / 0.75 of the time of reading its
+               parameters alone is an aim: 1 / 0.66 on 2026-11-24.
   ops          WKV forward and backward at B 4, T 1,024, D 512 takes at most 0.35 of the time of autodiff through a
                plain scan, 3 times its own forward pass, and a quarter of the temporary memory; time a token from 32k
                to 128k within 25 %. Three times its own forward pass is an aim: 3.3 on 2026-11-24.
-  rwkv7        wkv6 and wkv7 against autodiff of a plain scan (5 times as fast wanted); a step of RWKV-7, 6 x 512,
-               against RWKV-4, the transformer and, where it is installed (Python 3.12), jax-linear-attention (1.8
-               wanted); 12 x 768 with V 65,536 against the `rwkv` package (1.5 wanted); time a token after 131,072
-               tokens. Runs only when named: the package has one interface for RWKV-7 and another for the rest, and a
-               process can load only one of them.
+  rwkv7        wkv6 and wkv7 against autodiff of a plain scan (5 times as fast wanted: 8.5 and 3.5 on 2026-11-29); a
+               step of RWKV-7, 6 x 512, against RWKV-4, the transformer and, where it is installed (Python 3.12),
+               jax-linear-attention (1.8 wanted); 12 x 768 with V 65,536 against the `rwkv` package (1.5 wanted); time
+               a token after 131,072 tokens. Runs only when named: the package has one interface for RWKV-7 and another
+               for the rest, and a process can load only one of them.
   startup      Seconds of tracing, lowering and compiling a training step, a prompt and a decode step, and of the
                commands up to their first step or token, the token against that of the `rwkv` package.
                `--against=PATH`, a checkout of an earlier commit, measures that too. Runs only when named.

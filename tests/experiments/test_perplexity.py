@@ -44,14 +44,14 @@ def cell(tokens, bits):
     return {"tokens": tokens, "flops_per_token": 7, "best_practice": bits - 0.01, **level}
 
 
-def concluded(levels, num_layers=2, steps=(10, 20), **values):
-    """Conclusions from bits per byte {arm: level after each budget}."""
+def concluded(levels, num_layers=2, steps=(10, 20), seeds=1, **values):
+    """Conclusions from bits per byte {arm: level after each budget}, which all seeds have."""
     base = {"model": {"num_layers": num_layers, "dim": 512}, "corpus": "enwik8", "seq_len": 1000, "batch_size": 10**4}
-    its = study.Study(base=base, arms={arm: {} for arm in levels}, budgets=steps, against=None)
+    its = study.Study(base=base, arms={arm: {} for arm in levels}, budgets=steps, against=None, seeds=seeds)
     for arm, bits_of in levels.items():
         for budget, bits in zip(its.budgets, bits_of, strict=True):
             if bits is not None:
-                values[study.name_of(arm, 0, budget)] = cell(10**7 * budget, bits)
+                values |= {study.name_of(arm, seed, budget): cell(10**7 * budget, bits) for seed in range(seeds)}
     return run.conclude(its, values)
 
 
@@ -95,16 +95,21 @@ def test_perplexity_table_has_a_row_a_pair_and_the_last_sample_of_each_arm():
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "budgets", "six_gram", "expected"),
-    [(12, (10, 20), 1.6, "same sign"), (6, (10, 20), 1.6, "not comparable"), (12, (1, 2), 1.6, "not comparable"),
-     (12, (10, 20), 1.4, "not comparable"), (12, (10, 20), None, "not comparable")],
+    ("num_layers", "budgets", "six_gram", "seeds", "expected"),
+    [(12, (10, 20), 1.6, 2, "same sign"), (6, (10, 20), 1.6, 2, "not comparable"),
+     (12, (1, 2), 1.6, 2, "not comparable"), (12, (10, 20), 1.4, 2, "not comparable"),
+     (12, (10, 20), None, 2, "not comparable"), (12, (10, 20), 1.6, 1, "not resolved")],
 )  # fmt: skip
-def test_perplexity_verdict_needs_shape_an_epoch_and_a_strong_transformer(num_layers, budgets, six_gram, expected):
+def test_perplexity_verdict_needs_shape_an_epoch_a_strong_transformer_and_two_seeds(
+    num_layers, budgets, six_gram, seeds, expected
+):
     counted = {"budgets": {str(b): {"unigram": 5.0, "6-gram": six_gram, "xz": 2.0} for b in budgets if six_gram}}
-    found = concluded(LEVELS, num_layers, budgets, counted=counted)
+    found = concluded(LEVELS, num_layers, budgets, seeds, counted=counted)
     table_5, shift = found["ledger"]
     assert (table_5["verdict"], shift["verdict"]) == (expected, "no claim")
-    assert table_5["ours"] == "+0.030 [+0.030, +0.030]" and table_5["run"].endswith("M tokens, 1 seed")
+    assert table_5["ours"] == "+0.030 [+0.030, +0.030]" and table_5["run"].endswith(
+        "M tokens, 1 seed" if seeds == 1 else "M tokens, 2 seeds"
+    )
     last = 10**7 * budgets[{1.6: 0, 1.4: 1, None: 0}[six_gram]] if six_gram else 0
     assert found["behind_the_6-gram_until"] == {
         "rwkv4": last,
@@ -123,7 +128,9 @@ def test_trend_extrapolates_a_line_with_its_uncertainty():
     rough = trend.trend(dict(zip(tokens, -0.2 + 0.03 * np.arange(5) + noise, strict=True)), 0.041)
     low, slope, high = rough["per_doubling"]
     assert low < 0.03 < high and slope != pytest.approx(0.03)
-    assert rough["reaches"]["earliest"] < rough["reaches"]["tokens"] < rough["decided"]["above"]
+    start, end = rough["holds_0"]
+    assert tokens[-1] < start < rough["reaches_0"] < rough["reaches"]["tokens"] < end
+    assert rough["reaches"]["earliest"] < rough["reaches"]["tokens"]
     assert trend.trend({1e6: 0.1, 2e6: 0.2}, 0.041) is None
 
 
@@ -134,7 +141,7 @@ def test_trend_reports_a_crossing_within_the_budgets_and_a_decided_sign():
     falling = trend.trend(dict(zip(tokens, -0.2 - 0.03 * np.arange(5), strict=True)), 0.041)
     _, reaches, decided = trend.told(falling)
     assert "0 or above at no budget" in reaches
-    assert decided.startswith("The band is wholly above 0 nowhere and wholly below 0 first at 2 million tokens:")
+    assert "excludes 0 everywhere" in decided and falling["holds_0"] == [None, None]
     assert "+0.041 or above at 1,0" in trend.told(within | {"reaches": within["reaches"] | {"tokens": 1.06e9}})[1]
     noise = {at: gap for at, gap in zip(tokens, (0.1, -0.1, 0.1, -0.1, 0.1), strict=True)}
-    assert trend.told(trend.trend(noise, 0.041))[2].startswith("The line decides the sign of no budget")
+    assert trend.told(trend.trend(noise, 0.041))[2].endswith("on this line no budget decides the sign.")

@@ -157,6 +157,7 @@ def test_study_reports_an_error_in_one_line(script, capsys):
         ((), {"b": {"fails": True}}, "no such corpus"),
         (("--text=enwik8",), {}, "the base of this study has no 'corpus'"),
         (("--arm=d",), {}, "no arm 'd', expected one of base, b"),
+        (("--steps=0",), {}, "--steps=0, expected 1 or more"),
     ):
         assert script(*argv, **arms) == 2
         assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
@@ -167,6 +168,12 @@ def test_study_runs_the_arms_seeds_steps_and_options_of_its_command_line(script)
     assert script(*argv, base=BASE | {"note": None}, options=["note"], b={}, c={"cost": 0.1}) == 0
     assert [(config["seed"], config["steps"], config["note"]) for config in ran] == [(1, 7, "x")] * 2
     assert list(script.results()["cells"]) == ["base, seed 1", "c, seed 1"]
+    figure = script.folder / "figure.png"
+    assert figure.exists()
+    figure.unlink()
+    (script.folder / "plot.py").touch()
+    assert script(*argv, base=BASE | {"note": None}, options=["note"], b={}, c={"cost": 0.1}) == 0
+    assert not figure.exists()  # a figure of its own needs what `conclude` adds to a whole study
 
 
 def test_study_smoke_leaves_no_files(script, capsys):
@@ -237,13 +244,13 @@ def test_config_of_refuses_an_unknown_field_or_type_in_one_line():
 
 
 def test_study_chosen_shrinks_a_smoke_and_presets_name_arms():
-    presets = {"smoke": {"arms": ("b",)}, "gpu": {"base": {"model": {"dim": 512}}, "seeds": {"b": 5}}}
+    presets = {"smoke": {"arms": ("b",)}, "gpu": {"base": {"model": {"dim": 512}}, "seeds": (3, 5)}}
     small = study.chosen(its(arms={"a": {}, "b": {}}, seeds=3, presets=presets), "smoke")
-    assert list(study.arms_of(small)) == ["base", "b"] and study.seeds_of(small, "b") == (0, 1)
+    assert list(study.arms_of(small)) == ["base", "b"] and study.seeds_of(small) == (0, 1)
     assert study.config_of(small).model.dim == 16
     large = study.chosen(its(arms={"a": {}, "b": {}}, presets=presets), "gpu")
     assert study.config_of(large).model.dim == 512 and large.base["seq_len"] == 100
-    assert [len(study.seeds_of(large, arm)) for arm in ("base", "b")] == [1, 5]
+    assert study.seeds_of(large) == (3, 5)
 
 
 def test_identity_of_a_run_depends_on_all_that_its_numbers_depend_on(tmp_path, monkeypatch):
@@ -308,13 +315,30 @@ def test_compared_gives_the_wider_interval_and_none_for_one_seed():
     """The documents differ in the effect and the seeds agree, so the interval over documents is the wider one."""
     found = values({"a": 0.03}, noise=0)
     for seed in range(3):
-        found[study.name_of("a", seed)]["bits_per_byte_nats"][3] += 500
+        found[study.name_of("a", seed)]["bits_per_byte_nats"][3] -= 500
     row = study.compared(its(arms={"a": {}}, seeds=3), found)["a"]
     assert row["high"] - row["low"] > 0.1 and row["by_seed"] == [0.03] * 3
+    assert row["p"] == 0 and not row["resolved"]  # the seeds alone would be sure, but the interval has 0
     for run in found.values():
         del run["bits_per_byte_nats"]
-    row = study.compared(its(arms={"a": {}}, seeds={"a": 1, "base": 3}), found)["a"]
+    row = study.compared(its(arms={"a": {}}, seeds=3), {x: run for x, run in found.items() if x != "a, seed 1"})["a"]
+    assert row["seeds"] == 2
+    row = study.compared(its(arms={"a": {}}, seeds=1), found)["a"]
     assert (row["low"], row["high"], row["p"], row["seeds"]) == (None, None, None, 1)
+
+
+def test_compared_pools_the_spread_of_two_seeds_over_all_arms():
+    """Four arms of two seeds have 3 degrees of freedom; an arm that lacks a seed does not count."""
+    level = lambda bits: {"bits_per_byte": bits}
+    levels = {"base": (1.0, 1.1), "a": (1.2, 1.32), "b": (1.4, 1.51), "c": (1.3, 1.4), "d": (9.0,)}
+    found = {study.name_of(arm, i): level(bits) for arm, of_arm in levels.items() for i, bits in enumerate(of_arm)}
+    its_ = its(arms={arm: {} for arm in "abcd"}, seeds=2)
+    rows = study.compared(its_, found)
+    changes = np.array([0.1, 0.12, 0.11, 0.1])  # from seed to seed: their variance is that of differences of arms
+    half = 3.182446 * changes.std(ddof=1) / 2**0.5  # t at 0.975 with 3 degrees of freedom
+    assert rows["a"]["difference"] == pytest.approx(0.21)
+    assert (rows["a"]["low"], rows["a"]["high"]) == (pytest.approx(0.21 - half), pytest.approx(0.21 + half))
+    assert rows["a"]["resolved"] and (rows["d"]["low"], rows["d"]["seeds"]) == (None, 1)
 
 
 # ------------------------------------------------------------------------------------------------- trunks
@@ -348,5 +372,5 @@ def test_trained_branch_of_a_trunk_is_bit_equal_to_a_run_of_its_length(step, tmp
     other = runs.stages(config(20), (10, 20), 10)
     other[0].optim.warmup = 0.0
     assert runs.trained(other, folder)[2][1] != again[2][1]  # a branch of another trunk is another run
-    logged = runs.curve(found[20][2], 1000)
+    logged = runs.curve(found[20][2])
     assert logged["tokens"] == [16 * step for step in range(1, 21)]
