@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from rwkv_jax.evaluate import tail
+from rwkv_jax.evaluate import FEWEST, tail
 
 
 class Spread(NamedTuple):
@@ -72,11 +72,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def bootstrap(statistic: Callable, documents: int) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval over documents of `statistic(their indices)`; NaN for one document.
+    """Return the 95 % bootstrap interval over documents of `statistic(their indices)`; NaN for fewer than
+    `evaluate.FEWEST`.
 
     Its percentiles are those of `evaluate.tail`.
     """
-    if documents < 2:
+    if documents < FEWEST:
         return np.nan, np.nan
     of_drawn = lambda drawn: statistic(drawn.astype(int))
     found = stats.bootstrap(

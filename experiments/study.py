@@ -70,6 +70,7 @@ class Sweep(NamedTuple):
     name: Callable = str  # an arm's name in sweep.json; arms with the same name share a rate
     value: Callable = itemgetter("valid_bits_per_byte")  # the number of a run to compare
     better: Callable = min
+    known: Path | None = None  # another sweep, whose arms are not searched: the study takes their rates from there
     changes: Mapping = MappingProxyType({})  # overrides of the base while sweeping, such as fewer steps
     widest: int | None = None  # maximum number of rates
 
@@ -84,6 +85,9 @@ class Study:
         arms: overrides of the base by arm, or a function of the base's config that returns them, or a list of
             overrides, one per stage: each stage branches from the end of the previous one.
         seeds: the number of seeds, or the seeds.
+        is_pooled: whether intervals and p over seeds take the spread of all arms together (`statistics.pooled`). For
+            arms that spread alike, and too few seeds to tell: the 95 % of two pairs reach nine standard deviations to
+            either side.
         measure: the name of a function in `measures`, any other function (model, params, corpus) -> numbers, or
             several of them. Arms are compared by the number with the first one's name; with `run`, the name of a
             number is enough.
@@ -106,6 +110,7 @@ class Study:
     base: dict
     arms: dict = field(default_factory=dict)
     seeds: Any = 1
+    is_pooled: bool = False
     measure: Any = "bits_per_byte"
     against: str | None = "base"
     budgets: Sequence[int] = ()
@@ -229,13 +234,12 @@ def cells(study: Study, folder: Path, sweep: Path | None = None, **options) -> d
 def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
     """Return the best learning rate of an arm at the study's size, from the sweep at `path`.
 
-    If `path` lacks the arm, search with the first seed and the smallest budget. Arms that take their rates from
-    `sweeps.lr` are not searched if compare's sweep has them, which comes first there.
+    If it lacks the arm, and the sweep that the study knows too, search with the first seed and the smallest budget.
     """
     its, changes = study.sweep, flat(arms_of(study)[arm][-1])
     base = config_of(study, changes)
     name = f"{its.name(arm)} {base.model.num_layers}x{base.model.dim}"
-    if not study.swept and (found := sweeps.best(sweeps.COMPARE, name)):
+    if its.known and (found := sweeps.best(its.known, name)):
         return found
     centre = flat(base.to_dict()).get(its.field)
     centre = centre or optim.default_lr(run_config.model_of(base).layers[0], base.model.dim)
@@ -268,8 +272,6 @@ def compared(study: Study, values: dict, number: str | None = None, budget=None)
 
     The 95 % interval is the wider of Student's t over seeds and a bootstrap over documents. `p` is Student's, `p_holm`
     is corrected for the number of arms, and `resolved` is true if `p_holm` is below 0.05 and the interval excludes 0.
-    The spread over two seeds is pooled over all arms (`statistics.pooled`): with that of two pairs alone, the interval
-    reaches nine standard deviations to either side.
     """
     number, against = number or next(iter(measures_of(study))), study.against
     budget = budget or (max(budgets_done(study, values)) if study.budgets else None)
@@ -297,9 +299,9 @@ def paired(study: Study, values: dict, arm: str, against: str, number: str | Non
     of = lambda of_runs, name: np.array([run[name] for run in of_runs])
     by_seed = of(runs, number) - of(others, number)
     spread = None
-    if len(seeds) == 2:
-        levels_A2 = [[of_seed(name, seed) for seed in seeds] for name in arms_of(study)]
-        spread = statistics.pooled([[run[number] for run in runs_2] for runs_2 in levels_A2 if all(runs_2)])
+    if study.is_pooled and len(seeds) > 1:
+        runs_AS = [[of_seed(name, seed) for seed in seeds] for name in arms_of(study)]
+        spread = statistics.pooled([[run[number] for run in runs_S] for runs_S in runs_AS if all(runs_S)])
     mean, *interval = statistics.t_interval(by_seed, spread)
     if f"{number}_nats" in runs[0]:
         nats_SD = of(runs, f"{number}_nats") - of(others, f"{number}_nats")
@@ -325,7 +327,7 @@ def table(study: Study, rows: dict) -> str:
 
 def fields_of(study: Study) -> dict:
     """Return the fields of a study that results keep; `Study(**fields)` suffices for `conclude`."""
-    kept = {name: getattr(study, name) for name in ("seeds", "budgets", "against", "held_out")}
+    kept = {name: getattr(study, name) for name in ("seeds", "is_pooled", "budgets", "against", "held_out")}
     return {"base": flat(study.base), "arms": arms_of(study), "measure": list(measures_of(study)), **kept}
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from rwkv_jax import command, data, files, interop, runs
 from rwkv_jax.data import contents, tokenfiles, tokenizers
 
+FEWEST = 6  # documents of an interval: of fewer, all are on one side of their median in more than 5 % of samples
 POSITIONS = 128  # logits [B, POSITIONS, V] are in memory at one time
 SEGMENTS = (4, 32, 128, 512)  # lengths that `continuations` reads at one time: few, because each is compiled
 
@@ -253,15 +254,15 @@ def paired_difference(a_N, b_N, split: data.Split, seed: int = 0, samples: int =
     """Return (difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and its 95 % interval.
 
     The difference is paired because text that is hard for one model is hard for the other. The interval is a
-    bootstrap over documents, because tokens of a document are not independent, with the percentiles of `tail`; NaN of
-    one document. `scipy.stats.bootstrap` draws the same, but takes seconds to import, and every training run imports
-    this module.
+    bootstrap over documents, because tokens of a document are not independent, with the percentiles of `tail`; NaN for
+    fewer than `FEWEST`. `scipy.stats.bootstrap` draws the same, but takes seconds to import, and every training run
+    imports this module.
     """
     (a_D, bytes_D), (b_D, _) = per_document(a_N, split), per_document(b_N, split)
     has_text = bytes_D > 0
     nats_D, bytes_D = (a_D - b_D)[has_text], bytes_D[has_text]
     difference = bits_per_byte(nats_D, bytes_D)
-    if len(nats_D) < 2:
+    if len(nats_D) < FEWEST:
         return difference, np.nan, np.nan
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(len(nats_D), size=len(nats_D)) for _ in range(samples))

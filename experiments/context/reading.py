@@ -104,7 +104,7 @@ def gain_by_distance(reset_N, best_N, text: data.Split, edges) -> list[list[floa
 
 
 def bootstrap(statistic: Callable, documents: int) -> tuple[float, float, float]:
-    """Return `statistic(indices of documents)` and its 95 % bootstrap interval; NaN for one document."""
+    """Return `statistic(indices of documents)` and its 95 % interval (`statistics.bootstrap`)."""
     return float(statistic(np.arange(documents))), *statistics.bootstrap(statistic, documents)
 
 

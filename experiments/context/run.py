@@ -28,7 +28,8 @@ Verdicts:
   context, extension   same sign: the paired difference is below 0 with its interval over documents, or over seeds if
                        wider; contradicted: it is above; else not resolved. *Not comparable* if the model's reach, the
                        bytes of context that give 95 % of the gain, is below T: such a model has no use for longer
-                       windows. This rule came after the run, whose reach is 102 bytes [58, 261]
+                       windows. This rule came after the run, whose reach is 102 bytes [58, 261]. Without it context is
+                       not resolved, and extension contradicted
   carrying             saving: what a carried state saves over one reset every T bytes. Same sign: the saving falls by
                        less than 0.005 bits a byte, with its interval, from the first bytes beyond T to the last below
                        64 T; contradicted: it falls by more

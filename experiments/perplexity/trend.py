@@ -61,16 +61,13 @@ def told(its: dict) -> list[str]:
     low, slope, high = its["per_doubling"]
     start, end = map(millions, its["tokens"])
     value, reaches = its["reaches"]["value"], its["reaches"]
-    open_from, open_to = its["holds_0"]
-    beyond = "Beyond these budgets the band "
-    if not open_from:
-        decided = beyond + "excludes 0 everywhere: one larger run decides the sign."
-    elif not open_to:
-        decided = beyond + f"holds 0 from {m(open_from)} on: on this line no budget decides the sign."
+    open_from, open_to = map(m, its["holds_0"])
+    if not its["holds_0"][0]:
+        decided = "excludes 0 everywhere: on this line each of them decides the sign."
+    elif not its["holds_0"][1]:
+        decided = f"holds 0 from {open_from} on: on this line no budget from there decides the sign."
     else:
-        decided = (
-            beyond + f"holds 0 from {m(open_from)} to {m(open_to)}: a run of more decides the sign at this width."
-        )
+        decided = f"holds 0 from {open_from} to {open_to}: on this line a budget outside decides the sign."
     earliest = reaches["earliest"]
     everywhere = earliest is not None and earliest <= its["tokens"][0]
     band = "its 95 % band " + ("holds" if everywhere else "first holds") + " that value "
@@ -80,5 +77,5 @@ def told(its: dict) -> list[str]:
         "a byte with each doubling.",
         f"On a straight line it is first 0 or above at {m(its['reaches_0'])}, and first the paper's {value:+.3f} or "
         f"above at {m(reaches['tokens'])}; {band}.",
-        decided,
+        f"Beyond these budgets the band {decided}",
     ]

@@ -10,10 +10,9 @@ The line is a least-squares fit of log L; the saturating law one of relative res
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 from scipy.optimize import minimize_scalar
 
-from experiments.statistics import bootstrap
+from experiments import statistics
 
 
 class Law(NamedTuple):
@@ -88,7 +87,8 @@ def errors(law: Law, compute, loss) -> dict:
 def judged(compute, loss, until: float) -> dict | None:
     """Return both laws, fitted to the frontier's runs of at most `until` FLOP, and their errors there and beyond.
 
-    None if the frontier has fewer than 4 runs up to `until`, one more than a law has parameters, or none beyond.
+    None if the frontier has fewer than 4 runs up to `until`, one more than the saturating law has parameters, or none
+    beyond.
     """
     compute, loss = np.asarray(compute, float), np.asarray(loss, float)
     frontier = pareto(compute, loss)
@@ -107,37 +107,36 @@ def judged(compute, loss, until: float) -> dict | None:
     return found
 
 
-def intervals(compute, loss, until: float) -> dict:
-    """Return 95 % intervals of the results of `judged`, by a jackknife over runs and Student's t.
+def bootstrap(compute, loss, until: float, samples: int = 500) -> dict:
+    """Return 95 % intervals of the results of `judged`, from runs drawn with replacement.
 
-    Runs are left out, not points of the frontier, because another run may then be on the frontier. {} if a run is left
-    out without which `judged` is None.
+    Runs are resampled, not points of the frontier. Those are order statistics, and resampling them would hide that
+    another run might have been on the frontier. A run that is drawn twice counts once, which makes the spread of the
+    draws about 0.8 of what it would be with weights. Draws for which `judged` is None are left out.
     """
-    compute, loss = np.asarray(compute, float), np.asarray(loss, float)
-    every, n = judged(compute, loss, until), len(loss)
-    without = [judged(np.delete(compute, i), np.delete(loss, i), until) for i in range(n)]
-    if not all([every, *without]):
-        return {}
-    numbers = {
-        "line exponent": lambda its: its["line"]["exponent"],
-        "floor": lambda its: its["saturating"]["floor"],
-        "line minus saturating, rms beyond": lambda its: (
-            its["line"]["beyond"]["rms"] - its["saturating"]["beyond"]["rms"]
-        ),
+    compute, loss, rng = np.asarray(compute, float), np.asarray(loss, float), np.random.default_rng(0)
+    chosen = (np.unique(rng.integers(len(loss), size=len(loss))) for _ in range(samples))
+    found = [its for i in chosen if (its := judged(compute[i], loss[i], until))]
+    if not found:
+        return {"samples": 0}
+    drawn = {
+        "line exponent": [its["line"]["exponent"] for its in found],
+        "floor": [its["saturating"]["floor"] for its in found],
+        "line minus saturating, rms beyond": [
+            its["line"]["beyond"]["rms"] - its["saturating"]["beyond"]["rms"] for its in found
+        ],
     }
-    found = {}
-    for name, of in numbers.items():
-        half = stats.t.ppf(0.975, n - 1) * np.sqrt((n - 1) * np.var(list(map(of, without))))
-        found[name] = [of(every) - half, of(every) + half]
-    return found
+    intervals = {name: np.quantile(values, (0.025, 0.975)).tolist() for name, values in drawn.items()}
+    return {"samples": len(found)} | intervals
 
 
 def ratio(these, those, bytes_D) -> dict | None:
     """Return the compute that one model needs for the lowest loss that both reach, over what the other needs.
 
-    That loss is the end of one frontier, and a point between two runs of the other, interpolated in log-log. None if
-    the frontiers have no loss in common. The 95 % interval is a bootstrap over documents, which are the same for both
-    models; it has no variance of seeds, because each run has one. None for one document.
+    That loss is the end of one frontier, and a point between two runs of the other, interpolated in log-log. Returns
+    None if the frontiers have no loss in common. The 95 % interval is a bootstrap over documents, which are the same
+    for both models; it has no variance of seeds, because each run has one. `low` and `high` are None where
+    `statistics.bootstrap` has no interval, or where a draw has no loss in common.
 
     Args:
         these, those: (compute [N], nats [N, D] of each document) of the runs of each model.
@@ -158,7 +157,7 @@ def ratio(these, those, bytes_D) -> dict | None:
     lowest, log_ratio = at_lowest(np.arange(documents))
     if np.isnan(log_ratio):
         return None
-    low, high = bootstrap(lambda drawn: at_lowest(drawn)[1], documents)
+    low, high = statistics.bootstrap(lambda drawn: at_lowest(drawn)[1], documents)
     of_logs = {"loss_nats": lowest, "ratio": log_ratio, "low": low, "high": high}
     return {name: None if np.isnan(log) else float(np.exp(log)) for name, log in of_logs.items()}
 

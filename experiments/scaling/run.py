@@ -24,10 +24,10 @@ Rules, for RWKV-4 with at least 5 runs on the frontier before the last decade an
   not resolved   otherwise
   no claim       compute at equal loss, for which the paper has no number, and the line through points of a bending
                  law, for which nothing is trained
-Intervals of the laws are a jackknife over runs. Exponents in nats per byte are not the paper's, which are per token
+Intervals of the laws are a bootstrap over runs. Exponents in nats per byte are not the paper's, which are per token
 of GPT-NeoX. Compute at equal loss is the ratio of the compute that two frontiers need for the lowest loss that both
 reach: a mean over losses depends on which budgets ran, and most of these losses are behind a 6-gram. Its interval is
-over documents and has no variance of seeds.
+over documents and has no variance of seeds; `gpu` and `paper`, without nats by document, have none.
 Deviations: bytes instead of tokens, and novels instead of the Pile; compute is 6 FLOPs a weight and token plus those
 of attention and of WKV (RWKV-7's in chunks of 16 tokens), without the embedding's look-up; one seed a run; learning
 rates by width from sweeps of short runs on source code, of `sweep.json` here and in experiments/compare, although
@@ -106,7 +106,7 @@ def nats_of(run: dict) -> float:
 
 
 def ratio_of(these: list[dict], those: list[dict]) -> dict | None:
-    """Return `fit.ratio` of the runs of two models, over documents where runs have their nats."""
+    """Return `fit.ratio` of the runs of two models; without nats by document, all text counts as one."""
     if "bits_per_byte_nats" in these[0]:
         nats_of_documents, bytes_D = (lambda run: run["bits_per_byte_nats"]), these[0]["bits_per_byte_bytes"]
     else:
@@ -125,14 +125,14 @@ def of_arm(runs: list[dict]) -> dict:
         "frontier": fit.pareto(compute, loss).tolist(),
         "fitted_until": until,
         "laws": fit.judged(compute, loss, until),
-        "intervals": fit.intervals(compute, loss, until),
+        "intervals": fit.bootstrap(compute, loss, until),
     }
 
 
 def verdict(its) -> str:
     """Return the verdict on RWKV-4 by the rules of the header."""
     laws, intervals = its["laws"], its["intervals"]
-    if laws is None or laws["points"][0] < 5 or laws["points"][1] < 3 or not intervals:
+    if laws is None or laws["points"][0] < 5 or laws["points"][1] < 3 or not intervals["samples"]:
         return "not comparable"
     floor, worse = intervals["floor"][0], intervals["line minus saturating, rms beyond"][0]
     if floor > 1e-3 and worse > 0:
@@ -180,7 +180,9 @@ LARGE = {
     "measure": "nats_per_token",
     "budgets": (171, 343, 686, 1372, 2745, 5490),
     "held_out": 2**20,
-    "sweep": study.Sweep("optim.lr", lambda arm: arm.split()[0], itemgetter("valid_nats_per_token")),
+    "sweep": study.Sweep(
+        name=lambda arm: arm.split()[0], value=itemgetter("valid_nats_per_token"), known=sweeps.COMPARE
+    ),
 }  # fmt: skip
 PILE = {"corpus": "pile", "tokenizer": "20B_tokenizer.json", "model.vocab_size": 50277, "seq_len": 1024}
 PAPER_SIZES = (
@@ -191,7 +193,7 @@ STUDY = {
     **{name: PERPLEXITY[name] for name in ("base", "measure", "budgets", "held_out")},
     "arms": arms_of(SIZES, MAIN),
     "against": None,
-    "sweep": study.Sweep(name=lambda arm: arm.split()[0]),
+    "sweep": study.Sweep(name=lambda arm: arm.split()[0], known=sweeps.COMPARE),
     "conclude": conclude,
     "presets": {
         "smoke": {

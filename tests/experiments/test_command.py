@@ -102,9 +102,11 @@ def test_t_interval_p_value_and_over_documents_agree_with_values_by_hand():
     t = 7 / 3 * 3**0.5 / np.std(x, ddof=1)
     assert statistics.p_value(x) == pytest.approx(1 - t / (t**2 + 2) ** 0.5)  # Student's, 2 degrees of freedom
     assert statistics.p_value([0.5, 0.5]) == 0 and statistics.p_value([0.0, 0.0]) == 1
-    nats_SD = np.log(2) * np.array([[10.0, 100.0]])  # 1 and 0.5 bits a byte
-    assert statistics.over_documents(nats_SD, [10, 200]) == pytest.approx((0.5, 1.0))
-    nothing = statistics.over_documents(nats_SD[:, :1], [10])
+    # 1 bit a byte in five documents, 0.5 in one. It is drawn at least 4 times of 6 with p 0.009, 5 times with 0.0007,
+    # and the percentile for six documents is 0.0024.
+    nats_SD = np.log(2) * np.array([[10.0] * 5 + [100.0]])
+    assert statistics.over_documents(nats_SD, [10] * 5 + [200]) == pytest.approx((420 / 820, 1.0))
+    nothing = statistics.over_documents(nats_SD[:, :5], [10] * 5)
     assert np.isnan(
         [*nothing, *statistics.t_interval([1.0])[1:], *statistics.t_interval([]), *statistics.wider(nothing, nothing)]
     ).all()

@@ -72,6 +72,8 @@ def test_a_fall_beyond_the_window_is_comparable_only_if_the_model_reads_a_window
     change = (-0.1, -0.2, -0.05)
     assert run.falls(change, cells(1.0), T=256) == "same sign"
     assert run.falls(change, cells(1.99), T=256) == "not comparable"  # 256 bytes give 99 % of the gain
+    uneven = [{"targets": [10] * 6, "after": {"16": [3.0] * 6, "256": [1.0] * 5 + [1.5], "4096": [1.0] * 6}}]
+    assert run.falls(change, uneven, T=256) == "not comparable"  # 96 %, whatever the interval of the reach
 
 
 def test_reach_interpolates_in_log_context():
@@ -81,10 +83,10 @@ def test_reach_interpolates_in_log_context():
 
 
 def test_difference_pairs_documents_and_weights_them_by_targets():
-    cell = {"targets": [3, 1], "after": {"8": [2.0, 3.0], "16": [1.0, 3.0]}}
+    cell = {"targets": [3, 1] * 3, "after": {"8": [2.0, 3.0] * 3, "16": [1.0, 3.0] * 3}}
     value, low, high = run.difference([cell], lambda c: c["after"]["16"], lambda c: c["after"]["8"])
     assert (value, low, high) == (-0.75, -1, 0)
-    other = cell | {"after": {"8": [2.0, 3.0], "16": [0.0, 2.0]}}
+    other = cell | {"after": {"8": [2.0, 3.0] * 3, "16": [0.0, 2.0] * 3}}
     both = run.difference([cell, cell], lambda c: c["after"]["16"], lambda c: c["after"]["16"], [other, other])
     assert both == (1, 1, 1)
 
@@ -134,8 +136,8 @@ def test_context_conclude_pairs_versions_with_rwkv4_and_copies_by_seed():
     change = {"rwkv4": 0.02, "rwkv5": 0.01, "rwkv6": -0.03, "rwkv7": 0.04}
     values = {}
     for arm in study.arms_of(its):
-        after = {"16": [2.0, 3.0], "32": [2.0 + change.get(arm, 0), 3.0 + change.get(arm, 0)]}
-        cell = {"targets": [1, 3], "after": after, "gain_by_distance": [[0.1, 0.1], [0.1, 0.1], [0.1, 0.1]]}
+        after = {"16": [2.0, 3.0] * 3, "32": [2.0 + change.get(arm, 0), 3.0 + change.get(arm, 0)] * 3}
+        cell = {"targets": [1, 3] * 3, "after": after, "gain_by_distance": [[0.1] * 6] * 3}
         values[study.name_of(arm, 0)] = cell
     copied = lambda lag: {"share": {str(n): float(n <= lag) for n in copying.TASK.lags}, "window": 64}
     values |= {name: copied(256) for name in run.COPIES}
@@ -153,7 +155,7 @@ def test_context_conclude_pairs_versions_with_rwkv4_and_copies_by_seed():
     assert lag(run.conclude(its, values | {run.copy_of("rwkv7", 1): copied(1024)})).startswith("at least 13 times")
     assert beyond("RWKV-6 minus RWKV-4") in found["ledger"]
     flat = {
-        name: cell | {"after": {"16": [2.0, 3.0], "32": [2.0, 3.0]}}
+        name: cell | {"after": {"16": [2.0, 3.0] * 3, "32": [2.0, 3.0] * 3}}
         for name, cell in values.items()
         if "rwkv4, seed" in name and "copy" not in name
     }

@@ -39,8 +39,9 @@ def test_budgets_of_gives_main_arms_all_budgets_and_all_others_one(tmp_path):
 
 
 def cell(tokens, bits):
-    nats = [bits * 1000 * np.log(2), bits * 3000 * np.log(2)]
-    level = {"bits_per_byte": bits, "bits_per_byte_nats": nats, "bits_per_byte_bytes": [1000, 3000]}
+    num_bytes = [1000, 3000] * 3
+    nats = [bits * n * np.log(2) for n in num_bytes]
+    level = {"bits_per_byte": bits, "bits_per_byte_nats": nats, "bits_per_byte_bytes": num_bytes}
     return {"tokens": tokens, "flops_per_token": 7, "best_practice": bits - 0.01, **level}
 
 
@@ -71,6 +72,12 @@ def test_conclude_pairs_arms_at_every_common_budget():
     of_run = {"budget": 20, "seeds": 1, "tokens": 2e8, "flops": 14e8, "seconds": 2e6, "bits_per_byte": 1.53}
     assert found["points"]["rwkv4"][1] == of_run | {"best_practice": 1.52}
     assert found["points"]["transformer"][1]["seconds"] is None
+    its, values = study.Study(base={}, arms={"a": {}, "b": {}}, budgets=(1, 2), seeds=3, against=None), {}
+    for arm, seed, budget, bits in (
+        ("a", 0, 1, 9.0), ("b", 0, 1, 1.0), ("a", 1, 1, 2.0), ("b", 1, 1, 1.5), ("a", 1, 2, 1.0), ("b", 1, 2, 1.25)
+    ):  # fmt: skip
+        values[study.name_of(arm, seed, budget)] = {"bits_per_byte": bits}
+    assert run.gaps_of(its, values, "a", "b") == {1: 0.5, 2: -0.25}  # of seed 1, which both budgets have
     assert len(found["points"]["transformer+shift"]) == 1
 
 
@@ -144,4 +151,4 @@ def test_trend_reports_a_crossing_within_the_budgets_and_a_decided_sign():
     assert "excludes 0 everywhere" in decided and falling["holds_0"] == [None, None]
     assert "+0.041 or above at 1,0" in trend.told(within | {"reaches": within["reaches"] | {"tokens": 1.06e9}})[1]
     noise = {at: gap for at, gap in zip(tokens, (0.1, -0.1, 0.1, -0.1, 0.1), strict=True)}
-    assert trend.told(trend.trend(noise, 0.041))[2].endswith("on this line no budget decides the sign.")
+    assert trend.told(trend.trend(noise, 0.041))[2].endswith("on this line no budget from there decides the sign.")

@@ -36,16 +36,17 @@ def test_judged_recovers_the_laws_and_a_line_misses_a_saturating_one():
     np.testing.assert_allclose(ours(COMPUTE), law(COMPUTE), rtol=1e-6)
     assert bent["line"]["fit"]["r2_explained"] > 0.99 and bent["line"]["beyond"]["max"] > 0.02
     assert fit.judged(COMPUTE[:5], COMPUTE[:5] ** -0.1, COMPUTE[2]) is None
-    assert fit.intervals(COMPUTE[:5], COMPUTE[:5] ** -0.1, COMPUTE[3]) == {}  # of 4 runs, one left out leaves 3
+    assert fit.bootstrap(COMPUTE[:5], COMPUTE[:5] ** -0.1, COMPUTE[2], samples=5) == {"samples": 0}
 
 
-def test_intervals_separate_a_line_from_a_saturating_law():
-    """Applies the rule of the header: a floor above 0, and a line that predicts worse."""
-    straight = fit.intervals(COMPUTE, 30 * COMPUTE**-0.055 * NOISE, 1e15)
+def test_bootstrap_separates_a_line_from_a_saturating_law():
+    """Applies the rule of the header: a floor above 0, and a line that predicts worse. Of 24 lines with this noise,
+    the floor's interval excluded 0 for 2, this one among them, and the line predicted worse for none."""
+    straight = fit.bootstrap(COMPUTE, 30 * COMPUTE**-0.055 * NOISE, 1e15, samples=60)
     low, high = straight["line exponent"]
     assert low < 0.055 < high and high - low < 0.002
     assert straight["line minus saturating, rms beyond"][0] < 0
-    bent = fit.intervals(COMPUTE, fit.Law(1.0, 1.0, 0.25, 1e14)(COMPUTE) * NOISE, 1e15)
+    bent = fit.bootstrap(COMPUTE, fit.Law(1.0, 1.0, 0.25, 1e14)(COMPUTE) * NOISE, 1e15, samples=60)
     assert bent["floor"][0] > 0.5 and bent["line minus saturating, rms beyond"][0] > 0.01
 
 
@@ -65,14 +66,14 @@ def test_chinchilla_law_without_noise_fits_a_line_by_r2():
 
 
 def test_fit_ratio_is_that_of_the_compute_for_the_lowest_loss_of_both():
-    """Three documents, in nats of 100, 200 and 300 bytes. One model needs three times the compute for each loss, and
-    ends at a higher one; in one document it is worse by more."""
-    loss, bytes_D = fit.Law(0.6, 1.2, 0.12, 1e14)(COMPUTE), np.array([100, 200, 300])
+    """Six documents of 100, 200 and 300 bytes. One model needs three times the compute for each loss, and ends at a
+    higher one; in two documents it is worse by more."""
+    loss, bytes_D = fit.Law(0.6, 1.2, 0.12, 1e14)(COMPUTE), np.array([100, 200, 300] * 2)
     nats_ND, few = loss[:, None] * bytes_D, slice(0, 30)
     found = fit.ratio((3 * COMPUTE[few], nats_ND[few]), (COMPUTE, nats_ND), bytes_D)
     assert found["ratio"] == pytest.approx(3) and found["loss_nats"] == pytest.approx(loss[29])
     assert (found["low"], found["high"]) == (pytest.approx(3), pytest.approx(3))
-    worse_ND = nats_ND[few] + [0, 0, 3]
+    worse_ND = nats_ND[few] + [0, 0, 3] * 2
     found = fit.ratio((3 * COMPUTE[few], worse_ND), (COMPUTE, nats_ND), bytes_D)
     assert found["low"] == pytest.approx(3) and found["ratio"] > 3.1 and found["high"] > found["ratio"]
     reverse = fit.ratio((COMPUTE, nats_ND), (3 * COMPUTE[few], worse_ND), bytes_D)
@@ -117,5 +118,5 @@ def test_scaling_runs_at_4x128_have_the_identity_of_the_perplexity_runs(tmp_path
 )
 def test_scaling_verdict_follows_the_rule_of_the_header(points, floor, worse, off, expected):
     laws = {"points": points, "line": {"beyond": {"max": off}}}
-    its = {"laws": laws, "intervals": {"floor": floor, "line minus saturating, rms beyond": worse}}
+    its = {"laws": laws, "intervals": {"samples": 9, "floor": floor, "line minus saturating, rms beyond": worse}}
     assert run.verdict(its) == expected

@@ -284,15 +284,14 @@ ARMS = {arm: {} for arm in EFFECTS}
 
 
 def values(effects=EFFECTS, noise=1e-4):
-    """Runs of all arms: a level for each seed, an effect for each arm, four documents of 1,000 bytes that differ
-    widely."""
+    """Runs of all arms: a level for each seed, an effect for each arm, six documents that differ widely."""
     rng, found = np.random.default_rng(0), {}
     for arm, effect in {"base": 0.0, **effects}.items():
         for seed in range(3):
             bits = 2.3 + 0.05 * seed + effect + noise * rng.standard_normal()
-            nats = (np.array([0.5, 0.8, 1.2, 1.5]) * 1000 * bits * np.log(2)).tolist()
+            nats = (np.array([0.5, 0.7, 0.9, 1.1, 1.3, 1.5]) * 1000 * bits * np.log(2)).tolist()
             found[study.name_of(arm, seed)] = {
-                "bits_per_byte": bits, "bits_per_byte_nats": nats, "bits_per_byte_bytes": [1000] * 4, "lr": 0.1
+                "bits_per_byte": bits, "bits_per_byte_nats": nats, "bits_per_byte_bytes": [1000] * 6, "lr": 0.1
             }  # fmt: skip
     return found
 
@@ -327,18 +326,20 @@ def test_compared_gives_the_wider_interval_and_none_for_one_seed():
     assert (row["low"], row["high"], row["p"], row["seeds"]) == (None, None, None, 1)
 
 
-def test_compared_pools_the_spread_of_two_seeds_over_all_arms():
+def test_compared_pools_the_spread_of_seeds_over_all_arms():
     """Four arms of two seeds have 3 degrees of freedom; an arm that lacks a seed does not count."""
     level = lambda bits: {"bits_per_byte": bits}
     levels = {"base": (1.0, 1.1), "a": (1.2, 1.32), "b": (1.4, 1.51), "c": (1.3, 1.4), "d": (9.0,)}
     found = {study.name_of(arm, i): level(bits) for arm, of_arm in levels.items() for i, bits in enumerate(of_arm)}
-    its_ = its(arms={arm: {} for arm in "abcd"}, seeds=2)
-    rows = study.compared(its_, found)
+    arms = {arm: {} for arm in "abcd"}
+    rows = study.compared(its(arms=arms, seeds=2, is_pooled=True), found)
     changes = np.array([0.1, 0.12, 0.11, 0.1])  # from seed to seed: their variance is that of differences of arms
     half = 3.182446 * changes.std(ddof=1) / 2**0.5  # t at 0.975 with 3 degrees of freedom
     assert rows["a"]["difference"] == pytest.approx(0.21)
     assert (rows["a"]["low"], rows["a"]["high"]) == (pytest.approx(0.21 - half), pytest.approx(0.21 + half))
     assert rows["a"]["resolved"] and (rows["d"]["low"], rows["d"]["seeds"]) == (None, 1)
+    alone = study.compared(its(arms=arms, seeds=2), found)["a"]
+    assert alone["high"] - alone["difference"] == pytest.approx(12.7062 * 0.01)  # t with 1 degree of freedom
 
 
 # ------------------------------------------------------------------------------------------------- trunks
