@@ -48,10 +48,10 @@ def sentences(results: dict) -> str:
 
 
 def samples(results: dict) -> str:
-    """Return the text that each arm generates after the same words, at its largest budget."""
+    """Return the text that the first seed of each arm generates after the same words, at its largest budget."""
     found = {}
     for name, cell in results["cells"].items():
-        if "sample" in cell:
+        if "sample" in cell and ", seed 0" in name:
             arm, budget = name.split(", seed ")[0], millions(cell["tokens"])
             found[arm] = (arm, budget, f"`{' '.join(cell['sample'].split()).replace('`', chr(39))}`")
     return table(("arm", "tokens", "text"), found.values())

@@ -97,7 +97,8 @@ def test_perplexity_table_has_a_row_a_pair_and_the_last_sample_of_each_arm():
         "| 6-gram | 1.950 | 1.600 |  |",
         "| xz | 2.400 | 2.300 |  |",
     ]
-    cells = {f"a, seed 0, {n} steps": {"tokens": n * 10**6, "sample": f"`{n}`\n|"} for n in (1, 2)} | {"speed": {}}
+    cells = {f"a, seed 0, {n} steps": {"tokens": n * 10**6, "sample": f"`{n}`\n|"} for n in (1, 2)}
+    cells |= {"a, seed 1, 2 steps": {"tokens": 2 * 10**6, "sample": "of another seed"}, "speed": {}}
     assert table.samples({"cells": cells}).splitlines()[2:] == ["| a | 2 M | `'2' \\|` |"]
 
 

@@ -152,6 +152,14 @@ def test_study_resumes_from_published_results_with_the_same_identity(script, cap
     assert script() == 0 and len(ran) == 12
 
 
+def test_swept_lr_does_not_search_the_arms_of_a_known_sweep(tmp_path):
+    known = tmp_path / "known.json"
+    known.write_text('{"runs": {"a 3x64": {"0.004": 1.0, "0.008": 2.0}}}')
+    about = its(arms={"a": {"model.num_layers": 3}}, sweep=study.Sweep(known=known))
+    assert study.swept_lr(about, "a", tmp_path / "sweep.json", tmp_path) == 4e-3
+    assert not (tmp_path / "sweep.json").exists()
+
+
 def test_study_reports_an_error_in_one_line(script, capsys):
     for argv, arms, message in (
         ((), {"b": {"fails": True}}, "no such corpus"),
