@@ -155,7 +155,7 @@ def test_study_resumes_from_published_results_with_the_same_identity(script, cap
 def test_swept_lr_does_not_search_the_arms_of_a_known_sweep(tmp_path):
     known = tmp_path / "known.json"
     known.write_text('{"runs": {"a 3x64": {"0.004": 1.0, "0.008": 2.0}}}')
-    about = its(arms={"a": {"model.num_layers": 3}}, sweep=study.Sweep(known=known))
+    about = its(arms={"a": {"model.num_layers": 3}}, run=computed, sweep=study.Sweep(known=known))
     assert study.swept_lr(about, "a", tmp_path / "sweep.json", tmp_path) == 4e-3
     assert not (tmp_path / "sweep.json").exists()
 
