@@ -152,4 +152,6 @@ def test_trend_reports_a_crossing_within_the_budgets_and_a_decided_sign():
     assert "excludes 0 everywhere" in decided and falling["holds_0"] == [None, None]
     assert "+0.041 or above at 1,0" in trend.told(within | {"reaches": within["reaches"] | {"tokens": 1.06e9}})[1]
     noise = {at: gap for at, gap in zip(tokens, (0.1, -0.1, 0.1, -0.1, 0.1), strict=True)}
-    assert trend.told(trend.trend(noise, 0.041))[2].endswith("on this line no budget from there decides the sign.")
+    rough = trend.trend(noise, 0.041)
+    assert rough["holds_0"][0] > tokens[-1]  # the band holds 0 at all budgets, but these were run
+    assert trend.told(rough)[2].endswith("on this line no budget from there decides the sign.")
