@@ -118,9 +118,9 @@ def millions(tokens: float, digits: int = 3) -> str:
     return f"{float(tokens) / 1e6:.{digits}g} M"
 
 
-def told_row(row: dict, digits: int = 3) -> str:
+def told_row(row: dict) -> str:
     """Format the difference of a row of `study.compared` or `study.paired`, as `told`."""
-    return told(row["difference"], row["low"], row["high"], digits)
+    return told(row["difference"], row["low"], row["high"])
 
 
 def at_most(x: float) -> str:

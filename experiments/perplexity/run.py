@@ -36,6 +36,7 @@ Table 5's weight decay and dropout, the latter on the embedding and the residual
 Seconds are of training steps alone, timed apart from the runs on the hardware of the cell `speed`.
 """
 
+import itertools
 import time
 from functools import partial
 from pathlib import Path
@@ -154,17 +155,15 @@ def points_of(its, values: dict, arm: str) -> list[dict]:
 
 
 def gaps_of(its, values: dict, arm: str, against: str) -> dict[int, float]:
-    """Return the difference of two arms by budget, in the mean over the seeds that all budgets of both have."""
-    found = {}
-    for budget in study.budgets_done(its, values):
-        both = {
-            seed: [values.get(study.name_of(name, seed, budget)) for name in (arm, against)]
-            for seed in study.seeds_of(its)
-        }
-        if gaps := {seed: a["bits_per_byte"] - b["bits_per_byte"] for seed, (a, b) in both.items() if a and b}:
-            found[budget] = gaps
-    seeds = set.intersection(*map(set, found.values())) if found else set()
-    return {budget: float(np.mean([gaps[seed] for seed in seeds])) for budget, gaps in found.items() if seeds}
+    """Return the difference of two arms by tokens, in the mean over the seeds that all budgets of both have."""
+    by_seed = {}
+    for budget, seed in itertools.product(study.budgets_done(its, values), study.seeds_of(its)):
+        both = [values.get(study.name_of(name, seed, budget)) for name in (arm, against)]
+        if all(both):
+            its_own, other = both
+            by_seed.setdefault(its_own["tokens"], {})[seed] = its_own["bits_per_byte"] - other["bits_per_byte"]
+    seeds = set.intersection(*map(set, by_seed.values())) if by_seed else set()
+    return {tokens: float(np.mean([gaps[seed] for seed in seeds])) for tokens, gaps in by_seed.items() if seeds}
 
 
 def conclude(its, values: dict) -> dict:
@@ -177,7 +176,6 @@ def conclude(its, values: dict) -> dict:
         rows = {tokens_of[budget]: study.paired(its, values, a, b, budget=budget) for budget in done}
         pairs[f"{a} minus {b}"] = {tokens: row for tokens, row in rows.items() if row}
     gaps = {pair: gaps_of(its, values, *pair.split(" minus ")) for pair in pairs}
-    gaps = {pair: {tokens_of[budget]: gap for budget, gap in of_pair.items()} for pair, of_pair in gaps.items()}
     counted = values.get("counted", {}).get("budgets", {})
     ngrams = {int(b): next(x for name, x in row.items() if name.endswith("-gram")) for b, row in counted.items()}
     is_behind = lambda point: point["budget"] in ngrams and point["bits_per_byte"] >= ngrams[point["budget"]]

@@ -76,8 +76,8 @@ def test_conclude_pairs_arms_at_every_common_budget():
     for arm, seed, budget, bits in (
         ("a", 0, 1, 9.0), ("b", 0, 1, 1.0), ("a", 1, 1, 2.0), ("b", 1, 1, 1.5), ("a", 1, 2, 1.0), ("b", 1, 2, 1.25)
     ):  # fmt: skip
-        values[study.name_of(arm, seed, budget)] = {"bits_per_byte": bits}
-    assert run.gaps_of(its, values, "a", "b") == {1: 0.5, 2: -0.25}  # of seed 1, which both budgets have
+        values[study.name_of(arm, seed, budget)] = {"bits_per_byte": bits, "tokens": 100 * budget}
+    assert run.gaps_of(its, values, "a", "b") == {100: 0.5, 200: -0.25}  # of seed 1, which both budgets have
     assert len(found["points"]["transformer+shift"]) == 1
 
 
