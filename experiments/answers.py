@@ -4,7 +4,7 @@ import numpy as np
 
 from experiments.engineering import fastest_steps, read, table, three_digits
 from experiments.scaling import fit
-from experiments.statistics import at_most, millions, told_row
+from experiments.statistics import at_most, millions, told, told_row
 
 HEADS = {"en": ("question", "answer", "evidence"), "zh": ("问题", "回答", "证据")}
 
@@ -40,20 +40,20 @@ ANSWERS = (
         "zh": ("token shift 使 Transformer 的损失改变多少？（{tokens} token）", "每字节 {shift} 比特"),
     }),
     ("recall", {
-        "en": ("Does a state of fixed size recall?",
-               "2 and 3 pairs: RWKV-4 needs {recall} times the examples of a transformer with token shift "
-               "(without: {without}); 8 pairs: {learned}, and more than {most} k with {failed}"),
-        "zh": ("固定大小的状态能做联想回忆吗？",
-               "2 对和 3 对：RWKV-4 所需样本是带 token shift 的 Transformer 的 {recall} 倍（不带的：{without}）；"
-               "8 对：所需样本 {learned}；超过 {most} k 的有 {failed}"),
+        "en": ("Does a state of fixed size recall? (examples to 0.9 right, {pairs} pairs)",
+               "{learned}; more than {most} k: {failed}"),
+        "zh": ("固定大小的状态能做联想回忆吗？（{pairs} 对，达到 0.9 正确率的样本数）",
+               "{learned}；超过 {most} k：{failed}"),
     }),
     ("tracking", {
         "en": ("Who tracks a state? (share right, product of {elements} elements of A5; chance {chance})",
                "RWKV-5.2, 6 and 7: {rwkv5}, {rwkv6}, {rwkv7}; RWKV-7 with `removal` 2: {removal}; "
-               "transformer {transformer}, with token shift {shifted}"),
+               "transformer {transformer}, with token shift {shifted}; of {longer} elements: RWKV-7 {longer_rwkv7}, "
+               "with `removal` 2 {longer_removal}"),
         "zh": ("谁能跟踪状态？（A5 中 {elements} 个元素之积的正确率，随机 {chance}）",
                "RWKV-5.2、6、7：{rwkv5}、{rwkv6}、{rwkv7}；`removal` 为 2 的 RWKV-7：{removal}；"
-               "Transformer {transformer}，带 token shift {shifted}"),
+               "Transformer {transformer}，带 token shift {shifted}；{longer} 个元素：RWKV-7 {longer_rwkv7}，"
+               "`removal` 为 2 时 {longer_removal}"),
     }),
     ("speed", {
         "en": ("How fast is it?",
@@ -95,13 +95,12 @@ def numbers() -> dict:
     trajectory, scaling = read("trajectory/results.json"), read("scaling/results.json")
     gain = scaling["compute_at_equal_loss"]["rwkv7 over rwkv4"]
     recall = read("recall/results.json")
-    by_version = recall["examples_to_0.9"]["T 64, n 8, D 64"]
-    without = [recall["examples_to_0.9"][f"T 32, n {n}, D 64"]["transformer"] for n in (2, 3)]
-    limit = recall["study"]["base"]["examples"] // 1000
+    pairs_recalled = 8
+    by_version = recall["examples_to_0.9"][f"T 64, n {pairs_recalled}, D 64"]
     step = fastest_steps()["169m", "rwkv4", 32, 1024]
     tracking = read("tracking/results.json")
-    elements = str(tracking["study"]["base"]["seq_len"])
-    right = {arm.removeprefix("A5 x 2, "): np.mean(its[elements]) for arm, its in tracking["last_token"].items()}
+    elements = tracking["study"]["base"]["seq_len"]
+    right_of = lambda arm, length: f"{np.mean(tracking['last_token'][f'A5 x 2, {arm}'][str(length)]):.2f}"
     apart = [its["from kept"]["loss_nats"] for name, its in trajectory["cells"].items() if name.endswith("float64")]
     overtaking, overtaking_zh = _crossings(perplexity["overtakes"])
     tokens, seeds, main = at_common_budget(pairs, MAIN)
@@ -124,16 +123,18 @@ def numbers() -> dict:
         "training_4": f"{training['transformers RwkvForCausalLM']:.1f}",
         "h100": three_digits(step["tokens_per_second"]),
         "h100_transformer": three_digits(fastest_steps()["169m", "transformer", 32, 1024]["tokens_per_second"]),
-        "recall": recall["rwkv4 over transformer+shift"].removesuffix(" times").replace("at least ", "≥ "),
-        "without": ", ".join(dict.fromkeys(f"{n / 1000:.0f} k" if n else f"> {limit} k" for n in without)),
-        "learned": ", ".join(f"{n / 1000:.0f} k ({arm})" for arm, n in by_version.items() if n),
+        "pairs": pairs_recalled,
+        "learned": ", ".join(f"{arm} {n / 1000:.0f} k" for arm, n in by_version.items() if n),
         "failed": ", ".join(arm for arm, n in by_version.items() if not n),
-        "most": f"{recall['cells']['rwkv4, T 64, n 8, D 64, seed 0']['curve'][-1][0] / 1000:.0f}",
+        "most": f"{recall['cells'][f'rwkv4, T 64, n {pairs_recalled}, D 64, seed 0']['curve'][-1][0] / 1000:.0f}",
         "elements": elements,
         "chance": f"{tracking['chance']['A5']:.2f}",
-        **{name: f"{right[name]:.2f}" for name in ("rwkv5", "rwkv6", "rwkv7", "transformer")},
-        "removal": f"{right['rwkv7 (removal 2)']:.2f}",
-        "shifted": f"{right['transformer+shift']:.2f}",
+        **{arm: right_of(arm, elements) for arm in ("rwkv5", "rwkv6", "rwkv7", "transformer")},
+        "removal": right_of("rwkv7 (removal 2)", elements),
+        "shifted": right_of("transformer+shift", elements),
+        "longer": 2 * elements,
+        "longer_rwkv7": right_of("rwkv7", 2 * elements),
+        "longer_removal": right_of("rwkv7 (removal 2)", 2 * elements),
         "first": f"{1e3 * first['seconds']:.1f}",
         "last": f"{1e3 * last['seconds']:.1f}",
         "context": f"{last['context']:,}",
@@ -146,7 +147,7 @@ def others_better() -> str:
     h100 = lambda name: three_digits(fastest_steps()["169m", name, 32, 1024]["tokens_per_second"])
     starts = next(row["seconds"] for row in speed["startup"]["commands"] if row["what"].startswith("generate"))
     training = {row["theirs"]: row["ratio"] for row in speed["rwkv7"]["rows"] if row["what"].startswith("training")}
-    minus = lambda arm, other: f"{compare[arm]['minus'][other]['bits_per_byte']:+.3f} bits a byte"
+    minus = lambda arm, other: f"{told(*compare[arm]['minus'][other].values())} bits a byte"
     rows = [
         ("training of 169M on an H100", f"RWKV-4 {h100('rwkv4')} tokens/s", f"our transformer {h100('transformer')}"),
         ("training RWKV-7 on a CPU, 6 x 512", f"{training['rwkv4']:.2f} of RWKV-4's tokens/s",
@@ -169,14 +170,14 @@ def at_common_budget(pairs: dict, names: dict) -> tuple[str, int, dict]:
 
 
 def _crossings(overtakes: dict) -> tuple[str, str]:
-    """Return who overtakes whom, and after how many tokens, in English and Chinese."""
+    """Return who overtakes whom, and after how many tokens, in English and Chinese, where that is resolved."""
     found = {"en": [], "zh": []}
     for pair, its in overtakes.items():
-        for at in its:
+        for at in (at for at in its if at["is_resolved"]):
             ahead, behind = pair.split(" minus ")[:: -1 if at["then_above"] else 1]
             found["en"].append(f"{ahead} overtakes {behind} at about {millions(at['tokens'], 2)}")
             found["zh"].append(f"{ahead} 约在 {millions(at['tokens'], 2)} 处超过 {behind}")
-    last = {"en": "nobody else", "zh": "此外没有别的超越"}
+    last = {"en": "no other crossing is resolved", "zh": "此外没有可确认的超越"}
     between = {"en": "; ", "zh": "；"}
     return tuple(between[language].join([*its, last[language]]) for language, its in found.items())
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from experiments import ledger, stamp
 from experiments.results import draw, write_json
 from rwkv_jax import files
-from rwkv_jax.command import reported
+from rwkv_jax.command import Parser, reported
 from rwkv_jax.files import read_json, user_path
 
 VERDICTS = ("reproduced", "same sign", "not resolved", "contradicted", "not comparable", "no claim")
@@ -50,7 +50,7 @@ def main(
             each value by name ("_" for "-"), None if not given. Cells that a value adds need names that depend on it.
     """
     name = folder.name
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m experiments.{name}.run",
         description=doc.split("\n\n")[0],
         epilog=doc.partition("\n\n")[2],

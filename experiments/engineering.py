@@ -6,6 +6,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from experiments.compare import table as compare_table
+from experiments.statistics import told
 from rwkv_jax.files import read_json
 
 HERE = Path(__file__).parent
@@ -130,14 +131,14 @@ def others() -> str:
         read("precision/results.json"),
     )
     tuned, slices, long = read("finetune/results.json"), read("rehearsal/results.json"), read("long/results.json")
-    minus = compare["arms"]["rwkv4"]["minus"]["transformer"]["bits_per_byte"]
+    minus = f"{told(*compare['arms']['rwkv4']['minus']['transformer+shift'].values())} bits a byte"
     training = next(r["ratio"] for r in speed["train"]["rows"] if r["theirs"] == "transformers RwkvForCausalLM")
     largest = max(slices["rows"], key=itemgetter("memory_needed"))
     gib = {what: largest[what] / 2**30 for what in ("memory_needed", "memory_capacity")}
     longest = max(row["T"] for row in long["rows"])
     mib = {row["way"]: row["resident_bytes"] / 2**20 for row in long["rows"] if row["T"] == longest}
     rows = [
-        ("compare", "RWKV-4 minus a transformer of equal size", f"{minus:+.2f} bits a byte", compare),
+        ("compare", "RWKV-4 minus a transformer with token shift, after few tokens", minus, compare),
         ("speed", "training RWKV-4 beside transformers", f"{training:.1f} times the tokens/s", speed["train"]),
         ("precision", "error of every form of WKV against float64", f"{worst():.2f} of its bound", precision),
         ("finetune", "LoRA of rank 8: new text, against the base", _bits(tuned["table"]["LoRA, rank 8"]), tuned),

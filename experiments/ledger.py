@@ -95,7 +95,8 @@ def rows() -> list[tuple[str, list[str]]]:
 
 
 def _run(row: dict, its: dict) -> str:
-    accelerator = [where(its)[0]] if its["stamp"]["devices"] != ["cpu"] else []
+    devices = (cell["devices"] for cell in (its["stamp"], *its["cells"].values()) if "devices" in cell)
+    accelerator = [where(its)[0]] if any(names != ["cpu"] for names in devices) else []
     return ", ".join(filter(None, [row.get("run"), *accelerator]))
 
 
@@ -222,7 +223,7 @@ def main(argv=None) -> int:
     failed = []
     for folder in (f for f in reproductions() if args.run and f.name not in LONG):
         print(f"== {folder.name}", flush=True)
-        publish = ["--publish"] if "import study" in (folder / "run.py").read_text() else []
+        publish = ["--publish"] if "study.main(" in (folder / "run.py").read_text() else []
         code = subprocess.run([sys.executable, "-m", f"experiments.{folder.name}.run", *publish]).returncode
         if code in (130, -signal.SIGINT):
             return 130

@@ -17,27 +17,33 @@ class Spread(NamedTuple):
     freedom: int
 
 
-def pooled(levels_AS) -> Spread:
-    """Return the spread of the difference of any two arms, estimated from the levels of all arms [A, S] by seed.
+def pooled(levels: Sequence) -> Spread | None:
+    """Return the spread of the difference of any two arms, estimated from the levels [A, S] of all arms by seed, at
+    each budget.
 
     The analysis of variance of a randomised block design, with seeds as blocks: two times the variance that is left
-    after the mean of each arm and each seed, with (A - 1) (S - 1) degrees of freedom. Assumes that seeds move all arms
-    alike, up to noise of one variance.
+    after the mean of each arm and each seed, with (A - 1) (S - 1) degrees of freedom a budget. Assumes that seeds move
+    all arms alike, up to noise of one variance at all budgets. None where no budget has two arms of two seeds.
     """
-    x = np.asarray(levels_AS, float)
-    left_AS = x - x.mean(axis=0) - x.mean(axis=1, keepdims=True) + x.mean()
-    freedom = (x.shape[0] - 1) * (x.shape[1] - 1)
-    return Spread(float(np.sqrt(2 * np.square(left_AS).sum() / freedom)), freedom)
+    squares, freedom = 0.0, 0
+    for levels_AS in levels:
+        x = np.asarray(levels_AS, float)
+        left_AS = x - x.mean(axis=0) - x.mean(axis=1, keepdims=True) + x.mean()
+        squares += np.square(left_AS).sum()
+        freedom += (x.shape[0] - 1) * (x.shape[1] - 1)
+    return Spread(float(np.sqrt(2 * squares / freedom)), freedom) if freedom else None
 
 
 def t_interval(differences: Sequence[float], spread: Spread | None = None) -> tuple[float, float, float]:
-    """Return the mean of paired differences, one per seed, and its 95 % interval by Student's t; NaN for one seed.
+    """Return the mean of paired differences, one per seed, and its 95 % interval by Student's t.
+
+    The interval is NaN without seeds, or with one seed and no `spread`.
 
     Args:
         spread: by default that of `differences`.
     """
     x = np.asarray(differences, float)
-    if len(x) < 2:
+    if len(x) < (1 if spread else 2):
         return float(x[0]) if len(x) else np.nan, np.nan, np.nan
     deviation, freedom = spread or _spread(x)
     half = stats.t.ppf(0.975, freedom) * deviation / np.sqrt(len(x))
@@ -45,10 +51,10 @@ def t_interval(differences: Sequence[float], spread: Spread | None = None) -> tu
 
 
 def p_value(differences: Sequence[float], spread: Spread | None = None) -> float:
-    """Return the two-sided p of a mean of 0 under Student's t; NaN for one seed, 0 for nonzero differences without
-    spread."""
+    """Return the two-sided p of a mean of 0 under Student's t, NaN where `t_interval` has no interval; 0 for nonzero
+    differences that all are the same."""
     x = np.asarray(differences, float)
-    if len(x) < 2:
+    if len(x) < (1 if spread else 2):
         return np.nan
     deviation, freedom = spread or _spread(x)
     if deviation == 0:

@@ -42,7 +42,7 @@ from experiments import command, ledger, measures, stamp, statistics, sweeps
 from experiments.results import draw, write_json
 from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, path_of_kept, restore, stages, trained
 from rwkv_jax import data, files, hardware, train
-from rwkv_jax.command import end, reported
+from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import optim, run_config
 
@@ -85,9 +85,9 @@ class Study:
         arms: overrides of the base by arm, or a function of the base's config that returns them, or a list of
             overrides, one per stage: each stage branches from the end of the previous one.
         seeds: the number of seeds, or the seeds.
-        is_pooled: whether intervals and p over seeds take the spread of all arms together (`statistics.pooled`). For
-            arms that spread alike, and too few seeds to tell: the 95 % of two pairs reach nine standard deviations to
-            either side.
+        is_pooled: whether intervals and p over seeds take the spread of all arms at all budgets together
+            (`statistics.pooled`), also where there is one seed. For arms that spread alike, and too few seeds to tell:
+            the 95 % of two pairs reach nine standard deviations to either side.
         measure: the name of a function in `measures`, any other function (model, params, corpus) -> numbers, or
             several of them. Arms are compared by the number with the first one's name; with `run`, the name of a
             number is enough.
@@ -298,10 +298,7 @@ def paired(study: Study, values: dict, arm: str, against: str, number: str | Non
     runs, others = ([of_seed(name, seed) for seed in seeds] for name in (arm, against))
     of = lambda of_runs, name: np.array([run[name] for run in of_runs])
     by_seed = of(runs, number) - of(others, number)
-    spread = None
-    if study.is_pooled and len(seeds) > 1:
-        runs_AS = [[of_seed(name, seed) for seed in seeds] for name in arms_of(study)]
-        spread = statistics.pooled([[run[number] for run in runs_S] for runs_S in runs_AS if all(runs_S)])
+    spread = spread_of(study, values, number)
     mean, *interval = statistics.t_interval(by_seed, spread)
     if f"{number}_nats" in runs[0]:
         nats_SD = of(runs, f"{number}_nats") - of(others, f"{number}_nats")
@@ -309,6 +306,22 @@ def paired(study: Study, values: dict, arm: str, against: str, number: str | Non
     found = {"difference": mean, "low": interval[0], "high": interval[1], "p": statistics.p_value(by_seed, spread)}
     known = {name: None if np.isnan(x) else float(x) for name, x in found.items()}
     return known | {"by_seed": by_seed.round(5).tolist(), "seeds": len(runs)}
+
+
+def spread_of(study: Study, values: dict, number: str) -> statistics.Spread | None:
+    """Return the pooled spread of a number's paired differences, from the arms that have all seeds, at each budget.
+
+    None unless the study is pooled and has two seeds.
+    """
+    if not study.is_pooled:
+        return None
+    levels = []
+    for budget in study.budgets or (None,):
+        runs_AS = [runs_of(study, values, arm, budget) for arm in arms_of(study)]
+        complete = [runs_S for runs_S in runs_AS if len(runs_S) == len(seeds_of(study))]
+        if complete:
+            levels.append([[run[number] for run in runs_S] for runs_S in complete])
+    return statistics.pooled(levels)
 
 
 def table(study: Study, rows: dict) -> str:
@@ -398,11 +411,9 @@ def _main(script: Path, doc: str, study: Study) -> None:
     print(f"written: {path}" if path.exists() else "the smoke run passed; nothing was written")
 
 
-def _parser(doc: str, study: Study) -> argparse.ArgumentParser:
+def _parser(doc: str, study: Study) -> Parser:
     head, _, rest = doc.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
     presets = ["cpu", *(name for name in study.presets if name != "smoke")]
     parser.add_argument("--preset", choices=presets, default="cpu")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds, to check that it runs")

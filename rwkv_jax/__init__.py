@@ -7,7 +7,10 @@ Dimension key, used in every array name of the project (`x_BTD` is [batch, time,
 
     B batch    T time    L layers    D model width    H heads    K channels of a head
     F hidden width of channel mixing or of the MLP    S cache slots    C chunk    M chunks    R low-rank width
-    V vocabulary; in `ops`, the value channels of a head
+    V vocabulary; in `ops`, the value channels of a head    N any other count
+
+Beside these, where they occur: D documents, in `evaluate`; L lanes and R recent tokens, in `generate`; G gates, in
+`lstm`; P reads and Q writes, in `ops`.
 """
 
 import importlib

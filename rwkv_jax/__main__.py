@@ -1,6 +1,5 @@
 """One command with verbs: `rwkv-jax VERB ...`, which is `python -m rwkv_jax VERB ...`."""
 
-import argparse
 import importlib
 import signal
 import sys
@@ -26,12 +25,11 @@ VERBS = {
 @command.reported()
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog=command.SCRIPT,
         description="RWKV in JAX and Flax.",
         epilog=f"{command.SCRIPT} VERB --help lists the options of a verb.",
     )
-    parser.error = _refuse
     parser.add_argument("--version", action="version", version=f"{command.SCRIPT} {rwkv_jax.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, (_, does) in VERBS.items():
@@ -45,10 +43,6 @@ def main(argv=None) -> int:
 def script() -> NoReturn:
     """Run the script `rwkv-jax`, with the exit codes of `python -m rwkv_jax`."""
     command.end(main())
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ValueError(message)
 
 
 if __name__ == "__main__":

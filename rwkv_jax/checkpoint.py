@@ -199,7 +199,7 @@ def _newest_valid(folder: Path) -> int:
         for step in reversed(steps(folder)):
             try:
                 verify(folder, step)
-            except ValueError as error:
+            except (ValueError, OSError) as error:  # damaged, or on a disk that fails
                 print(f"{error}; trying the previous one", file=sys.stderr)
             else:
                 newest = step

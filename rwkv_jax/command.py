@@ -6,6 +6,7 @@ def main(argv=None): ...
 command.end(main())  # where the module is run
 """
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -33,6 +34,13 @@ def program(module: str) -> str:
     """Return how a user has run the command of a module, for its usage line: `rwkv-jax VERB` or `python -m MODULE`."""
     path, *rest = sys.argv
     return f"{SCRIPT} {rest[0]}" if Path(path).name == SCRIPT and rest else f"python -m {module}"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, for use in a `reported` main, whose errors are a ValueError: without the usage in front of them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def reported(interrupted: str = "stopped", out_of_memory: str = "use a larger machine") -> Callable:

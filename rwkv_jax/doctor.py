@@ -4,7 +4,6 @@ The last line is `RESULT: ok` after a tiny model has trained and decoded, with e
 with 1. JAX is imported inside functions: an installation that cannot import it gets a report too.
 """
 
-import argparse
 import glob
 import importlib.metadata
 import os
@@ -183,7 +182,7 @@ def tiny_model() -> dict:
 
 @command.reported()
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog=command.program("rwkv_jax.doctor"),
         description="Report versions, devices, operators, caches and optional packages, and run a tiny model.",
     )

@@ -12,7 +12,6 @@ A protocol returns the negative log-likelihood of each token, float32 nats [N] a
 can be compared token by token. Entry 0 is NaN because nothing precedes it; no other is, unless the model's output is.
 """
 
-import argparse
 import heapq
 import sys
 from pathlib import Path
@@ -358,7 +357,7 @@ def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
 
 @command.reported(out_of_memory="lower --batch_size or --seq_len")
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog=command.program("rwkv_jax.evaluate"),
         description="Report bits per byte and perplexity of held-out text: in windows of the training length from an "
         "empty state, and by best practice (state carried, or sliding windows if it grows with the text).",

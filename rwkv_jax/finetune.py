@@ -15,8 +15,6 @@ The adapters or states that the last two learn can be exported to one small file
     python -m rwkv_jax.generate --model=BASE --context=tuned.context --prompt="..."
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -47,10 +45,26 @@ def save_adapters(path, model, params, adapters, alpha: float) -> None:
 def load_adapters(path, model, params) -> tuple[dict, float]:
     """Read (adapters, alpha) that `save_adapters` wrote.
 
+    Args:
+        params: the base weights, in the layout in which the adapters were trained: layers stacked, or one set a layer.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds no adapters, or those of another model.
+        ValueError: the file holds no adapters, or those of another model or layout, or is damaged.
     """
+    arrays, metadata = _read_adapters(path)
+    if metadata.get("fingerprint") != interop.fingerprint(model, params):
+        raise ValueError(f"{path} holds the adapters of another model")
+    _check_adapters(path, arrays, params)
+    try:
+        alpha = float(metadata["alpha"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} is damaged: alpha is {metadata.get('alpha')!r}, expected a number") from None
+    return unflatten_dict({tuple(name.split("/")): jnp.array(x) for name, x in arrays.items()}), alpha
+
+
+def _read_adapters(path) -> tuple[dict, dict]:
+    """Return the arrays of a file of adapters by path, and its metadata."""
     path = files.user_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected saved adapters")
@@ -59,10 +73,28 @@ def load_adapters(path, model, params) -> tuple[dict, float]:
     arrays, metadata = safetensors_file.read(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds no adapters, or those of another version: expected {FORMAT!r}")
-    if metadata.get("fingerprint") != interop.fingerprint(model, params):
-        raise ValueError(f"{path} holds the adapters of another model")
-    adapters = unflatten_dict({tuple(name.split("/")): jnp.array(x) for name, x in arrays.items()})
-    return adapters, float(metadata["alpha"])
+    return arrays, metadata
+
+
+def _check_adapters(path, arrays: dict, params) -> None:
+    """Raise ValueError unless all arrays are pairs A, B beside kernels of `params`."""
+    kernels = {"/".join(where[:-1]): x for where, x in flatten_dict(params).items() if where[-1] == "kernel"}
+    for name in arrays:
+        place, _, side = name.rpartition("/")
+        if place not in kernels:
+            layers = "stacked layers (scan=True)" if "blocks" in params else "one set a layer (scan=False)"
+            raise ValueError(
+                f"{path} has adapters of {place!r}, expected a kernel of the parameters, which have {layers}"
+            )
+        a, b = (arrays.get(f"{place}/{side}") for side in ("lora_a", "lora_b"))
+        if side not in ("lora_a", "lora_b") or a is None or b is None:
+            raise ValueError(f"{path} is damaged: {name}, expected lora_a and lora_b of {place}")
+        *stacked, n_in, n_out = kernels[place].shape
+        rank = a.shape[-1:]
+        if (a.shape, b.shape) != ((*stacked, n_in, *rank), (*stacked, *rank, n_out)):
+            raise ValueError(
+                f"{path} is damaged: {place} has A {a.shape} and B {b.shape}, its kernel [{n_in}, {n_out}]"
+            )
 
 
 def export(workdir, destination) -> None:
@@ -93,13 +125,14 @@ def export(workdir, destination) -> None:
 def merge(base, adapters, destination) -> None:
     """Merge adapters into the weights at `base`, and write the result to another file or folder."""
     interop.check_format(*interop.destination(destination), runs.describe(base))
-    model, params = runs.load(base)
+    stacked = any(name.startswith("blocks/") for name in _read_adapters(adapters)[0])
+    model, params = runs.load(base, scan=stacked)
     interop.save(destination, model, lora.merge(params, *load_adapters(adapters, model, params)))
 
 
 @command.reported()
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog=command.program("rwkv_jax.finetune"),
         description="Export and merge what fine-tuning by lora or state learned.",
     )

@@ -135,6 +135,20 @@ def test_restore_reports_a_damaged_checkpoint_and_uses_the_previous(damage, two,
         checkpoint.restore(folder, abstract(train_state()), step=2)
 
 
+def test_restore_uses_the_previous_checkpoint_where_the_disk_fails(two, monkeypatch, capfd):
+    read = checkpoint._sha256
+
+    def failing(path):
+        if path.is_relative_to(two / "2"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", failing)
+    step, restored = checkpoint.restore(two, abstract(train_state()))
+    assert step == restored.step == 1
+    assert "Input/output error" in (report := capfd.readouterr().err) and report.count("\n") == 1
+
+
 def test_restore_of_damaged_checkpoints_alone_is_one_line(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "checkpoints")
     for step in (1, 2):

@@ -214,6 +214,13 @@ def test_unknown_verb_is_one_line(arguments, names, capsys):
     assert out == "" and err.startswith("error: ") and names in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_wrong_options_of_a_verb_are_one_line(verb, capsys):
+    assert by_verb([verb, "--no-such-option"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
 def test_interrupt_handler_is_replaced_while_a_verb_is_imported(monkeypatch):
     handlers = []
 

@@ -10,7 +10,7 @@ import small
 import training
 
 import rwkv_jax
-from rwkv_jax import finetune
+from rwkv_jax import finetune, models
 from rwkv_jax.train import assemble, methods, run_config
 from rwkv_jax.train.methods import Method
 
@@ -101,6 +101,39 @@ def test_load_adapters_inverts_save_adapters_for_the_same_model_alone(base, tmp_
     other = params | {"head": jax.tree.map(lambda x: x + 1, params["head"])}
     with pytest.raises(ValueError, match="holds the adapters of another model"):
         finetune.load_adapters(path, model, other)
+    apart, params_apart = models.per_layer(model, params)  # the same weights, whose leaves have other names
+    with pytest.raises(ValueError, match=r"adapters of 'blocks/att/key', .* have one set a layer \(scan=False\)"):
+        finetune.load_adapters(path, apart, params_apart)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("key/lora_b", "key/lora_c", "lora_[ac], expected lora_a and lora_b of blocks/att/key"),
+        ("att/key/lora_b", "att/kex/lora_b", "key/lora_a, expected lora_a and lora_b of blocks/att/key"),
+        ('"alpha"', '"alphb"', "alpha is None, expected a number"),
+        ('"3.0"', '"3.x"', "alpha is '3.x', expected a number"),
+    ],
+)
+def test_load_adapters_refuses_a_damaged_header(old, new, expected, base, tmp_path):
+    model, params = base
+    path = tmp_path / "a.safetensors"
+    finetune.save_adapters(path, model, params, _adapters(model, params), 3.0)
+    header = path.read_bytes()
+    assert header.count(old.encode()) == 1
+    path.write_bytes(header.replace(old.encode(), new.encode()))
+    with pytest.raises(ValueError, match=expected):
+        finetune.load_adapters(path, model, params)
+
+
+def test_load_adapters_refuses_adapters_of_other_sizes(base, tmp_path):
+    model, params = base
+    path = tmp_path / "a.safetensors"
+    adapters = _adapters(model, params)
+    adapters["blocks"]["att"]["key"]["lora_a"] = adapters["blocks"]["att"]["key"]["lora_a"][..., :-1]
+    finetune.save_adapters(path, model, params, adapters, 3.0)
+    with pytest.raises(ValueError, match=r"blocks/att/key has A \(2, 8, 1\) and B \(2, 2, 8\), its kernel \[8, 8\]"):
+        finetune.load_adapters(path, model, params)
 
 
 @pytest.mark.parametrize(

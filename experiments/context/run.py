@@ -33,8 +33,9 @@ Verdicts:
   carrying             saving: what a carried state saves over one reset every T bytes. Same sign: the saving falls by
                        less than 0.005 bits a byte, with its interval, from the first bytes beyond T to the last below
                        64 T; contradicted: it falls by more
-  copy                 not resolved: one seed. Without extension, another seed has 253 of 256 right at lag 512, one row
-                       less than a lag that counts as solved
+  copy                 not resolved: one seed. This rule came after the run; before it, a longer lag gave *same sign*.
+                       Without extension, another seed has 253 of 256 right at lag 512, one row less than a lag that
+                       counts as solved
   versions             by the rule of context: the change of RWKV-5's and RWKV-6's loss from T to 4,096 bytes minus
                        RWKV-4's, *not comparable* too unless RWKV-4's loss rises with its interval, as in the paper;
                        and RWKV-7's own change. The longest lag copied, as a ratio to RWKV-4's over three seeds, is

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Perplexity at 6 x 512 with three arms, on a GPU that is lent for minutes to a machine without a network.
+# Perplexity at 6 x 512 with three arms, on a GPU machine without a network, in commands of a few minutes.
 #
 #   experiments/perplexity/slice.sh pack               here: corpus and missing wheels -> carried/, 34 MB
 #   experiments/perplexity/slice.sh run OUT [FLAGS]    there, with carried/: trains; the runs that are done -> OUT/kept.tar.gz

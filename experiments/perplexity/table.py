@@ -36,7 +36,8 @@ def differences(results: dict) -> str:
     for pair, its in ((pair, its) for pair, its in results["pairs"].items() if its):
         behind = max(results["behind_the_6-gram_until"][arm] for arm in pair.split(" minus "))
         of = {int(at): told_row(row) + " †" * (int(at) <= behind) for at, row in its.items()}
-        crossed = ", ".join(millions(where["tokens"], 2) for where in results["overtakes"][pair])
+        told_crossing = lambda its: millions(its["tokens"], 2) + ", not resolved" * (not its["is_resolved"])
+        crossed = "; ".join(map(told_crossing, results["overtakes"][pair]))
         rows.append((pair, *(of.get(at, "") for at in tokens), crossed))
     return table(head, rows)
 

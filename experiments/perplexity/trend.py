@@ -1,43 +1,56 @@
 """A difference against the number of training tokens: where it changes sign, and the straight line through it."""
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 from scipy import stats
 
+from experiments.statistics import Spread
 
-def crossings(gaps: dict) -> list[dict]:
+
+def crossings(gaps: dict, resolved: set) -> list[dict]:
     """Return the tokens at which a difference changes sign, and whether it is above 0 from there.
 
-    Interpolates linearly in log tokens between the budgets.
+    Interpolates linearly in log tokens between the budgets. A crossing is resolved if budgets on both sides of it are,
+    each up to the next crossing.
 
     Args:
         gaps: {tokens: difference}, tokens ascending.
+        resolved: tokens at which the interval of the difference excludes 0.
     """
+    stretches = [dict(its) for _, its in groupby(gaps.items(), key=lambda item: item[1] > 0)]
     found = []
-    for (low, before), (high, after) in pairwise(gaps.items()):
-        if before * after < 0:
-            share = before / (before - after)
-            found.append({"tokens": float(low * (high / low) ** share), "then_above": after > 0})
+    for earlier, later in pairwise(stretches):
+        (low, before), (high, after) = list(earlier.items())[-1], next(iter(later.items()))
+        tokens = float(low * (high / low) ** (before / (before - after)))
+        is_resolved = bool(resolved & earlier.keys() and resolved & later.keys())
+        found.append({"tokens": tokens, "then_above": after > 0, "is_resolved": is_resolved})
     return found
 
 
-def trend(gaps: dict, value: float) -> dict | None:
+def trend(gaps: dict, value: float, spread: Spread | None = None) -> dict | None:
     """Return the least-squares line of a difference against log2 tokens, where it reaches `value`, and the stretch
     beyond the budgets where its band holds 0.
 
-    None for fewer than three budgets. The 95 % intervals are Student's for one more run. They assume that budgets are
-    independent, although runs that branch from one trunk are not, and that the line stays straight beyond them.
+    None for fewer than three budgets. The 95 % intervals are Student's for one more run, with the variance of the
+    residuals and that of `spread` pooled. They assume that budgets are independent, although runs that branch from one
+    trunk are not, and that the line stays straight beyond them.
+
+    Args:
+        spread: the known spread of the differences.
     """
     if len(gaps) < 3:
         return None
     x, y = np.log2(np.array(list(gaps), float)), np.array(list(gaps.values()))
     its = stats.linregress(x, y)
-    t, spread = stats.t.ppf(0.975, len(x) - 2), np.square(x - x.mean()).sum()
-    residual = np.sqrt(np.square(y - its.intercept - its.slope * x).sum() / (len(x) - 2))
+    known, freedom = spread or Spread(0.0, 0), len(x) - 2
+    squares = np.square(y - its.intercept - its.slope * x).sum() + known.freedom * known.deviation**2
+    deviation = np.sqrt(squares / (freedom + known.freedom))
+    half_of_one = stats.t.ppf(0.975, freedom + known.freedom) * deviation
+    width = np.square(x - x.mean()).sum()
 
     def bits(at):
-        half = t * residual * np.sqrt(1 + 1 / len(x) + np.square(at - x.mean()) / spread)
+        half = half_of_one * np.sqrt(1 + 1 / len(x) + np.square(at - x.mean()) / width)
         return its.intercept + its.slope * at + np.array([-half, 0 * at, half])
 
     at = np.linspace(x[0], x[-1] + 30, 4001)  # 30 doublings: to a billion times as many tokens
@@ -46,7 +59,7 @@ def trend(gaps: dict, value: float) -> dict | None:
     holds_0 = (at > x[-1]) & (low <= 0) & (high >= 0)
     no_longer = np.maximum.accumulate(holds_0) & ~holds_0
     return {
-        "per_doubling": [its.slope - t * its.stderr, its.slope, its.slope + t * its.stderr],
+        "per_doubling": [float(its.slope + sign * half_of_one / np.sqrt(width)) for sign in (-1, 0, 1)],
         "tokens": [float(2 ** x[0]), float(2 ** x[-1])],
         "reaches_0": first(line >= 0),
         "holds_0": [first(holds_0), first(no_longer)],
@@ -63,11 +76,14 @@ def told(its: dict) -> list[str]:
     value, reaches = its["reaches"]["value"], its["reaches"]
     open_from, open_to = map(m, its["holds_0"])
     if not its["holds_0"][0]:
-        decided = "excludes 0 everywhere: on this line each of them decides the sign."
+        decided = "excludes 0 everywhere: on this line the sign stays."
     elif not its["holds_0"][1]:
-        decided = f"holds 0 from {open_from} on: on this line no budget from there decides the sign."
+        decided = (
+            f"holds 0 from {open_from} on: on this line the sign stays up to there, and no budget beyond decides it."
+        )
     else:
-        decided = f"holds 0 from {open_from} to {open_to}: on this line a budget outside decides the sign."
+        decided = f"holds 0 from {open_from} to {open_to}: on this line the sign stays up to there, and only a budget "
+        decided += f"beyond {open_to} decides it again."
     earliest = reaches["earliest"]
     everywhere = earliest is not None and earliest <= its["tokens"][0]
     band = "its 95 % band " + ("holds" if everywhere else "first holds") + " that value "

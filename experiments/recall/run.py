@@ -26,8 +26,9 @@ cases in which at least one model reaches 0.9, and its range over them, or a bou
   cpu: a row compares RWKV-4 with one other model: a transformer, RWKV-5 or RWKV-6. *Same sign* if RWKV-4 needs more
   examples in every case of the row's T with more than one pair, *contradicted* if it needs fewer in every one, *not
   comparable* if neither model reaches 0.9 in any, else *not resolved*. One seed cannot say more. The number of the
-  first row is of the transformer with token shift, which the paper lacks; its verdict is by the one without. The
-  hybrid, and RWKV-7 against RWKV-6, are in no paper at these sizes: *no claim*.
+  first row is of the transformer with token shift, which the paper lacks; its verdict is by the one without: a
+  rule that came after the run, where the one with it gave *same sign*. The hybrid, and RWKV-7 against RWKV-6, are in
+  no paper at these sizes: *no claim*.
   gpu: *reproduced* if RWKV-4's best rate is within 0.1 of the four numbers and the transformer with token shift
   reaches 0.9 everywhere; otherwise as on a CPU.
 

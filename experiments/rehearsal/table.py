@@ -7,6 +7,7 @@ from pathlib import Path
 
 from experiments.results import print_table
 
+RESULTS = "[results.json](../experiments/rehearsal/results.json)"  # from docs/
 HEADS = (
     "model",
     "slice, chips",
@@ -53,7 +54,7 @@ def _footer(rows):
     """Yield one line per set of versions that produced rows."""
     for made in sorted({(r["stamp"]["date"], r["stamp"]["versions"]["jax"], r["compiler"]) for r in rows}):
         date, jax, compiler = made
-        yield f"Made {date} with jax {jax} and a libtpu that says: {compiler}. The commands are in results.json."
+        yield f"Made {date} with jax {jax} and a libtpu that says: {compiler}. The commands are in {RESULTS}."
 
 
 if __name__ == "__main__":

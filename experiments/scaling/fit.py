@@ -110,15 +110,18 @@ def judged(compute, loss, until: float) -> dict | None:
 def bootstrap(compute, loss, until: float, samples: int = 500) -> dict:
     """Return 95 % intervals of the results of `judged`, from runs drawn with replacement.
 
+    There are none where `judged` is None, or has 4 runs to fit, without one of which it would be.
+
     Runs are resampled, not points of the frontier. Those are order statistics, and resampling them would hide that
     another run might have been on the frontier. A run that is drawn twice counts once, which makes the spread of the
     draws about 0.8 of what it would be with weights. Draws for which `judged` is None are left out.
     """
+    its = judged(compute, loss, until)
+    if its is None or its["points"][0] < 5:
+        return {"samples": 0}
     compute, loss, rng = np.asarray(compute, float), np.asarray(loss, float), np.random.default_rng(0)
     chosen = (np.unique(rng.integers(len(loss), size=len(loss))) for _ in range(samples))
     found = [its for i in chosen if (its := judged(compute[i], loss[i], until))]
-    if not found:
-        return {"samples": 0}
     drawn = {
         "line exponent": [its["line"]["exponent"] for its in found],
         "floor": [its["saturating"]["floor"] for its in found],
@@ -130,23 +133,24 @@ def bootstrap(compute, loss, until: float, samples: int = 500) -> dict:
     return {"samples": len(found)} | intervals
 
 
-def ratio(these, those, bytes_D) -> dict | None:
+def ratio(these, those, bytes_D, spread: statistics.Spread | None = None) -> dict | None:
     """Return the compute that one model needs for the lowest loss that both reach, over what the other needs.
 
     That loss is the end of one frontier, and a point between two runs of the other, interpolated in log-log. Returns
     None if the frontiers have no loss in common. The 95 % interval is a bootstrap over documents, which are the same
-    for both models; it has no variance of seeds, because each run has one. `low` and `high` are None where
-    `statistics.bootstrap` has no interval, or where a draw has no loss in common.
+    for both models, or, if wider, over seeds: from the losses of one model moved against the other's by either end of
+    the interval of a difference of 0. `low` and `high` are None where neither has an interval with a loss in common.
 
     Args:
-        these, those: (compute [N], nats [N, D] of each document) of the runs of each model.
+        these, those: (compute [N], nats [N, D] of each document) of the runs of each model, one seed a run.
         bytes_D: bytes of each document.
+        spread: of the difference of two models over seeds, in nats a byte; None: the interval is over documents.
     """
 
-    def at_lowest(drawn):
+    def at_lowest(drawn, moved=0.0):
         found = []
-        for compute_N, nats_ND in (these, those):
-            loss_N = np.sum(np.asarray(nats_ND)[:, drawn], axis=1) / np.sum(np.asarray(bytes_D)[drawn])
+        for (compute_N, nats_ND), by in ((these, moved), (those, 0.0)):
+            loss_N = np.sum(np.asarray(nats_ND)[:, drawn], axis=1) / np.sum(np.asarray(bytes_D)[drawn]) + by
             frontier = pareto(compute_N, loss_N)[::-1]  # by loss
             found.append(np.log([loss_N[frontier], np.asarray(compute_N, float)[frontier]]))
         lowest = max(loss[0] for loss, _ in found)
@@ -157,7 +161,10 @@ def ratio(these, those, bytes_D) -> dict | None:
     lowest, log_ratio = at_lowest(np.arange(documents))
     if np.isnan(log_ratio):
         return None
-    low, high = statistics.bootstrap(lambda drawn: at_lowest(drawn)[1], documents)
+    over_documents = statistics.bootstrap(lambda drawn: at_lowest(drawn)[1], documents)
+    _, *ends = statistics.t_interval([0.0], spread)
+    over_seeds = [at_lowest(np.arange(documents), end)[1] for end in ends]
+    low, high = statistics.wider(over_documents, over_seeds)
     of_logs = {"loss_nats": lowest, "ratio": log_ratio, "low": low, "high": high}
     return {name: None if np.isnan(log) else float(np.exp(log)) for name, log in of_logs.items()}
 

@@ -13,8 +13,7 @@ which shares its runs of 4 x 128.
     python -m experiments.scaling.run --preset=paper --text=PILE     45 models an arm, to 2.3e19 FLOP
     python -m experiments.scaling.run --sweep          learning rates that sweep.json lacks; also for a preset
 
-Only the runs of 2 x 64 to 8.4 M tokens and of 4 x 128 to 16.8 M have run so far: `missing` in results.json lists the
-others.
+`missing` in results.json lists the runs that are still to be done.
 Cost, estimated: cpu 19 hours on 2 cores beside those of experiments/perplexity; gpu 22 minutes an arm of one
 H200, paper a month of one.
 Rules, for RWKV-4 with at least 5 runs on the frontier before the last decade and 3 in it, else "not comparable":
@@ -27,7 +26,8 @@ Rules, for RWKV-4 with at least 5 runs on the frontier before the last decade an
 Intervals of the laws are a bootstrap over runs. Exponents in nats per byte are not the paper's, which are per token
 of GPT-NeoX. Compute at equal loss is the ratio of the compute that two frontiers need for the lowest loss that both
 reach: a mean over losses depends on which budgets ran, and most of these losses are behind a 6-gram. Its interval is
-over documents and has no variance of seeds; `gpu` and `paper`, without nats by document, have none.
+over documents, or over seeds where that is wider, as experiments/perplexity's spread; `gpu` and `paper`, without nats
+by document, have none.
 Deviations: bytes instead of tokens, and novels instead of the Pile; compute is 6 FLOPs a weight and token plus those
 of attention and of WKV (RWKV-7's in chunks of 16 tokens), without the embedding's look-up; one seed a run; learning
 rates by width from sweeps of short runs on source code, of `sweep.json` here and in experiments/compare, although
@@ -44,8 +44,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import study, sweeps
+from experiments import statistics, study, sweeps
 from experiments.command import claim, not_run
+from experiments.engineering import read
 from experiments.perplexity.run import MAIN
 from experiments.perplexity.run import STUDY as PERPLEXITY
 from experiments.scaling import fit
@@ -109,10 +110,17 @@ def ratio_of(these: list[dict], those: list[dict]) -> dict | None:
     """Return `fit.ratio` of the runs of two models; without nats by document, all text counts as one."""
     if "bits_per_byte_nats" in these[0]:
         nats_of_documents, bytes_D = (lambda run: run["bits_per_byte_nats"]), these[0]["bits_per_byte_bytes"]
+        spread = seed_spread()
     else:
-        nats_of_documents, bytes_D = (lambda run: [nats_of(run)]), [1]
+        nats_of_documents, bytes_D, spread = (lambda run: [nats_of(run)]), [1], None
     found = (([compute_of(run) for run in runs], [nats_of_documents(run) for run in runs]) for runs in (these, those))
-    return fit.ratio(*found, bytes_D)
+    return fit.ratio(*found, bytes_D, spread)
+
+
+def seed_spread() -> statistics.Spread:
+    """Return the spread of two arms' difference over seeds, in nats a byte, from experiments/perplexity's results."""
+    its = read("perplexity/results.json")["spread"]
+    return statistics.Spread(its["deviation"] * math.log(2), its["freedom"])
 
 
 def of_arm(runs: list[dict]) -> dict:

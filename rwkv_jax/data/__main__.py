@@ -1,6 +1,5 @@
 """python -m rwkv_jax.data SOURCE [--tokenizer=world] [--write=PREFIX]: report the contents of a corpus."""
 
-import argparse
 import hashlib
 from functools import partial
 
@@ -14,7 +13,7 @@ from rwkv_jax.files import to_json
 
 @command.reported()
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog=command.program("rwkv_jax.data"),
         description="Tokenize a corpus, unless the cache holds it, and report for each split the tokens, documents, "
         "bytes per token, and copies of earlier documents, in the order train, valid, test.",

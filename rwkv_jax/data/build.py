@@ -48,8 +48,9 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
             which every tokenizer but bytes needs, or has no fields that `text` or `prompt` could name.
     """
     encoder = None if tokenizer == "characters" else get_tokenizer(tokenizer)
-    is_named = encoder is None or encoder.name in NAMES
-    encoder_id = tokenizer if is_named else hashlib.sha256(user_path(tokenizer).read_bytes()).hexdigest()
+    encoder_id = encoder.name if encoder else tokenizer
+    if encoder_id not in ("characters", *NAMES):
+        encoder_id = hashlib.sha256(user_path(tokenizer).read_bytes()).hexdigest()
     path = _path(source)
     if path and (file := tokenfiles.find(path)):
         _expect_no_fields(source, text, prompt)
@@ -62,7 +63,8 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
 
     def make(partial: Path) -> dict:
         if encoder is None:
-            save(characters(b"".join(d.blocks).decode() for d in found.documents() if d.split == 0), partial)
+            trained = (d for d in found.documents() if d.split == 0)
+            save(characters(b"".join([d.prompt, *d.blocks]).decode() for d in trained), partial)
         record = _write(partial, found, source, encoder or get_tokenizer(str(partial / TOKENIZER_FILE)), encoder_id)
         return record | {"tally": [[*key, n] for key, n in (found.tally - at_first).items()]}
 

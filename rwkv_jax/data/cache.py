@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rwkv_jax.files import read_json, user_path
 
-_FORMAT = 5
+_FORMAT = 6
 _RECORD, _SUMS = "record.json", "SHA256SUMS"
 
 _log = logging.getLogger(__name__)

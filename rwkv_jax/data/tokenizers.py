@@ -116,7 +116,9 @@ class WorldTokenizer:
         return self.library.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return b"".join(self.token_bytes[i] for i in np.asarray(ids, np.int64)).decode(errors="replace")
+        ids = np.asarray(ids, np.int64)
+        known = ids[ids < self.vocab_size]  # a padded vocabulary has more
+        return b"".join(self.token_bytes[i] for i in known).decode(errors="replace")
 
     def encode_documents(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield uint32 arrays, by all threads of the library; UnicodeDecodeError unless the bytes are UTF-8."""
@@ -132,20 +134,24 @@ def _encode_pieces(encode_batch, cut, documents) -> Iterator[tuple[int, np.ndarr
 
 
 def pieces(tokenizer, blocks: Iterable[bytes], num_bytes: int = _PIECE_BYTES) -> Iterator[bytes]:
-    """Yield a text in pieces not much longer than `num_bytes`, whose tokens joined are those of the whole."""
+    """Yield a text in pieces not much longer than `num_bytes`, whose tokens joined are those of the whole.
+
+    Text without a place where it can be cut, such as Chinese without ASCII spaces, is one piece.
+    """
     if isinstance(tokenizer, ByteTokenizer):
         yield from blocks
         return
     if not tokenizer.cuttable:
         blocks, num_bytes = [b"".join(blocks)], sys.maxsize
-    rest = b""
+    rest, searched = b"", 0
     for block in blocks:
         rest += block
         begin = 0
-        while cut := _CUT.search(rest, begin + num_bytes):
+        while cut := _CUT.search(rest, max(begin + num_bytes, searched)):
             yield rest[begin : cut.start()]
             begin = cut.start()
         rest = rest[begin:]
+        searched = len(rest) - 1  # the last place that further text may make a cut; no text is searched twice
     if rest:
         yield rest
 
@@ -352,26 +358,29 @@ def save(tokenizer: Tokenizer, folder) -> str:
     """Write the tokenizer into a folder, where `of_model` finds it; return the file's name.
 
     It is a `tokenizer.json`, which transformers' AutoTokenizer loads with the `tokenizer_config.json` beside it, or
-    the World vocabulary. A file of the other kind from an earlier save is removed.
+    the World vocabulary, each file whole or not at all. A file of the other kind from an earlier save is removed.
     """
     folder = files.user_path(folder)
-    is_world = isinstance(tokenizer, WorldTokenizer)
-    for other in (TOKENIZER_FILE, _CONFIG_FILE) if is_world else (WORLD_FILE,):
-        (folder / other).unlink(missing_ok=True)
-    if is_world:
-        (folder / WORLD_FILE).write_text(_world_text(tokenizer.token_bytes), encoding="utf-8", newline="")
+    if isinstance(tokenizer, WorldTokenizer):
+        with files.written(folder / WORLD_FILE) as file:
+            file.write(_world_text(tokenizer.token_bytes).encode())
+        for other in (TOKENIZER_FILE, _CONFIG_FILE):
+            (folder / other).unlink(missing_ok=True)
         return WORLD_FILE
     library = _byte_library() if isinstance(tokenizer, ByteTokenizer) else tokenizer.library
     data = (library.to_str(pretty=True) + "\n").encode()
-    if isinstance(tokenizer, FileTokenizer) and (source := files.user_path(tokenizer.name)).is_file():
+    is_file = isinstance(tokenizer, FileTokenizer) and tokenizer.name != "characters"
+    if is_file and (source := files.user_path(tokenizer.name)).is_file():
         # Copied byte for byte where possible: the file's hash identifies the tokenizer of a run.
         data = source.read_bytes() if _format(source) == "library" else data
-    (folder / TOKENIZER_FILE).write_bytes(data)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
     roles = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
     config |= {role: token for role, token in roles.items() if token in special}
-    (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+    for name, content in ((TOKENIZER_FILE, data), (_CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())):
+        with files.written(folder / name) as file:
+            file.write(content)
+    (folder / WORLD_FILE).unlink(missing_ok=True)
     return TOKENIZER_FILE
 
 

@@ -1,6 +1,5 @@
 """Continue a prompt: `python -m rwkv_jax.generate --model=runs/tiny --prompt="def main("`."""
 
-import argparse
 import sys
 
 from rwkv_jax import command, files, interop, runs
@@ -87,10 +86,9 @@ def _text(prompt, prompt_file, context) -> str:
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog=command.program("rwkv_jax.generate"), description="Continue a prompt; only the continuation is printed."
     )
-    parser.error = _refuse
     add = parser.add_argument
     add("--model", required=True, help="a path or hub name that rwkv_jax.load reads")
     source = parser.add_mutually_exclusive_group()
@@ -125,10 +123,6 @@ def _parser():
     add("--frequency_penalty", type=float, help="the same, once for each occurrence")
     add("--penalty_decay", type=float, default=1.0, help="factor on these counts at each token; default: %(default)s")
     return parser
-
-
-def _refuse(message):
-    raise ValueError(message)
 
 
 if __name__ == "__main__":

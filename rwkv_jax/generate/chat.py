@@ -54,13 +54,14 @@ def prompt(template: Template, message: str, conversation: Conversation) -> str:
 def say(model, params, tokenizer, conversation: Conversation, text: str, seed: int, **settings) -> Conversation:
     """Print the reply to `text` as it is generated; return the conversation after it, or up to Ctrl-C."""
     pieces = stream(model, params, text, tokenizer, context=conversation.context, stop=(BREAK,), seed=seed, **settings)
+    held = ""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        pass
-    print(flush=True)
-    return Conversation(conversation.text + text + pieces.text, pieces.context)
+        held = tokenizer.decode(pieces.tokens)[len(pieces.text) :]  # which the context has read
+    print(held, flush=True)
+    return Conversation(conversation.text + text + pieces.text + held, pieces.context)
 
 
 def chat(model, params, tokenizer, template: Template, conversation: Conversation, seed: int, **settings) -> None:

@@ -6,9 +6,9 @@
 `requests` does not need lm_eval. The adapter does, and is imported on first use.
 """
 
-from rwkv_jax.harness.requests import Scored, last_words, score
+from rwkv_jax.harness.requests import Scored, score
 
-__all__ = ["HarnessLM", "Scored", "last_words", "score"]
+__all__ = ["HarnessLM", "Scored", "score"]
 
 
 def __getattr__(name):

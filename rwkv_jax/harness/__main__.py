@@ -1,6 +1,5 @@
 """lm-evaluation-harness on a model of ours: `python -m rwkv_jax.harness --model=runs/tiny --tasks=lambada_openai`."""
 
-import argparse
 import json
 import sys
 
@@ -9,7 +8,7 @@ from rwkv_jax import command, files
 
 @command.reported(out_of_memory="lower --batch_size or --max_length")
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog=command.program("rwkv_jax.harness"),
         description="Run tasks of lm-evaluation-harness. Other arguments are passed to `lm_eval run` unchanged: "
         "--tasks, --num_fewshot, --limit, --include_path, --use_cache, ...",

@@ -57,12 +57,3 @@ def score(model, params, pairs: Sequence[tuple], batch_size: int = 8, progress: 
 def batches(values: list, size: int) -> Iterator[list]:
     """Return an iterator over lists of `size` values, the last perhaps shorter."""
     return (values[first : first + size] for first in range(0, len(values), size))
-
-
-def last_words(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (passage, its last word with the space before it) of each text, as the harness reads LAMBADA."""
-    pairs = [text.rpartition(" ") for text in texts]
-    for context, _, word in pairs:
-        if not context or not word:
-            raise ValueError(f"no last word in {context + word!r:.60}, expected words with single spaces between")
-    return [(context, f" {word}") for context, _, word in pairs]

@@ -1,6 +1,5 @@
 """Convert a model: `python -m rwkv_jax.interop SOURCE DESTINATION`."""
 
-import argparse
 import sys
 
 from rwkv_jax import command, files, runs
@@ -10,7 +9,7 @@ from rwkv_jax.interop import FORMATS, check_format, destination, locate, save
 
 @command.reported(out_of_memory="--dtype=bfloat16 needs half of float32")
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog=command.program("rwkv_jax.interop"), description="Convert a model.")
+    parser = command.Parser(prog=command.program("rwkv_jax.interop"), description="Convert a model.")
     parser.add_argument("source", help="file, folder, training workdir or hub name of a model")
     parser.add_argument("destination", help="a .pth or .safetensors; without a suffix, a folder for transformers")
     parser.add_argument("--dtype", help="of the parameters, e.g. bfloat16; by default that of the source")

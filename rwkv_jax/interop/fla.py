@@ -46,7 +46,7 @@ def from_fla(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, x in tensors.items():
         for theirs, ours in _RENAMED.items():
             name = name.replace(theirs, ours)
-        if name.endswith(".att.x_x") and len(x) == len(_MIXES):
+        if name.endswith(".att.x_x") and x.shape[:1] == (len(_MIXES),):
             out |= {f"{name[:-1]}{c}": row.reshape(1, 1, -1) for c, row in zip(_MIXES, x, strict=True)}
         else:
             out[name] = x.reshape(1, 1, -1) if VECTORS.match(name) else x.T if _is_low_rank(name) else x

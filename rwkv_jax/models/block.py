@@ -142,7 +142,7 @@ def switches(cls: type) -> dict[str, tuple[type, Any]]:
 
 def check_choice(what: str, given, known) -> None:
     """Raise ValueError, suggesting the nearest name, unless `given` is among `known`."""
-    if given not in known:
+    if given not in list(known):  # which a value without a hash may be compared with
         near = difflib.get_close_matches(str(given), [str(k) for k in known], n=1, cutoff=0.5)
         expected = f"expected one of {', '.join(map(str, known))}" if known else "expected none"
         hint = f"did you mean {near[0]!r}?" if near else expected

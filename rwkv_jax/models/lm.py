@@ -268,15 +268,16 @@ class LM(nn.Module):
 
         Args:
             tokens_BT: ids in [0, V).
-            state: from `init_state` or an earlier call; None: no past.
+            state: from `init_state` or a call that began from it; None: no past. An attention layer's cache must have
+                room: tokens beyond it are dropped.
             reset_BT: True where a new document starts.
             valid_BT: False where a token is padding, on either side, and leaves the state untouched.
 
         The state is a tuple with one entry a layer, leaves [B, ...]; if `state` is None, an attention layer's
-        entry is None (no cache is allocated).
+        entry is None (no cache is allocated), which no later call takes.
 
         Raises:
-            ValueError: the state has another number of layers or rows, or arrays of other shapes.
+            ValueError: the state has another number of layers or rows, arrays of other shapes, or no cache.
         """
         if state is not None:
             self._check_state(state, len(tokens_BT))
@@ -293,6 +294,10 @@ class LM(nn.Module):
         shapes = lambda tree: ", ".join(str(jnp.shape(x)) for x in jax.tree.leaves(tree))
         for j, (name, kind, config) in enumerate(self.unit):
             if kind.cached is not None:
+                for i in range(j, self.num_layers, len(self.layers)):
+                    if state[i] is None:
+                        began = "begin from init_state(batch, max_length=...)"
+                        raise ValueError(f"the state of layer {i}, {name}, has no cache: {began}")
                 continue
             wanted = shapes(jax.eval_shape(partial(kind.init_state, config, batch, None)))
             for i in range(j, self.num_layers, len(self.layers)):

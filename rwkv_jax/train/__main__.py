@@ -1,6 +1,5 @@
 """python -m rwkv_jax.train --config=configs/tiny.py --workdir=runs/tiny [--config.optim.lr=6e-4 ...]"""
 
-import argparse
 import sys
 
 import jax
@@ -17,7 +16,7 @@ from rwkv_jax.train.rehearse import rehearse, table
     out_of_memory="raise --config.accumulation, or lower --config.batch_size, --config.seq_len or --config.model.dim",
 )
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog=command.program("rwkv_jax.train"),
         description="Train a model; the same command resumes.",
         allow_abbrev=False,

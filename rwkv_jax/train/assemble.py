@@ -43,6 +43,7 @@ def assembled(config, workdir: Path) -> Run:
     Raises:
         ValueError, OSError: an invalid field, or a text that cannot be read.
     """
+    run_config.check_ranges(config)
     method = method_of(config)
     if config.finetune.model:
         config = completed(config)
@@ -102,7 +103,7 @@ def completed(config):
         config.model.variant[name] = found
     own = tokenizers.carried(path) if path.is_dir() else None
     if config.tokenizer is None:
-        config.tokenizer = own or tokenizers.of_model(path, base.vocab_size)
+        config.tokenizer = tokenizers.get_tokenizer(own or tokenizers.of_model(path, base.vocab_size)).name
     elif own and (config.tokenizer == "characters" or _vocabulary(config.tokenizer) != _vocabulary(own)):
         raise ValueError(f"tokenizer is {config.tokenizer!r}, expected {own!r} as in {path}")
     config.finetune.model = str(path.absolute())

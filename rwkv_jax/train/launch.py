@@ -9,7 +9,6 @@ The exit code is 0 if the run ended well or was stopped, otherwise that of the h
 reported an error in its input, 128 + n if signal n killed it.
 """
 
-import argparse
 import os
 import signal
 import socket
@@ -21,7 +20,7 @@ from rwkv_jax import command
 
 @command.reported()
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog=command.program("rwkv_jax.train.launch"), description=__doc__.partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--hosts", type=int, required=True, metavar="N", help="processes, 1 or more")

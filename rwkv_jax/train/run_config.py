@@ -6,6 +6,8 @@ import re
 import runpy
 import typing
 
+from flax.traverse_util import flatten_dict
+
 from rwkv_jax import command, files, models
 from rwkv_jax.data import orders
 from rwkv_jax.models.block import switches
@@ -157,14 +159,14 @@ def check(config, devices: int | None = None) -> models.LM:
     Raises:
         ValueError: naming the first field that does not fit, and what was expected.
     """
-    _check_ranges(config)
+    check_ranges(config)
     model = model_of(config)
     parallel.check_divisible(config.batch_size, config.accumulation, config.strategy, config.replicas, devices)
     _check_segments(config, model)
     return model
 
 
-def _check_ranges(config):
+def check_ranges(config):
     """Raise ValueError for a field out of range; None means that a default is chosen later."""
     for name, (holds, expected) in RANGES.items():
         value = config
@@ -230,6 +232,12 @@ def read(source: str, overrides=()):
         raise ValueError(" ".join(str(error).split())) from None
     if left:
         raise ValueError(f"unexpected argument {left[0]!r}")
+    names = lambda config: flatten_dict(config.to_dict(), sep=".").keys()
+    if missing := sorted(name for name in names(default()) - names(config) if not name.startswith("model.variant.")):
+        raise ValueError(
+            f"{path}: no field {missing[0]!r} with these overrides, expected all of run_config.default(); set the "
+            "fields of a section one by one"
+        )
     for name in ("text", "prompt"):
         if f"config.data.{name}" in values:
             config.data[name] = command.unescaped(config.data[name])

@@ -1,5 +1,6 @@
 """The tokenizer of a model: stored in its folder, copied by a run, or guessed with a line on stderr."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small import drawn, make
-from texts import byte_level
+from texts import byte_level, write_jsonl
 from weights import one_line
 
 import rwkv_jax
@@ -175,6 +176,44 @@ def test_prepare_builds_characters_from_the_training_split_alone(text, tmp_path)
     assert (again.sha256, again.tokenizer) == (corpus.sha256, corpus.tokenizer)
     os.remove(corpus.tokenizer)  # a damaged cache is rebuilt
     assert data.prepare(text, "characters").sha256 == corpus.sha256
+
+
+def test_prepare_builds_characters_from_prompts_too(tmp_path):
+    """Most letters of the prompts, those of the template among them, are in no text."""
+    records = [{"q": f"日{i}?", "a": "yes"} for i in range(50)]
+    source = write_jsonl(tmp_path / "a.jsonl", records)
+    corpus = data.prepare(source, "characters", text=" {a}", prompt="Q: {q}\nA:")
+    train = get_tokenizer(corpus.tokenizer).decode(corpus.train.tokens)
+    assert "Q: 日" in train and "?\nA: yes" in train and "\ufffd" not in train
+
+
+def test_prepare_identifies_a_saved_byte_tokenizer_by_its_name(text, tmp_path):
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        save(ByteTokenizer(), tmp_path / folder)
+    found = [data.prepare(text, name).sha256 for name in ("bytes", *map(str, tmp_path.glob("*/tokenizer.json")))]
+    assert len(found) == 3 and len(set(found)) == 1
+
+
+def test_save_leaves_the_old_tokenizer_whole_where_it_cannot_write_the_new(tmp_path, monkeypatch):
+    save(ByteTokenizer(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("rwkv_jax.files.os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        save(characters([TEXT]), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_save_of_characters_ignores_a_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "characters").write_text("{}")
+    (tmp_path / "model").mkdir()
+    save(characters([TEXT]), tmp_path / "model")
+    assert get_tokenizer(str(tmp_path / "model/tokenizer.json")).encode(TEXT) == characters([TEXT]).encode(TEXT)
 
 
 def test_warn_if_small_reports_a_tokenizer_far_smaller_than_the_vocabulary(tmp_path, capsys):

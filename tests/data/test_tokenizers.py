@@ -1,5 +1,6 @@
 """Tokenizers: text to ids and back, long texts in pieces, streams of text, and damaged files."""
 
+import dataclasses
 import json
 import os
 import string
@@ -9,6 +10,7 @@ import pytest
 import tokenizers
 from texts import byte_level
 
+from rwkv_jax.data import tokenizers as data_tokenizers
 from rwkv_jax.data.tokenizers import TextStream, characters, get_tokenizer, pieces, save
 
 TEXT = "Ein Käfer sang: 日本語, naïve 😀 family 👩‍👩‍👧, Ελληνικά.\n\n  indented   \t x\n\nreturn value\n"
@@ -129,6 +131,23 @@ def assert_cut_anywhere_as_whole(tokenizer, text):
     assert [i for piece in cut for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
+def test_pieces_of_text_without_a_cut_are_one_that_is_searched_once(monkeypatch):
+    searched = []
+
+    class Cut:
+        def search(self, text, begin):
+            searched.append(len(text) - begin)
+            return cut.search(text, begin)
+
+    tokenizer = dataclasses.replace(characters([TEXT]), cuttable=True)
+    cut = data_tokenizers._CUT
+    monkeypatch.setattr(data_tokenizers, "_CUT", Cut())
+    blocks = ["日本語".encode() * 100] * 50 + [b"a", b" ", b"b"]
+    found = list(pieces(tokenizer, blocks, num_bytes=100))
+    assert found == [b"".join(blocks[:51]), b" b"]  # the text around the cut lies in three blocks
+    assert sum(searched) < 1.1 * 50 * 900
+
+
 @pytest.mark.parametrize("kind", ACROSS_CUTS)
 def test_pieces_never_cut_inside_a_token(kind, tmp_path):
     change, line = ACROSS_CUTS[kind]
@@ -179,7 +198,7 @@ def test_text_stream_never_emits_a_broken_character(tokenizer):
 
 def test_text_stream_of_any_tokens_equals_decode(tokenizer, examples=80):
     """Draws ids from the whole vocabulary, then ids most of which are parts of characters."""
-    beyond = 0 if tokenizer.name in ("bytes", "world") else 40  # ids of a padded vocabulary, without text
+    beyond = 0 if tokenizer.name == "bytes" else 40  # ids of a padded vocabulary, without text
     last = tokenizer.vocab_size - 1 + beyond
     parts = [piece for text in ("é日😀a", TEXT) for piece in tokenizer.encode(text)]
     torn = np.array([*parts, *range(min(257, last)), 0, last])

@@ -97,7 +97,8 @@ def test_ledger_run_names_failed_experiments_and_ends_with_an_error(monkeypatch,
 
     for name in codes:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "run.py").write_text(f"from experiments import {'study' if name == 'c' else 'command'}")
+        of_study = "from experiments import statistics, study\nstudy.main(**STUDY)"
+        (tmp_path / name / "run.py").write_text(of_study if name == "c" else "from experiments import command")
     monkeypatch.setattr(ledger, "reproductions", lambda: [tmp_path / name for name in codes])
     monkeypatch.setattr(ledger.subprocess, "run", run)
     monkeypatch.setattr(ledger, "FILES", ())

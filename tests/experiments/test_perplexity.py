@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import study
+from experiments import statistics, study
 from experiments.perplexity import run, table, trend
 
 
@@ -68,7 +68,7 @@ def test_conclude_pairs_arms_at_every_common_budget():
         "transformer+shift minus transformer": pytest.approx([-0.2]),
     }
     [overtaken] = found["overtakes"]["rwkv4 minus transformer"]
-    assert overtaken == {"tokens": pytest.approx(1e8 * 2 ** (0.1 / 0.13)), "then_above": True}
+    assert overtaken == {"tokens": pytest.approx(1e8 * 2 ** (0.1 / 0.13)), "then_above": True, "is_resolved": True}
     of_run = {"budget": 20, "seeds": 1, "tokens": 2e8, "flops": 14e8, "seconds": 2e6, "bits_per_byte": 1.53}
     assert found["points"]["rwkv4"][1] == of_run | {"best_practice": 1.52}
     assert found["points"]["transformer"][1]["seconds"] is None
@@ -88,6 +88,8 @@ def test_perplexity_table_has_a_row_a_pair_and_the_last_sample_of_each_arm():
     assert head == "| bits a byte | 100 M tokens | 200 M tokens | overtaken at |"
     row = "| rwkv4 minus transformer | -0.100 [-0.100, -0.100] † | +0.030 [+0.030, +0.030] | 1.7e+02 M |"
     assert first == row
+    found["overtakes"]["rwkv4 minus transformer"][0]["is_resolved"] = False
+    assert table.differences(found).splitlines()[2].endswith("| 1.7e+02 M, not resolved |")
     assert table.levels(found).splitlines() == [
         "| bits a byte | 100 M tokens | 200 M tokens | best practice |",
         "| --- | --- | --- | --- |",
@@ -126,6 +128,28 @@ def test_perplexity_verdict_needs_shape_an_epoch_a_strong_transformer_and_two_se
     }
 
 
+def test_a_crossing_is_resolved_if_budgets_on_both_sides_are():
+    gaps = {1: -0.3, 2: -0.1, 4: 0.1, 8: 0.2, 16: -0.2}
+    first, second = trend.crossings(gaps, {1, 8})
+    assert (first["tokens"], first["then_above"], first["is_resolved"]) == (pytest.approx(2**1.5), True, True)
+    assert (second["tokens"], second["then_above"], second["is_resolved"]) == (pytest.approx(2**3.5), False, False)
+    for resolved in (set(), {1, 2}, {1, 16}, {4, 8}):
+        assert not trend.crossings(gaps, resolved)[0]["is_resolved"]
+
+
+def test_trend_is_of_the_budgets_at_which_both_arms_beat_the_six_gram():
+    """The transformer is behind it after the first two budgets, so three are left."""
+    levels = {"rwkv4": (1.8, 1.7, 1.6, 1.5, 1.45), "transformer": (2.3, 2.0, 1.7, 1.57, 1.49)}
+    counted = {"budgets": {str(b): {"unigram": 5.0, "6-gram": 1.9, "xz": 2.0} for b in (10, 20, 40, 80, 160)}}
+    found = concluded(levels, steps=(10, 20, 40, 80, 160), counted=counted)
+    assert found["trend"]["tokens"] == pytest.approx([4e8, 16e8]) and found["trend"]["per_doubling"][
+        1
+    ] == pytest.approx(0.03)
+    assert concluded(levels, steps=(10, 20, 40, 80, 160))["trend"]["tokens"] == pytest.approx(
+        [1e8, 16e8]
+    )  # without a 6-gram
+
+
 def test_trend_extrapolates_a_line_with_its_uncertainty():
     tokens = 2e6 * 2.0 ** np.arange(5)
     exact = trend.trend(dict(zip(tokens, -0.2 + 0.03 * np.arange(5), strict=True)), 0.041)
@@ -140,6 +164,11 @@ def test_trend_extrapolates_a_line_with_its_uncertainty():
     assert tokens[-1] < start < rough["reaches_0"] < rough["reaches"]["tokens"] < end
     assert rough["reaches"]["earliest"] < rough["reaches"]["tokens"]
     assert trend.trend({1e6: 0.1, 2e6: 0.2}, 0.041) is None
+    # a line without residuals, of differences with a known spread: 3 + 6 degrees of freedom
+    gaps = dict(zip(tokens, -0.2 + 0.03 * np.arange(5), strict=True))
+    low, slope, high = trend.trend(gaps, 0.041, statistics.Spread(0.004, 6))["per_doubling"]
+    half = 2.262157 * 0.004 * (6 / 9) ** 0.5 / 10**0.5  # t at 0.975; the squares of -2 to 2 add up to 10
+    assert (low, high) == (pytest.approx(slope - half), pytest.approx(slope + half))
 
 
 def test_trend_reports_a_crossing_within_the_budgets_and_a_decided_sign():
@@ -154,4 +183,6 @@ def test_trend_reports_a_crossing_within_the_budgets_and_a_decided_sign():
     noise = {at: gap for at, gap in zip(tokens, (0.1, -0.1, 0.1, -0.1, 0.1), strict=True)}
     rough = trend.trend(noise, 0.041)
     assert rough["holds_0"][0] > tokens[-1]  # the band holds 0 at all budgets, but these were run
-    assert trend.told(rough)[2].endswith("on this line no budget from there decides the sign.")
+    assert trend.told(rough)[2].endswith("and no budget beyond decides it.")
+    bounded = trend.told(rough | {"holds_0": [4e7, 3e8]})[2]
+    assert bounded.endswith("stays up to there, and only a budget beyond 300 million tokens decides it again.")

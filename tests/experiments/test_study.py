@@ -345,7 +345,14 @@ def test_compared_pools_the_spread_of_seeds_over_all_arms():
     half = 3.182446 * changes.std(ddof=1) / 2**0.5  # t at 0.975 with 3 degrees of freedom
     assert rows["a"]["difference"] == pytest.approx(0.21)
     assert (rows["a"]["low"], rows["a"]["high"]) == (pytest.approx(0.21 - half), pytest.approx(0.21 + half))
-    assert rows["a"]["resolved"] and (rows["d"]["low"], rows["d"]["seeds"]) == (None, 1)
+    assert rows["a"]["resolved"] and rows["d"]["seeds"] == 1
+    assert rows["d"]["high"] - rows["d"]["difference"] == pytest.approx(half * 2**0.5)  # one seed spreads as much
+    one = its(arms=arms, seeds=1, is_pooled=True)
+    assert study.compared(one, found)["a"]["low"] is None  # no arm has two seeds
+    at = lambda budget: {f"{name}, {budget} steps": run for name, run in found.items()}
+    longer = {"a, seed 0, 9 steps": level(1.4), "base, seed 0, 9 steps": level(1.3)}
+    rows = study.compared(its(arms=arms, seeds=2, is_pooled=True, budgets=(3, 9)), at(3) | longer)
+    assert rows["a"]["high"] == pytest.approx(0.1 + half * 2**0.5)  # the spread of the shorter runs
     alone = study.compared(its(arms=arms, seeds=2), found)["a"]
     assert alone["high"] - alone["difference"] == pytest.approx(12.7062 * 0.01)  # t with 1 degree of freedom
 

@@ -9,6 +9,7 @@ from generating import NEARLY_GREEDY, assert_equal, assert_read, unstacked
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.generate import load_context
 from rwkv_jax.generate.chat import TEMPLATES, Conversation, chat, prompt
+from rwkv_jax.generate.text import Texts
 
 RAVEN = TEMPLATES["raven"]
 LETTERS_ONLY = {i: -math.inf for i in range(256) if not chr(i).isascii() or not chr(i).isalpha()}
@@ -99,3 +100,19 @@ def test_chat_keeps_the_printed_text_after_an_interrupt(talk, monkeypatch):
     talk("hello", "/save talk")
     _, text = saved("talk")
     assert 0 < len(text) - len("Bob: hello\n\nAlice:") < 12
+
+
+def test_chat_prints_and_keeps_what_was_held_back_at_an_interrupt(talk, monkeypatch):
+    """The line break of the reply "\\n" may begin the stop string, so it is held back when the interrupt comes."""
+    only_a_line_break = {i: -math.inf for i in range(256) if i != ord("\n")}
+    real = Texts.advance
+
+    def interrupted(texts, count):
+        if texts.tokens[0]:
+            raise KeyboardInterrupt
+        return real(texts, count)
+
+    monkeypatch.setattr(Texts, "advance", interrupted)
+    assert talk("hello", "/save talk", logit_bias=only_a_line_break) == "\n\n"  # the reply, and the end of its line
+    _, text = saved("talk")
+    assert text == "Bob: hello\n\nAlice:\n"

@@ -9,7 +9,7 @@ from small import V, drawn, forward, make
 from weights import one_line
 
 from rwkv_jax import generate
-from rwkv_jax.harness import last_words, prefixes, score
+from rwkv_jax.harness import prefixes, score
 
 RNG = np.random.default_rng(0)
 DRAWN = lambda n: tuple(RNG.integers(0, V, n).tolist())
@@ -89,10 +89,3 @@ def test_score_refuses_empty_texts():
         score(*tiny("rwkv4"), [((1,), ())])
     with one_line("nothing to read in an empty text"):
         score(*tiny("rwkv4"), [((), (1,))])
-
-
-def test_last_words_keep_their_space():
-    assert last_words(["a b  c", "the end"]) == [("a b ", " c"), ("the", " end")]
-    for text in ("word", "ends in a space ", " word"):
-        with one_line("no last word in"):
-            last_words([text])

@@ -153,6 +153,9 @@ def test_lm_without_masks_or_a_past_equals_empty_masks_and_an_empty_past(kind):
     assert [entry is None for entry in fresh] == [kind.cached is not None for _, kind, _ in model.every_layer]
     if model.recurrent:
         assert_same(fresh, state)
+    else:  # it would forget the prompt without a word
+        with pytest.raises(ValueError, match=r"the state of layer \d, attention, has no cache: begin from init_state"):
+            forward(model, params, ids, fresh)
     spec = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert spec(empty) == spec(state) == spec(make(kind, scan=False).init_state(B, T))
     own = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(make(kind, scan=False).init_state(B, T))]

@@ -11,7 +11,8 @@ from rwkv_jax.train.assemble import assembled
     [
         ("accumulation", 0), ("seed", 2**32), ("keep", 0), ("eval_tokens", 1), ("optim.lr", 0.0),
         ("optim.clip", float("inf")), ("optim.warmup", 2.0), ("optim.betas", (0.9, 0.99, 0.999)),
-        ("optim.groups", (("(", 2.0),)), ("model.dtype", "float31"), ("steps", 2**31),
+        ("optim.groups", (("(", 2.0),)), ("optim.groups", ("^emb/", 0.0)), ("model.dtype", "float31"),
+        ("steps", 2**31),
         ("finetune.targets", "(" * 5000), ("finetune.targets", "a{99999999999}"),
     ],
 )  # fmt: skip

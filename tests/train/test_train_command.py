@@ -14,6 +14,7 @@ from rwkv_jax.train.__main__ import main
         ({"seq_len": 200_000}, [], "shorter than one window of 200001"),
         ({"optim.warmpu": 3}, [], 'Did you mean "warmup" instead of "warmpu"?'),
         ({"steps": "many"}, [], "config.steps=many"),
+        ({"data": {"text": "body"}}, [], "no field 'data.order' with these overrides"),
         ({"model.name": "rwkv44"}, [], "unknown model name 'rwkv44': did you mean 'rwkv4'?"),
         ({"optim.schedule": "linear"}, [], "schedule is 'linear', expected exponential"),
         ({}, ["steps=3"], "unexpected argument 'steps=3'"),
@@ -35,6 +36,7 @@ def test_train_command_reports_mistakes_in_one_line(changes, stray, expected, to
         ("def get_config(:", "SyntaxError"),
         ("def get_config(arg): return {}", "get_config returned dict, expected a ConfigDict"),
         ("import nowhere", "ModuleNotFoundError"),
+        ("from ml_collections import ConfigDict as C\ndef get_config(arg): return C({'steps': 3})", "no field"),
     ],
 )
 def test_train_command_reports_a_config_file_without_a_config(program, expected, tmp_path, capsys):
