@@ -17,21 +17,19 @@ class Spread(NamedTuple):
     freedom: int
 
 
-def pooled(levels: Sequence) -> Spread | None:
-    """Return the spread of the difference of any two arms, estimated from the levels [A, S] of all arms by seed, at
-    each budget.
+def pooled(levels_AS) -> Spread | None:
+    """Return the spread of the difference of any two arms, estimated from the levels of all arms [A, S] by seed.
 
     The analysis of variance of a randomised block design, with seeds as blocks: two times the variance that is left
-    after the mean of each arm and each seed, with (A - 1) (S - 1) degrees of freedom a budget. Assumes that seeds move
-    all arms alike, up to noise of one variance at all budgets. None where no budget has two arms of two seeds.
+    after the mean of each arm and each seed, with (A - 1) (S - 1) degrees of freedom. Assumes that seeds move all arms
+    alike, up to noise of one variance. None for fewer than two arms or seeds.
     """
-    squares, freedom = 0.0, 0
-    for levels_AS in levels:
-        x = np.asarray(levels_AS, float)
-        left_AS = x - x.mean(axis=0) - x.mean(axis=1, keepdims=True) + x.mean()
-        squares += np.square(left_AS).sum()
-        freedom += (x.shape[0] - 1) * (x.shape[1] - 1)
-    return Spread(float(np.sqrt(2 * squares / freedom)), freedom) if freedom else None
+    x = np.asarray(levels_AS, float)
+    if min(x.shape) < 2:
+        return None
+    left_AS = x - x.mean(axis=0) - x.mean(axis=1, keepdims=True) + x.mean()
+    freedom = (x.shape[0] - 1) * (x.shape[1] - 1)
+    return Spread(float(np.sqrt(2 * np.square(left_AS).sum() / freedom)), freedom)
 
 
 def t_interval(differences: Sequence[float], spread: Spread | None = None) -> tuple[float, float, float]:
@@ -52,7 +50,7 @@ def t_interval(differences: Sequence[float], spread: Spread | None = None) -> tu
 
 def p_value(differences: Sequence[float], spread: Spread | None = None) -> float:
     """Return the two-sided p of a mean of 0 under Student's t, NaN where `t_interval` has no interval; 0 for nonzero
-    differences that all are the same."""
+    differences that all are the same, without `spread`."""
     x = np.asarray(differences, float)
     if len(x) < (1 if spread else 2):
         return np.nan

@@ -85,9 +85,9 @@ class Study:
         arms: overrides of the base by arm, or a function of the base's config that returns them, or a list of
             overrides, one per stage: each stage branches from the end of the previous one.
         seeds: the number of seeds, or the seeds.
-        is_pooled: whether intervals and p over seeds take the spread of all arms at all budgets together
-            (`statistics.pooled`), also where there is one seed. For arms that spread alike, and too few seeds to tell:
-            the 95 % of two pairs reach nine standard deviations to either side.
+        is_pooled: whether intervals and p over seeds take the spread of all arms together (`statistics.pooled`), and
+            where there is one seed that of the largest budget with more. For arms that spread alike, and too few seeds
+            to tell: the 95 % of two pairs reach nine standard deviations to either side.
         measure: the name of a function in `measures`, any other function (model, params, corpus) -> numbers, or
             several of them. Arms are compared by the number with the first one's name; with `run`, the name of a
             number is enough.
@@ -298,7 +298,7 @@ def paired(study: Study, values: dict, arm: str, against: str, number: str | Non
     runs, others = ([of_seed(name, seed) for seed in seeds] for name in (arm, against))
     of = lambda of_runs, name: np.array([run[name] for run in of_runs])
     by_seed = of(runs, number) - of(others, number)
-    spread = spread_of(study, values, number)
+    spread = spread_of(study, values, number, budget)
     mean, *interval = statistics.t_interval(by_seed, spread)
     if f"{number}_nats" in runs[0]:
         nats_SD = of(runs, f"{number}_nats") - of(others, f"{number}_nats")
@@ -308,20 +308,18 @@ def paired(study: Study, values: dict, arm: str, against: str, number: str | Non
     return known | {"by_seed": by_seed.round(5).tolist(), "seeds": len(runs)}
 
 
-def spread_of(study: Study, values: dict, number: str) -> statistics.Spread | None:
-    """Return the pooled spread of a number's paired differences, from the arms that have all seeds, at each budget.
+def spread_of(study: Study, values: dict, number: str, budget=None) -> statistics.Spread | None:
+    """Return the spread of a number's paired differences over seeds, from the arms that have all seeds at a budget.
 
-    None unless the study is pooled and has two seeds.
+    If fewer than two have, it is that of the largest budget where two do; None if there is none, or if the study is
+    not pooled.
     """
-    if not study.is_pooled:
-        return None
-    levels = []
-    for budget in study.budgets or (None,):
-        runs_AS = [runs_of(study, values, arm, budget) for arm in arms_of(study)]
-        complete = [runs_S for runs_S in runs_AS if len(runs_S) == len(seeds_of(study))]
-        if complete:
-            levels.append([[run[number] for run in runs_S] for runs_S in complete])
-    return statistics.pooled(levels)
+    for of_budget in (budget, *sorted(study.budgets, reverse=True)) if study.is_pooled else ():
+        runs_AS = [runs_of(study, values, arm, of_budget) for arm in arms_of(study)]
+        complete = [[run[number] for run in runs_S] for runs_S in runs_AS if len(runs_S) == len(seeds_of(study))]
+        if complete and (spread := statistics.pooled(complete)):
+            return spread
+    return None
 
 
 def table(study: Study, rows: dict) -> str:

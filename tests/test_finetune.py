@@ -10,7 +10,7 @@ import small
 import training
 
 import rwkv_jax
-from rwkv_jax import finetune, models
+from rwkv_jax import finetune
 from rwkv_jax.train import assemble, methods, run_config
 from rwkv_jax.train.methods import Method
 
@@ -101,7 +101,7 @@ def test_load_adapters_inverts_save_adapters_for_the_same_model_alone(base, tmp_
     other = params | {"head": jax.tree.map(lambda x: x + 1, params["head"])}
     with pytest.raises(ValueError, match="holds the adapters of another model"):
         finetune.load_adapters(path, model, other)
-    apart, params_apart = models.per_layer(model, params)  # the same weights, whose leaves have other names
+    apart, params_apart = model.clone(scan=False), rwkv_jax.unstack(params)  # whose leaves have other names
     with pytest.raises(ValueError, match=r"adapters of 'blocks/att/key', .* have one set a layer \(scan=False\)"):
         finetune.load_adapters(path, apart, params_apart)
 

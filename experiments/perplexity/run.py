@@ -24,9 +24,9 @@ Effect: RWKV-4 minus transformer after the largest budget, disjoint windows of t
                    Witten-Bell 6-gram of the same bytes: such a run could not have reproduced Table 5. Nor can one
                    budget against the LSTM: the paper claims that RWKV scales as LSTMs do not
   no claim         the paper has no such arm
-Intervals: over documents, or over seeds where those are wider. The spread of seeds is that of all arms at the budgets
-with two seeds; one seed at another budget is taken to spread as much. Nothing below 0.010 bits a byte
-is resolved with one seed, or 0.007 with two.
+Intervals: over documents, or over seeds where those are wider. The spread of seeds is that of all arms at the budget
+with two seeds; one seed at another budget is taken to spread as much. cpu resolves about 0.010 bits a byte with one
+seed, 0.007 with two; `slice`, of one seed, has intervals over documents alone.
 Trend: the difference at each budget against log2 of its tokens, on a straight line through the budgets at which both
 arms beat the 6-gram, as decided before the largest had run. It says which larger budget would decide the sign at this
 width, not what 12 x 512 would give. Trend and crossings are of the seeds that all budgets have.
@@ -40,6 +40,7 @@ Seconds are of training steps alone, timed apart from the runs on the hardware o
 """
 
 import itertools
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -169,10 +170,10 @@ def gaps_of(its, values: dict, arm: str, against: str) -> dict[int, float]:
     return {tokens: float(np.mean([gaps[seed] for seed in seeds])) for tokens, gaps in by_seed.items() if seeds}
 
 
-def resolved_of(rows: dict) -> set[int]:
-    """Return the tokens at which the interval of a difference excludes 0."""
-    is_known = lambda row: row["low"] is not None
-    return {tokens for tokens, row in rows.items() if is_known(row) and not row["low"] <= 0 <= row["high"]}
+def resolved_of(rows: dict, gaps: dict) -> set[int]:
+    """Return the tokens at which the interval of a difference excludes 0, on the side of its common seeds."""
+    known = {tokens: row for tokens, row in rows.items() if tokens in gaps and row["low"] is not None}
+    return {tokens for tokens, row in known.items() if row["low"] * row["high"] > 0 and row["low"] * gaps[tokens] > 0}
 
 
 def conclude(its, values: dict) -> dict:
@@ -192,13 +193,15 @@ def conclude(its, values: dict) -> dict:
     unranked = {tokens for arm in ("rwkv4", "transformer") for tokens in behind.get(arm, ())}
     fitted = {tokens: gap for tokens, gap in gaps.get("rwkv4 minus transformer", {}).items() if tokens not in unranked}
     spread = study.spread_of(its, values, "bits_per_byte")
+    seeds = min((pairs["rwkv4 minus transformer"][tokens]["seeds"] for tokens in fitted), default=1)
+    of_gaps = spread and spread._replace(deviation=spread.deviation / math.sqrt(seeds))
     return {
         "points": points,
         "pairs": pairs,
-        "overtakes": {pair: trend.crossings(of_pair, resolved_of(pairs[pair])) for pair, of_pair in gaps.items()},
+        "overtakes": {pair: trend.crossings(of, resolved_of(pairs[pair], of)) for pair, of in gaps.items()},
         "spread": spread and spread._asdict(),
         "behind_the_6-gram_until": {arm: max(tokens, default=0) for arm, tokens in behind.items()},
-        "trend": trend.trend(fitted, PAPER, spread),
+        "trend": trend.trend(fitted, PAPER, of_gaps),
         "ledger": rows_of(config, pairs, behind["transformer"], bool(ngrams)),
         "not_run": not_run_of(config),
     }

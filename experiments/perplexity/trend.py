@@ -33,20 +33,21 @@ def trend(gaps: dict, value: float, spread: Spread | None = None) -> dict | None
     beyond the budgets where its band holds 0.
 
     None for fewer than three budgets. The 95 % intervals are Student's for one more run, with the variance of the
-    residuals and that of `spread` pooled. They assume that budgets are independent, although runs that branch from one
-    trunk are not, and that the line stays straight beyond them.
+    residuals and that of `spread` pooled, or of the residuals alone where these are larger by an F test (p < 0.05),
+    because the differences bend. They assume that budgets are independent, although runs that branch from one trunk
+    are not, and that the line stays straight beyond them.
 
     Args:
-        spread: the known spread of the differences.
+        spread: of the differences over seeds.
     """
     if len(gaps) < 3:
         return None
     x, y = np.log2(np.array(list(gaps), float)), np.array(list(gaps.values()))
     its = stats.linregress(x, y)
-    known, freedom = spread or Spread(0.0, 0), len(x) - 2
-    squares = np.square(y - its.intercept - its.slope * x).sum() + known.freedom * known.deviation**2
-    deviation = np.sqrt(squares / (freedom + known.freedom))
-    half_of_one = stats.t.ppf(0.975, freedom + known.freedom) * deviation
+    squares, freedom = np.square(y - its.intercept - its.slope * x).sum(), len(x) - 2
+    if spread and stats.f.sf(squares / freedom / spread.deviation**2, freedom, spread.freedom) >= 0.05:
+        squares, freedom = squares + spread.freedom * spread.deviation**2, freedom + spread.freedom
+    half_of_one = stats.t.ppf(0.975, freedom) * np.sqrt(squares / freedom)
     width = np.square(x - x.mean()).sum()
 
     def bits(at):

@@ -110,7 +110,7 @@ def judged(compute, loss, until: float) -> dict | None:
 def bootstrap(compute, loss, until: float, samples: int = 500) -> dict:
     """Return 95 % intervals of the results of `judged`, from runs drawn with replacement.
 
-    There are none where `judged` is None, or has 4 runs to fit, without one of which it would be.
+    There are none where `judged` is None, or fits only 4 runs: every draw that it can fit has the same four.
 
     Runs are resampled, not points of the frontier. Those are order statistics, and resampling them would hide that
     another run might have been on the frontier. A run that is drawn twice counts once, which makes the spread of the
@@ -139,7 +139,7 @@ def ratio(these, those, bytes_D, spread: statistics.Spread | None = None) -> dic
     That loss is the end of one frontier, and a point between two runs of the other, interpolated in log-log. Returns
     None if the frontiers have no loss in common. The 95 % interval is a bootstrap over documents, which are the same
     for both models, or, if wider, over seeds: from the losses of one model moved against the other's by either end of
-    the interval of a difference of 0. `low` and `high` are None where neither has an interval with a loss in common.
+    the interval of a difference of 0. `low` and `high` are None where one has no loss in common, or none is known.
 
     Args:
         these, those: (compute [N], nats [N, D] of each document) of the runs of each model, one seed a run.
@@ -164,7 +164,8 @@ def ratio(these, those, bytes_D, spread: statistics.Spread | None = None) -> dic
     over_documents = statistics.bootstrap(lambda drawn: at_lowest(drawn)[1], documents)
     _, *ends = statistics.t_interval([0.0], spread)
     over_seeds = [at_lowest(np.arange(documents), end)[1] for end in ends]
-    low, high = statistics.wider(over_documents, over_seeds)
+    is_unknown = spread is not None and np.isnan(over_seeds).any()
+    low, high = (np.nan, np.nan) if is_unknown else statistics.wider(over_documents, over_seeds)
     of_logs = {"loss_nats": lowest, "ratio": log_ratio, "low": low, "high": high}
     return {name: None if np.isnan(log) else float(np.exp(log)) for name, log in of_logs.items()}
 

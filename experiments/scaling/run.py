@@ -26,8 +26,9 @@ Rules, for RWKV-4 with at least 5 runs on the frontier before the last decade an
 Intervals of the laws are a bootstrap over runs. Exponents in nats per byte are not the paper's, which are per token
 of GPT-NeoX. Compute at equal loss is the ratio of the compute that two frontiers need for the lowest loss that both
 reach: a mean over losses depends on which budgets ran, and most of these losses are behind a 6-gram. Its interval is
-over documents, or over seeds where that is wider, as experiments/perplexity's spread; `gpu` and `paper`, without nats
-by document, have none.
+over documents, or over seeds where that is wider, with the spread of experiments/perplexity; that is of one budget,
+where a seed's effect on both arms cancels, and here budgets may differ. `gpu` and `paper`, without nats by document,
+have none.
 Deviations: bytes instead of tokens, and novels instead of the Pile; compute is 6 FLOPs a weight and token plus those
 of attention and of WKV (RWKV-7's in chunks of 16 tokens), without the embedding's look-up; one seed a run; learning
 rates by width from sweeps of short runs on source code, of `sweep.json` here and in experiments/compare, although
@@ -117,10 +118,10 @@ def ratio_of(these: list[dict], those: list[dict]) -> dict | None:
     return fit.ratio(*found, bytes_D, spread)
 
 
-def seed_spread() -> statistics.Spread:
+def seed_spread() -> statistics.Spread | None:
     """Return the spread of two arms' difference over seeds, in nats a byte, from experiments/perplexity's results."""
     its = read("perplexity/results.json")["spread"]
-    return statistics.Spread(its["deviation"] * math.log(2), its["freedom"])
+    return its and statistics.Spread(its["deviation"] * math.log(2), its["freedom"])
 
 
 def of_arm(runs: list[dict]) -> dict:

@@ -19,7 +19,7 @@ from rwkv_jax.data import cache, contents, hub, jsonl, megatron, named, tokenfil
 from rwkv_jax.data import text as texts
 from rwkv_jax.data.corpus import SEPARATOR, SPLITS, Corpus, Source, Split, left_out
 from rwkv_jax.data.encode import Piece, encode
-from rwkv_jax.data.tokenizers import NAMES, TOKENIZER_FILE, Tokenizer, characters, get_tokenizer, save
+from rwkv_jax.data.tokenizers import NAMES, TOKENIZER_FILE, ByteTokenizer, Tokenizer, characters, get_tokenizer, save
 from rwkv_jax.files import check_output, user_path
 
 
@@ -57,7 +57,7 @@ def prepare(source: str = "stdlib", tokenizer: str = "bytes", text: str = "text"
         if encoder is None:
             raise ValueError(f"{source} holds tokens, not text: name the tokenizer that made them")
         return tokenfiles.read(file, encoder, encoder_id)
-    found = _find(source, tokenizer, text, prompt)
+    found = _find(source, encoder, text, prompt)
     folder = cache.folder(found.name, [found.identity, encoder_id])
     at_first = Counter(found.tally)  # known before the documents are read
 
@@ -90,7 +90,7 @@ def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") ->
     if (path := _path(source)) and tokenfiles.find(path):
         raise ValueError(f"{source} holds tokens, expected text")
     encoder = get_tokenizer(tokenizer)
-    found = _find(source, tokenizer, text, "")
+    found = _find(source, encoder, text, "")
     documents = (
         np.concatenate([*(tokens for _, tokens in document), [SEPARATOR]])
         for _, document in groupby(encode(found, encoder), key=_document_number)
@@ -133,13 +133,13 @@ def _expect_utf8(source: str, tokenizer: str):
         raise ValueError(f"{source} is not UTF-8, which tokenizer {tokenizer} needs") from None
 
 
-def _find(source: str, tokenizer: str, text: str, prompt: str) -> Source:
+def _find(source: str, encoder: Tokenizer | None, text: str, prompt: str) -> Source:
     if source.startswith(hub.PREFIX):
         return hub.source(source, text, prompt)
     if (path := _path(source)) and (found := jsonl.source(path, text, prompt)):
         return found
     _expect_no_fields(source, text, prompt)
-    return (named if source in named.NAMED else texts).source(source, exact=tokenizer == "bytes")
+    return (named if source in named.NAMED else texts).source(source, exact=isinstance(encoder, ByteTokenizer))
 
 
 def _document_number(encoded: tuple[Piece, np.ndarray]) -> int:

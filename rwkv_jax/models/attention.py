@@ -92,8 +92,6 @@ def _attention_by_blocks(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, p
     T = q_BTHK.shape[1]
     q_BHTK, k_BHTK, v_BHTK = (rearrange(x, "b t h k -> b h t k") for x in (q_BTHK, k_BTHK, v_BTHK))
     scale = q_BHTK.shape[-1] ** -0.5
-    wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
-    product = partial(jnp.einsum, precision=precision, preferred_element_type=wide)
 
     # Keys are sliced and masks built inside, so that the backward pass saves the same three arrays for all blocks.
     @partial(jax.checkpoint, static_argnums=(5,))
@@ -106,9 +104,9 @@ def _attention_by_blocks(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, p
             allowed = allowed & (keys[None] >= start_BT[:, begin:end, None])[:, None]
         if valid_BT is not None:
             allowed = allowed & valid_BT[:, None, None, :end]
-        scores = product("bhtk,bhsk->bhts", q * scale, k)
-        weights = nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1).astype(v.dtype)
-        return product("bhts,bhsk->bhtk", weights, v).astype(v.dtype)
+        scores = jnp.einsum("bhtk,bhsk->bhts", q * scale, k, precision=precision)
+        weights = nn.softmax(jnp.where(allowed, _wide(scores), -1e30), axis=-1).astype(v.dtype)
+        return jnp.einsum("bhts,bhsk->bhtk", weights, v, precision=precision)
 
     out = [
         block(q_BHTK[:, :, begin : begin + QUERY_BLOCK], k_BHTK, v_BHTK, start_BT, valid_BT, begin)

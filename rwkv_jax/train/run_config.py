@@ -146,7 +146,7 @@ def model_of(config) -> models.LM:
 def model_fields(config) -> dict:
     """The arguments of `models.build` in a config, without those left to the model."""
     model = config.model.to_dict()
-    model["variant"] = {name: value for name, value in model["variant"].items() if value is not None}
+    model["variant"] = {name: value for name, value in model.get("variant", {}).items() if value is not None}
     return {name: value for name, value in model.items() if not (name == "layers" and value is None)}
 
 
@@ -235,8 +235,7 @@ def read(source: str, overrides=()):
     names = lambda config: flatten_dict(config.to_dict(), sep=".").keys()
     if missing := sorted(name for name in names(default()) - names(config) if not name.startswith("model.variant.")):
         raise ValueError(
-            f"{path}: no field {missing[0]!r} with these overrides, expected all of run_config.default(); set the "
-            "fields of a section one by one"
+            f"{path}: no field {missing[0]!r}; start from run_config.default(), and set a section's fields one by one"
         )
     for name in ("text", "prompt"):
         if f"config.data.{name}" in values:

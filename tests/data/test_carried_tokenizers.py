@@ -187,12 +187,17 @@ def test_prepare_builds_characters_from_prompts_too(tmp_path):
     assert "Q: 日" in train and "?\nA: yes" in train and "\ufffd" not in train
 
 
-def test_prepare_identifies_a_saved_byte_tokenizer_by_its_name(text, tmp_path):
+def test_prepare_identifies_a_saved_byte_tokenizer_by_its_name(tmp_path, monkeypatch):
+    """The text has the size of enwik8, which is cut inside a character, as only bytes allow."""
+    monkeypatch.setattr("rwkv_jax.data.text._ENWIK8_BYTES", 3001)
+    (tmp_path / "a.txt").write_text("a" + "日" * 1000)
     for folder in ("one", "other"):
         (tmp_path / folder).mkdir()
         save(ByteTokenizer(), tmp_path / folder)
-    found = [data.prepare(text, name).sha256 for name in ("bytes", *map(str, tmp_path.glob("*/tokenizer.json")))]
-    assert len(found) == 3 and len(set(found)) == 1
+    names = [*map(str, tmp_path.glob("*/tokenizer.json")), "bytes"]
+    found = [data.prepare(str(tmp_path / "a.txt"), name) for name in names]
+    assert len(found) == 3 and len({corpus.sha256 for corpus in found}) == 1
+    assert len(found[0].train.tokens) == 1 + 2700
 
 
 def test_save_leaves_the_old_tokenizer_whole_where_it_cannot_write_the_new(tmp_path, monkeypatch):

@@ -128,6 +128,47 @@ def test_perplexity_verdict_needs_shape_an_epoch_a_strong_transformer_and_two_se
     }
 
 
+def test_perplexity_conclude_takes_the_spread_of_the_budget_with_two_seeds():
+    """Three arms; seed 1 differs from seed 0 by changes of standard deviation 0.001 at the budget of 20 steps alone.
+    RWKV-4 is behind the 6-gram after 10 steps, and its differences from the transformer leave a line by 0.0001."""
+    budgets = (10, 20, 40, 80)
+    levels = {
+        "rwkv4": (2.0, 1.8, 1.7001, 1.6),
+        "transformer": (1.9, 1.77, 1.7, 1.63),
+        "rwkv7": (1.9, 1.82, 1.71, 1.601),
+    }
+    base = {"model": {"num_layers": 2, "dim": 8}, "seq_len": 1000, "batch_size": 10**4}
+    its = study.Study(
+        base=base, arms={arm: {} for arm in levels}, budgets=budgets, against=None, seeds=2, is_pooled=True
+    )
+    values = {"counted": {"budgets": {str(b): {"unigram": 5.0, "6-gram": 1.95, "xz": 2.0} for b in budgets}}}
+    for i, (arm, of_arm) in enumerate(levels.items()):
+        values |= {study.name_of(arm, 0, b): cell(10**7 * b, bits) for b, bits in zip(budgets, of_arm, strict=True)}
+        values[study.name_of(arm, 1, 20)] = cell(2 * 10**8, of_arm[1] + 0.001 * (i - 1))
+    found = run.conclude(its, values)
+    assert found["spread"] == {"deviation": pytest.approx(0.001), "freedom": 2}
+    half = 4.302653 * 0.001  # t at 0.975 with 2 degrees of freedom; the documents have one and the same difference
+    row = lambda pair, tokens: [found["pairs"][pair][tokens][end] for end in ("low", "high")]
+    assert row("rwkv7 minus rwkv4", 8 * 10**8) == pytest.approx([0.001 - half, 0.001 + half])
+    assert row("rwkv7 minus rwkv4", 2 * 10**8) == pytest.approx([0.021 - half / 2**0.5, 0.021 + half / 2**0.5])
+    [first, last] = found["overtakes"]["rwkv4 minus transformer"], found["overtakes"]["rwkv7 minus rwkv4"]
+    assert [its["is_resolved"] for its in first] == [True]  # from +0.03, by +0.0001 and its interval, to -0.03
+    assert [its["is_resolved"] for its in last] == [True]
+    assert found["trend"]["tokens"] == pytest.approx([2e8, 8e8])  # not from 1e8, where RWKV-4 is behind
+    x, y = np.arange(3), np.array([0.03, 0.0001, -0.03])
+    squares = np.square(y - np.polyval(np.polyfit(x, y, 1), x)).sum() + 2 * 0.001**2
+    low, _, high = found["trend"]["per_doubling"]
+    assert (high - low) / 2 == pytest.approx(3.182446 * (squares / 3 / 2) ** 0.5)  # t with 3; 2 squares of x
+
+
+def test_trend_takes_the_residuals_alone_where_seeds_cannot_explain_them():
+    gaps = dict(zip(2e6 * 2.0 ** np.arange(4), (-0.212, -0.157, -0.142, -0.127), strict=True))
+    alone, bent = trend.trend(gaps, 0.041), trend.trend(gaps, 0.041, statistics.Spread(0.004, 6))
+    assert alone == bent
+    low, _, high = trend.trend(gaps, 0.041, statistics.Spread(0.02, 6))["per_doubling"]
+    assert high - low < alone["per_doubling"][2] - alone["per_doubling"][0]
+
+
 def test_a_crossing_is_resolved_if_budgets_on_both_sides_are():
     gaps = {1: -0.3, 2: -0.1, 4: 0.1, 8: 0.2, 16: -0.2}
     first, second = trend.crossings(gaps, {1, 8})

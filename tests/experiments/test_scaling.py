@@ -93,6 +93,21 @@ def test_fit_ratio_has_the_interval_over_seeds_where_that_is_wider():
     found = fit.ratio((3 * COMPUTE[:31], loss_ND[:31]), (COMPUTE, loss_ND), [1], spread)
     of = pytest.approx
     assert (found["ratio"], found["low"], found["high"]) == (of(3), of(3 * 0.99**10), of(3 * 1.01**10))
+    bytes_D = np.array([100, 200, 300] * 2)
+    worse_ND = loss_ND[:31] * bytes_D * np.array([1, 1, 1.1] * 2)  # by more in two documents than seeds differ
+    pair = (COMPUTE[:31], worse_ND), (COMPUTE, loss_ND * bytes_D)
+    assert fit.ratio(*pair, bytes_D, spread) == fit.ratio(*pair, bytes_D)
+    few = ([1, 2], [[1.0], [0.995]]), ([1, 2], [[0.999], [0.9]])  # with 1 % more, no loss is common
+    assert fit.ratio(*few, [1])["ratio"] > 1
+    found = fit.ratio(*few, [1], statistics.Spread(0.01 / 1.959964, 10**9))
+    assert found["ratio"] > 1 and found["low"] is found["high"] is None
+
+
+def test_seed_spread_is_in_nats(monkeypatch):
+    monkeypatch.setattr(run, "read", lambda name: {"spread": {"deviation": 0.004, "freedom": 6}})
+    assert run.seed_spread() == (pytest.approx(0.004 * np.log(2)), 6)
+    monkeypatch.setattr(run, "read", lambda name: {"spread": None})
+    assert run.seed_spread() is None
 
 
 def test_scaling_conclude_accepts_models_without_a_common_loss():

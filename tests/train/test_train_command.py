@@ -14,7 +14,7 @@ from rwkv_jax.train.__main__ import main
         ({"seq_len": 200_000}, [], "shorter than one window of 200001"),
         ({"optim.warmpu": 3}, [], 'Did you mean "warmup" instead of "warmpu"?'),
         ({"steps": "many"}, [], "config.steps=many"),
-        ({"data": {"text": "body"}}, [], "no field 'data.order' with these overrides"),
+        ({"data": {"text": "body"}}, [], "no field 'data.order'; start from run_config.default()"),
         ({"model.name": "rwkv44"}, [], "unknown model name 'rwkv44': did you mean 'rwkv4'?"),
         ({"optim.schedule": "linear"}, [], "schedule is 'linear', expected exponential"),
         ({}, ["steps=3"], "unexpected argument 'steps=3'"),
