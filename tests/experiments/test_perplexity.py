@@ -169,6 +169,12 @@ def test_trend_takes_the_residuals_alone_where_seeds_cannot_explain_them():
     assert high - low < alone["per_doubling"][2] - alone["per_doubling"][0]
 
 
+def test_resolved_are_intervals_on_the_side_of_the_common_seeds():
+    ends = {1: (-0.3, -0.1), 2: (-0.3, 0.1), 4: (None, None), 8: (0.1, 0.3), 16: (-0.1, 0.3), 32: (0.1, 0.3)}
+    rows = {tokens: {"low": low, "high": high} for tokens, (low, high) in ends.items()}
+    assert run.resolved_of(rows, {1: -0.2, 2: -0.1, 4: -0.2, 8: 0.2, 16: 0.1, 32: -0.01}) == {1, 8}
+
+
 def test_a_crossing_is_resolved_if_budgets_on_both_sides_are():
     gaps = {1: -0.3, 2: -0.1, 4: 0.1, 8: 0.2, 16: -0.2}
     first, second = trend.crossings(gaps, {1, 8})

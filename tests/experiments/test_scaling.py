@@ -97,9 +97,11 @@ def test_fit_ratio_has_the_interval_over_seeds_where_that_is_wider():
     worse_ND = loss_ND[:31] * bytes_D * np.array([1, 1, 1.1] * 2)  # by more in two documents than seeds differ
     pair = (COMPUTE[:31], worse_ND), (COMPUTE, loss_ND * bytes_D)
     assert fit.ratio(*pair, bytes_D, spread) == fit.ratio(*pair, bytes_D)
-    few = ([1, 2], [[1.0], [0.995]]), ([1, 2], [[0.999], [0.9]])  # with 1 % more, no loss is common
-    assert fit.ratio(*few, [1])["ratio"] > 1
-    found = fit.ratio(*few, [1], statistics.Spread(0.01 / 1.959964, 10**9))
+    same = lambda *levels: np.outer(levels, np.ones(6))  # six documents
+    few = ([1, 2], same(1.0, 0.995)), ([1, 2], same(0.999, 0.9))  # with 1 % more, no loss is common
+    found = fit.ratio(*few, np.ones(6))
+    assert found["low"] == of(found["ratio"])
+    found = fit.ratio(*few, np.ones(6), statistics.Spread(0.01 / 1.959964, 10**9))
     assert found["ratio"] > 1 and found["low"] is found["high"] is None
 
 
