@@ -12,8 +12,8 @@ token shift; at one budget RWKV-5.2, RWKV-6 and an LSTM. N-grams and xz on the s
     python -m experiments.perplexity.run --preset=paper --text=enwik8    Table 5's shape, 40 epochs
 
 `missing` in results.json lists the runs that are still to be done.
-Cost: cpu 12 core-hours for four arms to 16.8 M tokens and two seeds of all arms at 8.4 M; 9 hours of 2 cores for all,
-estimated. Each run survives a kill. slice 11 minutes and gpu 48 of one H200, paper 12 GPU hours, estimated.
+Cost: cpu 9 hours of 2 cores, each run survives a kill; estimated: slice 11 minutes and gpu 48 of one H200, paper 12
+GPU hours.
 Effect: RWKV-4 minus transformer after the largest budget, disjoint windows of the training length for both, paired
 (`study.compared`).
   reproduced       the interval contains +0.041 and not 0
