@@ -77,14 +77,14 @@ def told(its: dict) -> list[str]:
     value, reaches = its["reaches"]["value"], its["reaches"]
     open_from, open_to = map(m, its["holds_0"])
     if not its["holds_0"][0]:
-        decided = "excludes 0 everywhere: on this line the sign stays."
+        decided = "excludes 0 everywhere: on this line the sign is decided."
     elif not its["holds_0"][1]:
-        decided = (
-            f"holds 0 from {open_from} on: on this line the sign stays up to there, and no budget beyond decides it."
-        )
+        decided = f"holds 0 from {open_from} on: on this line the sign is decided before, and open from there."
     else:
-        decided = f"holds 0 from {open_from} to {open_to}: on this line the sign stays up to there, and only a budget "
-        decided += f"beyond {open_to} decides it again."
+        decided = (
+            f"holds 0 from {open_from} to {open_to}: on this line the sign is decided before and after, and open "
+        )
+        decided += "between them."
     earliest = reaches["earliest"]
     everywhere = earliest is not None and earliest <= its["tokens"][0]
     band = "its 95 % band " + ("holds" if everywhere else "first holds") + " that value "
