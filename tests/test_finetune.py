@@ -11,6 +11,7 @@ import training
 
 import rwkv_jax
 from rwkv_jax import finetune
+from rwkv_jax.models import lora
 from rwkv_jax.train import assemble, methods, run_config
 from rwkv_jax.train.methods import Method
 
@@ -124,6 +125,19 @@ def test_load_adapters_refuses_a_damaged_header(old, new, expected, base, tmp_pa
     path.write_bytes(header.replace(old.encode(), new.encode()))
     with pytest.raises(ValueError, match=expected):
         finetune.load_adapters(path, model, params)
+
+
+@pytest.mark.slow
+def test_finetune_merges_adapters_of_one_set_a_layer(base, tmp_path):
+    model, params = base
+    rwkv_jax.save(tmp_path / "base.pth", model, params)
+    apart, params = model.clone(scan=False), rwkv_jax.unstack(params)
+    adapters = _adapters(apart, params)
+    finetune.save_adapters(tmp_path / "a.safetensors", apart, params, adapters, 3.0)
+    paths = [str(tmp_path / name) for name in ("base.pth", "a.safetensors", "merged.pth")]
+    assert finetune.main(["merge", *paths]) == 0
+    _, merged = rwkv_jax.load(paths[-1], scan=False)
+    assert training.same(merged, lora.merge(jax.device_put(params), adapters, 3.0))
 
 
 def test_load_adapters_refuses_adapters_of_other_sizes(base, tmp_path):

@@ -161,11 +161,11 @@ def ratio(these, those, bytes_D, spread: statistics.Spread | None = None) -> dic
     lowest, log_ratio = at_lowest(np.arange(documents))
     if np.isnan(log_ratio):
         return None
-    over_documents = statistics.bootstrap(lambda drawn: at_lowest(drawn)[1], documents)
-    _, *ends = statistics.t_interval([0.0], spread)
-    over_seeds = [at_lowest(np.arange(documents), end)[1] for end in ends]
-    is_unknown = spread is not None and np.isnan(over_seeds).any()
-    low, high = (np.nan, np.nan) if is_unknown else statistics.wider(over_documents, over_seeds)
+    low, high = statistics.bootstrap(lambda drawn: at_lowest(drawn)[1], documents)
+    if spread:
+        _, *ends = statistics.t_interval([0.0], spread)
+        over_seeds = [at_lowest(np.arange(documents), end)[1] for end in ends]
+        low, high = (np.nan, np.nan) if np.isnan(over_seeds).any() else statistics.wider((low, high), over_seeds)
     of_logs = {"loss_nats": lowest, "ratio": log_ratio, "low": low, "high": high}
     return {name: None if np.isnan(log) else float(np.exp(log)) for name, log in of_logs.items()}
 
