@@ -181,7 +181,6 @@ def conclude(its, values) -> dict:
     results = {
         "chance": {title(case): 1 / case[1] for case in cases},
         "examples_to_0.9": {title(case): told(found) for case, found in examples.items()},
-        "rwkv4 over transformer+shift": ratio,
         "ledger": rows,
     }
     known = {f"T {T}, D {D}": float(np.max(curves["rwkv4"][-1][1])) for (T, _, D), curves in cases.items()}
