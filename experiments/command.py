@@ -66,12 +66,12 @@ def main(
         parser.add_argument(f"--{option}", help=about)
     if sweep:
         parser.add_argument("--sweep", action="store_true", help="sweep learning rates instead")
-    args = vars(parser.parse_args(argv))
-    label = "smoke" if args["smoke"] else args["preset"]
-    preset = presets[label] if not args.get("text") else replace(presets[label], text=args["text"])
 
     @reported(STOPPED)
     def computed(argv) -> None:
+        args = vars(parser.parse_args(argv))
+        label = "smoke" if args["smoke"] else args["preset"]
+        preset = presets[label] if not args.get("text") else replace(presets[label], text=args["text"])
         if label == "smoke" and args["out"] == folder:
             raise ValueError("--smoke would overwrite real results: give it --out=FOLDER")
         files.check_output_folder(args["out"])

@@ -6,7 +6,6 @@
 A block of a file stands between `<!-- NAME -->` and `<!-- end -->`; the rest is prose.
 """
 
-import argparse
 import re
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from experiments import answers, engineering
 from experiments.engineering import hardware, table
 from experiments.perplexity import table as perplexity
-from rwkv_jax.command import end
+from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.files import read_json
 
 HERE = Path(__file__).parent
@@ -216,8 +215,9 @@ def refresh() -> None:
         path.write_text(filled(path.read_text()))
 
 
+@reported()
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.ledger", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m experiments.ledger", description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="run the `cpu` presets first, but the long ones")
     args = parser.parse_args(argv)
     failed = []

@@ -15,7 +15,6 @@ Cost: `--duration` minutes, by default 6, on any machine: the run takes the step
 cores. Writes results.json and figure.png beside this file; the trained models stay in runs/compare/<arm>.
 """
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from experiments.runs import trained
 from experiments.speed import decode
 from experiments.study import MODELS
 from rwkv_jax import data, evaluate, files, hardware, train
-from rwkv_jax.command import end, reported
+from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.data import batches
 from rwkv_jax.files import user_path
 from rwkv_jax.models.kinds import kind_of_model
@@ -219,7 +218,7 @@ def _held_out_after(config):
 
 @reported("stopped; nothing was written")
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.compare.run", description="RWKV-4 and RWKV-7 against a transformer of equal size."
     )
     parser.add_argument("--duration", type=float, default=6.0, help="approximate total minutes (default: %(default)s)")

@@ -8,7 +8,6 @@ where a field that an older config lacks counts as today's default, then the las
 are validation.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ from matplotlib.ticker import EngFormatter
 
 from experiments.figures import plt
 from rwkv_jax import files, hardware, models
-from rwkv_jax.command import end, reported
+from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import metrics, run_config
 
@@ -144,7 +143,7 @@ def smoothed(points, steps):
 
 @reported("stopped; nothing was written")
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.curves.plot", description="Draw training runs together; list how they differ."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a workdir of rwkv_jax.train")

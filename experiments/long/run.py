@@ -31,7 +31,7 @@ from tqdm import tqdm
 from experiments import stamp
 from experiments.results import draw, write_json
 from rwkv_jax import files, models, train
-from rwkv_jax.command import end, reported
+from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.files import to_json, user_path
 from rwkv_jax.train import optim
 
@@ -80,7 +80,7 @@ def _two_steps(seq_len, segments, stop_gradient):
 
 @reported()
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=user_path, default=Path(__file__).parent)
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -33,7 +33,6 @@ Needs requirements-live.txt (transformers). Cost: 11 minutes on 2 busy cores, mo
 and figure.png.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -46,7 +45,7 @@ from experiments.precision import plot, table
 from experiments.precision.operators import OPERATORS
 from experiments.results import write_json
 from rwkv_jax import files
-from rwkv_jax.command import end, reported
+from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.files import user_path
 
 LENGTHS = (1, 17, 1024, 8192, 100_000)
@@ -138,7 +137,7 @@ def claims(rows):
 
 @reported()
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.precision.run", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m experiments.precision.run", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="short sequences: seconds instead of minutes")
     parser.add_argument(
         "--out", type=user_path, default=Path(__file__).parent, help="folder for results.json and figure.png"

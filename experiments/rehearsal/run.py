@@ -12,7 +12,6 @@ other than "compute".
 Cost: 1 to 12 minutes a row on 2 cores, 4 GB of memory; no TPU, but its compiler (pip install libtpu; Linux, x86-64).
 """
 
-import argparse
 from pathlib import Path
 
 import jax
@@ -20,7 +19,7 @@ import jax
 from experiments import stamp
 from experiments.results import write_json
 from rwkv_jax import files
-from rwkv_jax.command import end, reported
+from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.files import read_json, user_path
 from rwkv_jax.train import run_config
 from rwkv_jax.train.rehearse import rehearse, table
@@ -38,7 +37,7 @@ SMOKE = [("v5e:2x2", ["configs/tiny.py", "--config.strategy=fsdp"])]
 
 @reported()
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a small model, to check that it runs")
     parser.add_argument("--out", type=user_path, default=HERE, help="folder for results.json")
     args = parser.parse_args(argv)

@@ -9,7 +9,6 @@ compiling autotunes kernels on the GPU. A row that does not fit says so.
 Writes DIR/pile.json. Cost: 4 minutes on an H100. `--smoke` is for CPUs: tiny models, numbers without meaning.
 """
 
-import argparse
 import gc
 import statistics
 import time
@@ -23,7 +22,7 @@ import numpy as np
 from experiments import stamp
 from experiments.results import write_json
 from rwkv_jax import files, hardware, train
-from rwkv_jax.command import end, reported
+from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.files import to_json, user_path
 from rwkv_jax.train import optim, run_config
 
@@ -99,7 +98,7 @@ def measure(batch, seq_len, steps, model, init, step, compile_seconds) -> dict:
 
 @reported()
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.speed.pile", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m experiments.speed.pile", description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", default="", help="sizes, such as 169m,3b")
     parser.add_argument("--seconds", type=float, default=180, help="start no row after this time")

@@ -3,11 +3,10 @@
 python -m experiments.speed.plot [results.json [folder]]
 """
 
-import sys
 from pathlib import Path
 
 from experiments.figures import SMALLEST, label_ends, panels, saved, titled
-from rwkv_jax.command import end, reported
+from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.files import read_json, user_path
 
 FORMS = (  # colour and marker, in the order of the results
@@ -103,12 +102,14 @@ DRAW = {"ops": draw_ops, "startup": draw_startup}
 
 @reported()
 def main(argv=None) -> None:
-    source = user_path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("results.json"))
-    folder = user_path(sys.argv[2] if len(sys.argv) > 2 else source.parent)
-    measured = read_json(source)
+    parser = Parser(prog="python -m experiments.speed.plot", description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="?", type=user_path, default=Path(__file__).with_name("results.json"))
+    parser.add_argument("folder", nargs="?", type=user_path, help="for the figures; default: that of the results")
+    args = parser.parse_args(argv)
+    measured = read_json(args.results)
     for suite, draw in DRAW.items():
         if suite in measured:
-            draw(measured[suite], folder / f"{suite}.png")
+            draw(measured[suite], (args.folder or args.results.parent) / f"{suite}.png")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ measures training. Both ran once on an H100, see docs/results.md. No TPU has run
 Needs requirements-live.txt. Cost: about 30 minutes on 2 cores, startup 10. The machine must be idle meanwhile.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -44,7 +43,7 @@ from experiments import stamp
 from experiments.results import write_json
 from experiments.speed import decode, generation, ops, rwkv7, startup, train
 from rwkv_jax import files
-from rwkv_jax.command import end, reported
+from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.files import read_json, user_path
 
 SUITES = {
@@ -67,7 +66,7 @@ def line(row: dict) -> str:
 
 @reported()
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.speed.run", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m experiments.speed.run", description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=SUITES, help="one suite; default: all except rwkv7 and startup")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes, numbers without meaning")
     parser.add_argument("--out", type=user_path, default=Path(__file__).parent, help="folder for results.json")
@@ -77,7 +76,7 @@ def main(argv=None) -> int:
     parser.add_argument("--against", type=user_path, help="checkout of an earlier commit, to time its startup too")
     args = parser.parse_args(argv)
     if args.against and not (args.suite == "startup" and (args.against / "rwkv_jax").is_dir()):
-        parser.error(f"--against={args.against}: expected --suite=startup and a folder with rwkv_jax/")
+        raise ValueError(f"--against={args.against}: expected --suite=startup and a folder with rwkv_jax/")
     # By default JAX preallocates three quarters of a GPU's memory, and the peers in torch need some.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     options = {

@@ -3,11 +3,15 @@
 import importlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments import command, stamp, statistics, sweeps
+
+ROOT = Path(command.__file__).parents[1]
+COMMANDS = [path for path in sorted(ROOT.glob("experiments/**/*.py")) if "\ndef main(argv=None)" in path.read_text()]
 
 
 @dataclass(frozen=True)
@@ -177,3 +181,11 @@ def test_experiment_commands_refuse_an_unwritable_output_before_computing(module
     assert importlib.import_module(f"experiments.{module}").main([*arguments, f"{tmp_path}/file/x.png"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and f"{tmp_path}/file" in err and "absent" not in err
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_experiment_commands_report_an_unknown_option_in_one_line(path, capsys):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    assert importlib.import_module(name).main(["--unknown"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
