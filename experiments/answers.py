@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from experiments.engineering import fastest_steps, read, table, three_digits
+from experiments.engineering import fastest_steps, read, table, three_digits, told_minus
 from experiments.scaling import fit
-from experiments.statistics import at_most, millions, told, told_row
+from experiments.statistics import at_most, millions, told_row
 
 HEADS = {"en": ("question", "answer", "evidence"), "zh": ("问题", "回答", "证据")}
 
@@ -148,9 +148,12 @@ def others_better() -> str:
     starts = next(row["seconds"] for row in speed["startup"]["commands"] if row["what"].startswith("generate"))
     training = {row["theirs"]: row["ratio"] for row in speed["rwkv7"]["rows"] if row["what"].startswith("training")}
     shifted = {arm: compare[arm]["minus"]["transformer+shift"] for arm in ("rwkv4", "rwkv7")}
-    told_bits = lambda arm: f"{arm.replace('rwkv', 'RWKV-')} {told(*shifted[arm].values())} bits a byte"
     few, other = "bits a byte after few tokens, `make compare`", "minus a transformer with token shift"
-    behind = [(few, told_bits(arm), other) for arm, row in shifted.items() if (row["low"] or 0) > 0]
+    behind = [
+        (few, f"{arm.replace('rwkv', 'RWKV-')} {told_minus(row)}", other)
+        for arm, row in shifted.items()
+        if (row["low"] or 0) > 0
+    ]
     rows = [
         ("training of 169M on an H100", f"RWKV-4 {h100('rwkv4')} tokens/s", f"our transformer {h100('transformer')}"),
         ("training RWKV-7 on a CPU, 6 x 512", f"{training['rwkv4']:.2f} of RWKV-4's tokens/s",

@@ -131,7 +131,7 @@ def others() -> str:
         read("precision/results.json"),
     )
     tuned, slices, long = read("finetune/results.json"), read("rehearsal/results.json"), read("long/results.json")
-    minus = f"{told(*compare['arms']['rwkv4']['minus']['transformer+shift'].values())} bits a byte"
+    minus = told_minus(compare["arms"]["rwkv4"]["minus"]["transformer+shift"])
     training = next(r["ratio"] for r in speed["train"]["rows"] if r["theirs"] == "transformers RwkvForCausalLM")
     largest = max(slices["rows"], key=itemgetter("memory_needed"))
     gib = {what: largest[what] / 2**30 for what in ("memory_needed", "memory_capacity")}
@@ -157,6 +157,11 @@ def worst() -> float:
     """Return the largest error of any form of WKV, as a share of its bound, rounded up."""
     largest = max(x for what, x, _ in read("precision/results.json")["claims"] if "over its bound" in what)
     return math.ceil(100 * largest) / 100
+
+
+def told_minus(row: dict) -> str:
+    """Format a difference of two arms of compare."""
+    return f"{told(row['bits_per_byte'], row['low'], row['high'])} bits a byte"
 
 
 def _bits(row: dict) -> str:
