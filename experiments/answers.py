@@ -41,9 +41,9 @@ ANSWERS = (
     }),
     ("recall", {
         "en": ("Does a state of fixed size recall? (examples to 0.9 right, {pairs} pairs)",
-               "{learned}; more than {most} k: {failed}"),
+               "{learned}; not in {most} k: {failed}"),
         "zh": ("固定大小的状态能做联想回忆吗？（{pairs} 对，达到 0.9 正确率的样本数）",
-               "{learned}；超过 {most} k：{failed}"),
+               "{learned}；{most} k 内未达到：{failed}"),
     }),
     ("tracking", {
         "en": ("Who tracks a state? (share right, product of {elements} elements of A5; chance {chance})",
@@ -61,7 +61,7 @@ ANSWERS = (
                "transformer {h100_transformer}); a token of 12 x 768 on a CPU: {first} ms, "
                "after {context} tokens {last} ms"),
         "zh": ("有多快？",
-               "训练：RWKV-4 在 CPU 上是 Hugging Face 实现的 {training_4} 倍；169M 在 H100 上 {h100} token/s"
+               "训练速度：RWKV-4 在 CPU 上是 Hugging Face 实现的 {training_4} 倍；169M 在 H100 上 {h100} token/s"
                "（我们的 Transformer {h100_transformer}）；生成：12 x 768 在 CPU 上每个 token {first} ms，"
                "{context} 个 token 之后 {last} ms"),
     }),

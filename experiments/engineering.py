@@ -143,7 +143,7 @@ def others() -> str:
         ("precision", "error of every form of WKV against float64", f"{worst():.2f} of its bound", precision),
         ("finetune", "LoRA of rank 8: new text, against the base", _bits(tuned["table"]["LoRA, rank 8"]), tuned),
         ("finetune", "LoRA of rank 8: old text, against the base", _bits(tuned["old"]["LoRA, rank 8"]), tuned),
-        ("rehearsal", f"training {largest['model']} on {largest['target']}: XLA's plan of a chip's memory",
+        ("rehearsal", "training {model}, remat {remat}, on {target}: XLA's plan of a chip's memory".format(**largest),
          "{memory_needed:.1f} of {memory_capacity:.0f} GiB".format(**gib), None),
         ("long", f"training in segments, T {longest:,}: memory, beside {mib['whole']:,.0f} MiB in one piece",
          f"{mib['segments']:,.0f} MiB", long),

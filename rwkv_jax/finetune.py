@@ -10,7 +10,7 @@
 The adapters or states that the last two learn can be exported to one small file, which only the base model accepts:
 
     python -m rwkv_jax.finetune export runs/lora adapters.safetensors
-    python -m rwkv_jax.finetune merge BASE adapters.safetensors merged.pth        (any format of `rwkv_jax.save`)
+    python -m rwkv_jax.finetune merge BASE adapters.safetensors merged.pth        (.pth, .safetensors or a folder)
     python -m rwkv_jax.finetune export runs/state tuned.context        (tuned.pth: as released, `time_state`)
     python -m rwkv_jax.generate --model=BASE --context=tuned.context --prompt="..."
 """

@@ -77,14 +77,11 @@ def told(its: dict) -> list[str]:
     value, reaches = its["reaches"]["value"], its["reaches"]
     open_from, open_to = map(m, its["holds_0"])
     if not its["holds_0"][0]:
-        decided = "excludes 0 everywhere: on this line the sign is decided."
+        decided = "excludes 0 everywhere: on this line the sign is known."
     elif not its["holds_0"][1]:
-        decided = f"holds 0 from {open_from} on: on this line the sign is decided before, and open from there."
+        decided = f"holds 0 from {open_from} on: from there the sign is open."
     else:
-        decided = (
-            f"holds 0 from {open_from} to {open_to}: on this line the sign is decided before and after, and open "
-        )
-        decided += "between them."
+        decided = f"holds 0 from {open_from} to {open_to}: there the sign is open."
     earliest = reaches["earliest"]
     everywhere = earliest is not None and earliest <= its["tokens"][0]
     band = "its 95 % band " + ("holds" if everywhere else "first holds") + " that value "
@@ -92,7 +89,7 @@ def told(its: dict) -> list[str]:
     return [
         f"From {start} to {end} million tokens the difference changes by {slope:+.4f} [{low:+.4f}, {high:+.4f}] bits "
         "a byte with each doubling.",
-        f"On a straight line it is first 0 or above at {m(its['reaches_0'])}, and first the paper's {value:+.3f} or "
-        f"above at {m(reaches['tokens'])}; {band}.",
+        f"On a straight line it reaches 0 at {m(its['reaches_0'])} and the paper's {value:+.3f} at "
+        f"{m(reaches['tokens'])}; {band}.",
         f"Beyond these budgets the band {decided}",
     ]

@@ -102,7 +102,7 @@ def _parser():
     add("--chat", action="store_true", help="several turns on standard input, over one recurrent state")
     add("--template", choices=list(TEMPLATES), help="names of the speakers; default: by the size of the vocabulary")
     add("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: the model's own")
-    add("--context", help="a saved context that the prompt continues")
+    add("--context", help="a saved context, a chat or a tuned .pth to continue")
     add("--save_context", dest="save_context_to", help="file for the context after the continuation, with the text")
     add("--max_new_tokens", type=int, default=100, help="default: %(default)s")
     add(
@@ -112,7 +112,7 @@ def _parser():
         default=[],
         help=r"text that ends the continuation, \n, \t and \\ as in --prompt; may be given several times",
     )
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the random draws; default: %(default)s")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     add("--top_p", type=float, default=1.0, help="keep the likeliest tokens that together have this probability")
     add("--top_k", type=int, help="keep this many of the likeliest tokens")
@@ -121,7 +121,7 @@ def _parser():
     add("--repetition_penalty", type=float, help="divides the logits of tokens in prompt and continuation; 1: off")
     add("--presence_penalty", type=float, help="subtracted from the logits of tokens in the continuation")
     add("--frequency_penalty", type=float, help="the same, once for each occurrence")
-    add("--penalty_decay", type=float, default=1.0, help="factor on these counts at each token; default: %(default)s")
+    add("--penalty_decay", type=float, default=1.0, help="factor on their counts at each token; default: %(default)s")
     return parser
 
 

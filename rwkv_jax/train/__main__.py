@@ -23,7 +23,7 @@ def main(argv=None) -> int:
         epilog="--config.FIELD=VALUE sets any field of the config, for instance --config.optim.lr=6e-4",
     )
     parser.add_argument("--config", metavar="FILE.py[:ARG]", required=True)
-    parser.add_argument("--workdir", help="of several hosts: a folder that all of them share")
+    parser.add_argument("--workdir", help="folder of the run: config, log, checkpoints; hosts share it")
     parser.add_argument("--profile", metavar="FIRST:END", help="trace steps FIRST to END - 1 to WORKDIR/profile")
     parser.add_argument("--rehearse", metavar="SLICE", help="only compile a step, for v5e:4x4, v5p:4x4x8, 2xv6e:16x16")
     several = parser.add_argument_group("several hosts, the same command on each")

@@ -1,6 +1,7 @@
 """Several hosts on one machine: the processes of one training run, over loopback.
 
-    python -m rwkv_jax.train.launch --hosts=2 --devices=2 -- --config=configs/tiny.py --workdir=runs/two [...]
+    python -m rwkv_jax.train.launch --hosts=2 --devices=2 -- --config=configs/tiny.py --config.strategy=fsdp \\
+        --workdir=runs/two
 
 starts `python -m rwkv_jax.train` with what follows `--`, once a host. SIGINT, SIGTERM and SIGHUP go to all of them as
 SIGTERM: they save the same step and end; a second signal kills them. If one fails, the others are killed.
