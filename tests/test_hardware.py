@@ -77,8 +77,15 @@ def test_recomputed_flops_per_token_agree_with_xla(name, remat):
 
 def test_flops_per_token_equal_table_2_of_the_paper():
     model = models.build("rwkv4", vocab_size=50277, num_layers=12, dim=768)
-    products = 2 * (50277 * 768 + 13 * 768**2 * 12)  # forward
-    assert hardware.flops_per_token(model, 1024) == pytest.approx(3 * products, rel=0.005)
+    assert hardware.flops_per_token(model, 1024) == pytest.approx(3 * 2.613e8, rel=0.005)  # Table 2: forward
+
+
+def test_bandwidths_and_peak_count_every_byte_and_operation(monkeypatch):
+    """With 2 seconds a pass over 400 bytes, or a product of 8 x 8 matrices."""
+    monkeypatch.setattr(hardware, "_best_seconds", lambda f, seconds: f() is not None and 2.0)
+    monkeypatch.setattr(hardware, "_large_array", lambda: jax.numpy.ones(100, np.float32))
+    assert (hardware.copy_bandwidth(), hardware.read_bandwidth()) == (400, 200)
+    assert hardware.matmul_peak(size=8) == 8**3
 
 
 def test_peak_flops_take_the_longest_matching_name_of_a_chip():

@@ -48,7 +48,7 @@ def run(config, workdir, profile: range | None = None) -> TrainState:
         hosts.check_shared(workdir)
         before = metrics.logged(workdir / "metrics.jsonl")
         state, start = restore(workdir, config, this.model, this.method, this.init)
-        if profile and not start < profile.start < profile.stop <= config.steps + 1:
+        if profile is not None and not start < profile.start < profile.stop <= config.steps + 1:
             raise ValueError(
                 f"profile is {profile.start}:{profile.stop}, expected steps of this start, "
                 f"from {start + 1} up to but without {config.steps + 1}"

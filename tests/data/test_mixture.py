@@ -28,9 +28,9 @@ def test_mixture_parses_sources_and_weights(weights, texts):
     assert mixed.weights == (Fraction(7, 10), Fraction(3, 10))
     assert mixed.name == f"a.txt:{weights[0]},b.txt:{weights[1]}"
     assert [part.name for part in mixed.parts] == ["a.txt", "b.txt"]
-    for (split, weight), part in zip(mixed.train, mixed.parts, strict=True):
+    assert [weight for _, weight in mixed.train] == list(mixed.weights)
+    for (split, _), part in zip(mixed.train, mixed.parts, strict=True):
         np.testing.assert_array_equal(split.tokens, part.train.tokens)
-        assert weight in mixed.weights
     assert mixed.vocab_size == 256 and mixed.tokenizer == "bytes"
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from judge import error_ratio
-from small import V, forward, made, one_by_one, tokens
+from small import V, forward, layer_norm, made, one_by_one, tokens
 
-from rwkv_jax.models import attention, build
+from rwkv_jax.models import attention, build, unstack
 from rwkv_jax.models.attention import CACHE_BLOCK, QUERY_BLOCK, causal_attention, rotate
 
 # ---------------------------------------------------------------------------------------- without a past
@@ -109,6 +109,41 @@ def test_causal_attention_recomputes_scores_in_the_backward_pass():
         x.size for x in jax.tree.leaves(jax.eval_shape(lambda *qkv: jax.vjp(causal_attention, *qkv)[1], *qkv(T)))
     )
     assert kept(3 * QUERY_BLOCK) < 1.5 * 3 * kept(QUERY_BLOCK)
+
+
+def in_numpy(model, params, ids_BT):
+    """Logits [B, T, V] of a transformer in float64. Rotary positions are products of complex numbers."""
+    params, (B, T), K = jax.tree.map(np.float64, unstack(params)), ids_BT.shape, model.head_size
+    turn_T1i = np.exp(1j * np.arange(T)[:, None, None] * 10000.0 ** (-2 * np.arange(K // 2) / K))
+    gelu = lambda x: x / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+    def mixed(h_BTD, p, name):
+        mix_D, previous_BTD = p.get(f"time_mix_{name}", 1), np.pad(h_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        return mix_D * h_BTD + (1 - mix_D) * previous_BTD
+
+    def turned(x_BTD):
+        a, b = np.moveaxis(x_BTD.reshape(B, T, -1, 2, K // 2), 3, 0)
+        return (a + 1j * b) * turn_T1i
+
+    x = layer_norm(params["emb"]["embedding"][ids_BT], params["ln0"])
+    for i in range(model.num_layers):
+        p = params[f"blocks_{i}"]
+        h, att, ffn = layer_norm(x, p["ln1"]), p["att"], p["ffn"]
+        q, k, v = (mixed(h, att, n[0]) @ att[n]["kernel"] for n in ("query", "key", "value"))
+        scores = np.einsum("bthi,bshi->bhts", turned(q), turned(k).conj()).real / K**0.5
+        weights = np.exp(np.where(np.tri(T, dtype=bool), scores, -np.inf))
+        weights /= weights.sum(-1, keepdims=True)
+        y = np.einsum("bhts,bshk->bthk", weights, v.reshape(B, T, -1, K)).reshape(B, T, -1)
+        x = x + y @ att["output"]["kernel"]
+        x = x + gelu(mixed(layer_norm(x, p["ln2"]), ffn, "k") @ ffn["key"]["kernel"]) @ ffn["value"]["kernel"]
+    return layer_norm(x, params["ln_out"]) @ params["head"]["kernel"]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_transformer_follows_its_formula(shift):
+    model, params = made("transformer", token_shift=shift)
+    ids_BT = tokens(2, 16)
+    assert error_ratio(forward(model, params, ids_BT)[0], in_numpy(model, params, ids_BT)) < 2e-6
 
 
 # ------------------------------------------------------------------------------------------- with a cache

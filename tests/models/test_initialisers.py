@@ -207,7 +207,7 @@ def test_kernel_init_normal_and_orthogonal_have_their_deviation_and_gain():
     np.testing.assert_allclose(narrowing.T @ narrowing, 0.25 * np.eye(16), atol=1e-5)
 
 
-def test_layer_norm_matches_torch():
+def test_layer_norm_has_epsilon_1e_5_and_exact_variance():
     """Epsilon is 1e-5, which matters for embeddings, and the variance takes two passes: x - mean first."""
     far = 1000 + 1e-2 * np.random.default_rng(0).standard_normal((4, TABLE[1]), np.float32)
     x = np.concatenate([*(draws()[0][scheme] for scheme in ("v4", "v4neo", "v5")), far])

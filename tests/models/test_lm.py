@@ -188,6 +188,13 @@ def test_lm_in_bfloat16_has_logits_and_state_in_float32(kind):
         assert x.dtype in expected, path
 
 
+@pytest.mark.parametrize("kind", PURE)
+def test_lm_in_bfloat16_has_statistics_of_norms_in_float32(kind):
+    model = make(kind, dtype="bfloat16")
+    program = str(jax.make_jaxpr(functools.partial(forward, model))(shapes_of(model), tokens(B, T)))
+    assert set(re.findall(r":(\w+)\[[\d,]*\] = rsqrt", program)) == {"f32"}
+
+
 @pytest.mark.parametrize("kind", ["rwkv4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in PURE[1:])])
 def test_lm_in_bfloat16_rounds_activations_and_not_logits(kind):
     _, params = made(kind)

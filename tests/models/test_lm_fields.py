@@ -4,10 +4,20 @@ import json
 import math
 from dataclasses import fields
 
+import jax
 import pytest
-from small import KINDS, D, L, V, make
+from small import KINDS, D, L, V, forward, make, shapes_of, tokens
 
 from rwkv_jax.models import LM, build
+
+
+@pytest.mark.parametrize("kind", ["rwkv4", "rwkv5", "rwkv6", "rwkv7"])
+def test_lm_wkv_impl_chooses_the_form_of_the_operator(kind):
+    other = {"rwkv4": "associative"}.get(kind, "chunked")
+    program = lambda impl: str(
+        jax.make_jaxpr(forward, 0)(make(kind, wkv_impl=impl), shapes_of(make(kind)), tokens(2, 16))
+    )
+    assert program("scan") != program(other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -38,6 +48,7 @@ def test_lm_fields_survive_json(kind):
         ({"head_norm_epsilon": True}, "model field head_norm_epsilon is True, expected a finite number above 0"),
         ({"embedding_scale": math.inf}, "model field embedding_scale is inf, expected a finite number above 0"),
         ({"embedding_scale": 0.0}, "model field embedding_scale is 0.0, expected a finite number above 0"),
+        ({"wkv_impl": "chunked"}, "unknown model field wkv_impl 'chunked': expected one of None, "),
         ({"scan": "no"}, "unknown model field scan 'no': expected one of True, False"),
         ({"name": "rwkv7", "removal": math.nan}, "model.variant.removal is nan, expected a finite float"),
         ({"variant": 5}, "model field variant is 5, expected switches by name"),

@@ -55,6 +55,17 @@ def test_lora_adapters_have_no_effect_at_first_and_merge_into_the_weights(kind):
     assert np.abs(joined_BTV - plain_BTV).max() > 0.1
 
 
+def test_lora_init_draws_a_for_each_kernel_within_its_bound():
+    _, params = small.made("rwkv4", num_layers=1, dim=64)
+    adapters = flatten_dict(lora.init(jax.random.key(0), params, 8, "/(att|ffn)/"))
+    drawn = {path: np.asarray(x) for path, x in adapters.items() if path[-1] == "lora_a"}
+    for path, a in drawn.items():
+        bound = a.shape[-2] ** -0.5
+        assert 0.95 * bound < np.abs(a).max() <= bound, path
+    assert len({a.ravel()[0] for a in drawn.values()}) == len(drawn) == 7
+    assert not any(x.any() for path, x in adapters.items() if path[-1] == "lora_b")
+
+
 def test_lora_merge_refuses_a_sum_beyond_the_range_of_the_weights():
     params = {"att": {"key": {"kernel": jax.numpy.full((4, 3), 6e4, "float16")}}}
     adapters = {"att": {"key": {"lora_a": np.ones((4, 1), np.float32), "lora_b": np.full((1, 3), 3e3, np.float32)}}}

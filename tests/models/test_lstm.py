@@ -5,10 +5,10 @@ import jax
 import numpy as np
 import pytest
 from judge import error_ratio
-from small import D, tokens
+from small import D, forward, layer_norm, made, tokens
 
 from rwkv_jax import hardware
-from rwkv_jax.models import build, parameter_shapes
+from rwkv_jax.models import build, parameter_shapes, unstack
 from rwkv_jax.models.block import BlockConfig
 from rwkv_jax.models.lstm import LayerState, hidden_dim, lstm
 
@@ -34,6 +34,25 @@ def test_lstm_equals_the_cell_of_flax():
     h_BTF, after = lstm(x_BTD @ input_DG + bias_G, recurrent_FG, state)
     assert error_ratio(h_BTF, np.stack(expected, axis=1)) < 1e-6
     assert error_ratio(after.c_BF, carry[0]) < 1e-6 and error_ratio(after.h_BF, carry[1]) < 1e-6
+
+
+def test_lstm_model_follows_its_formula():
+    model, params = made("lstm")
+    ids_BT, sigmoid = tokens(B, T), lambda x: 1 / (1 + np.exp(-x))
+    wide = jax.tree.map(np.float64, unstack(params))
+    x = layer_norm(wide["emb"]["embedding"][ids_BT], wide["ln0"])
+    for layer in range(model.num_layers):
+        p = wide[f"blocks_{layer}"]["lstm"]
+        input_BTG = layer_norm(x, wide[f"blocks_{layer}"]["ln1"]) @ p["input"]["kernel"] + p["bias"]
+        h, c, out = np.zeros((B, len(p["recurrent_kernel"]))), 0, []
+        for t in range(T):
+            i, f, g, o = np.split(input_BTG[:, t] + h @ p["recurrent_kernel"], 4, axis=-1)
+            c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+            h = sigmoid(o) * np.tanh(c)
+            out.append(h)
+        x = x + np.stack(out, axis=1) @ p["output"]["kernel"]
+    expected = layer_norm(x, wide["ln_out"]) @ wide["head"]["kernel"]
+    assert error_ratio(forward(model, params, ids_BT)[0], expected) < 2e-6
 
 
 @pytest.mark.parametrize("dim", [8, 512])

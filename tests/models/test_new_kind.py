@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import running_sum
 from judge import error_ratio
-from small import drawn, forward, one_by_one, shapes_of, tokens
+from small import drawn, forward, layer_norm, one_by_one, shapes_of, tokens
 from training import DiedError, config, die_before, losses, numbers, same, write_text
 
 import rwkv_jax
@@ -44,22 +44,17 @@ def params_of(model):
 def in_numpy(params, ids, reset_BT, valid_BT):
     """Logits [B, T, V] of a model of running sums, in float64."""
     params = jax.tree.map(np.float64, params)
-
-    def norm(x, p):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
-
-    x, first = norm(params["emb"]["embedding"][ids], params["ln0"]), None
+    x, first = layer_norm(params["emb"]["embedding"][ids], params["ln0"]), None
     for i in range(L):
         p = params[f"blocks_{i}"]
-        h = norm(x, p["ln"]) @ p["input"]["kernel"]
+        h = layer_norm(x, p["ln"]) @ p["input"]["kernel"]
         first = h if first is None else first
         sums, s = np.zeros_like(h), np.zeros((B, D))
         for t in range(T):
             new = np.where(reset_BT[:, t, None], 0, p["sum_decay"] * s) + h[:, t]
             s = sums[:, t] = np.where(valid_BT[:, t, None], new, s)
         x = x + (sums + first) @ p["output"]["kernel"]
-    return norm(x, params["ln_out"]) @ params["head"]["kernel"]
+    return layer_norm(x, params["ln_out"]) @ params["head"]["kernel"]
 
 
 @pytest.mark.parametrize("scan", [True, False])

@@ -5,15 +5,16 @@ import itertools
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import training
 
-from rwkv_jax import checkpoint, hardware, models, train
+from rwkv_jax import checkpoint, data, hardware, models, train
 from rwkv_jax.data import batches, mixture
-from rwkv_jax.train import TrainState, assemble, hosts, metrics, progress, run_config
+from rwkv_jax.train import TrainState, assemble, hosts, loop, metrics, progress, run_config
 
 
 @pytest.fixture
@@ -80,14 +81,36 @@ def test_loop_reads_the_metrics_of_a_step_after_dispatching_the_next(config, eve
 
 
 def test_profile_of_a_workdir_with_a_name_that_is_not_utf8_has_a_plain_path(config, events, tmp_path, monkeypatch):
+    @contextlib.contextmanager
     def trace(path):
-        traced.append(path.encode().decode())  # as JAX's profiler does when the trace ends
-        return contextlib.nullcontext()
+        events.append(f"on {path.encode().decode()}")  # as JAX's profiler does when the trace ends
+        yield
+        events.append("off")
 
-    traced = []
     monkeypatch.setattr(jax.profiler, "trace", trace)
     train.run(config, tmp_path / "\udce4[a]", range(2, 4))
-    assert len(traced) == 1 and traced[0].endswith("/profile")
+    (begin, on), (end, _) = [(i, event) for i, event in enumerate(events) if event.startswith(("on", "off"))]
+    assert on.endswith("/profile")
+    traced = [event for event in events[begin:end] if event.startswith(("step", "look"))]
+    assert traced == ["step 2", "step 3", "look 2", "look 3"]
+
+
+@pytest.mark.parametrize("profile", [range(4, 4), range(5, 8), range(0, 2)])
+def test_run_refuses_to_profile_steps_that_it_does_not_take(profile, config, events, tmp_path):
+    with pytest.raises(ValueError, match="expected steps of this start, from 1 up to but without 7"):
+        train.run(config, tmp_path / "run", profile)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "backend", "is_set"),
+    [(None, "cpu", False), (None, "gpu", True), (True, "cpu", True), (False, "gpu", False)],
+)
+def test_compilation_cache_is_on_by_default_except_on_a_cpu(wanted, backend, is_set, monkeypatch):
+    updated = {}
+    settings = SimpleNamespace(jax_compilation_cache_dir=None, update=updated.__setitem__)
+    monkeypatch.setattr(loop, "jax", SimpleNamespace(default_backend=lambda: backend, config=settings))
+    loop._use_compilation_cache(wanted)
+    assert updated == ({"jax_compilation_cache_dir": str(data.cache_dir() / "compiled")} if is_set else {})
 
 
 def test_goodput_counts_all_time_since_the_first_start(config, events, tmp_path, monkeypatch):

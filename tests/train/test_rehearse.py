@@ -84,10 +84,20 @@ def test_step_seconds_follow_the_data_sheet():
     model = run_config.model_of(config)
     init, _, _ = parallel.fsdp(make_init(model, optim.optimiser()), lambda *args: args)
     params = jax.eval_shape(init, jax.random.key(0)).params
-    seconds = rehearse.step_seconds(model, config, params, hardware.CHIPS["v5p"])
-    # 16 windows a chip: 6 FLOPs a weight and token, and of layers 2 more
+    chip, tokens = hardware.CHIPS["v5p"], 16 * 1024  # a chip: 16 windows
+    seconds = rehearse.step_seconds(model, config, params, chip)
+    # 6 FLOPs a weight and token, and of layers 2 more
     weights = 6 * 50277 * 768 + 8 * 13 * 768**2 * 12
-    assert seconds["compute"] == pytest.approx(weights * 16 * 1024 / 459e12, rel=0.01)
+    assert seconds["compute"] == pytest.approx(weights * tokens / 459e12, rel=0.01)
+    # 7 float32 numbers for each of a quarter of the parameters, 3 bfloat16 for each of all, and activations
+    num_params = 2 * 50277 * 768 + 13 * 768**2 * 12
+    activations = 2 * tokens * (120 * 768 * 12 + 6 * 50277)
+    assert seconds["memory"] == pytest.approx((7 * num_params + 6 * num_params + activations) / 2765e9, rel=0.01)
+    within, _ = rehearse.interconnect_bytes(model, params)
+    assert seconds["interconnect"] == within / 600e9 and len(seconds) == 3
+    config.replicas = 2
+    _, between = rehearse.interconnect_bytes(model, params, replicas=2, slices=2)
+    assert rehearse.step_seconds(model, config, params, chip, slices=2)["network"] == between / 6.25e9
 
 
 def test_rehearsal_table_of_the_committed_rows_is_in_docs_scale():

@@ -14,6 +14,7 @@ from judge import error_ratio
 from small import V, drawn, made, make
 
 from rwkv_jax import train
+from rwkv_jax.models import layers
 from rwkv_jax.train import optim, parallel
 from rwkv_jax.train.step import Objective, TrainState, mean_gradient
 
@@ -52,7 +53,7 @@ class Decaying(nn.Module):
         (h_BD,) = self.init_state(len(tokens_BT)) if state is None else state
         reset_BT = jnp.zeros(tokens_BT.shape, bool) if reset_BT is None else reset_BT
         h_BTD, end_BD = self.recurrence(self.emb(tokens_BT), reset_BT, h_BD)
-        return h_BTD, (end_BD,)
+        return layers.dropout(self, h_BTD, self.dropout), (end_BD,)
 
     def logits(self, x_BTD):
         return self.head(x_BTD)
@@ -263,3 +264,38 @@ def test_step_that_is_not_finite_keeps_the_carry(model):
     jax.tree.map(
         np.testing.assert_array_equal, *jax.device_get(((silent.params, silent.carry), (state.params, good.carry)))
     )
+
+
+# ------------------------------------------------------------------------------------------ dropout
+
+
+@pytest.mark.parametrize("model", [Decaying(dropout=0.5)], ids=["decaying"])
+def test_dropout_draws_new_masks_for_steps_seeds_and_parts_of_a_batch(model):
+    """Parts are micro-batches, segments and devices, all with the same text: under one mask they had equal losses."""
+    params, steps_and_seeds = _params(model), ((0, 0), (1, 0), (0, 1))
+    ids = np.tile(np.arange(4, dtype=np.int32), 3)[None, :9]
+    whole, halves = np.ones((1, 8), bool), np.arange(8)[None] < 4
+    rows = np.concatenate([whole, ~whole])
+
+    def loss(ids, mask, step=0, axis_name=None, model=model, **options):
+        batch = {"tokens": ids, "mask": mask, "reset": np.arange(mask.shape[1])[None].repeat(len(ids), 0) % 4 == 0}
+        zero = jnp.zeros((), jnp.int32)
+        state = TrainState(zero + step, params, (), zero)
+        return mean_gradient(model, Objective(**options), state, batch, axis_name)[1]
+
+    def on_two_devices(mask):
+        return jax.vmap(functools.partial(loss, axis_name="d"), axis_name="d")(np.stack([ids] * 2), mask)[0]
+
+    @jax.jit
+    def losses():
+        alone = [loss(ids, whole, step, seed=seed) for step, seed in steps_and_seeds]
+        parts = {
+            "micro-batches": [loss(ids.repeat(2, 0), mask, accumulation=2) for mask in (rows, ~rows)],
+            "segments": [loss(ids, mask, segments=2) for mask in (halves, ~halves)],
+            "devices": [on_two_devices(mask[:, None]) for mask in (rows, ~rows)],
+        }
+        return [loss(ids, whole, model=DECAYING), *alone], parts
+
+    alone, parts = jax.device_get(losses())
+    assert np.diff(np.sort(alone)).min() > 1e-4
+    assert all(abs(first - second) > 1e-4 for first, second in parts.values()), parts
