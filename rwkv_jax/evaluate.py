@@ -331,10 +331,8 @@ def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
     _expect_text(files.user_path(data))
     folder = interop.locate(path)
     model, params = runs.load(folder)
-    name = tokenizer or tokenizers.of_model(folder, model.vocab_size)
-    tokenizer, seq_len = tokenizers.get_tokenizer(name), seq_len or runs.trained_length(folder)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(f"tokenizer {name} has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}")
+    tokenizer = tokenizers.for_model(folder, model.vocab_size, tokenizer)
+    seq_len = runs.trained_length(folder) if seq_len is None else seq_len
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
     split = _held_out(data, tokenizer, max_tokens)
@@ -345,7 +343,7 @@ def _report(path, data, tokenizer, seq_len, batch_size, max_tokens) -> dict:
         return {"bits_per_byte": bits_per_byte(text, split.num_bytes), "perplexity": perplexity(text)}
 
     shape = (seq_len, batch_size)
-    what = {"model": path, "data": data, "tokenizer": name, "seq_len": seq_len}
+    what = {"model": path, "data": data, "tokenizer": tokenizer.name, "seq_len": seq_len}
     return what | {
         "tokens": len(split.tokens) - 1,
         "bytes": split.num_bytes,

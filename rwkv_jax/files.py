@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -77,8 +78,8 @@ def written_folder(path) -> Iterator[Path]:
     path = _followed(path)
     beside = _beside(path)
     old = beside.with_suffix(".old")
+    beside.mkdir()
     try:
-        beside.mkdir()
         yield beside
         if path.exists():
             path.rename(old)
@@ -112,10 +113,9 @@ def _followed(path) -> Path:
 def _check_writable(beside: Path, path: Path) -> None:
     try:
         beside.touch()
+        beside.unlink()
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _beside_file(path: Path) -> Path:
@@ -127,7 +127,7 @@ def _beside_file(path: Path) -> Path:
 def _beside(path: Path) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; cannot write {path.name} there")
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process ids repeat over hosts of a shared disk
 
 
 def num_bytes(path) -> int:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rwkv_jax import checkpoint, command, files, generate, interop, runs
+from rwkv_jax.data import tokenizers
 from rwkv_jax.interop import formats, pth, safetensors_file, states
 from rwkv_jax.models import lora
 from rwkv_jax.train.methods import Method, tuned_state
@@ -110,6 +111,8 @@ def export(workdir, destination) -> None:
     run = runs.read_run(workdir)
     if run.method == "full":
         raise ValueError(f"{workdir} is not a run by lora or state; rwkv_jax.load gives all that it has learned")
+    if run.method == "lora" and path.suffix != ".safetensors":
+        raise ValueError(f"{path}: adapters are written as .safetensors only, expected that suffix")
     model, params, f = run.model, run.base(), run.finetune
     method = Method(f["method"], f["rank"], f["alpha"], f["targets"])
     shapes = jax.eval_shape(lambda params: method.split(model, params, jax.random.key(0))[0], params)
@@ -123,11 +126,16 @@ def export(workdir, destination) -> None:
 
 
 def merge(base, adapters, destination) -> None:
-    """Merge adapters into the weights at `base`, and write the result to another file or folder."""
-    interop.check_format(*interop.destination(destination), runs.describe(base))
+    """Merge adapters into the weights at `base`, and write the result to another file, or a folder with the tokenizer
+    of `base`."""
+    path, format = interop.destination(destination)
+    base = interop.locate(base)
+    interop.check_format(path, format, runs.describe(base))
     stacked = any(name.startswith("blocks/") for name in _read_adapters(adapters)[0])
     model, params = runs.load(base, scan=stacked)
-    interop.save(destination, model, lora.merge(params, *load_adapters(adapters, model, params)))
+    merged = lora.merge(params, *load_adapters(adapters, model, params))
+    tokenizer = tokenizers.known_for_model(base, model.vocab_size) if format == "huggingface" else None
+    interop.save(path, model, merged, format, tokenizer=tokenizer)
 
 
 @command.reported()

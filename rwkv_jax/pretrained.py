@@ -24,7 +24,6 @@ one twice forks it. The calls of Production-RWKV's RWKV_RNN_Model and those here
     force_words_ids                                 absent; there it had no effect
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,14 +69,12 @@ class RWKVForCausalLM:
         """
         path = interop.locate(path_or_name)
         model, params, training = runs.load_with_training(path, dtype=dtype, sharding=sharding, scan=False)
-        try:
-            found = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
+        if tokenizer is None:
+            found = tokenizers.known_for_model(path, model.vocab_size)
+        else:
+            found = tokenizers.for_model(path, model.vocab_size, tokenizer)
+        if found is not None:
             tokenizers.warn_if_small(found.name, found.vocab_size, model.vocab_size)
-        except (OSError, ValueError) as error:
-            if tokenizer is not None:
-                raise
-            print(f"no tokenizer, only ids: {error}", file=sys.stderr)
-            found = None
         return cls(model, params, found, training)
 
     def save_pretrained(self, folder) -> None:
@@ -91,8 +88,6 @@ class RWKVForCausalLM:
         """
         about = {"training": self.training, "tokenizer": self.tokenizer}
         interop.save(folder, self.model, self.params, format="huggingface", **about)
-        if self.tokenizer is not None:
-            tokenizers.save(self.tokenizer, folder)
 
     def generate(self, prompt="", *, return_context: bool = False, **settings):
         """Continue the prompt; return text for a text, ids for ids, a list for a list of either.

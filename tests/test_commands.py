@@ -291,4 +291,4 @@ def test_main_of_every_experiment_script_is_reported():
         "context/copying.py",
     }
     undecorated = [n for n, text in scripts.items() if "    end(main())" in text and "@reported(" not in text]
-    assert undecorated == ["ledger.py", "trajectory/run.py"]  # runs other commands; calls `command.main`
+    assert undecorated == ["trajectory/run.py"]  # calls `command.main`

@@ -169,6 +169,7 @@ def test_evaluate_command_reports_mistakes_in_one_line(workdir, case, text, tmp_
         ({"data": tmp_path / "absent"}, "absent: no such file, expected text"),
         ({"tokenizer": tmp_path / "300.json"}, "has 300 tokens, the model only 256"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"seq_len": 0}, "seq_len is 0"),
         ({"seq_len": -1}, "seq_len is -1"),
         ({"seq_len": 2**70}, "seq_len is 1180591620717411303424"),
         ({"batch_size": 2**70}, "batch_size 1180591620717411303424, expected at least 1, and below 2^31"),

@@ -125,6 +125,8 @@ def test_written_never_replaces_a_folder_or_a_device(tmp_path):
                 use(taken)
     files.check_output(tmp_path / "x")
     files.check_output_folder(tmp_path / "x/y/z")
+    with one_line("cannot write: Not a directory: '/dev/null/x'", NotADirectoryError):
+        files.check_output_folder("/dev/null/x")
     assert not list(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ import training
 
 import rwkv_jax
 from rwkv_jax import checkpoint, finetune, generate, train
+from rwkv_jax.data import tokenizers
 from rwkv_jax.interop import pth
 from rwkv_jax.models import lora
 from rwkv_jax.train import assemble, methods, run_config
@@ -83,6 +84,15 @@ def test_finetune_export_and_merge_of_a_lora_run_equal_loading_it(runs, base, tm
     written = re.findall("^wrote (.*), [0-9,]+ bytes$", capsys.readouterr().err, re.MULTILINE)
     assert written == [adapters, merged]
     assert training.same(rwkv_jax.load(merged)[1], rwkv_jax.load(workdir)[1])
+
+    folder = tmp_path / "folder"
+    assert finetune.main(["merge", base[2], adapters, str(folder)]) == 0
+    assert training.same(rwkv_jax.load(folder)[1], rwkv_jax.load(workdir)[1])
+    assert tokenizers.carried(folder) == str(folder / "tokenizer.json")
+    assert finetune.main(["export", str(workdir), str(tmp_path / "adapters.pth")]) == 2
+    assert capsys.readouterr().err.endswith(
+        "adapters.pth: adapters are written as .safetensors only, expected that suffix\n"
+    )
 
 
 @pytest.mark.slow

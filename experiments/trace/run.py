@@ -179,7 +179,7 @@ def of_file(path: str, file: str, preset: Preset) -> dict:
         raise ValueError(
             f"{path} has layers {model.layers}, expected rwkv4 only: tracing needs states of a fixed size"
         )
-    tokenizer = tokenizers.get_tokenizer(tokenizers.of_model(interop.locate(path), model.vocab_size))
+    tokenizer = tokenizers.for_model(interop.locate(path), model.vocab_size)
     return traced(model, params, facts.from_file(file, tokenizer), preset)
 
 

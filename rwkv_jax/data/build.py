@@ -92,7 +92,7 @@ def to_megatron(source: str, tokenizer: str, prefix: str, text: str = "text") ->
     encoder = get_tokenizer(tokenizer)
     found = _find(source, encoder, text, "")
     documents = (
-        np.concatenate([*(tokens for _, tokens in document), [SEPARATOR]])
+        np.concatenate([*(tokens for _, tokens in document), np.array([SEPARATOR], np.uint8)])
         for _, document in groupby(encode(found, encoder), key=_document_number)
     )
     dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.int32

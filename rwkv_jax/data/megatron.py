@@ -92,6 +92,8 @@ def write(prefix: Path, documents: Iterable[np.ndarray], dtype) -> int:
         files.written(with_ending(prefix, ".bin")) as data,
     ):
         for tokens in documents:
+            if len(tokens) >= 1 << 31:
+                raise ValueError(f"a document has {len(tokens):,} tokens, and the format holds fewer than 2^31 of one")
             data.write(tokens.astype(dtype, copy=False).data)
             sizes.append(len(tokens))
         if not sizes:

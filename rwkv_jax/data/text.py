@@ -13,6 +13,7 @@ import os
 import platform
 import sysconfig
 import zlib
+from array import array
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,7 @@ _ENWIK8_BYTES = 100_000_000
 _MIN_FILES = 20
 # Shorter lines (`else:`, `return x`) repeat everywhere and say nothing about where a file comes from.
 _MIN_LINE_BYTES = 16
+_SEEN_BYTES = 1 << 26  # of the bit map of their hashes
 
 # Top-level modules and packages that CPython 3.11 to 3.13 have in common. Installations differ in the rest:
 # tests, tkinter, idlelib, ensurepip, site-packages. `encodings` and `pydoc_data` are tables.
@@ -192,18 +194,22 @@ def _cut_bytes(path: str, position: int) -> int:
 def _distinct(files: Iterable[_File], tally: Counter) -> Iterator[_File]:
     """Yield the text files of which at most half of the lines occur in earlier files; count the others.
 
-    The lines' 29-bit hashes are in a bit map of 64 MiB: at 1 GB of text, one new line in 50 seems repeated.
+    The lines' 29-bit hashes are in a bit map: at 1 GB of text, one new line in 50 seems repeated. That share, of the
+    bits that are set, is subtracted.
     """
-    seen = np.zeros(1 << 26, np.uint8)
+    seen, num_set = np.zeros(_SEEN_BYTES, np.uint8), 0
     for file in files:
         hashes = _line_hashes(file.path)
         if hashes is None:
             tally["files", contents.packing(file.path) or "not UTF-8 text"] += 1
             continue
+        hashes = np.unique(hashes % (8 * _SEEN_BYTES))
         byte, bit = hashes >> 3, (1 << (hashes & 7)).astype(np.uint8)
-        if np.mean((seen[byte] & bit) != 0) > 0.5:
+        repeated, by_chance = np.mean((seen[byte] & bit) != 0), num_set / (8 * len(seen))
+        if repeated - by_chance > 0.5 * (1 - by_chance):
             tally["files", "most lines in files before it"] += 1
             continue
+        num_set += np.count_nonzero((seen[byte] & bit) == 0)
         np.bitwise_or.at(seen, byte, bit)
         tally["files", READ] += 1
         yield file
@@ -211,7 +217,7 @@ def _distinct(files: Iterable[_File], tally: Counter) -> Iterator[_File]:
 
 def _line_hashes(path: str) -> np.ndarray | None:
     """Return hashes of the long lines, or of the whole file if it has none; None unless it is UTF-8 without NUL."""
-    hashes, whole = set(), 0
+    hashes, whole = array("I"), 0
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             for line in file:
@@ -219,7 +225,7 @@ def _line_hashes(path: str) -> np.ndarray | None:
                     return None
                 whole = zlib.crc32(line.encode(), whole)
                 if len(line := line.strip().encode()) >= _MIN_LINE_BYTES:
-                    hashes.add(zlib.crc32(line) >> 3)
+                    hashes.append(zlib.crc32(line) >> 3)
     except UnicodeDecodeError:
         return None
-    return np.array(list(hashes or {whole >> 3}), np.uint32)
+    return np.array(hashes or [whole >> 3], np.uint32)

@@ -263,8 +263,10 @@ def characters(texts: Iterable[str]) -> FileTokenizer:
 
     Id 0 is NUL, which separates documents; id 1 is U+FFFD, which stands for all other characters.
     """
-    known = set().union(*texts) - {"\0", UNKNOWN}
-    vocabulary = {character: i for i, character in enumerate(["\0", UNKNOWN, *sorted(known)])}
+    known = set()
+    for text in texts:
+        known.update(text)
+    vocabulary = {character: i for i, character in enumerate(["\0", UNKNOWN, *sorted(known - {"\0", UNKNOWN})])}
     return _tokenizer("characters", _of_characters(vocabulary))
 
 
@@ -417,6 +419,27 @@ def of_model(path, vocab_size: int) -> str:
     return name
 
 
+def for_model(path, vocab_size: int, name: str | None = None) -> Tokenizer:
+    """Return the tokenizer `name`, or else that of the model at `path`: see `of_model`.
+
+    Raises:
+        FileNotFoundError, ValueError: as from `of_model` and `get_tokenizer`, or it has more tokens than the model.
+    """
+    found = get_tokenizer(of_model(path, vocab_size) if name is None else name)
+    if found.vocab_size > vocab_size:
+        raise ValueError(f"tokenizer {found.name} has {found.vocab_size} tokens, the model only {vocab_size}")
+    return found
+
+
+def known_for_model(path, vocab_size: int) -> Tokenizer | None:
+    """Return the tokenizer of the model at `path`; None, and a line on stderr, where it is unknown."""
+    try:
+        return for_model(path, vocab_size)
+    except (ValueError, OSError) as error:
+        print(f"no tokenizer: {error}", file=sys.stderr)
+        return None
+
+
 def warn_if_small(name: str, num_tokens: int, vocab_size: int) -> None:
     """Warn on stderr if over a tenth of a model's ids are beyond the tokenizer's.
 
@@ -433,11 +456,8 @@ def carried(folder: Path) -> str | None:
     name = files.read_json(config).get("tokenizer") if config.is_file() else None
     if name in NAMES:
         return name
-    # The config's path may be stale if the folder was moved, so files in the folder come first.
-    candidates = [folder / name] if isinstance(name, str) else []
-    candidates += [folder / TOKENIZER_FILE, folder / WORLD_FILE]
-    found = (str(file) for file in candidates if file.is_file())
-    return next(found, name if isinstance(name, str) else None)
+    candidates = (folder / file for file in (TOKENIZER_FILE, WORLD_FILE))
+    return next((str(file) for file in candidates if file.is_file()), None)
 
 
 def _find_neox(beside: Path) -> str:

@@ -27,7 +27,7 @@ def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop,
     if context is not None:
         context, text = load_context(context, model, params)
         conversation = Conversation(text or "", context)
-    template = TEMPLATES[template or default_template(model.vocab_size)]
+    template = TEMPLATES[template or default_template(model)]
     chat(model, params, tokenizer, template, conversation, seed, **settings)
     return 0
 
@@ -35,7 +35,7 @@ def _talk(model, tokenizer, prompt, prompt_file, context, save_context_to, stop,
 def _load(name, tokenizer):
     path = interop.locate(name)
     model, params = runs.load(path, scan=False)
-    tokenizer = tokenizers.get_tokenizer(tokenizer or tokenizers.of_model(path, model.vocab_size))
+    tokenizer = tokenizers.for_model(path, model.vocab_size, tokenizer)
     check_tokenizer(tokenizer, model)
     tokenizers.warn_if_small(tokenizer.name, tokenizer.vocab_size, model.vocab_size)
     return model, params, tokenizer
@@ -100,7 +100,7 @@ def _parser():
     )
     source.add_argument("--prompt_file", help="a file with the text to continue")
     add("--chat", action="store_true", help="several turns on standard input, over one recurrent state")
-    add("--template", choices=list(TEMPLATES), help="names of the speakers; default: by the size of the vocabulary")
+    add("--template", choices=list(TEMPLATES), help="names of the speakers; default: by the model")
     add("--tokenizer", help="'bytes', 'world' or a tokenizer.json; default: the model's own")
     add("--context", help="a saved context, a chat or a tuned .pth to continue")
     add("--save_context", dest="save_context_to", help="file for the context after the continuation, with the text")

@@ -29,12 +29,20 @@ class Template(NamedTuple):
     assistant: str
 
 
-# World: the model card of BlinkDL/rwkv-4-world. Raven: v2/prompt/default/English-2.py of BlinkDL/ChatRWKV.
-TEMPLATES = {"world": Template("Question", "Answer"), "raven": Template("Bob", "Alice")}
+# User, world: the model cards of BlinkDL/rwkv-7-world and BlinkDL/rwkv-4-world. Raven: v2/prompt/default/English-2.py
+# of BlinkDL/ChatRWKV.
+TEMPLATES = {
+    "user": Template("User", "Assistant"),
+    "world": Template("Question", "Answer"),
+    "raven": Template("Bob", "Alice"),
+}
 
 
-def default_template(vocab_size: int) -> str:
-    return "world" if vocab_size == 65536 else "raven"
+def default_template(model) -> str:
+    """Return the template of the released models of this vocabulary and version."""
+    if model.vocab_size != 65536:
+        return "raven"
+    return model.unit[0][1].world_template
 
 
 class Conversation(NamedTuple):

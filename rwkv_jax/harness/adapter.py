@@ -41,8 +41,9 @@ from rwkv_jax.harness.requests import WINDOW, batches, score
 from rwkv_jax.pretrained import RWKVForCausalLM
 
 NAME = "rwkv_jax"  # of the adapter in lm_eval's own command
-# Settings of the sampler that a task may give besides the temperature.
-SAMPLING = ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+# Settings of the sampler that a task may give besides the temperature; not `repetition_penalty`, which counts tokens
+# of the prompt, because continuations start from contexts, which do not hold them.
+SAMPLING = ("top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty")
 
 
 @register_model(NAME)
@@ -77,6 +78,8 @@ class HarnessLM(TemplateLM):
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length!r}, expected at least 2")
         if isinstance(pretrained, RWKVForCausalLM):
+            if (tokenizer, dtype) != (None, None):
+                raise ValueError("tokenizer and dtype are for a path or a hub name, and a loaded model has its own")
             self.lm, path = pretrained, None
         else:
             path = interop.locate(str(pretrained))

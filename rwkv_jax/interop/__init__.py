@@ -53,7 +53,13 @@ def load(path, dtype: str | None = None, sharding: Any = None, scan: bool = True
         loaded = from_official(tensors, dtype, sharding, scan, fields, epsilon)
     if path.is_dir() or huggingface.are_named_by_transformers(found):
         huggingface.report_rescaling(path, tensors)
+    if any(map(_is_tuned_state, found)):
+        print(f"{path} holds tuned initial states, ignored here: load it as a context, too", file=sys.stderr)
     return loaded
+
+
+def _is_tuned_state(name: str) -> bool:
+    return name.endswith(states.TIME_STATE)
 
 
 def describe(path) -> nn.Module:
@@ -82,10 +88,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None, dic
         return tensors, fields, tensors, rwkv_cpp.head_norm_epsilon(tensors)
     else:
         tensors = pth.read(path)
-    if tuned := [name for name in tensors if name.endswith(states.TIME_STATE)]:
-        if len(tuned) == len(tensors):
-            raise ValueError(f"{path}: tuned initial states, not weights; load it as a context of their model")
-        print(f"{path} holds tuned initial states, ignored here: load it as a context, too", file=sys.stderr)
+    if tensors and all(map(_is_tuned_state, tensors)):
+        raise ValueError(f"{path}: tuned initial states, not weights; load it as a context of their model")
     return tensors, fields, *huggingface.named_officially(tensors)
 
 
@@ -134,7 +138,7 @@ def save(
         "huggingface", a folder for transformers, of RWKV-4 or 7; "rwkv.cpp", float16 if the parameters are, else
         float32. None takes it from the suffix of `path`: .pth, .safetensors, or none for a folder.
       training: for the model card of a folder, what `runs.load_with_training` knows of it; None: unknown.
-      tokenizer: for the card alone, the `data.tokenizers.Tokenizer` that the caller saves in the folder.
+      tokenizer: for a folder, the model's `data.tokenizers.Tokenizer`, saved beside the weights; None: without one.
 
     Raises:
       ValueError: the format is not supported, cannot hold this model, or `params` are not this model's.
@@ -156,7 +160,7 @@ def save(
         rwkv_cpp.write(path, tensors, model.head_norm_epsilon)
     else:
         readme = card.text(path.absolute().name, model, tensors, training, tokenizer)
-        huggingface.write(path, tensors, model.head_norm_epsilon, readme)
+        huggingface.write(path, tensors, model.head_norm_epsilon, readme, tokenizer)
 
 
 def check_format(path, format: str, model: nn.Module) -> None:

@@ -1,7 +1,5 @@
 """Convert a model: `python -m rwkv_jax.interop SOURCE DESTINATION`."""
 
-import sys
-
 from rwkv_jax import command, files, runs
 from rwkv_jax.data import tokenizers
 from rwkv_jax.interop import FORMATS, check_format, destination, locate, save
@@ -19,20 +17,9 @@ def main(argv=None) -> None:
     source = locate(args.source)
     check_format(path, format, runs.describe(source))
     model, params, training = runs.load_with_training(source, dtype=args.dtype)
-    tokenizer = _tokenizer(source, model.vocab_size) if format == "huggingface" else None
+    tokenizer = tokenizers.known_for_model(source, model.vocab_size) if format == "huggingface" else None
     save(path, model, params, format, training=training, tokenizer=tokenizer)
-    if tokenizer is not None:
-        tokenizers.save(tokenizer, path)
     files.say_written(path)
-
-
-def _tokenizer(source, vocab_size):
-    """Return the source's tokenizer; None, and a line on stderr, where it is unknown."""
-    try:
-        return tokenizers.get_tokenizer(tokenizers.of_model(source, vocab_size))
-    except (ValueError, OSError) as error:
-        print(f"without a tokenizer: {error}", file=sys.stderr)
-        return None
 
 
 if __name__ == "__main__":

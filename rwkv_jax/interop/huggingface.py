@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -166,22 +167,27 @@ def _parts(index: Path) -> list[Path]:
 
 
 def write(
-    folder, tensors: Mapping[str, np.ndarray], epsilon: float = RELEASED_EPSILON, readme: bytes | None = None
+    folder,
+    tensors: Mapping[str, np.ndarray],
+    epsilon: float = RELEASED_EPSILON,
+    readme: bytes | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write official tensors of RWKV-4 or 7 as a folder that `from_pretrained` loads, whole or not at all.
 
-    An earlier folder of this kind is replaced, but its other files (a tokenizer) are kept.
+    An earlier folder of this kind is replaced, but its other files are kept, a tokenizer too if `tokenizer` is None.
 
     Args:
       epsilon: of the heads' norm of their model.
       readme: its model card, see `card`.
+      tokenizer: a `data.tokenizers.Tokenizer`, saved beside the weights.
 
     Raises:
       FileExistsError: something else is there.
       FileNotFoundError: its parent folder does not exist.
       ValueError: the model would be computed with another epsilon.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     check_folder(folder)
     of_fla = version_of(tensors) == "rwkv7"
     its = fla.head_norm_epsilon(tensors) if of_fla else RELEASED_EPSILON
@@ -213,10 +219,17 @@ def write(
             (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         if readme is not None:
             card.write(new, folder, readme)
+        if tokenizer is not None:
+            from rwkv_jax.data import tokenizers  # here, because it imports a library that loading does not need
+
+            tokenizers.save(tokenizer, new)
 
 
 def check_folder(folder: Path) -> None:
     """Raise OSError unless `write` can create this folder, or write to it: it is empty or of an RWKV model."""
+    folder = Path(folder).absolute()
+    if os.path.ismount(folder):
+        raise FileExistsError(f"{folder} is a mount point, which cannot be replaced; name a folder inside it")
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{folder.parent}: no such folder; cannot write {folder.name} there")
     files.check_output_folder(folder.parent)

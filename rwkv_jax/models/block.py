@@ -112,6 +112,7 @@ class Kind:
     fields: Mapping[str, Any] = field(default_factory=dict)  # of `LM`, where a model of this kind has another default
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # fields of `LM` by name of a released size
     released: str | None = None  # name of the version whose released files `interop` reads and writes
+    world_template: str = "user"  # names of the speakers in chats of the released World models: see `generate.chat`
     formats: Sequence[str] = ()  # of `interop.FORMATS`, those that hold models as released
 
 

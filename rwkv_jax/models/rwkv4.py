@@ -258,4 +258,5 @@ KIND = Kind(
     sizes=SIZES,
     formats=("pth", "huggingface", "rwkv.cpp"),
     released="RWKV-4",
+    world_template="world",
 )

@@ -84,13 +84,8 @@ def test_of_model_finds_the_world_vocabulary_and_the_last_tokenizer_saved(world,
     assert capsys.readouterr().err == ""
 
 
-def test_of_model_follows_the_tokenizer_path_of_an_old_workdir(tmp_path):
-    elsewhere = byte_level(tmp_path / "elsewhere.json", TEXT)
+def test_of_model_names_a_damaged_config(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.json").write_text(json.dumps({"tokenizer": elsewhere}))
-    assert of_model(tmp_path / "run", 300) == elsewhere
-    os.rename(elsewhere, tmp_path / "run/tokenizer.json")
-    assert of_model(tmp_path / "run", 300) == str(tmp_path / "run/tokenizer.json")
     (tmp_path / "run/config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json: holds a JSON list, expected an object"):
         of_model(tmp_path / "run", 300)

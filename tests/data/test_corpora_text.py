@@ -7,6 +7,7 @@ import pytest
 from texts import documents, folder_of, prose, splits_of
 
 from rwkv_jax.data import prepare
+from rwkv_jax.data import text as sources
 
 
 def bytes_in_later_splits_found_in_train(corpus, probe_bytes=48, probes=100):
@@ -82,6 +83,15 @@ def test_prepare_keeps_the_splits_of_a_folder(tmp_path, capsys):
     copies = {f"{split}/a.txt": prose(1) for split in ("train", "valid", "test")}
     with pytest.raises(ValueError, match=r"too few for train, valid and test; left out: 2 of 3 files .most lines"):
         prepare(folder_of(tmp_path / "copies", copies))
+
+
+def test_prepare_keeps_new_files_when_most_hashes_of_lines_have_been_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_SEEN_BYTES", 2**10)  # 8,192 bits, for the hashes of 8,000 lines
+    lines = lambda i: "\n".join(f"line {j} of file number {i}" for j in range(200))
+    texts = {f"{i:02}.txt": lines(i) for i in range(40)} | {"copy.txt": lines(7)}
+    corpus = prepare(folder_of(tmp_path / "books", texts))
+    found = {name for split in splits_of(corpus) for name in split.names}
+    assert found == texts.keys() - {"copy.txt"}
 
 
 def test_prepare_cuts_a_small_folder_like_one_file(tmp_path):

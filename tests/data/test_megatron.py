@@ -149,6 +149,13 @@ def test_megatron_write_leaves_the_old_pair_when_the_disk_is_full(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
 
 
+def test_megatron_write_refuses_a_document_whose_length_the_format_cannot_hold(tmp_path):
+    long = np.broadcast_to(np.uint8(1), 1 << 31)
+    with pytest.raises(ValueError, match="a document has 2,147,483,648 tokens, and the format holds fewer than 2"):
+        megatron.write(tmp_path / "own", [long], "uint16")
+    assert not list(tmp_path.iterdir())
+
+
 def test_to_megatron_of_no_documents_writes_nothing(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}])
     with pytest.raises(ValueError, match=r"^no documents to write to .*own$"):

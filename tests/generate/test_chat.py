@@ -8,8 +8,9 @@ from generating import NEARLY_GREEDY, assert_equal, assert_read, unstacked
 
 from rwkv_jax.data.tokenizers import ByteTokenizer
 from rwkv_jax.generate import load_context
-from rwkv_jax.generate.chat import TEMPLATES, Conversation, chat, prompt
+from rwkv_jax.generate.chat import TEMPLATES, Conversation, chat, default_template, prompt
 from rwkv_jax.generate.text import Texts
+from rwkv_jax.models import build
 
 RAVEN = TEMPLATES["raven"]
 LETTERS_ONLY = {i: -math.inf for i in range(256) if not chr(i).isascii() or not chr(i).isalpha()}
@@ -42,6 +43,20 @@ def test_chat_prompt_is_a_paragraph_for_each_turn():
     begun = Conversation("Bob: hi\n\nAlice: hello", None)
     assert prompt(RAVEN, " a\n\n\nb ", Conversation()) == "Bob: a\nb\n\nAlice:"
     assert prompt(RAVEN, "c", begun) == "\n\nBob: c\n\nAlice:"
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab_size", "names"),
+    [
+        ("rwkv4", 65536, ("Question", "Answer")),
+        ("rwkv5", 65536, ("User", "Assistant")),
+        ("rwkv7", 65536, ("User", "Assistant")),
+        ("rwkv4", 50277, ("Bob", "Alice")),
+    ],
+)
+def test_default_template_has_the_names_of_the_released_models(kind, vocab_size, names):
+    model = build(kind, vocab_size=vocab_size, num_layers=1, dim=64)
+    assert TEMPLATES[default_template(model)] == names
 
 
 def test_chat_undo_restores_and_retry_redraws(talk):

@@ -125,7 +125,7 @@ def test_load_context_reads_a_released_tuned_state_and_the_separator(kind, tmp_p
         found, text = load_context(tmp_path / name, model, params)
         assert text is None
         assert_near(found, Context(state, logits_BTV[:, -1]))
-    assert interop.describe(tmp_path / "both.pth").layers == (kind,)
+    assert interop.load(tmp_path / "both.pth")[0].layers == (kind,)
     line = "both.pth holds tuned initial states, ignored here: load it as a context, too\n"
     assert capsys.readouterr().err == f"{tmp_path}/{line}"
     with pytest.raises(ValueError, match=r"state\.pth: tuned initial states, not weights"):

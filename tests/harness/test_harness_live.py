@@ -182,6 +182,10 @@ def test_harness_lm_generate_until_follows_the_settings_of_a_task(folder):
     assert generated(same, "def") == generated(same | {"temperature": 1}, "def") == [greedy]
     (penalised,) = generated({"max_gen_toks": 9, "presence_penalty": 1e3}, "def")
     assert penalised == lm.lm.generate("def", max_new_tokens=9, temperature=0, presence_penalty=1e3) != greedy
+    with pytest.raises(ValueError, match="hold repetition_penalty, expected"):
+        generated({"repetition_penalty": 2.0}, "def")
+    with pytest.raises(ValueError, match="tokenizer and dtype are for a path or a hub name"):
+        type(lm)(lm.lm, dtype="bfloat16")
     with pytest.raises(ValueError, match="hold length_penalty, expected some of until, max_gen_toks"):
         generated({"length_penalty": 4}, "def")
 

@@ -71,7 +71,7 @@ def test_card_of_weights_alone_says_unknown(tmp_path):
 
 def test_card_carries_its_facts_through_another_save(tmp_path):
     training = {"corpus": "a", "steps": 3, "tokens": 64, "loss_nats": 1.5, "config": CONFIG, "versions": {"jax": "1"}}
-    lm = rwkv_jax.RWKVForCausalLM(*tiny(scan=False), tokenizers.get_tokenizer("bytes"), training)
+    lm = rwkv_jax.RWKVForCausalLM(*tiny(scan=False, vocab_size=256), tokenizers.get_tokenizer("bytes"), training)
     lm.save_pretrained(tmp_path / "a")
     again = rwkv_jax.RWKVForCausalLM.from_pretrained(tmp_path / "a")
     assert again.training == training

@@ -164,4 +164,13 @@ def test_save_never_replaces_anything_but_a_folder_of_a_model(tmp_path):
     for name in ("file", "link", "folder", "workdir"):
         with one_line("exists and is not a folder of an RWKV model", FileExistsError):
             rwkv_jax.save(tmp_path / name, *tiny())
+    with one_line("/proc is a mount point, which cannot be replaced; name a folder inside it", FileExistsError):
+        rwkv_jax.save("/proc", *tiny())
     assert {path: path.lstat().st_ino for path in tmp_path.rglob("*")} == before
+
+
+def test_save_writes_to_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    rwkv_jax.save(".", *tiny(), format="huggingface")
+    assert (tmp_path / "model/config.json").exists() and not list(tmp_path.glob(".*"))
