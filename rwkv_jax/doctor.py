@@ -102,7 +102,7 @@ def operators() -> dict:
     """Return the forms that the operators take in float32 when none is named, for a value and with gradients, by T."""
     import jax.numpy as jnp
 
-    from rwkv_jax.ops.dispatch import hopper_at_hand, target_platform
+    from rwkv_jax.ops.dispatch import HOPPER, cuda_capability, target_platform
     from rwkv_jax.ops.wkv4 import suited_form as form_of_wkv4
     from rwkv_jax.ops.wkv6 import suited_form as form_of_wkv6
     from rwkv_jax.ops.wkv7 import suited_forms as forms_of_wkv7
@@ -117,7 +117,7 @@ def operators() -> dict:
         name: {T: dict(zip(("forward", "backward"), of(T), strict=True)) for T in LENGTHS}
         for name, of in suited.items()
     }
-    return {"platform": target, "hopper": hopper_at_hand(), "forms": forms}
+    return {"platform": target, "hopper": cuda_capability() >= HOPPER, "forms": forms}
 
 
 def caches() -> dict:

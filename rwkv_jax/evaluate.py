@@ -45,14 +45,14 @@ def log_likelihoods(model, params, tokens_BT, state=None, *, reset_BT=None, vali
         valid_BT: [B, T - 1] False where the input is padding. The result has no meaning there.
 
     Returns:
-        nats, float32 (float64 from a float64 model), and the state. The caller compiles this function.
+        log p in nats, float32 (float64 from a float64 model), and the state. The caller compiles this function.
     """
-    nats_BT, _, state = judged(model, params, tokens_BT, state, reset_BT=reset_BT, valid_BT=valid_BT)
-    return nats_BT, state
+    log_p_BT, _, state = judged(model, params, tokens_BT, state, reset_BT=reset_BT, valid_BT=valid_BT)
+    return log_p_BT, state
 
 
 def judged(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None):
-    """Return (nats, whether each token was the likeliest [B, T - 1], state), nats and state as `log_likelihoods`."""
+    """Return (log p, whether each token was the likeliest [B, T - 1], state), log p and state as `log_likelihoods`."""
     tokens_BT = tokens_BT.astype(jnp.int32)
     x_BTD, state = model.apply(
         {"params": params}, tokens_BT[:, :-1], state, reset_BT=reset_BT, valid_BT=valid_BT, method="hidden"
@@ -64,8 +64,8 @@ def judged(model, params, tokens_BT, state=None, *, reset_BT=None, valid_BT=None
         return jnp.take_along_axis(log_p_BV, target_B[:, None], axis=-1)[:, 0], log_p_BV.argmax(axis=-1) == target_B
 
     by_time = (x_BTD.swapaxes(0, 1), tokens_BT[:, 1:].T)
-    nats_TB, likeliest_TB = lax.map(score, by_time, batch_size=POSITIONS)
-    return nats_TB.T, likeliest_TB.T, state
+    log_p_TB, likeliest_TB = lax.map(score, by_time, batch_size=POSITIONS)
+    return log_p_TB.T, likeliest_TB.T, state
 
 
 _log_likelihoods = jax.jit(log_likelihoods, static_argnums=0)
@@ -94,15 +94,15 @@ def continuations(model, params, texts, logits_BV, state) -> list[tuple[np.ndarr
         row[: len(text)] = text
     first_B1 = tokens_BN[:, :1]
     log_p_BV = np.asarray(_log_softmax(logits_BV))
-    nats = [np.take_along_axis(log_p_BV, first_B1, axis=-1)]
+    log_p = [np.take_along_axis(log_p_BV, first_B1, axis=-1)]
     likeliest = [log_p_BV.argmax(axis=-1)[:, None] == first_B1]
     for first in range(0, num_inputs, segment):
         valid_BT = first + np.arange(segment) < lengths_B[:, None] - 1
         tokens_BT = tokens_BN[:, first : first + segment + 1]
-        nats_BT, likeliest_BT, state = _judged(model, params, tokens_BT, state, valid_BT=valid_BT)
-        nats.append(np.asarray(nats_BT))
+        log_p_BT, likeliest_BT, state = _judged(model, params, tokens_BT, state, valid_BT=valid_BT)
+        log_p.append(np.asarray(log_p_BT))
         likeliest.append(np.asarray(likeliest_BT))
-    joined = zip(np.concatenate(nats, axis=1), np.concatenate(likeliest, axis=1), lengths_B, strict=True)
+    joined = zip(np.concatenate(log_p, axis=1), np.concatenate(likeliest, axis=1), lengths_B, strict=True)
     return [(row[:length], flags[:length]) for row, flags, length in joined]
 
 

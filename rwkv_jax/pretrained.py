@@ -142,8 +142,8 @@ class RWKVForCausalLM:
             context = self.read([[SEPARATOR]] * len(texts))
         context = begin(self.model, context, len(texts), room=max(map(len, texts)))
         scored = evaluate.continuations(self.model, self.params, texts, context.logits_BV, context.state)
-        nats = [nats_N for nats_N, _ in scored]
-        return nats[0] if single else nats
+        log_p = [log_p_N for log_p_N, _ in scored]
+        return log_p[0] if single else log_p
 
     def embed(self, text, context: Context | None = None) -> np.ndarray:
         """Return the mean over tokens of the activations after the final norm: float32 [D], or [B, D] for a list."""

@@ -29,13 +29,15 @@ from rwkv_jax.models.layers import (
     orthogonal,
     token_shift,
     vector,
+    without_decays,
 )
 from rwkv_jax.models.rwkv4 import RELEASED_RATES, SIZES
-from rwkv_jax.ops.dispatch import target_platform
+from rwkv_jax.ops.dispatch import cuda_capability, target_platform
 
 zeros = nn.initializers.zeros
 
 QUERY_BLOCK = 128  # queries whose scores exist at one time when there is no cache
+AMPERE = 8.0  # compute capability
 CACHE_BLOCK = 256  # cache slots read at one time, unless one token reads a cache that is more than half full
 
 
@@ -80,12 +82,42 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, preci
     by itself). Otherwise each block of queries attends to the keys up to its end, and is recomputed in the backward
     pass: no [T, T] array exists in either pass, and the future half is not computed.
     """
-    plain = start_BT is None and valid_BT is None
-    if plain and q_BTHK.dtype.itemsize == 2 and target_platform() == "gpu":
+    if q_BTHK.shape[1] == 0:
+        return q_BTHK
+    if start_BT is None and valid_BT is None and _fits_cudnn(q_BTHK):
         fused = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         here = partial(_attention_by_blocks, precision=precision)  # for arrays committed to the CPU
         return jax.lax.platform_dependent(q_BTHK, k_BTHK, v_BTHK, cpu=here, default=fused)
     return _attention_by_blocks(q_BTHK, k_BTHK, v_BTHK, start_BT, valid_BT, precision)
+
+
+def _fits_cudnn(q_BTHK) -> bool:
+    """Whether cuDNN's fused kernel takes these queries, on the GPU at hand: Ampere or later."""
+    K = q_BTHK.shape[3]
+    fits = q_BTHK.dtype.itemsize == 2 and K % 8 == 0 and K <= 128
+    return fits and target_platform() == "gpu" and cuda_capability() >= AMPERE
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scores(q_BHTK, k_BHSK, precision):
+    """q k^T [B, H, T, S], float32 at least; its cotangent is rounded to the dtype of q, as in `layers.matmul`."""
+    wide = jnp.promote_types(q_BHTK.dtype, jnp.float32)
+    return _narrow_scores(q_BHTK, k_BHSK, precision, wide)
+
+
+def _narrow_scores(q_BHTK, k_BHSK, precision, dtype=None):
+    return jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, precision=precision, preferred_element_type=dtype)
+
+
+def _scores_forward(q_BHTK, k_BHSK, precision):
+    return _scores(q_BHTK, k_BHSK, precision), (q_BHTK, k_BHSK)
+
+
+def _scores_backward(precision, saved, d_BHTS):
+    return jax.vjp(partial(_narrow_scores, precision=precision), *saved)[1](d_BHTS.astype(saved[0].dtype))
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _attention_by_blocks(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, precision=None):
@@ -104,8 +136,8 @@ def _attention_by_blocks(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, p
             allowed = allowed & (keys[None] >= start_BT[:, begin:end, None])[:, None]
         if valid_BT is not None:
             allowed = allowed & valid_BT[:, None, None, :end]
-        scores = jnp.einsum("bhtk,bhsk->bhts", q * scale, k, precision=precision)
-        weights = nn.softmax(jnp.where(allowed, _wide(scores), -1e30), axis=-1).astype(v.dtype)
+        scores = _scores(q * scale, k, precision)
+        weights = nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1).astype(v.dtype)
         return jnp.einsum("bhts,bhsk->bhtk", weights, v, precision=precision)
 
     out = [
@@ -147,7 +179,7 @@ def cached_attention(q_BTHK, cache: KVCache, slot_BT, start_BT, precision=None):
         return attend(i * size, k_BHSK, v_BHSK, carry)
 
     start = jnp.full((B, H, T), -1e30, wide), jnp.zeros((B, H, T), wide), jnp.zeros((B, H, T, K), wide)
-    filled = (jnp.max(cache.length_B) + size - 1) // size
+    filled = jnp.minimum((jnp.max(cache.length_B) + size - 1) // size, S // size)
     by_block = lambda: lax.fori_loop(0, filled, block, start)
     at_once = lambda: attend(0, cache.k_BHSK, cache.v_BHSK, start)
     _, total_BHT, out_BHTK = lax.cond(2 * filled > S // size, at_once, by_block) if T == 1 else by_block()
@@ -206,6 +238,8 @@ class Attention(nn.Module):
 
     def _after(self, cache, q, k, v, reset_BT, valid_BT, precision):
         B, T = q.shape[:2]
+        if T == 0:
+            return q, cache
         ones_BT = jnp.ones((B, T), jnp.int32) if valid_BT is None else valid_BT.astype(jnp.int32)
         slot_BT = cache.length_B[:, None] + jnp.cumsum(ones_BT, axis=1) - 1
         start_BT = jnp.broadcast_to(cache.start_B[:, None], (B, T))
@@ -220,7 +254,7 @@ class Attention(nn.Module):
         cache = KVCache(
             jax.vmap(write)(cache.k_BHSK, k, to_BT),
             jax.vmap(write)(cache.v_BHSK, v, to_BT),
-            cache.length_B + ones_BT.sum(axis=1),
+            cache.length_B + ones_BT.sum(axis=1, dtype=jnp.int32),
             start_BT[:, -1],
         )
         return cached_attention(q, cache, slot_BT, start_BT, precision), cache
@@ -292,11 +326,6 @@ def flops(config: BlockConfig, seq_len: int) -> float:
     return 6 * (4 * D**2 + 2 * D * hidden_dim(config)) + 6 * D * seq_len
 
 
-def observed(params, sown) -> dict:
-    inactive = 1 - sown["ffn"]["active_F"].mean()
-    return {"k_max": sown["att"]["k_max"], "dead_channels": {"inactive": inactive}}
-
-
 KIND = Kind(
     block=Block,
     init_state=init_state,
@@ -307,6 +336,6 @@ KIND = Kind(
     cached=lambda state: (state.cache.start_B, state.cache.length_B),
     unseen=head_size,
     recomputed={"outputs": 7.5, "block": 8.5},  # no gradient needs the last product of a layer
-    observe=observed,
+    observe=without_decays,
     sizes=SIZES,  # transformers of the released models' sizes
 )

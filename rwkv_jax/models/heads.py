@@ -83,8 +83,12 @@ def shift_ramp(dim: int, power, offset=0.0):
 def bonus_init(config: BlockConfig, up):
     """A function that returns r0 (1 - n / (D - 1)) + 0.1 ((n + 1) mod 3 - 1) for channel n, [H, K]."""
     D = config.dim
-    n = jnp.arange(D)
-    return lambda: (up * (1 - n / max(D - 1, 1)) + 0.1 * ((n + 1) % 3 - 1)).reshape(head_shape(config))
+
+    def value():
+        n = jnp.arange(D)
+        return (up * (1 - n / max(D - 1, 1)) + 0.1 * ((n + 1) % 3 - 1)).reshape(head_shape(config))
+
+    return value
 
 
 def decay_init(dim: int, up):
@@ -159,11 +163,6 @@ def pre_norm(block, att, ffn, x_BTD, state, reset_BT, valid_BT, layer, *first):
     h_BTD, ffn_last = ffn(ln2(x_BTD), ffn_last, reset_BT, valid_BT, layer)
     x_BTD = batch_sharded(dropout(block, x_BTD + h_BTD, config.dropout))
     return x_BTD, LayerState(att_last, wkv, ffn_last), *first
-
-
-def observed(params, sown) -> dict:
-    """Diagnostics of a layer whose decay depends on the text."""
-    return {"k_max": sown["att"]["k_max"], "dead_channels": {"inactive": 1 - sown["ffn"]["active_F"].mean()}}
 
 
 def tuned_start(config: BlockConfig) -> dict:

@@ -187,6 +187,11 @@ def observe(module: nn.Module, name: str, value):
         module.sow("intermediates", name, value())
 
 
+def without_decays(params, sown) -> dict:
+    """Diagnostics (`Kind.observe`) of a layer whose decays, if any, are not parameters."""
+    return {"k_max": sown["att"]["k_max"], "dead_channels": {"inactive": 1 - sown["ffn"]["active_F"].mean()}}
+
+
 def dropout(module: nn.Module, x, rate: float):
     """Dropout, only where the caller passed a "dropout" key to `apply`."""
     if rate == 0 or not module.has_rng("dropout"):

@@ -42,8 +42,9 @@ class TimeMix(nn.Module):
         inputs = _mixed(self, ramps, x_BTD, previous_BTD)
 
         decay = lambda: heads.decay_init(D, up)().reshape(head_shape(config))
-        w_HK = -jnp.exp(vector(self, "time_decay", decay, head_shape(config), config.wide_param))
-        u_HK = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), config.wide_param)
+        w_HK = -jnp.exp(vector(self, "time_decay", decay, head_shape(config), config.wide_param)).astype(config.wide)
+        bonus = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), config.wide_param)
+        u_HK = bonus.astype(config.wide)
         r_BTHK, k_BTHK, v_BTHV, gate_BTD = projections(self, inputs)
         wkv = lambda shared, rows: wkv6(
             rows[0], shared[0], *rows[1:3], shared[1], rows[3], reset_BT=rows[4], valid_BT=rows[5], impl=config.impl

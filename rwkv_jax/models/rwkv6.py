@@ -21,7 +21,7 @@ from rwkv_jax.models.heads import (
     shift_ramp,
     split_heads,
 )
-from rwkv_jax.models.layers import depth_ratios, on_own_rows, token_shift, vector
+from rwkv_jax.models.layers import depth_ratios, on_own_rows, token_shift, vector, without_decays
 from rwkv_jax.ops.wkv6 import FORMS, wkv6
 
 zeros = nn.initializers.zeros
@@ -41,8 +41,9 @@ class TimeMix(nn.Module):
         inputs = self._inputs(x_BTD, previous_BTD, layer)
         decay_D = vector(self, "time_decay", heads.decay_init(D, up), D, config.wide_param)
         moved_BTD = low_rank(self, "time_decay_w", inputs["w"], low_ranks(config)[1], nn.tanh, small_uniform)
-        w_BTD = -jnp.exp(decay_D[None, None] + moved_BTD.astype(config.wide))
-        u_HK = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), config.wide_param)
+        w_BTD = -jnp.exp(decay_D[None, None] + moved_BTD.astype(config.wide)).astype(config.wide)
+        bonus = vector(self, "time_faaaa", heads.bonus_init(config, up), head_shape(config), config.wide_param)
+        u_HK = bonus.astype(config.wide)
         r_BTHK, k_BTHK, v_BTHV, gate_BTD = rwkv5.projections(self, inputs)
         wkv = lambda shared, rows: wkv6(
             *rows[:4], *shared, rows[4], reset_BT=rows[5], valid_BT=rows[6], impl=config.impl
@@ -133,7 +134,7 @@ KIND = Kind(
     memory_traffic=174,
     groups=((r"/time_decay$", 2.0),),
     kept_wide=r"/time_(decay|faaaa)$",  # rounding them loses long memory
-    observe=heads.observed,
+    observe=without_decays,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
     to_rwkv=list,

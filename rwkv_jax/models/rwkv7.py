@@ -34,6 +34,7 @@ from rwkv_jax.models.layers import (
     orthogonal,
     token_shift,
     vector,
+    without_decays,
 )
 from rwkv_jax.ops.wkv7 import FORMS, RULES, wkv7
 
@@ -70,9 +71,9 @@ class TimeMix(nn.Module):
         rank_w, rank_a, rank_v, rank_g = low_ranks(config)
         each = lambda name, value: vector(self, name, value, D, config.param_dtype)[None, None].astype(config.dtype)
         # over all channels from -1/2 to 1/2, and over those of each head from -1 to 1, squared with the sign kept
-        line = jnp.arange(D) / max(D - 1, 1) - 0.5
-        within = (jnp.arange(D) % K - (K - 1) / 2) / max((K - 1) / 2, 0.5)
-        curve = within * jnp.abs(within)
+        line = lambda: jnp.arange(D) / max(D - 1, 1) - 0.5
+        within = lambda: (jnp.arange(D) % K - (K - 1) / 2) / max((K - 1) / 2, 0.5)
+        curve = lambda: within() * jnp.abs(within())
 
         previous_BTD, last_BD = token_shift(x_BTD, last_BD, reset_BT, valid_BT)
         powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
@@ -83,12 +84,12 @@ class TimeMix(nn.Module):
         r_BTD, k_BTD, v_BTD = (checkpoint_name(matrix(name), name) for name in gains)
         observe(self, "k_max", lambda: jnp.abs(k_BTD).max())
 
-        bias = lambda: -6 + 6 * ((line + 0.5) ** (1 + up**0.3)) + 0.5 + 2.5 * curve
+        bias = lambda: -6 + 6 * ((line() + 0.5) ** (1 + up**0.3)) + 0.5 + 2.5 * curve()
         w0_D = vector(self, "w0", bias, D, config.wide_param)
         moved_BTD = low_rank(self, "w", x["w"], rank_w, nn.tanh).astype(config.wide)
-        w_BTD = STRONGEST * nn.sigmoid(w0_D[None, None] + moved_BTD)
+        w_BTD = (STRONGEST * nn.sigmoid(w0_D[None, None] + moved_BTD)).astype(config.wide)
         if variant.in_context_rate:
-            a0 = each("a0", lambda: -0.19 + 0.3 * curve + 0.4 * line)
+            a0 = each("a0", lambda: -0.19 + 0.3 * curve() + 0.4 * line())
             a_BTD = nn.sigmoid(a0 + low_rank(self, "a", x["a"], rank_a))
         else:
             absent(self, "a0", "a1", "a2")
@@ -97,12 +98,12 @@ class TimeMix(nn.Module):
         if first_BTD is None:
             first_BTD = v_BTD
         elif variant.value_residual:
-            v0 = each("v0", lambda: 0.73 - 0.4 * line)
+            v0 = each("v0", lambda: 0.73 - 0.4 * line())
             v_BTD += (first_BTD - v_BTD) * nn.sigmoid(v0 + low_rank(self, "v", x["v"], rank_v))
         else:
             absent(self, "v0", "v1", "v2")
 
-        kappa_BTHK = unit(split_heads(k_BTD * each("k_k", lambda: 0.71 - 0.1 * line), config))
+        kappa_BTHK = unit(split_heads(k_BTD * each("k_k", lambda: 0.71 - 0.1 * line()), config))
         if variant.in_context_rate:
             k_BTD *= 1 + (a_BTD - 1) * each("k_a", lambda: jnp.full(D, 1.02))
         else:
@@ -223,7 +224,7 @@ KIND = Kind(
     memory_traffic=156,
     groups=((r"/w0$", 2.0),),
     kept_wide=r"/w0$",  # rounding it loses long memory
-    observe=heads.observed,
+    observe=without_decays,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
     to_rwkv=to_rwkv,

@@ -26,11 +26,14 @@ def accumulator_dtype(*arrays):
     return jnp.result_type(*(x.dtype for x in arrays), jnp.float32)
 
 
+HOPPER = 9.0  # `cuda_capability`
+
+
 @cache
-def hopper_at_hand() -> bool:
-    """Return whether JAX's first device is an NVIDIA GPU of compute capability 9.0 or later."""
+def cuda_capability() -> float:
+    """Return the compute capability of JAX's first device, 0 if it is not an NVIDIA GPU."""
     capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; of an AMD GPU "gfx942"
-    return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 9
+    return float(capability) if re.fullmatch(r"\d+\.\d+", capability) else 0.0
 
 
 def target_platform() -> str:

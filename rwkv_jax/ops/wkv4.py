@@ -37,10 +37,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from rwkv_jax.ops.dispatch import (
+    HOPPER,
     accumulator_dtype,
     check_form,
     check_shapes,
-    hopper_at_hand,
+    cuda_capability,
     run_form,
     target_platform,
 )
@@ -82,16 +83,20 @@ def wkv4(w_D, u_D, k_BTD, v_BTD, state=None, *, reset_BT=None, valid_BT=None, im
         in the accumulators' dtype: float32, or float64 if k or v is.
 
     Raises:
-        ValueError: an unknown form, or a mismatched shape.
+        ValueError: an unknown form, a mismatched shape, or "pallas" with float64 on a GPU.
     """
     check_form(impl, FORMS)
     if k_BTD.ndim != 3 or k_BTD.shape != v_BTD.shape:
         raise ValueError(f"k and v are {k_BTD.shape} and {v_BTD.shape}, expected one shape [B, T, D]")
     B, T, D = k_BTD.shape
     masks = {"reset_BT": (reset_BT, (B, T)), "valid_BT": (valid_BT, (B, T))}
-    past = {f"state.{name}": (getattr(state, name, None), (B, D)) for name in WKV4State._fields}
+    state = None if state is None else WKV4State(*state)
+    past = {} if state is None else {f"state.{name}": (x, (B, D)) for name, x in state._asdict().items()}
     check_shapes(w=(w_D, (D,)), u=(u_D, (D,)), **masks, **past)
-    form = impl or suited_form(target_platform(), T, accumulator_dtype(k_BTD, v_BTD))
+    platform, dtype = target_platform(), accumulator_dtype(k_BTD, v_BTD)
+    if impl == "pallas" and platform == "gpu" and dtype == jnp.float64:
+        raise ValueError("impl is 'pallas' on a GPU, whose kernel has no float64: expected float32, or another form")
+    form = impl or suited_form(platform, T, dtype)
     return _applied(form, w_D, u_D, k_BTD, v_BTD, state, reset_BT, valid_BT)
 
 
@@ -111,7 +116,7 @@ def suited_form(platform: str, T: int, dtype) -> str:
         return "scan"
     if platform == "tpu":
         return "tpu"
-    return "gpu" if platform == "gpu" and dtype != jnp.float64 and hopper_at_hand() else "associative"
+    return "gpu" if platform == "gpu" and dtype != jnp.float64 and cuda_capability() >= HOPPER else "associative"
 
 
 # Outside `jax.jit` it is compiled once for its shapes; inside, it is traced once for all layers.

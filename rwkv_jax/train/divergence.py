@@ -15,7 +15,8 @@ class Watch:
 
     Args:
         max_skipped: non-finite steps in a row that are allowed; none of them changes the state.
-        max_loss_rise: allowed rise above the mean loss of the last `WINDOW` steps, in nats; 0: any.
+        max_loss_rise: allowed rise above the mean loss of the last `WINDOW` steps of this start, in nats; 0: any. The
+            first `WINDOW` steps may rise by any amount.
         skipped: steps skipped before this start.
     """
 

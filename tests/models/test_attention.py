@@ -52,23 +52,39 @@ def test_causal_attention_follows_its_formula_with_and_without_masks():
     assert error_ratio(np.asarray(masked)[sees], softmax_attention(*qkv(T), seen_BTS)[sees]) < 2e-6
 
 
+def test_causal_attention_of_bfloat16_does_not_round_scores():
+    """Scores of a hundred and more, which bfloat16 would round by up to half a nat."""
+    T = 12
+    q, k, v = (np.asarray(x, jnp.bfloat16) for x in qkv(T))
+    q = (q * 30).astype(jnp.bfloat16)
+    y, vjp = jax.vjp(causal_attention, q, k, v)
+    want = softmax_attention(q, k, v, np.tri(T, dtype=bool)[None])
+    assert error_ratio(y, want) < 4e-3  # of weights and result
+    assert {x.dtype for x in vjp(y)} == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_causal_attention_takes_cudnn_for_16_bit_inputs_without_masks_on_a_gpu(monkeypatch):
     asked = []
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **how: asked.append(how) or q)
 
-    def fused(platform, dtype, *masks):
+    def fused(platform, dtype, *masks, capability=8.0, channels=8):
         asked.clear()
         monkeypatch.setattr(attention, "target_platform", lambda: platform)
-        jax.eval_shape(causal_attention.__wrapped__, *qkv(4, dtype), *masks)
+        monkeypatch.setattr(attention, "cuda_capability", lambda: capability)
+        arrays = (np.resize(x, (*x.shape[:3], channels)).astype(dtype) for x in qkv(4))
+        jax.eval_shape(causal_attention.__wrapped__, *arrays, *masks)
         return asked == [{"is_causal": True, "implementation": "cudnn"}]
 
     start_BT, valid_BT, _ = documents(4)
     assert fused("gpu", jnp.bfloat16) and fused("gpu", np.float16)
     assert not fused("cpu", jnp.bfloat16) and not fused("gpu", np.float32)
     assert not fused("gpu", jnp.bfloat16, start_BT) and not fused("gpu", jnp.bfloat16, None, valid_BT)
-    arrays = qkv(4, jnp.bfloat16)  # traced for the CPU of a machine with a GPU
-    wanted = causal_attention(*arrays)
+    assert not fused("gpu", jnp.bfloat16, capability=7.5) and not fused("gpu", jnp.bfloat16, capability=0.0)  # AMD
+    assert not fused("gpu", jnp.bfloat16, channels=12) and not fused("gpu", jnp.bfloat16, channels=136)
+    arrays = tuple(np.concatenate([x, x], axis=-1) for x in qkv(4, jnp.bfloat16))
+    wanted = causal_attention(*arrays)  # traced for the CPU of a machine with a GPU
     monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "cuda_capability", lambda: 9.0)
     np.testing.assert_array_equal(jax.jit(causal_attention.__wrapped__)(*arrays), wanted)
 
 
@@ -210,6 +226,17 @@ def test_transformer_context_of_several_blocks_equals_a_pass_without_a_cache():
         begin += length
     assert begin == T and 2 * WIDTH > CACHE_BLOCK and 4 * WIDTH > 2 * CACHE_BLOCK
     assert error_ratio(np.concatenate(out, axis=1), alone(model, params)) < 2e-6
+
+
+def test_transformer_drops_tokens_beyond_its_cache():
+    """With room for 10 tokens, tokens 10 and 11 see the first 10, once each."""
+    q_BTHK, k_BTHK, v_BTHK = qkv(10)
+    k_BHSK, v_BHSK = (x.swapaxes(1, 2) for x in (k_BTHK, v_BTHK))
+    cache = attention.KVCache(k_BHSK, v_BHSK, np.array([12, 12]), np.zeros(2, int))
+    slots_BT, start_BT = np.array([[10, 11]] * 2), np.zeros((2, 2), int)
+    y_BTHK = attention.cached_attention(q_BTHK[:, :2], cache, slots_BT, start_BT)
+    sees_all = np.ones((2, 2, 10), bool)
+    assert error_ratio(y_BTHK, softmax_attention(q_BTHK[:, :2], k_BTHK, v_BTHK, sees_all)) < 2e-6
 
 
 def test_transformer_cache_has_whole_blocks_and_a_narrow_model_one_head():

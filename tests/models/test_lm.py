@@ -188,6 +188,23 @@ def test_lm_in_bfloat16_has_logits_and_state_in_float32(kind):
         assert x.dtype in expected, path
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_lm_takes_no_tokens(kind):
+    model = make(kind)
+    for state in (None, jax.eval_shape(lambda: model.init_state(B, max_length=T))):
+        logits, after = jax.eval_shape(functools.partial(forward, model), shapes_of(model), tokens(B, 0), state)
+        assert logits.shape == (B, 0, V)
+        assert state is None or after == state
+
+
+@pytest.mark.parametrize("kind", PURE)
+def test_lm_state_keeps_its_dtype_with_wider_parameters(kind, x64):
+    model = make(kind, param_dtype="float64")
+    state = jax.eval_shape(lambda: model.init_state(B, max_length=T))
+    _, after = jax.eval_shape(functools.partial(forward, model), shapes_of(model), tokens(B, T), state)
+    assert after == state
+
+
 @pytest.mark.parametrize("kind", PURE)
 def test_lm_in_bfloat16_has_statistics_of_norms_in_float32(kind):
     model = make(kind, dtype="bfloat16")

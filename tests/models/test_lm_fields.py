@@ -49,6 +49,10 @@ def test_lm_fields_survive_json(kind):
         ({"embedding_scale": math.inf}, "model field embedding_scale is inf, expected a finite number above 0"),
         ({"embedding_scale": 0.0}, "model field embedding_scale is 0.0, expected a finite number above 0"),
         ({"wkv_impl": "chunked"}, "unknown model field wkv_impl 'chunked': expected one of None, "),
+        (
+            {"layers": ["rwkv4", "rwkv7"], "wkv_impl": "associative"},
+            "unknown model field wkv_impl 'associative': expected one of None, scan",
+        ),
         ({"scan": "no"}, "unknown model field scan 'no': expected one of True, False"),
         ({"name": "rwkv7", "removal": math.nan}, "model.variant.removal is nan, expected a finite float"),
         ({"variant": 5}, "model field variant is 5, expected switches by name"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rwkv_jax.ops import WKV4State, wkv4
-from rwkv_jax.ops.dispatch import hopper_at_hand, target_platform
+from rwkv_jax.ops.dispatch import cuda_capability, target_platform
 from rwkv_jax.ops.wkv4 import FORMS
 
 ROWS, D = 4, 6
@@ -38,10 +38,10 @@ def machine(monkeypatch):
             device.compute_capability = capability
         monkeypatch.setattr(jax, "default_backend", lambda: platform)
         monkeypatch.setattr(jax, "devices", lambda *_: [device])
-        hopper_at_hand.cache_clear()
+        cuda_capability.cache_clear()
 
     yield pretend
-    hopper_at_hand.cache_clear()
+    cuda_capability.cache_clear()
 
 
 def mesh_of(platform):
@@ -113,6 +113,12 @@ def test_wkv4_kernel_by_name_is_chosen_at_lowering(monkeypatch, x64):
     assert asked == [kernels | {"cuda": "gpu"}, kernels]  # the kernel for GPUs computes in float32 alone
 
 
+def test_wkv4_kernel_by_name_refuses_float64_on_a_gpu(machine, x64):
+    machine("gpu", "9.0")
+    with pytest.raises(ValueError, match="on a GPU, whose kernel has no float64"):
+        jax.eval_shape(functools.partial(wkv4, impl="pallas"), *arguments(20, np.float64))
+
+
 @pytest.mark.slow
 def test_wkv4_kernel_by_name_is_lowered_to_that_of_each_platform():
     traced = jax.jit(functools.partial(wkv4, impl="pallas")).trace(*arguments(20))
@@ -128,6 +134,7 @@ def test_wkv4_kernel_by_name_is_lowered_to_that_of_each_platform():
         ({"w_D": np.zeros(5)}, r"w is \(5,\), expected \(6,\)"),
         ({"v_BTD": np.zeros((4, 15, 6))}, r"k and v are \(4, 16, 6\) and \(4, 15, 6\), expected one shape"),
         ({"state": WKV4State(*np.zeros((3, 1, 6)))}, r"state.num is \(1, 6\), expected \(4, 6\)"),
+        ({"state": tuple(np.zeros((3, 1, 6)))}, r"state.num is \(1, 6\), expected \(4, 6\)"),
         ({"valid_BT": np.zeros((16, 4), bool)}, r"valid_BT is \(16, 4\), expected \(4, 16\)"),
     ],
     ids=lambda x: x if isinstance(x, str) else next(iter(x)),

@@ -129,8 +129,3 @@ def test_wkv4_gpu_is_lowered_to_one_kernel(direction, dtype, shape, masks):
     text = lowered.as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
     assert "while" not in text  # no loop over tokens outside of the kernel
-
-
-def test_wkv4_gpu_refuses_float64(x64):
-    with pytest.raises(ValueError, match="does not support float64"):
-        jax.eval_shape(wkv4_gpu.forward, *shapes("forward", 1, 16, 128, "float64", False))

@@ -31,7 +31,6 @@ STAGES = 4
 def forward(w_1D, u_1D, k_BTD, v_BTD, state, reset_BT, valid_BT, interpret=False):
     """(y [B, T, D] in the dtype of v, final `WKV4State`, states [B, M, 3, D] at the start of each block)."""
     B, T, D = k_BTD.shape
-    _refuse_float64(state.num, k_BTD, v_BTD)
     masks, w_D, u_D, k_BTD, v_BTD = _whole_blocks(w_1D, u_1D, k_BTD, v_BTD, reset_BT, valid_BT)
     _, whole_T, whole_D = k_BTD.shape
     array = jax.ShapeDtypeStruct
@@ -49,7 +48,6 @@ def forward(w_1D, u_1D, k_BTD, v_BTD, state, reset_BT, valid_BT, interpret=False
 def backward(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, reset_BT, valid_BT, dy_BTD, dfinal, interpret=False):
     """(dw, du [B, D], dk, dv [B, T, D], cotangent (num, den) of the incoming state), from that of the final one."""
     B, T, D = k_BTD.shape
-    _refuse_float64(dfinal[0], k_BTD, v_BTD)
     masks, w_D, u_D, k_BTD, v_BTD = _whole_blocks(w_1D, u_1D, k_BTD, v_BTD, reset_BT, valid_BT)
     _, whole_T, whole_D = k_BTD.shape
     array = jax.ShapeDtypeStruct
@@ -64,11 +62,6 @@ def backward(w_1D, u_1D, k_BTD, v_BTD, starts_BM3D, reset_BT, valid_BT, dy_BTD, 
     )
     dw_BD, du_BD, dnum_BD, dden_BD = (x[:, :D] for x in sums)
     return dw_BD, du_BD, dk_BTD[:, :T, :D], dv_BTD[:, :T, :D], (dnum_BD, dden_BD)
-
-
-def _refuse_float64(*arrays):
-    if any(x.dtype == jnp.float64 for x in arrays):
-        raise ValueError("the WKV kernel for GPUs does not support float64, expected float32 or another impl")
 
 
 def _kernel(body, name, outputs, interpret):
