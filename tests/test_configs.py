@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from rwkv_jax import train
-from rwkv_jax.models import kind_of
+from rwkv_jax.models import kind_of, parameter_shapes
 from rwkv_jax.train import optim, run_config
 
 PARAMETERS = {
@@ -27,7 +26,7 @@ NAMES = {  # fields of the later versions
 
 def _parameters(config):
     model = run_config.model_of(config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    shapes = parameter_shapes(model)
     lr = train.learning_rate(config, model)
     assert lr(0) > 0 and lr(config.steps - 1) < lr(config.steps // 50)
     return sum(x.size for x in jax.tree.leaves(shapes))

@@ -136,15 +136,17 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("kind", PACKED)
-@pytest.mark.parametrize("name", ["a.txt", "a.gz"])
-def test_prepare_refuses_compressed_text_and_counts_it_in_a_folder(kind, name, tmp_path, capsys):
+@pytest.mark.parametrize("ending", ["txt", "gz"])
+def test_prepare_refuses_compressed_text_and_counts_it_in_a_folder(ending, tmp_path, capsys):
     texts = {f"{i}.txt": prose(i) for i in range(5)}
-    folder = folder_of(tmp_path / "set", texts | {f"more/{name}": PACKED[kind](prose(9).encode() + b"\0\xff")})
-    with pytest.raises(ValueError, match=rf"{name} is {kind}, not text: "):
-        prepare(f"{folder}/more/{name}")
+    packed = {f"more/{kind}.{ending}": pack(prose(9).encode() + b"\0\xff") for kind, pack in PACKED.items()}
+    folder = folder_of(tmp_path / "set", texts | packed)
+    for kind, name in zip(PACKED, packed, strict=True):
+        with pytest.raises(ValueError, match=rf"{name} is {kind}, not text: "):
+            prepare(f"{folder}/{name}")
     assert {name for split in splits_of(prepare(folder)) for name in split.names} == set(texts)
-    assert capsys.readouterr().err == f"{folder}: left out: 1 of 6 files ({kind}: 1)\n"
+    counts = ", ".join(f"{kind}: 1" for kind in sorted(PACKED))
+    assert capsys.readouterr().err == f"{folder}: left out: {len(packed)} of {5 + len(packed)} files ({counts})\n"
 
 
 def test_prepare_refuses_json_lines_in_an_unsupported_compression(tmp_path):
@@ -181,8 +183,6 @@ def test_prepare_reports_files_left_out_of_a_folder_at_every_start(tmp_path, cap
     (folder / "also empty").write_text("")  # the tokens need no rebuild
     prepare(str(folder))
     assert capsys.readouterr().err == line.replace("13 of 14", "14 of 15").replace("empty: 1", "empty: 2")
-    prepare()
-    assert capsys.readouterr().err == ""
 
 
 def test_prepare_reports_json_objects_without_text(tmp_path, capsys):

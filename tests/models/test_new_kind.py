@@ -165,6 +165,7 @@ def test_new_kind_run_agrees_with_one_under_fsdp(folder):
     assert np.shape(seen) == (2, 3) and np.all(np.array(seen) > 0)
 
 
+@pytest.mark.slow
 def test_new_kind_run_resumes_bit_exactly_after_a_kill(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(DiedError):
         die_before(patch, lambda row: row.get("step") == 5)
