@@ -67,11 +67,11 @@ def test_make_diagnose_agrees_with_numpy_on_parameters_and_the_next_step(kind):
 
 
 def test_observed_counts_channels_that_forget_or_are_inactive():
-    """exp(-exp(w)) of the decays: 0.37, 0.0006, 0.96, 0.0000."""
-    params = {"att": {"time_decay": np.float32([0, 2, -3, 3])}}
+    """exp(-exp(w)) of the decays: 0.37, 0.0006, 0.95, 0.96."""
+    params = {"att": {"time_decay": np.float32([0, 2, -3, -3.1])}}
     seen = rwkv4.observed(params, {"att": {"k_max": 5.0}, "ffn": {"active_F": np.float32([1, 0, 1, 1, 1])}})
     assert seen["k_max"] == 5
-    assert seen["dead_channels"] == pytest.approx({"forgetting": 0.5, "inactive": 0.2})
+    assert seen["dead_channels"] == pytest.approx({"forgetting": 0.25, "inactive": 0.2})
 
 
 def test_make_diagnose_on_two_devices_takes_maxima_over_both():
