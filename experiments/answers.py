@@ -30,9 +30,9 @@ ANSWERS = (
                "RWKV-5.2 减 4：每字节 {rwkv5_4} 比特；6 减 5.2：{rwkv6_5}；7 减 6：{rwkv7_6}"),
     }),
     ("scaling", {
-        "en": ("How much compute does RWKV-7 need for RWKV-4's loss? ({models} runs each)",
+        "en": ("How much compute does RWKV-7 need for RWKV-4's loss? ({models_4} and {models_7} runs)",
                "{gain} times as much, at the lowest loss of both ({lowest} bits a byte)"),
-        "zh": ("达到 RWKV-4 的损失，RWKV-7 需要多少计算量？（各 {models} 次训练）",
+        "zh": ("达到 RWKV-4 的损失，RWKV-7 需要多少计算量？（{models_4} 与 {models_7} 次训练）",
                "在两者都达到的最低损失处（每字节 {lowest} 比特）为其 {gain} 倍"),
     }),
     ("perplexity", {
@@ -119,7 +119,7 @@ def numbers() -> dict:
         **versions,
         "gain": fit.told(gain),
         "lowest": f"{gain['loss_nats'] / np.log(2):.2f}",
-        "models": f"{len(scaling['arms']['rwkv7']['flops'])}",
+        **{f"models_{version}": len(scaling["arms"][f"rwkv{version}"]["flops"]) for version in (4, 7)},
         "training_4": f"{training['transformers RwkvForCausalLM']:.1f}",
         "h100": three_digits(step["tokens_per_second"]),
         "h100_transformer": three_digits(fastest_steps()["169m", "transformer", 32, 1024]["tokens_per_second"]),

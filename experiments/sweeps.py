@@ -24,15 +24,18 @@ def bracket(
     """Sweep rates around the power of 2 times 1e-3 nearest to `centre`, and save the values under `name`.
 
     Args:
-        path: JSON {"runs": {name: {rate: value}}, ...}, written after each run; values in it are not recomputed.
-        about: other fields to write to it.
+        path: JSON {"runs": {name: {rate: value}}, "made": {name: command, commit, ...}, ...}, written after each run;
+            values in it are not recomputed.
+        about: other fields of a new file.
     """
-    results = {"runs": swept(path)}
+    its = stamp.stamp()
+    results = read_json(path) if path.exists() else {"runs": {}, **about, "stamp": its}
     runs, nearest = results["runs"].setdefault(name, {}), 1e-3 * 2.0 ** round(np.log2(centre / 1e-3))
     rates = (nearest / 2, nearest, nearest * 2)
     for rate in search(rates, runs, lambda rate: round(value_of(rate), 4), better, widest):
         print(f"{name} lr {rate}: {runs[rate]:.4f}", flush=True)
-        write_json(path, results | about | {"stamp": stamp.stamp()})
+        results.setdefault("made", {})[name] = {key: its[key] for key in ("command", "commit", "date", "processor")}
+        write_json(path, results)
 
 
 def search(

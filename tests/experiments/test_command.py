@@ -162,7 +162,9 @@ def test_sweeps_lr_reads_swept_rates_and_interpolates_between_widths(tmp_path):
     assert sweeps.lr(path, "rwkv4", 3, 90) == pytest.approx((16e-3 * 8e-3) ** 0.5, rel=0.02)
     assert 6e-4 < sweeps.lr(path, "rwkv4", 12, 512) < 4e-3
     for name in ("lstm 4x128", "lstm 4x128", "rwkv4 4x128"):
-        sweeps.bracket(path, name, 2.2e-3, lambda lr: abs(np.log2(lr / 16e-3)))
+        sweeps.bracket(path, name, 2.2e-3, lambda lr: abs(np.log2(lr / 16e-3)), steps=len(name))
+    found = json.loads(path.read_text())
+    assert found["made"].keys() == {"lstm 4x128", "rwkv4 4x128"} and found["steps"] == len("lstm 4x128")
     assert list(sweeps.swept(path)["lstm 4x128"]) == ["0.001", "0.002", "0.004", "0.008", "0.016", "0.032"]
     assert sweeps.lr(path, "lstm", 4, 128) == 16e-3
     assert sweeps.lr(path, "rwkv4", 4, 128) == 8e-3  # compare's: finished runs keep their rate
