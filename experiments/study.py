@@ -363,7 +363,8 @@ def _main(script: Path, doc: str, study: Study) -> None:
     study = replace(study, base=study.base | given)
     is_part = any(args[name] for name in ("arm", "seed", "steps"))
     if is_part:
-        study = replace(study, conclude=None)  # it may need runs that were left out
+        # `conclude` may need runs that were left out, and nothing else reads the numbers of `also`
+        study = replace(study, conclude=None, also=lambda **_: {})
     if args["publish"] and (study.conclude is None or is_smoke):
         raise ValueError(
             "only a whole study with `conclude` can be published, without --arm, --seed, --steps, --smoke"

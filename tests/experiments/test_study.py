@@ -173,7 +173,8 @@ def test_study_reports_an_error_in_one_line(script, capsys):
 
 def test_study_runs_the_arms_seeds_steps_and_options_of_its_command_line(script):
     argv = ("--arm=c", "--seed=1", "--steps=7", "--note=x")
-    assert script(*argv, base=BASE | {"note": None}, options=["note"], b={}, c={"cost": 0.1}) == 0
+    also = "lambda: {'speed': never}"
+    assert script(*argv, base=BASE | {"note": None}, options=["note"], also=also, b={}, c={"cost": 0.1}) == 0
     assert [(config["seed"], config["steps"], config["note"]) for config in ran] == [(1, 7, "x")] * 2
     assert list(script.results()["cells"]) == ["base, seed 1", "c, seed 1"]
     figure = script.folder / "figure.png"
