@@ -83,6 +83,16 @@ def test_tracking_conclude_compares_pairs_at_their_lengths():
     assert set(verdicts.values()) == {"no claim"}
 
 
+def test_tracking_conclude_of_the_long_preset_compares_versions_on_s3():
+    its = study.chosen(study.Study(**run.STUDY), "long")
+    right = dict(zip(study.arms_of(its), (0.2, 0.3, 0.8, 1.0), strict=True))
+    values = {study.name_of(arm, seed): {"right": [right[arm]] * 64} for arm in right for seed in range(3)}
+    rows = run.conclude(its, values)["ledger"]
+    assert [row["ours"][:6] for row in rows] == ["+0.100", "+0.500", "+0.200", "+0.200"]
+    told = "2 layers, 3 seeds, 192,000 words"
+    assert [row["run"] for row in rows] == [f"{told}, neither learned it", told, told, told]
+
+
 @pytest.mark.slow
 def test_tracking_smoke_writes_the_json_and_the_figure(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "experiments.tracking.run", "--smoke", f"--out={tmp_path}"]
