@@ -249,7 +249,9 @@ def swept_lr(study: Study, arm: str, path: Path, folder: Path) -> float:
         configs = stages(config, study.budgets, study.budgets[0]) if study.budgets else [config]
         return its.value(kept(f"{arm}, lr {lr:g}", cell_of(study, configs, folder), folder))
 
-    sweeps.bracket(path, name, centre, number_at, its.better, its.widest)
+    used = base.to_dict() | flat(dict(its.changes)) | ({"steps": study.budgets[0]} if study.budgets else {})
+    about = {name: used[name] for name in ("steps", "corpus") if used.get(name)}
+    sweeps.bracket(path, name, centre, number_at, its.better, its.widest, **about)
     return sweeps.best(path, name, its.better)
 
 

@@ -10,6 +10,7 @@ from experiments.results import write_json
 from rwkv_jax.files import read_json
 
 COMPARE = Path(__file__).parent / "compare" / "sweep.json"
+STAMPED = ("command", "commit", "date", "processor", "devices")
 RELEASED = (768, 6e-4)  # width and rate of the smallest released model
 
 
@@ -26,15 +27,15 @@ def bracket(
     Args:
         path: JSON {"runs": {name: {rate: value}}, "made": {name: command, commit, ...}, ...}, written after each run;
             values in it are not recomputed.
-        about: other fields of a new file.
+        about: what else to keep of this search, such as its steps.
     """
     its = stamp.stamp()
-    results = read_json(path) if path.exists() else {"runs": {}, **about, "stamp": its}
+    results = read_json(path) if path.exists() else {"runs": {}}
     runs, nearest = results["runs"].setdefault(name, {}), 1e-3 * 2.0 ** round(np.log2(centre / 1e-3))
     rates = (nearest / 2, nearest, nearest * 2)
     for rate in search(rates, runs, lambda rate: round(value_of(rate), 4), better, widest):
         print(f"{name} lr {rate}: {runs[rate]:.4f}", flush=True)
-        results.setdefault("made", {})[name] = {key: its[key] for key in ("command", "commit", "date", "processor")}
+        results.setdefault("made", {})[name] = about | {key: its[key] for key in STAMPED}
         write_json(path, results)
 
 

@@ -103,7 +103,7 @@ def check_output_folder(path) -> None:
     """Raise OSError if the folder can neither be created nor, if it exists, be written to; creates nothing."""
     path = Path(path).absolute()
     nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-    _check_writable(nearest / f".{os.getpid()}.tmp", path)
+    _check_writable(nearest / f".{secrets.token_hex(4)}.tmp", path)
 
 
 def _followed(path) -> Path:
@@ -113,7 +113,7 @@ def _followed(path) -> Path:
 def _check_writable(beside: Path, path: Path) -> None:
     try:
         beside.touch()
-        beside.unlink()
+        beside.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from None
 

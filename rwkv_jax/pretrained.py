@@ -65,7 +65,8 @@ class RWKVForCausalLM:
             sharding: of the parameters, see `rwkv_jax.load`.
 
         Raises:
-            OSError, ValueError: as from `rwkv_jax.load`, or the tokenizer that was named cannot be read.
+            OSError, ValueError: as from `rwkv_jax.load`, or the tokenizer that was named cannot be read, or has more
+                tokens than the model.
         """
         path = interop.locate(path_or_name)
         model, params, training = runs.load_with_training(path, dtype=dtype, sharding=sharding, scan=False)

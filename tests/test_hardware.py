@@ -78,6 +78,7 @@ def test_recomputed_flops_per_token_agree_with_xla(name, remat):
     more = lambda D: _counted(name, D, remat) - _counted(name, D)
     formula = lambda D: hardware.recomputed_flops_per_token(_model(name, D, remat))
     assert TWICE(formula, 128) == pytest.approx(TWICE(more, 128), rel=1e-3, abs=1e3)
+    assert formula(128) < more(128)
 
 
 def test_flops_per_token_equal_table_2_of_the_paper():

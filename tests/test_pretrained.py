@@ -80,7 +80,7 @@ def test_pretrained_generate_compiles_no_program_for_other_prompts(compiled):
 
     use(decode.FIRST_CHUNKS, stop_tokens=())
     compiled()
-    use((1, 2, 16, 17, 64, 65, 256, 257, 530), stop_tokens=())
+    use((1, 7, 16, 17, 64, 65, 256, 257, 530), stop_tokens=())
     for seed, settings in enumerate(({"temperature": 0.7}, {"temperature": 1.3, "penalty_decay": 0.5}), 1):
         use((100,), seed=seed, stop_tokens=range(200, 200 + seed), **settings)
     assert compiled() == 0
@@ -154,7 +154,7 @@ def test_pretrained_without_a_tokenizer_reads_and_writes_ids_alone(tmp_path, cap
     rwkv_jax.save(tmp_path / "model.pth", *made("rwkv4", scan=False))  # a vocabulary of 11 tokens
     loaded = rwkv_jax.RWKVForCausalLM.from_pretrained(tmp_path / "model.pth")
     err = capsys.readouterr().err
-    assert err.startswith("no tokenizer: ") and err.count("\n") == 1
+    assert err.endswith("; continued without a tokenizer\n") and err.count("\n") == 1
     for use in (loaded.generate, loaded.stream, loaded.read, loaded.logits, loaded.score, loaded.embed):
         with pytest.raises(ValueError, match="loaded without a tokenizer"):
             use("text")

@@ -47,11 +47,12 @@ def test_pretrained_world_model_generates_scores_embeds_and_saves_contexts(path,
     assert lm.embed(TEXT).shape == (lm.model.dim,) and np.isfinite(lm.embed(TEXT)).all()
 
 
-def test_chat_of_a_world_model_uses_the_world_template(path, tmp_path, capsys, monkeypatch):
+def test_chat_of_a_world_model_uses_the_names_of_its_version(path, tmp_path, capsys, monkeypatch):
     typed = f"Good day\n/save {tmp_path / 'talk'}\n".encode()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
     assert main([f"--model={path}", "--chat", "--max_new_tokens=4"]) == 0
     capsys.readouterr()
     lm = rwkv_jax.RWKVForCausalLM.from_pretrained(path)
     _, text = load_context(tmp_path / "talk", lm.model, lm.params)
-    assert text.startswith("Question: Good day\n\nAnswer:")
+    user, assistant = ("Question", "Answer") if lm.model.layers == ("rwkv4",) else ("User", "Assistant")
+    assert text.startswith(f"{user}: Good day\n\n{assistant}:")

@@ -89,7 +89,7 @@ def told(its: dict) -> list[str]:
     return [
         f"From {start} to {end} million tokens the difference changes by {slope:+.4f} [{low:+.4f}, {high:+.4f}] bits "
         "a byte with each doubling.",
-        f"On a straight line it reaches 0 at {m(its['reaches_0'])} and the paper's {value:+.3f} at "
+        f"On a straight line it is first 0 or more at {m(its['reaches_0'])}, and the paper's {value:+.3f} or more at "
         f"{m(reaches['tokens'])}; {band}.",
         f"Beyond these budgets the band {decided}",
     ]

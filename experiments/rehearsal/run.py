@@ -9,7 +9,7 @@ other than "compute".
     python -m experiments.rehearsal.run --smoke --out=DIR
     python -m experiments.rehearsal.table          as in docs/scale.md
 
-Cost: 1 to 12 minutes a row on 2 cores, 4 GB of memory; no TPU, but its compiler (pip install libtpu; Linux, x86-64).
+Cost: 1 to 13 minutes a row on 2 cores, 4 GB of memory; no TPU, but its compiler (pip install libtpu; Linux, x86-64).
 """
 
 from pathlib import Path

@@ -194,8 +194,8 @@ def _cut_bytes(path: str, position: int) -> int:
 def _distinct(files: Iterable[_File], tally: Counter) -> Iterator[_File]:
     """Yield the text files of which at most half of the lines occur in earlier files; count the others.
 
-    The lines' 29-bit hashes are in a bit map: at 1 GB of text, one new line in 50 seems repeated. That share, of the
-    bits that are set, is subtracted.
+    The lines' hashes are in a bit map: at 1 GB of text, one new line in 50 finds its bit set by chance. That share is
+    subtracted.
     """
     seen, num_set = np.zeros(_SEEN_BYTES, np.uint8), 0
     for file in files:
@@ -203,7 +203,6 @@ def _distinct(files: Iterable[_File], tally: Counter) -> Iterator[_File]:
         if hashes is None:
             tally["files", contents.packing(file.path) or "not UTF-8 text"] += 1
             continue
-        hashes = np.unique(hashes % (8 * _SEEN_BYTES))
         byte, bit = hashes >> 3, (1 << (hashes & 7)).astype(np.uint8)
         repeated, by_chance = np.mean((seen[byte] & bit) != 0), num_set / (8 * len(seen))
         if repeated - by_chance > 0.5 * (1 - by_chance):
@@ -216,7 +215,8 @@ def _distinct(files: Iterable[_File], tally: Counter) -> Iterator[_File]:
 
 
 def _line_hashes(path: str) -> np.ndarray | None:
-    """Return hashes of the long lines, or of the whole file if it has none; None unless it is UTF-8 without NUL."""
+    """Return the bits of the long lines, each once, or that of the whole file if it has none; None unless it is UTF-8
+    without NUL."""
     hashes, whole = array("I"), 0
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
@@ -225,7 +225,7 @@ def _line_hashes(path: str) -> np.ndarray | None:
                     return None
                 whole = zlib.crc32(line.encode(), whole)
                 if len(line := line.strip().encode()) >= _MIN_LINE_BYTES:
-                    hashes.append(zlib.crc32(line) >> 3)
+                    hashes.append(zlib.crc32(line))
     except UnicodeDecodeError:
         return None
-    return np.array(hashes or [whole >> 3], np.uint32)
+    return np.unique(np.array(hashes or [whole], np.uint32) % (8 * _SEEN_BYTES))

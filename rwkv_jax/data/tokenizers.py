@@ -38,6 +38,7 @@ from rwkv_jax import files
 TOKENIZER_FILE = "tokenizer.json"
 WORLD_FILE = "rwkv_vocab_v20230424.txt"  # as the released World models carry it
 _CONFIG_FILE = "tokenizer_config.json"
+FILES = (TOKENIZER_FILE, WORLD_FILE, _CONFIG_FILE)  # that `save` writes or removes
 NAMES = ("bytes", "world")  # those that need no file
 
 
@@ -436,7 +437,7 @@ def known_for_model(path, vocab_size: int) -> Tokenizer | None:
     try:
         return for_model(path, vocab_size)
     except (ValueError, OSError) as error:
-        print(f"no tokenizer: {error}", file=sys.stderr)
+        print(f"{error}; continued without a tokenizer", file=sys.stderr)
         return None
 
 
@@ -451,13 +452,20 @@ def warn_if_small(name: str, num_tokens: int, vocab_size: int) -> None:
 
 
 def carried(folder: Path) -> str | None:
-    """Return the argument of `get_tokenizer` for the one in a workdir or Hugging Face folder; None without one."""
+    """Return the argument of `get_tokenizer` for the one in a workdir or Hugging Face folder; None without one.
+
+    Raises:
+        ValueError: the config names a tokenizer that is not there.
+    """
     config = folder / "config.json"
     name = files.read_json(config).get("tokenizer") if config.is_file() else None
     if name in NAMES:
         return name
     candidates = (folder / file for file in (TOKENIZER_FILE, WORLD_FILE))
-    return next((str(file) for file in candidates if file.is_file()), None)
+    found = next((str(file) for file in candidates if file.is_file()), None)
+    if isinstance(name, str) and found is None:
+        raise ValueError(f"{config} names the tokenizer {name}, which is not in the folder")
+    return found
 
 
 def _find_neox(beside: Path) -> str:

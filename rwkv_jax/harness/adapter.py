@@ -134,12 +134,12 @@ class HarnessLM(TemplateLM):
             pairs = utils.get_rolling_token_windows(ids, self._prefix, length, context_len=1)
             windows += [(None, *utils.make_disjoint_window(pair)) for pair in pairs]
             owners += [owner] * (len(windows) - len(owners))
-        nats = [0.0] * len(requests)
-        for owner, (window_nats, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
-            nats[owner] += window_nats
-        for request, answer in zip(requests, nats, strict=True):
+        log_p = [0.0] * len(requests)
+        for owner, (of_window, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            log_p[owner] += of_window
+        for request, answer in zip(requests, log_p, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
-        return nats
+        return log_p
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         asked = [(i, self.tok_encode(request.args[0]) or [self._prefix]) for i, request in enumerate(requests)]

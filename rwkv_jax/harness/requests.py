@@ -19,7 +19,7 @@ WINDOW = 16  # batches of contexts whose states are held at one time
 
 
 class Scored(NamedTuple):
-    nats: float  # log p of all tokens of the continuation, at most 0
+    log_p: float  # of all tokens of the continuation, in nats, at most 0
     is_greedy: bool  # whether each was the likeliest at its position
 
 
@@ -48,8 +48,8 @@ def score(model, params, pairs: Sequence[tuple], batch_size: int = 8, progress: 
                 texts = [pairs[i][1] for _, i in filled]
                 forks = begin(model, rows(after, [row for row, _ in filled]), batch_size, max(map(len, texts)))
                 results = evaluate.continuations(model, params, texts, forks.logits_BV, forks.state)
-                for (_, i), (nats_N, likeliest_N) in zip(batch, results, strict=False):
-                    scored[i] = Scored(float(nats_N.sum(dtype=float)), bool(likeliest_N.all()))
+                for (_, i), (log_p_N, likeliest_N) in zip(batch, results, strict=False):
+                    scored[i] = Scored(float(log_p_N.sum(dtype=float)), bool(likeliest_N.all()))
                 bar.update(len(batch))
     return [scored[i] for i in range(len(pairs))]
 

@@ -198,10 +198,15 @@ def write(
         )
     config = fla.config(tensors) if of_fla else _config(tensors)
     tensors = fla.to_fla(tensors) if of_fla else {to_transformers(name): x for name, x in tensors.items()}
+    replaced = ["config.json", *_WEIGHTS, *_PARTS]
+    if tokenizer is not None:
+        from rwkv_jax.data import tokenizers  # here, because it imports a library that loading does not need
+
+        replaced += tokenizers.FILES
     with files.written_folder(folder) as new:
         if folder.is_dir():
-            weights = shutil.ignore_patterns("config.json", *_WEIGHTS, *_PARTS)
-            shutil.copytree(folder, new, symlinks=True, ignore=weights, dirs_exist_ok=True)
+            ignore = shutil.ignore_patterns(*replaced)
+            shutil.copytree(folder, new, symlinks=True, ignore=ignore, dirs_exist_ok=True)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         from huggingface_hub import split_state_dict_into_shards_factory  # here, because it imports an HTTP client
 
@@ -220,16 +225,15 @@ def write(
         if readme is not None:
             card.write(new, folder, readme)
         if tokenizer is not None:
-            from rwkv_jax.data import tokenizers  # here, because it imports a library that loading does not need
-
             tokenizers.save(tokenizer, new)
 
 
 def check_folder(folder: Path) -> None:
     """Raise OSError unless `write` can create this folder, or write to it: it is empty or of an RWKV model."""
-    folder = Path(folder).absolute()
-    if os.path.ismount(folder):
-        raise FileExistsError(f"{folder} is a mount point, which cannot be replaced; name a folder inside it")
+    real = Path(os.path.realpath(folder))
+    if os.path.ismount(real) or real == Path.cwd():
+        what = "a mount point" if os.path.ismount(real) else "the current folder"
+        raise FileExistsError(f"{folder} is {what}, which cannot be replaced; name a folder inside it")
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{folder.parent}: no such folder; cannot write {folder.name} there")
     files.check_output_folder(folder.parent)

@@ -26,13 +26,13 @@ from rwkv_jax.models.layers import (
     lerp,
     mix_ramp,
     observe,
+    observed,
     orthogonal,
     token_shift,
     vector,
-    without_decays,
 )
 from rwkv_jax.models.rwkv4 import RELEASED_RATES, SIZES
-from rwkv_jax.ops.dispatch import cuda_capability, target_platform
+from rwkv_jax.ops.dispatch import HOPPER, cuda_capability, target_platform
 
 zeros = nn.initializers.zeros
 
@@ -78,7 +78,7 @@ def rotate(x_BTHK, position_BT):
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, precision=None):
     """Softmax attention of every token to the valid tokens from `start` to itself; no past.
 
-    16-bit inputs without masks take cuDNN's fused kernel on CUDA (`jax.nn.dot_product_attention` does not choose it
+    Inputs without masks that fit take cuDNN's fused kernel on CUDA (`jax.nn.dot_product_attention` does not choose it
     by itself). Otherwise each block of queries attends to the keys up to its end, and is recomputed in the backward
     pass: no [T, T] array exists in either pass, and the future half is not computed.
     """
@@ -92,20 +92,21 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, start_BT=None, valid_BT=None, preci
 
 
 def _fits_cudnn(q_BTHK) -> bool:
-    """Whether cuDNN's fused kernel takes these queries, on the GPU at hand: Ampere or later."""
-    K = q_BTHK.shape[3]
-    fits = q_BTHK.dtype.itemsize == 2 and K % 8 == 0 and K <= 128
-    return fits and target_platform() == "gpu" and cuda_capability() >= AMPERE
+    """Whether cuDNN has a fused kernel for these queries: 16 bits, Ampere or later, K a multiple of 8."""
+    if target_platform() != "gpu" or q_BTHK.dtype.itemsize != 2 or cuda_capability() < AMPERE:
+        return False
+    K, widest = q_BTHK.shape[3], 256 if cuda_capability() >= HOPPER else 128
+    return K % 8 == 0 and widest >= K
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _scores(q_BHTK, k_BHSK, precision):
     """q k^T [B, H, T, S], float32 at least; its cotangent is rounded to the dtype of q, as in `layers.matmul`."""
     wide = jnp.promote_types(q_BHTK.dtype, jnp.float32)
-    return _narrow_scores(q_BHTK, k_BHSK, precision, wide)
+    return _product(q_BHTK, k_BHSK, precision, wide)
 
 
-def _narrow_scores(q_BHTK, k_BHSK, precision, dtype=None):
+def _product(q_BHTK, k_BHSK, precision, dtype=None):
     return jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, precision=precision, preferred_element_type=dtype)
 
 
@@ -114,7 +115,7 @@ def _scores_forward(q_BHTK, k_BHSK, precision):
 
 
 def _scores_backward(precision, saved, d_BHTS):
-    return jax.vjp(partial(_narrow_scores, precision=precision), *saved)[1](d_BHTS.astype(saved[0].dtype))
+    return jax.vjp(partial(_product, precision=precision), *saved)[1](d_BHTS.astype(saved[0].dtype))
 
 
 _scores.defvjp(_scores_forward, _scores_backward)
@@ -336,6 +337,6 @@ KIND = Kind(
     cached=lambda state: (state.cache.start_B, state.cache.length_B),
     unseen=head_size,
     recomputed={"outputs": 7.5, "block": 8.5},  # no gradient needs the last product of a layer
-    observe=without_decays,
+    observe=observed,
     sizes=SIZES,  # transformers of the released models' sizes
 )

@@ -187,7 +187,7 @@ def observe(module: nn.Module, name: str, value):
         module.sow("intermediates", name, value())
 
 
-def without_decays(params, sown) -> dict:
+def observed(params, sown) -> dict:
     """Diagnostics (`Kind.observe`) of a layer whose decays, if any, are not parameters."""
     return {"k_max": sown["att"]["k_max"], "dead_channels": {"inactive": 1 - sown["ffn"]["active_F"].mean()}}
 

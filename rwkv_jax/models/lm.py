@@ -5,7 +5,6 @@ One signature serves training, prefill and decoding, for RWKV, the transformer a
     logits_BTV, state = model.apply({"params": params}, tokens_BT, state, reset_BT=None, valid_BT=None)
 """
 
-import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -130,8 +129,8 @@ def _check_fields(chosen, kinds):
         value = chosen.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not holds(value)):
             raise ValueError(f"model field {key} is {value!r}, expected {expected}")
-    with_forms = [kind.forms for kind in kinds if kind.forms]
-    forms = [form for form in itertools.chain(*with_forms[:1]) if all(form in its for its in with_forms)]
+    of_kinds = [kind.forms for kind in kinds if kind.forms] or [()]
+    forms = [form for form in of_kinds[0] if all(form in its for its in of_kinds)]
     for key, choices in (CHOICES | {"wkv_impl": (None, *forms)}).items():
         if key in chosen:
             check_choice(f"model field {key}", chosen[key], choices)

@@ -21,7 +21,7 @@ from rwkv_jax.models.heads import (
     shift_ramp,
     split_heads,
 )
-from rwkv_jax.models.layers import depth_ratios, on_own_rows, token_shift, vector, without_decays
+from rwkv_jax.models.layers import depth_ratios, observed, on_own_rows, token_shift, vector
 from rwkv_jax.ops.wkv6 import FORMS, wkv6
 
 zeros = nn.initializers.zeros
@@ -134,7 +134,7 @@ KIND = Kind(
     memory_traffic=174,
     groups=((r"/time_decay$", 2.0),),
     kept_wide=r"/time_(decay|faaaa)$",  # rounding them loses long memory
-    observe=without_decays,
+    observe=observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
     to_rwkv=list,

@@ -30,11 +30,11 @@ from rwkv_jax.models.layers import (
     absent,
     depth_ratios,
     observe,
+    observed,
     on_own_rows,
     orthogonal,
     token_shift,
     vector,
-    without_decays,
 )
 from rwkv_jax.ops.wkv7 import FORMS, RULES, wkv7
 
@@ -224,7 +224,7 @@ KIND = Kind(
     memory_traffic=156,
     groups=((r"/w0$", 2.0),),
     kept_wide=r"/w0$",  # rounding it loses long memory
-    observe=without_decays,
+    observe=observed,
     tuned_start=heads.tuned_start,
     tuned_state=heads.tuned_state,
     to_rwkv=to_rwkv,

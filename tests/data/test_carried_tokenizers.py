@@ -84,8 +84,11 @@ def test_of_model_finds_the_world_vocabulary_and_the_last_tokenizer_saved(world,
     assert capsys.readouterr().err == ""
 
 
-def test_of_model_names_a_damaged_config(tmp_path):
+def test_of_model_names_a_damaged_folder(tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"tokenizer": "tokenizer.json"}')
+    with pytest.raises(ValueError, match=r"names the tokenizer tokenizer\.json, which is not in the folder"):
+        of_model(tmp_path / "run", 256)
     (tmp_path / "run/config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json: holds a JSON list, expected an object"):
         of_model(tmp_path / "run", 300)

@@ -88,8 +88,7 @@ def test_prepare_keeps_the_splits_of_a_folder(tmp_path, capsys):
 
 def test_prepare_keeps_new_files_when_most_hashes_of_lines_have_been_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_SEEN_BYTES", 2**10)  # 8,192 bits, for the hashes of 8,000 lines
-    lines = lambda i: "\n".join(f"line {j} of file number {i}" for j in range(200))
-    texts = {f"{i:02}.txt": lines(i) for i in range(40)} | {"copy.txt": lines(7)}
+    texts = {f"{i:02}.txt": prose(i, lines=200) for i in range(40)} | {"copy.txt": prose(7, lines=200)}
     corpus = prepare(folder_of(tmp_path / "books", texts))
     found = {name for split in splits_of(corpus) for name in split.names}
     assert found == texts.keys() - {"copy.txt"}

@@ -169,8 +169,8 @@ def test_save_never_replaces_anything_but_a_folder_of_a_model(tmp_path):
     assert {path: path.lstat().st_ino for path in tmp_path.rglob("*")} == before
 
 
-def test_save_writes_to_the_current_folder(tmp_path, monkeypatch):
+def test_save_refuses_the_current_folder_which_it_would_replace(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
-    rwkv_jax.save(".", *tiny(), format="huggingface")
-    assert (tmp_path / "model/config.json").exists() and not list(tmp_path.glob(".*"))
+    with one_line(". is the current folder, which cannot be replaced; name a folder inside it", FileExistsError):
+        rwkv_jax.save(".", *tiny(), format="huggingface")

@@ -79,6 +79,7 @@ def test_causal_attention_takes_cudnn_for_16_bit_inputs_without_masks_on_a_gpu(m
     assert not fused("gpu", jnp.bfloat16, start_BT) and not fused("gpu", jnp.bfloat16, None, valid_BT)
     assert not fused("gpu", jnp.bfloat16, capability=7.5) and not fused("gpu", jnp.bfloat16, capability=0.0)  # AMD
     assert not fused("gpu", jnp.bfloat16, channels=12) and not fused("gpu", jnp.bfloat16, channels=136)
+    assert fused("gpu", jnp.bfloat16, capability=9.0, channels=144)
     arrays = tuple(np.concatenate([x, x], axis=-1) for x in qkv(4, jnp.bfloat16))
     wanted = causal_attention(*arrays)  # traced for the CPU of a machine with a GPU
     monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
@@ -226,7 +227,7 @@ def test_transformer_context_of_several_blocks_equals_a_pass_without_a_cache():
     assert error_ratio(np.concatenate(out, axis=1), alone(model, params)) < 2e-6
 
 
-def test_transformer_drops_tokens_beyond_its_cache():
+def test_cached_attention_reads_a_full_cache_once():
     """With room for 10 tokens, tokens 10 and 11 see the first 10, once each."""
     q_BTHK, k_BTHK, v_BTHK = qkv(10)
     k_BHSK, v_BHSK = (x.swapaxes(1, 2) for x in (k_BTHK, v_BTHK))
