@@ -46,14 +46,15 @@ ANSWERS = (
                "{learned}；{most} k 内未达到：{failed}"),
     }),
     ("tracking", {
-        "en": ("Who tracks a state? (share right, product of {elements} elements of A5; chance {chance})",
-               "RWKV-5.2, 6 and 7: {rwkv5}, {rwkv6}, {rwkv7}; RWKV-7 with `removal` 2: {removal}; "
-               "transformer {transformer}, with token shift {shifted}; of {longer} elements: RWKV-7 {longer_rwkv7}, "
-               "with `removal` 2 {longer_removal}"),
-        "zh": ("谁能跟踪状态？（A5 中 {elements} 个元素之积的正确率，随机 {chance}）",
-               "RWKV-5.2、6、7：{rwkv5}、{rwkv6}、{rwkv7}；`removal` 为 2 的 RWKV-7：{removal}；"
-               "Transformer {transformer}，带 token shift {shifted}；{longer} 个元素：RWKV-7 {longer_rwkv7}，"
-               "`removal` 为 2 时 {longer_removal}"),
+        "en": ("Who tracks a state? (share right, product of {elements} elements; chance {chance_S3}, "
+               "in A5 {chance_A5})",
+               "S3: RWKV-5.2 {S3_rwkv5}, 6 {S3_rwkv6}, 7 {S3_rwkv7} ({longer} elements: {S3_longer}), "
+               "7 with `removal` 2 {S3_removal} ({S3_longer_removal}). A5: {A5_rwkv5}, {A5_rwkv6}, {A5_rwkv7}, "
+               "{A5_removal}; transformer {A5_transformer}, with token shift {A5_shifted}"),
+        "zh": ("谁能跟踪状态？（{elements} 个元素之积的正确率；随机 {chance_S3}，A5 {chance_A5}）",
+               "S3：RWKV-5.2 {S3_rwkv5}，6 {S3_rwkv6}，7 {S3_rwkv7}（{longer} 个元素：{S3_longer}），"
+               "`removal` 为 2 的 7 {S3_removal}（{S3_longer_removal}）。A5：{A5_rwkv5}、{A5_rwkv6}、{A5_rwkv7}、"
+               "{A5_removal}；Transformer {A5_transformer}，带 token shift {A5_shifted}"),
     }),
     ("speed", {
         "en": ("How fast is it?",
@@ -98,9 +99,12 @@ def numbers() -> dict:
     pairs_recalled = 8
     by_version = recall["examples_to_0.9"][f"T 64, n {pairs_recalled}, D 64"]
     step = fastest_steps()["169m", "rwkv4", 32, 1024]
-    tracking = read("tracking/results.json")
+    tracking, longer = read("tracking/results.json"), read("tracking/long.json")  # longer training, on S3
     elements = tracking["study"]["base"]["seq_len"]
-    right_of = lambda arm, length: f"{np.mean(tracking['last_token'][f'A5 x 2, {arm}'][str(length)]):.2f}"
+    last_tokens = {"A5": tracking["last_token"], "S3": longer["last_token"]}
+    right_of = lambda group, arm, n: f"{np.mean(last_tokens[group][f'{group} x 2, {arm}'][str(n)]):.2f}"
+    removal = "rwkv7 (removal 2)"
+    trackers = {"rwkv5": "rwkv5", "rwkv6": "rwkv6", "rwkv7": "rwkv7", "removal": removal}
     apart = [its["from kept"]["loss_nats"] for name, its in trajectory["cells"].items() if name.endswith("float64")]
     overtaking, overtaking_zh = _crossings(perplexity["overtakes"])
     tokens, seeds, main = at_common_budget(pairs, MAIN)
@@ -128,13 +132,17 @@ def numbers() -> dict:
         "failed": ", ".join(arm for arm, n in by_version.items() if not n),
         "most": f"{recall['cells'][f'rwkv4, T 64, n {pairs_recalled}, D 64, seed 0']['curve'][-1][0] / 1000:.0f}",
         "elements": elements,
-        "chance": f"{tracking['chance']['A5']:.2f}",
-        **{arm: right_of(arm, elements) for arm in ("rwkv5", "rwkv6", "rwkv7", "transformer")},
-        "removal": right_of("rwkv7 (removal 2)", elements),
-        "shifted": right_of("transformer+shift", elements),
+        **{f"chance_{group}": f"{tracking['chance'][group]:.2f}" for group in last_tokens},
+        **{
+            f"{group}_{name}": right_of(group, arm, elements)
+            for group in last_tokens
+            for name, arm in trackers.items()
+        },
+        "A5_transformer": right_of("A5", "transformer", elements),
+        "A5_shifted": right_of("A5", "transformer+shift", elements),
         "longer": 2 * elements,
-        "longer_rwkv7": right_of("rwkv7", 2 * elements),
-        "longer_removal": right_of("rwkv7 (removal 2)", 2 * elements),
+        "S3_longer": right_of("S3", "rwkv7", 2 * elements),
+        "S3_longer_removal": right_of("S3", removal, 2 * elements),
         "first": f"{1e3 * first['seconds']:.1f}",
         "last": f"{1e3 * last['seconds']:.1f}",
         "context": f"{last['context']:,}",

@@ -9,7 +9,7 @@ of A5, A4 x Z5 and Z60: fewer for RWKV-7 than for a transformer, Mamba and S4. R
     python -m experiments.tracking.run --sweep        learning rate of each model and size
     python -m experiments.tracking.run --smoke
 
-Cost: 63 minutes of one core of a Xeon, `--sweep` 10; `long`, estimated, 20. Six seeds: after three, RWKV-7 minus the
+Cost: 63 minutes of one core of a Xeon, `--sweep` 10; `long` 17. Six seeds: after three, RWKV-7 minus the
 transformer was +0.53 [-0.13, +1.19], because words of 16 elements are near the limit of what RWKV-7 learned; so three
 more were run.
 
