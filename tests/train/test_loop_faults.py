@@ -32,7 +32,7 @@ def mounted(folder, *options):
     folder.mkdir(exist_ok=True)
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(["size=4m", *options]), "tmpfs", folder])
     if mount.returncode:
-        pytest.skip("needs the right to mount; the limit on a file's size is tried without it")
+        pytest.skip("needs the right to mount a full and a read-only disk")
     try:
         yield folder
     finally:
