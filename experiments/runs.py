@@ -19,11 +19,11 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-import rwkv_jax
 from experiments import command, stamp
 from experiments.results import write_json
 from rwkv_jax import checkpoint, data, train
 from rwkv_jax.files import read_json, user_path
+from rwkv_jax.runs import describe
 from rwkv_jax.train import metrics
 from rwkv_jax.train.workdir import FREE_FIELDS
 
@@ -147,8 +147,7 @@ def trained(configs: Sequence, folder: Path):
         state = train.run(config, workdirs[-1])
         if int(state.step) < config.steps:
             raise KeyboardInterrupt
-    model, _ = rwkv_jax.load(workdirs[-1])
-    return model, state.params, workdirs
+    return describe(workdirs[-1]), state.params, workdirs
 
 
 def curve(workdirs: Sequence[Path]) -> dict:

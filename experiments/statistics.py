@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from rwkv_jax.evaluate import FEWEST, tail
+FEWEST = 6  # documents of an interval: of fewer, all are on one side of their median in more than 5 % of samples
 
 
 class Spread(NamedTuple):
@@ -76,10 +76,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def bootstrap(statistic: Callable, documents: int) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval over documents of `statistic(their indices)`; NaN for fewer than
-    `evaluate.FEWEST`.
-
-    Its percentiles are those of `evaluate.tail`.
+    """Return the 95 % bootstrap interval over documents of `statistic(their indices)`, with the percentiles of
+    `tail`; NaN for fewer than `FEWEST`.
     """
     if documents < FEWEST:
         return np.nan, np.nan
@@ -94,6 +92,17 @@ def bootstrap(statistic: Callable, documents: int) -> tuple[float, float]:
         random_state=np.random.default_rng(0),
     )
     return tuple(map(float, found.confidence_interval))
+
+
+def tail(documents: int) -> float:
+    """Return the share of a bootstrap's draws beyond each end of a 95 % interval: 0.025 for many documents, less for
+    few.
+
+    Draws spread less than the mean of n independent documents by sqrt((n - 1) / n), and lack the tails of Student's t.
+    Percentiles expanded for both (Hesterberg 2015, section 4.4) give Student's interval where the draws are normal.
+    """
+    z = np.sqrt(documents / (documents - 1)) * stats.t.ppf(0.975, documents - 1)
+    return float(stats.norm.sf(z))
 
 
 def over_documents(nats_SD, bytes_D) -> tuple[float, float]:

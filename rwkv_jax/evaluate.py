@@ -21,13 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
-from scipy import special
 from tqdm import tqdm
 
 from rwkv_jax import command, data, files, interop, runs
 from rwkv_jax.data import contents, tokenfiles, tokenizers
 
-FEWEST = 6  # documents of an interval: of fewer, all are on one side of their median in more than 5 % of samples
 POSITIONS = 128  # logits [B, POSITIONS, V] are in memory at one time
 SEGMENTS = (4, 32, 128, 512)  # lengths that `continuations` reads at one time: few, because each is compiled
 
@@ -247,38 +245,6 @@ def per_document(nats_N, split: data.Split) -> tuple[np.ndarray, np.ndarray]:
     text_N[split.starts] = 0
     num_tokens = np.diff(split.starts, append=len(text_N)) - 1
     return np.add.reduceat(text_N, split.starts), split.num_bytes * num_tokens / num_tokens.sum()
-
-
-def paired_difference(a_N, b_N, split: data.Split, seed: int = 0, samples: int = 2000) -> tuple[float, float, float]:
-    """Return (difference, low, high): bits per byte of nats `a_N` minus those of `b_N`, and its 95 % interval.
-
-    The difference is paired because text that is hard for one model is hard for the other. The interval is a
-    bootstrap over documents, because tokens of a document are not independent, with the percentiles of `tail`; NaN for
-    fewer than `FEWEST`. `scipy.stats.bootstrap` draws the same, but takes seconds to import, and every training run
-    imports this module.
-    """
-    (a_D, bytes_D), (b_D, _) = per_document(a_N, split), per_document(b_N, split)
-    has_text = bytes_D > 0
-    nats_D, bytes_D = (a_D - b_D)[has_text], bytes_D[has_text]
-    difference = bits_per_byte(nats_D, bytes_D)
-    if len(nats_D) < FEWEST:
-        return difference, np.nan, np.nan
-    rng = np.random.default_rng(seed)
-    drawn = (rng.integers(len(nats_D), size=len(nats_D)) for _ in range(samples))
-    percentiles = tail(len(nats_D)), 1 - tail(len(nats_D))
-    low, high = np.quantile([bits_per_byte(nats_D[i], bytes_D[i]) for i in drawn], percentiles)
-    return difference, float(low), float(high)
-
-
-def tail(documents: int) -> float:
-    """Return the share of a bootstrap's draws beyond each end of a 95 % interval: 0.025 for many documents, less for
-    few.
-
-    Draws spread less than the mean of n independent documents by sqrt((n - 1) / n), and lack the tails of Student's t.
-    Percentiles expanded for both (Hesterberg 2015, section 4.4) give Student's interval where the draws are normal.
-    """
-    z = np.sqrt(documents / (documents - 1)) * special.stdtrit(documents - 1, 0.975)
-    return float(special.ndtr(-z))
 
 
 def _held_out(path: str, tokenizer, max_tokens: int | None) -> data.Split:

@@ -38,14 +38,14 @@ def peak_flops(device) -> float | None:
     return max(fitting, key=lambda chip: len(chip.kind)).flops if fitting else None
 
 
-def matmul_peak(size: int = 2048, seconds: float = 1.0) -> float:
+def matmul_peak(size: int = 2048) -> float:
     """Float32 matrix-multiply FLOP/s that this machine reaches, the best of repeated [size, size] products."""
     a, b = jax.random.normal(jax.random.key(0), (2, size, size))
     product = jax.jit(lambda a, b: jnp.matmul(a, b))
-    return 2 * size**3 / _best_seconds(lambda: product(a, b), seconds)
+    return 2 * size**3 / _best_seconds(lambda: product(a, b))
 
 
-def copy_bandwidth(seconds: float = 1.0) -> float:
+def copy_bandwidth() -> float:
     """Bytes a second, read and written together, of the best of repeated passes over an array.
 
     In-place: on a CPU, a copy into fresh memory measures the system's page allocation (8 of 70 GB/s).
@@ -58,13 +58,13 @@ def copy_bandwidth(seconds: float = 1.0) -> float:
         x = step(x)
         return x
 
-    return 2 * x.nbytes / _best_seconds(copy, seconds)
+    return 2 * x.nbytes / _best_seconds(copy)
 
 
-def read_bandwidth(seconds: float = 1.0) -> float:
+def read_bandwidth() -> float:
     """Bytes a second of the best of repeated sums over an array."""
     x, total = _large_array(), jax.jit(jnp.sum)
-    return x.nbytes / _best_seconds(lambda: total(x), seconds)
+    return x.nbytes / _best_seconds(lambda: total(x))
 
 
 def _large_array():
@@ -72,9 +72,9 @@ def _large_array():
     return jax.random.normal(jax.random.key(0), (2**26 if jax.default_backend() == "cpu" else 2**30,))
 
 
-def _best_seconds(f, seconds):
+def _best_seconds(f):
     jax.block_until_ready(f())
-    best, end = float("inf"), time.perf_counter() + seconds
+    best, end = float("inf"), time.perf_counter() + 1.0
     while time.perf_counter() < end:
         start = time.perf_counter()
         jax.block_until_ready(f())

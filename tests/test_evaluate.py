@@ -102,41 +102,6 @@ def test_per_document_excludes_separators():
         evaluate.per_document(np.zeros(8), split)
 
 
-def test_paired_difference_is_a_bootstrap_over_documents():
-    rng = np.random.default_rng(3)
-    documents, length = 200, 51
-    starts = np.arange(documents) * length
-    split = Split(np.zeros(documents * length, np.uint8), starts, ("",) * documents, documents * (length - 1))
-    hard = rng.exponential(2, documents * length)
-    shift = np.repeat(rng.normal(0.05, 0.1, documents), length)  # equal for all tokens of a document
-    a, b = hard + shift, hard.copy()
-    a[0] = b[0] = np.nan
-
-    difference, low, high = evaluate.paired_difference(a, b, split, seed=4)
-    bits = evaluate.per_document(a, split)[0] / np.log(2) / (length - 1)
-    bits -= evaluate.per_document(b, split)[0] / np.log(2) / (length - 1)
-    assert difference == pytest.approx(bits.mean())
-    standard_error = bits.std() / np.sqrt(documents)
-    assert (high - low) / 2 == pytest.approx(1.96 * standard_error, rel=0.08)
-    assert (high + low) / 2 == pytest.approx(difference, abs=0.2 * standard_error)
-
-    assert evaluate.paired_difference(b, a, split, seed=4)[0] == pytest.approx(-difference)
-    assert evaluate.paired_difference(a, b, split, seed=4) == (difference, low, high)
-    # documents of different lengths with the same difference in all tokens: no variance
-    uneven = split._replace(starts=np.array([0, 51, 400, 5000, 6000, 9000]), num_bytes=documents * length - 6)
-    assert evaluate.paired_difference(hard + 1, hard, uneven) == pytest.approx([1 / np.log(2)] * 3)
-    few = uneven._replace(starts=uneven.starts[:5], num_bytes=documents * length - 5)
-    assert np.isnan(evaluate.paired_difference(a, b, few)[1:]).all()
-
-
-def test_tail_widens_a_bootstrap_of_few_documents_to_students_interval():
-    assert evaluate.tail(10**6) == pytest.approx(0.025, rel=1e-4)
-    assert evaluate.tail(8) == pytest.approx(0.00574, rel=2e-3)  # z = 2.3646 sqrt(8 / 7)
-    draws = np.random.default_rng(0).standard_normal((10**6, 8)).mean(axis=1)  # of 8 documents with deviation 1
-    draws *= np.sqrt(7 / 8)  # a bootstrap's deviation
-    assert np.quantile(draws, evaluate.tail(8)) == pytest.approx(-2.3646 / 8**0.5, rel=0.01)
-
-
 def test_bits_per_byte_perplexity_and_per_document_refuse_empty_input():
     for call in (
         lambda: evaluate.bits_per_byte(np.zeros(3), 0),
@@ -147,12 +112,6 @@ def test_bits_per_byte_perplexity_and_per_document_refuse_empty_input():
     ):
         with pytest.raises(ValueError, match=r"^(0 bytes|no tokens|the split has (0|None) bytes)"):
             call()
-
-
-def test_paired_difference_leaves_out_documents_without_text():
-    split = Split(np.array([0, 1] * 6 + [0]), np.arange(0, 13, 2), (), 6)  # the last document is empty
-    difference, low, high = evaluate.paired_difference(np.full(13, 2.0), np.ones(13), split)
-    assert difference == pytest.approx(1 / np.log(2)) == low == high
 
 
 def test_perplexity_beyond_the_range_of_a_float_is_infinite():

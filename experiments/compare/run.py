@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 import rwkv_jax
-from experiments import stamp, sweeps
+from experiments import stamp, statistics, sweeps
 from experiments.compare import baselines, plot, table
 from experiments.measures import bits_per_byte, capped, held_out, level
 from experiments.results import write_json
@@ -38,6 +38,7 @@ from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.data import batches
 from rwkv_jax.files import user_path
 from rwkv_jax.models.kinds import kind_of_model
+from rwkv_jax.runs import describe
 from rwkv_jax.train import metrics, optim, run_config
 
 HERE = Path(__file__).parent
@@ -99,8 +100,7 @@ def train_arm(arm, config, workdir):
         shutil.rmtree(workdir, ignore_errors=True)
         (Path(beside) / arm).rename(workdir)
     rows = [r for r in metrics.logged(workdir / "metrics.jsonl") if "loss_nats" in r]
-    model, _ = rwkv_jax.load(workdir)
-    return model, state.params, rows
+    return describe(workdir), state.params, rows
 
 
 def decode_cost(model, params, contexts, decoded) -> list[dict]:
@@ -174,7 +174,7 @@ def compare(preset, minutes, seed, text, models):
             "curve": [[r["tokens"], r["train_seconds"], round(r["bits_per_byte"], 4)] for r in rows],
         }
     for arm in arms:
-        arms[arm]["minus"] = {other: _difference(nats[arm], nats[other], test, seed) for other in BASELINES}
+        arms[arm]["minus"] = {other: difference(nats[arm], nats[other], test) for other in BASELINES}
     say("n-grams and xz")
     counted, xz = counted_baselines(seen_NT, test)
     results = {
@@ -189,10 +189,16 @@ def compare(preset, minutes, seed, text, models):
     return results | {"stamp": stamp.stamp()}
 
 
-def _difference(a_N, b_N, test, seed):
-    difference = evaluate.paired_difference(a_N, b_N, test, seed)
-    difference = [None if np.isnan(x) else x for x in difference]  # one document has no interval
-    return dict(zip(("bits_per_byte", "low", "high"), difference, strict=True))
+def difference(a_N, b_N, test) -> dict:
+    """Return bits per byte of nats `a_N` minus those of `b_N`, and the interval over documents, None for a few.
+
+    The difference is paired because text that is hard for one model is hard for the other.
+    """
+    (a_D, bytes_D), (b_D, _) = evaluate.per_document(a_N, test), evaluate.per_document(b_N, test)
+    has_text = bytes_D > 0
+    nats_D, bytes_D = (a_D - b_D)[has_text], bytes_D[has_text]
+    low, high = (None if np.isnan(x) else x for x in statistics.over_documents([nats_D], bytes_D))
+    return {"bits_per_byte": evaluate.bits_per_byte(nats_D, bytes_D), "low": low, "high": high}
 
 
 def sweep(path):

@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter
 from experiments.figures import plt
 from rwkv_jax import files, hardware, models
 from rwkv_jax.command import Parser, end, reported
-from rwkv_jax.files import read_json, user_path
+from rwkv_jax.files import read_json, user_path, written
 from rwkv_jax.train import metrics, run_config
 
 AXES = {"tokens": "training tokens", "step": "steps", "seconds": "training time, seconds", "flops": "training FLOPs"}
@@ -124,13 +124,9 @@ def draw(runs, drawn, path, axis="tokens", smooth=0) -> None:
     legend = panels[0, 0].legend()
     for text, run in zip(legend.get_texts(), runs, strict=True):  # a name may hold $, which begins a formula
         text.set(text=os.fsencode(run.name).decode(errors="replace"), parse_math=False)
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(beside, dpi=150, format=path.suffix[1:] or "png")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-        plt.close(figure)
+    with written(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix[1:] or "png")
+    plt.close(figure)
 
 
 def smoothed(points, steps):

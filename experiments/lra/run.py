@@ -33,6 +33,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 import rwkv_jax
 from experiments import study, sweeps
@@ -107,10 +108,7 @@ def also(arms=ARMS, **folders) -> dict:
 
 def interval(right: float, examples: int) -> tuple[float, float]:
     """95 % of a share (Wilson 1927)."""
-    z = 1.96
-    middle = (right + z * z / (2 * examples)) / (1 + z * z / examples)
-    half = z / (1 + z * z / examples) * np.sqrt(right * (1 - right) / examples + z * z / (4 * examples**2))
-    return middle - half, middle + half
+    return tuple(stats.binomtest(round(right * examples), examples).proportion_ci(0.95, "wilson"))
 
 
 def verdict_of(right: dict, low: float, high: float, rule: float) -> str:

@@ -35,6 +35,7 @@ import tokenizers
 from experiments import statistics, study
 from experiments.command import claim, not_run
 from rwkv_jax import data
+from rwkv_jax.files import written
 
 EMBEDDINGS = {"U(1e-4)": "v5", "N(0, 0.02)": "normal"}
 ARMS = {
@@ -68,9 +69,9 @@ def bpe(source: str, vocab_size: int, folder: Path) -> Path:
     )
     library.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    library.save(str(beside))
-    return beside.replace(path)
+    with written(path) as file:
+        file.write(library.to_str(pretty=True).encode())
+    return path
 
 
 def prepare(config, folder: Path) -> None:

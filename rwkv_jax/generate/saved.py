@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -83,5 +84,5 @@ def _context(path, model, arrays) -> Context:
 
 def _named(context: Context) -> dict:
     """Return the leaves by their path, such as "state.3.cache.k_BHSK"."""
-    join = lambda path: ".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path)
+    join = partial(jax.tree_util.keystr, simple=True, separator=".")
     return {join(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(context)}

@@ -117,7 +117,7 @@ def frozen_stopped(params, groups: Sequence):
 
 
 def _name(path) -> str:
-    return "/".join(str(getattr(p, "key", p)) for p in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _units_apart(params) -> int:

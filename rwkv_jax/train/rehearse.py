@@ -72,11 +72,14 @@ def rehearse(config, target: str) -> dict:
     init, step, _ = parallel.fsdp(make_init(model, tx), step, devices, config.replicas)
     state = jax.eval_shape(init, jax.random.key(0))
     B, T = config.batch_size, config.seq_len
-    batch = {"tokens": jax.ShapeDtypeStruct((B, T + 1), jnp.int32), "mask": jax.ShapeDtypeStruct((B, T), bool)}
+    mask_BT = jax.ShapeDtypeStruct((B, T), bool)
+    batch = {"tokens": jax.ShapeDtypeStruct((B, T + 1), jnp.int32), "mask": mask_BT}
+    if config.data.order in ("packed", "documents"):
+        batch["reset"] = mask_BT
     memory = {
         "parameters": _share(state.params),
         "optimiser": _share(state.opt_state),
-        "batch": B // num_chips * (5 * T + 4),
+        "batch": sum(x.size * x.dtype.itemsize for x in batch.values()) // num_chips,
         "gradients": _share(state.params, 4),
     }
     began = time.perf_counter()

@@ -9,6 +9,7 @@ import platform
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from rwkv_jax import checkpoint, files, interop, runs
@@ -62,7 +63,7 @@ def write_config(workdir, config, fields, corpus):
         free = set(FREE_FIELDS) - ({"strategy"} if config.model.dropout else set())
         if old["corpus"]["sha256"] == corpus.sha256:
             free.add("tokenizer")  # the same one, perhaps under another path
-        flat = lambda r: _flatten({"config": r["config"], "corpus": r["corpus"]})
+        flat = lambda r: flatten_dict({"config": r["config"], "corpus": r["corpus"]}, sep=".")
         absent = json.loads(json.dumps(run_config.default().to_dict()))  # fields younger than the workdir
         before, now = flat(old | {"config": absent}) | flat(old), flat(record)
         for flat_record in (before, now):  # None is the default of the kind of layer
@@ -111,12 +112,6 @@ def _read_config(path):
             f"{path} is damaged ({type(error).__name__}: {error}); delete the file to use the config of this command"
         ) from error
     return old
-
-
-def _flatten(tree, prefix=""):
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, x in tree.items() for k, v in _flatten(x, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def restore(workdir, config, model, method, init):

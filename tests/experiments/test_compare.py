@@ -53,6 +53,15 @@ def test_capped_keeps_the_beginning_of_every_document():
     assert measures.capped(split, 10_000).tokens.tolist() == split.tokens.tolist()
 
 
+def test_difference_is_paired_over_the_documents_that_have_text():
+    hard_N = np.random.default_rng(3).exponential(2, 13)
+    split = data.Split(np.array([0, 1] * 6 + [0]), np.arange(0, 13, 2), (), 6)  # the last document is empty
+    bit = pytest.approx(1 / np.log(2))
+    assert run.difference(hard_N + 1, hard_N, split) == {"bits_per_byte": bit, "low": bit, "high": bit}
+    few = split._replace(tokens=split.tokens[:11], starts=split.starts[:6], num_bytes=5)  # five, and an empty one
+    assert run.difference(hard_N[:11] + 1, hard_N[:11], few) == {"bits_per_byte": bit, "low": None, "high": None}
+
+
 @pytest.mark.slow
 def test_compare_smoke_writes_the_table_the_json_and_the_figure(tmp_path):
     program = [sys.executable, "-W", "error", "-m", "experiments.compare.run", "--smoke", f"--out={tmp_path}"]

@@ -1,9 +1,9 @@
-"""Figures: labels at the ends of lines, their order, and no label on another."""
+"""Figures: labels at the ends of lines, their order, and no label on another; which files are drawn."""
 
 import numpy as np
 import pytest
 
-from experiments import figures
+from experiments import figures, results
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,15 @@ def test_saved_keeps_labels_apart_in_the_order_of_their_lines(tmp_path, monkeypa
     assert (np.diff(sorted(heights.values())) >= line).all()
     monkeypatch.undo()
     figures.plt.close(figure)
+
+
+def test_redraw_draws_every_results_file_and_no_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "HERE", tmp_path)
+    monkeypatch.setattr(results, "draw", lambda name, path: path.name)
+    monkeypatch.setattr(results.sys, "argv", ["plot.py"])
+    (tmp_path / "tracking").mkdir()
+    for name in ("results.json", "long.json", "long.png", "sweep.json"):
+        (tmp_path / "tracking" / name).touch()
+    with pytest.raises(SystemExit):
+        results.redraw("tracking")
+    assert capsys.readouterr().out == "written: long.json\nwritten: results.json\n"

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import training
 
-import rwkv_jax
 from experiments import command, runs, study
 from rwkv_jax import train
 
@@ -366,7 +365,6 @@ def test_trained_branch_of_a_trunk_is_bit_equal_to_a_run_of_its_length(step, tmp
     """The trunk stops at 9 and at 18, and the learning rate of both budgets decays from there."""
     if step == "toy":
         training.install_toy(monkeypatch)
-        monkeypatch.setattr(rwkv_jax, "load", lambda workdir: (None, None))
     text = tmp_path / "text"
     text.mkdir()
     for i in range(40):

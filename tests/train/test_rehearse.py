@@ -158,15 +158,15 @@ def test_rehearse_names_a_slice_that_does_not_exist(capsys):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, target, replicas",
+    "name, target, replicas, order",
     [
-        ("rwkv4", "v5e:2x2", 1),
-        ("rwkv4", "2xv5e:2x2", 2),
-        *((name, "v5e:2x2", 1) for name in ("rwkv5", "rwkv6", "rwkv7")),
+        ("rwkv4", "v5e:2x2", 1, "packed"),
+        ("rwkv4", "2xv5e:2x2", 2, "shuffled"),
+        *((name, "v5e:2x2", 1, "shuffled") for name in ("rwkv5", "rwkv6", "rwkv7")),
     ],
 )
-def test_rehearse_reports_the_memory_of_a_chip(name, target, replicas):
-    flags = ["--config.strategy=fsdp", f"--config.replicas={replicas}"]
+def test_rehearse_reports_the_memory_of_a_chip(name, target, replicas, order):
+    flags = ["--config.strategy=fsdp", f"--config.replicas={replicas}", f"--config.data.order={order}"]
     config = run_config.read(f"configs/tiny.py:{name}", flags)
     row = rehearse.rehearse(config, target)
     memory, weights = row["memory"], 4 * row["parameters"]
@@ -175,6 +175,8 @@ def test_rehearse_reports_the_memory_of_a_chip(name, target, replicas):
     whole = 4 * sum(size for size in sizes if size < parallel.MIN_SHARDED)
     assert memory["parameters"] == (weights - whole) / 4 + whole
     assert memory["optimiser"] == pytest.approx(2 * memory["parameters"], rel=1e-3)
+    bytes_a_token = 6 if order == "packed" else 5  # a token's id, whether it counts, and if a document starts there
+    assert memory["batch"] == config.batch_size // row["chips"] * (bytes_a_token * config.seq_len + 4)
     assert row["memory_needed"] == sum(memory.values()) < 2**30
     assert ("network" in row["seconds"]) == (row["network_bytes"] > 0) == (replicas == 2)
     assert f"on {target}: {row['chips']} chips" in rehearse.table(row)
