@@ -32,9 +32,10 @@ have none.
 Deviations: bytes instead of tokens, and novels instead of the Pile; compute is 6 FLOPs a weight and token plus those
 of attention and of WKV (RWKV-7's in chunks of 16 tokens), without the embedding's look-up; one seed a run; learning
 rates by width from sweeps of short runs on source code, of `sweep.json` here and in experiments/compare, although
-longer runs may need lower ones. RWKV-7's at 3 x 96 is from 256 steps on the study's own corpus. At 4 x 192 they are
-interpolated from the widths beside until `--sweep` has searched them, on that corpus too. Runs of 2 x 64 up to 8.4 M
-tokens, and short runs of the other sizes, are behind a 6-gram of the same bytes.
+longer runs may need lower ones. RWKV-7's at 3 x 96 and both RWKVs' at 4 x 192 are from 256 steps on the study's own
+corpus. Those of the transformers at 4 x 192 are interpolated from the widths beside until `--sweep` has searched them,
+on that corpus too. Runs of 2 x 64 up to 8.4 M tokens, and short runs of the other sizes, are behind a 6-gram of the
+same bytes.
 """
 
 import itertools
