@@ -28,6 +28,15 @@ from rwkv_jax.train import metrics
 from rwkv_jax.train.workdir import FREE_FIELDS
 
 CODE = 2  # increment it when a code change alters what runs compute: cached runs are then recomputed
+# Switches that were there when `CODE` became 2: hashed although a run leaves them at None. Others count once they are
+# set, so that a new switch or kind of layer leaves all finished runs valid.
+SWITCHES = {
+    f"model.variant.{name}"
+    for name in (
+        "activation", "bonus", "current_token", "in_context_rate", "matrix_init", "previous_token", "receptance",
+        "removal", "shift_v", "token_shift", "value_residual",
+    )
+}  # fmt: skip
 # Config fields that training does not depend on. Evaluation fields count, because results contain evaluations.
 FREE = {*FREE_FIELDS, "tokenizer"} - {"eval_every", "eval_tokens", "finetune.model"}
 flat = partial(flatten_dict, sep=".")  # {"a.b": value} of nested or dotted fields
@@ -48,7 +57,8 @@ def fixed(config) -> dict:
     weights = user_path(fields.get("finetune.model") or ".")
     if weights.is_file():
         fields["finetune.model"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    return json.loads(json.dumps({name: value for name, value in fields.items() if name not in FREE}))
+    young = {x for x in fields.keys() - SWITCHES if x.startswith("model.variant.") and fields[x] is None}
+    return json.loads(json.dumps({name: value for name, value in fields.items() if name not in FREE | young}))
 
 
 def identity_of(function: Callable) -> dict:

@@ -44,6 +44,7 @@ from experiments.runs import CODE, Cell, curve, fixed, flat, identity_of, kept, 
 from rwkv_jax import data, files, hardware, train
 from rwkv_jax.command import Parser, end, reported
 from rwkv_jax.files import read_json, user_path
+from rwkv_jax.models.block import check_choice
 from rwkv_jax.train import optim, run_config
 
 RUNS = Path(__file__).parents[1] / "runs" / "studies"
@@ -200,6 +201,9 @@ def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
     """Return the cell of one run, after preparing its weights and vocabulary."""
     for config in configs if study.prepare else ():
         study.prepare(config, folder)
+    for config in configs if study.run is None else ():
+        if not config.finetune.model:  # else the weights decide its fields
+            run_config.model_of(config)  # a wrong arm fails before the first one is trained
     identity = {"config": [fixed(config) for config in configs], "code": CODE, "corpus": corpus_of(configs[-1])}
     if study.run:
         return Cell(identity | {"run": identity_of(study.run)}, partial(study.run, configs[-1], folder))
@@ -447,6 +451,8 @@ def chosen(study: Study, preset: str = "cpu", arms=None, seeds=None, steps=None,
         raise ValueError(f"the base of this study has no {min(unknown)!r}")
     study = replace(study, base=flat(study.base) | wanted)
     study = replace(study, budgets=() if steps else study.budgets)
+    if study.against is not None:
+        check_choice("arm in against", study.against, arms_of(study))
     if unknown := set(arms or ()) - set(arms_of(study)):
         raise ValueError(f"no arm {min(unknown)!r}, expected one of {', '.join(arms_of(study))}")
     if arms:

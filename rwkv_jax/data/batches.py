@@ -2,7 +2,7 @@
 
 A batch is a dict of `tokens` [B, T+1] int32 (inputs are tokens[:, :-1], targets tokens[:, 1:]), `mask` [B, T] bool,
 True for targets that count, and in the orders "packed" and "documents" `reset` [B, T] bool, True for inputs that start
-a document, where the state is reset.
+a document, where the state is reset. `mask` is no `valid_BT` of a model: a prompt is read, but does not count.
 
 Row r of the batch of step s is sample s·B + r of an endless order (`orders`), whichever host reads it.
 """

@@ -91,7 +91,7 @@ class Kind:
     block: type[nn.Module]
     init_state: Callable  # (config, batch, max_length) -> state of one layer without a past
     flops: Callable[[BlockConfig, int], float]  # of training, a token and layer, at a sequence length
-    learning_rates: Sequence[tuple[int, float]]  # (width, rate) in ascending order: see `optim.default_lr`
+    learning_rates: Sequence[tuple[int, float]]  # (width, rate) ascending, at least one: see `optim.default_lr`
     recipe: Mapping[str, Any] = field(default_factory=dict)  # of the released trainer: fields of `optim` in configs
     variant: type = NoVariant  # frozen dataclass of the kind's ablation switches; the defaults are the released model
     forms: Sequence[str] = ()  # of its operator: values of `LM.wkv_impl` beside None

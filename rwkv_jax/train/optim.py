@@ -176,8 +176,10 @@ def schedule(
 
 
 def default_lr(kind: str, dim: int) -> float:
-    """Learning rate for a width, by log-log interpolation in the kind's table."""
+    """Learning rate for a width, by log-log interpolation in the kind's table; its only rate, if it has one."""
     table = kind_of(kind).learning_rates
+    if len(table) == 1:
+        return table[0][1]
     dim = min(max(dim, table[0][0]), table[-1][0])
     (d1, lr1), (d2, lr2) = next((a, b) for a, b in itertools.pairwise(table) if dim <= b[0])
     share = math.log(dim / d1) / math.log(d2 / d1)

@@ -261,10 +261,24 @@ def test_study_chosen_shrinks_a_smoke_and_presets_name_arms():
     assert study.seeds_of(large) == (3, 5)
 
 
+def test_study_refuses_a_wrong_arm_before_it_trains_another(tmp_path):
+    with pytest.raises(ValueError, match=r"^unknown arm in against 'bse': did you mean 'base'\?"):
+        study.chosen(its(arms={"base": {}, "a": {}}, against="bse"))
+    wrong = {"model.name": "transformer", "model.variant.shift_v": False}
+    with pytest.raises(ValueError, match=r"^unknown switch of model.variant 'shift_v'"):
+        study.cells(its(arms={"a": wrong}), tmp_path)
+
+
 def test_identity_of_a_run_depends_on_all_that_its_numbers_depend_on(tmp_path, monkeypatch):
     config = study.config_of(its())
     of = lambda **changes: runs.hash_of(runs.fixed(study.config_of(its(), changes)))
     assert of(log_every=3, keep=5) == of() and len({of(), of(steps=3), of(eval_every=5)}) == 3
+    with config.unlocked():
+        config.model.variant.young = None
+    assert runs.hash_of(runs.fixed(config)) == of()  # a switch that no run knew leaves finished runs valid
+    config.model.variant.young = True
+    assert runs.hash_of(runs.fixed(config)) != of()
+    assert "model.variant.shift_v" in runs.fixed(config)
     measure = lambda **parameters: runs.identity_of(partial(study.measures.bits_per_byte, **parameters))
     assert measure() == measure() != measure(tokens=5) and measure()["name"] == "bits_per_byte"
     assert runs.identity_of(study.measures.bits_per_byte) != runs.identity_of(study.measures.best_practice)

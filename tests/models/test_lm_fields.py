@@ -8,7 +8,9 @@ import jax
 import pytest
 from small import KINDS, D, L, V, forward, make, shapes_of, tokens
 
+from rwkv_jax import models
 from rwkv_jax.models import LM, build
+from rwkv_jax.models.block import switches
 
 
 @pytest.mark.parametrize("kind", ["rwkv4", "rwkv5", "rwkv6", "rwkv7"])
@@ -18,6 +20,13 @@ def test_lm_wkv_impl_chooses_the_form_of_the_operator(kind):
         jax.make_jaxpr(forward, 0)(make(kind, wkv_impl=impl), shapes_of(make(kind)), tokens(2, 16))
     )
     assert program("scan") != program(other)
+
+
+def test_switches_of_one_name_have_one_type_that_a_config_can_hold():
+    types = {}
+    for kind in models.KINDS.values():
+        for name, (its, _) in switches(kind.variant).items():
+            assert types.setdefault(name, its) is its and its in (bool, int, float, str), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,7 @@
 """Schedules, learning rates by group, weight decay and the penalty on large logits."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -25,6 +27,11 @@ def test_default_lr_interpolates_the_table_in_log_log():
     (d1, lr1), (d2, lr2) = KINDS["rwkv4"].learning_rates[:2]
     assert [optim.default_lr("rwkv4", dim) for dim in (1, d1, d2)] == pytest.approx([lr1, lr1, lr2])
     assert optim.default_lr("rwkv4", d1**0.75 * d2**0.25) == pytest.approx(lr1**0.75 * lr2**0.25)
+
+
+def test_default_lr_of_a_kind_with_one_rate_is_that_rate(monkeypatch):
+    monkeypatch.setitem(KINDS, "one", dataclasses.replace(KINDS["rwkv4"], learning_rates=((128, 1e-3),)))
+    assert [optim.default_lr("one", dim) for dim in (1, 128, 999)] == [1e-3] * 3
 
 
 @pytest.mark.parametrize("kind", ["rwkv5", "rwkv6", "rwkv7"])
