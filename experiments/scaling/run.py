@@ -34,7 +34,7 @@ of attention and of WKV (RWKV-7's in chunks of 16 tokens), without the embedding
 rates by width from sweeps of short runs on source code, of `sweep.json` here and in experiments/compare, although
 longer runs may need lower ones. RWKV-7's at 3 x 96 and both RWKVs' at 4 x 192 are from 256 steps on the study's own
 corpus. Those of the transformers at 4 x 192 are interpolated from the widths beside until `--sweep` has searched them,
-on that corpus too. None of the ten runs of 4 x 192 so far is on a frontier: below 2e14 FLOP that width is too large to
+on that corpus too. None of the nine runs of 4 x 192 is on a frontier yet: below 2e14 FLOP that width is too large to
 pay. Runs of 2 x 64 up to 8.4 M tokens, and short runs of the other sizes, are behind a 6-gram of the same bytes.
 """
 
