@@ -201,12 +201,12 @@ def cell_of(study: Study, configs: Sequence, folder: Path) -> Cell:
     """Return the cell of one run, after preparing its weights and vocabulary."""
     for config in configs if study.prepare else ():
         study.prepare(config, folder)
-    for config in configs if study.run is None else ():
-        if not config.finetune.model:  # else the weights decide its fields
-            run_config.model_of(config)  # a wrong arm fails before the first one is trained
     identity = {"config": [fixed(config) for config in configs], "code": CODE, "corpus": corpus_of(configs[-1])}
     if study.run:
         return Cell(identity | {"run": identity_of(study.run)}, partial(study.run, configs[-1], folder))
+    for config in configs:
+        if not config.finetune.model:  # else the weights decide its fields
+            run_config.model_of(config)  # a wrong arm fails before the first one is trained
     identity["measure"] = [identity_of(measure) for measure in measures_of(study).values()]
     return Cell(identity | {"held_out": study.held_out}, partial(measured, study, configs, folder))
 
